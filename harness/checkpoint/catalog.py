@@ -1,0 +1,182 @@
+"""What lies in a run's URL: list, open, verify, prune. Only what is committed counts. No torch."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, BinaryIO, Literal
+
+from harness.checkpoint.format import (
+    MANIFEST,
+    MANIFEST_LIMIT_BYTES,
+    Attempt,
+    FileInfo,
+    Manifest,
+    hasher,
+    parse_directory,
+)
+from harness.checkpoint.store import Store
+from harness.errors import CheckpointError, Corrupt, NoCheckpoint
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The directory of one save.
+
+    ``state`` is ``whole`` when the manifest is valid and all objects are there with their sizes, ``damaged`` when it is not
+    so (``problem`` says how), ``unfinished`` when there is no manifest: still being written, or abandoned.
+    """
+
+    directory: str
+    step: int
+    attempt: Attempt
+    state: Literal["whole", "damaged", "unfinished"]
+    manifest: Manifest | None = None
+    problem: str = ""
+
+
+class Catalog:
+    """The checkpoints of the run in a store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def entries(self) -> list[Entry]:
+        """All saves, the latest attempt's first, within an attempt the latest step first."""
+        objects = self.store.list()
+        directories = {name.partition("/")[0] for name in objects}
+        found = [(parsed, name) for name in directories if (parsed := parse_directory(name))]
+        found.sort(key=lambda item: (item[0][1], item[0][0], item[1]), reverse=True)
+        return [self._entry(name, step, attempt, objects) for (step, attempt), name in found]
+
+    def _entry(self, directory: str, step: int, attempt: Attempt, objects: Mapping[str, int]) -> Entry:
+        if f"{directory}/{MANIFEST}" not in objects:
+            return Entry(directory, step, attempt, "unfinished")
+        manifest = None
+        try:
+            manifest = self.open(directory)
+            for file in manifest.files:
+                _check_size(file, objects.get(f"{directory}/{file.name}"))
+        except CheckpointError as error:
+            return Entry(directory, step, attempt, "damaged", manifest, str(error))
+        return Entry(directory, step, attempt, "whole", manifest)
+
+    def open(self, directory: str) -> Manifest:
+        """The manifest of a checkpoint. Raises ``Corrupt`` or ``UnknownFormat``; ``NoCheckpoint`` when there is none."""
+        text = self.store.get(f"{directory}/{MANIFEST}", MANIFEST_LIMIT_BYTES)
+        if text is None:
+            raise NoCheckpoint(f"{self.store.url}/{directory}: there is no {MANIFEST}")
+        try:
+            manifest = Manifest.decode(text)
+        except CheckpointError as error:
+            raise type(error)(f"{directory}/{error}") from None
+        if parse_directory(directory) != (manifest.step, Attempt(manifest.attempt)):
+            raise Corrupt(f"{directory}/{MANIFEST}: is that of step {manifest.step}, attempt {manifest.attempt}")
+        return manifest
+
+    def candidates(self) -> Iterator[Entry]:
+        """What a run may resume from, best first; damaged ones are among them, so that they can be told of.
+
+        The newest attempt comes first, whatever steps others reached: it is the line that the run is on. From an
+        attempt that a newer checkpoint stands on, only the steps up to that branch belong to the line; what it committed
+        beyond — it was believed dead, and was not — was left, and is passed over.
+        """
+        left_after: dict[str, int] = {}
+        for entry in self.entries():
+            if entry.state == "unfinished" or entry.step > left_after.get(entry.attempt.id, entry.step):
+                continue
+            yield entry
+            for ancestor in entry.manifest.lineage if entry.manifest else ():
+                known = left_after.get(ancestor.attempt, ancestor.until_step)
+                left_after[ancestor.attempt] = min(known, ancestor.until_step)
+
+    def newest(self, step: int | None = None) -> Entry:
+        """The newest whole checkpoint of the line the run is on, or that of a certain step. Raises ``NoCheckpoint``."""
+        for entry in self.candidates():
+            if entry.state == "whole" and step in (None, entry.step):
+                return entry
+        wanted = "whole checkpoint" if step is None else f"whole checkpoint of step {step}"
+        raise NoCheckpoint(f"{self.store.url}: there is no {wanted}")
+
+    def verify(self, entry: Entry) -> None:
+        """Reads every byte of a checkpoint and compares it with the manifest. Raises ``Corrupt``."""
+        for file in self.open(entry.directory).files:
+            _verify_file(self.store, f"{entry.directory}/{file.name}", file)
+
+    def prune(self, keep_last: int) -> list[str]:
+        """Deletes all but the ``keep_last`` newest whole checkpoints of the line the run is on; returns what went.
+
+        Called after a commit by the only writer. A manifest goes first, so that no half-deleted checkpoint counts, and
+        the newest whole one never goes. What is unfinished or damaged goes only where a newer whole one has replaced it.
+        """
+        assert keep_last >= 1
+        kept = [entry for entry in self.candidates() if entry.state == "whole"][:keep_last]
+        if not kept:
+            return []
+        newest = (kept[0].attempt, kept[0].step)
+        names = {entry.directory for entry in kept}
+        gone = [entry for entry in self.entries() if entry.directory not in names and (entry.attempt, entry.step) < newest]
+        for entry in gone:
+            self._delete(entry.directory)
+        return [entry.directory for entry in gone]
+
+    def _delete(self, directory: str) -> None:
+        objects = self.store.list(directory)
+        for name in sorted(objects, key=lambda name: not name.endswith(f"/{MANIFEST}")):
+            self.store.delete(name)
+        self.store.delete_directory(directory)
+
+    # --- attempts ----------------------------------------------------------------------------------------------------
+
+    def attempts(self) -> list[Attempt]:
+        """Every start of the run that left a trace, the first one first."""
+        names = self.store.list("attempts")
+        claimed = (Attempt.parse(name.removeprefix("attempts/").removesuffix(".json")) for name in names)
+        return sorted(attempt for attempt in claimed if attempt)
+
+    def claim_attempt(self, about: Mapping[str, Any]) -> Attempt:
+        """Numbers this start of the run after all others and leaves a record of it (``about`` is JSON).
+
+        The claim is made before anything is trained: a writer of an earlier attempt has a lower number from then on, even
+        if it has yet to write its first checkpoint.
+        """
+        saved = {entry.attempt for entry in self.entries()}
+        attempt = Attempt.after({*self.attempts(), *saved})
+        record = {"attempt": attempt.id, "started": datetime.now(UTC).isoformat(timespec="milliseconds"), **about}
+        text = json.dumps(record, indent=1).encode()
+        self.store.put(f"attempts/{attempt.id}.json", lambda: [text], len(text))
+        return attempt
+
+    def about_attempt(self, attempt: Attempt) -> dict[str, Any]:
+        """The record of an attempt; empty where it cannot be read."""
+        text = self.store.get(f"attempts/{attempt.id}.json", MANIFEST_LIMIT_BYTES)
+        try:
+            record = json.loads(text or b"{}")
+        except ValueError:
+            return {}
+        return record if isinstance(record, dict) else {}
+
+
+def _check_size(file: FileInfo, found_bytes: int | None) -> None:
+    if found_bytes != file.bytes:
+        found = "it is missing" if found_bytes is None else f"found {found_bytes}"
+        raise Corrupt(f"{file.name}: expected {file.bytes} bytes, {found}")
+
+
+def _verify_file(store: Store, name: str, file: FileInfo) -> None:
+    algorithm = file.checksum.partition(":")[0]
+
+    def consume(stream: BinaryIO) -> tuple[int, str]:
+        whole, count = hasher(algorithm), 0
+        while chunk := stream.read(1 << 20):
+            whole.update(chunk)
+            count += len(chunk)
+        return count, f"{algorithm}:{whole.hexdigest()}"
+
+    try:
+        found_bytes, found = store.read(name, consume, file.bytes)
+    except FileNotFoundError:
+        raise Corrupt(f"{name}: missing; expected {file.bytes} bytes") from None
+    if (found_bytes, found) != (file.bytes, file.checksum):
+        expected = f"{file.bytes} bytes with {file.checksum}"
+        raise Corrupt(f"{name}: expected {expected}, found {found_bytes} bytes with {found}")

@@ -1,0 +1,364 @@
+"""The format of a checkpoint: bytes to values and back. No I/O, no torch.
+
+One URL is one run. It holds::
+
+    attempts/000002-1f3a9c2e.json                 one per start of the run (see ``Attempt``)
+    step-000000001200-000002-5d0c77ab/            one per save, never modified afterwards
+        model.safetensors                         or model-00001-of-00003.safetensors … and model.safetensors.index.json
+        optimizer.safetensors
+        training.safetensors
+        manifest.json                             written last; valid = committed
+
+**Directories.** ``step-<global step, 12 digits>-<number of the attempt, 6 digits>-<8 hex digits, random per save>``.
+What exists is decided by the manifest alone; a directory without a valid one is rubbish or still being written.
+
+**Parts.** A checkpoint is a few named *parts*, each a nested value (a ``state_dict``). The tensors of a part lie in its
+shards under their *paths*: the keys on the way, joined with ``/`` (``~`` and ``/`` within a key are written ``~0`` and
+``~1``, as in RFC 6901). The rest of the value is JSON in the manifest (``tree``; see ``harness.checkpoint.tree``).
+Tensors that are the same memory are stored once; ``aliases`` maps each further path to the stored one.
+
+**Shards** are safetensors files (https://github.com/huggingface/safetensors: 8 bytes little-endian header length, JSON
+header, raw bytes). Within a shard, tensors are sorted by falling item size, then by path, so that each is aligned. A
+dtype that safetensors cannot name is stored as ``U8`` with one more dimension, of the item's size; its real name is in
+the header's ``__metadata__`` under ``dtype:<path>``.
+
+**Checksums** are ``<algorithm>:<hex>``. ``files`` in the manifest has one per object, over all its bytes. The manifest's own
+is its last line and covers every byte before that line.
+
+**Digests** compare states whatever their shard layout. The digest of a part is the checksum of a text with one line for
+each tensor (aliases included), sorted by path — ``<path> <dtype> <shape as JSON> <checksum of the raw bytes>`` — and a
+last line with the part's ``tree`` as JSON with sorted keys and without spaces.
+
+**Lineage.** ``lineage`` lists, oldest first, every attempt whose steps this checkpoint stands on, with the last step it
+took from each; the writer itself is not in it. A step that an attempt wrote beyond that belongs to a line that was left.
+"""
+
+import json
+import math
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol, Self
+
+import xxhash
+
+from harness.errors import Corrupt, UnknownFormat
+
+FORMAT = "harness-checkpoint"
+VERSION = 1
+MANIFEST = "manifest.json"
+INDEX_SUFFIX = ".safetensors.index.json"
+MANIFEST_LIMIT_BYTES = 256 << 20
+HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors reference implementation
+CHECKSUM = "xxh3_128"
+
+# torch's name of a dtype → safetensors' name and the bytes of an item. None: no name there, stored as U8.
+DTYPES: Mapping[str, tuple[str | None, int]] = {
+    "bool": ("BOOL", 1),
+    "uint8": ("U8", 1),
+    "int8": ("I8", 1),
+    "uint16": ("U16", 2),
+    "int16": ("I16", 2),
+    "uint32": ("U32", 4),
+    "int32": ("I32", 4),
+    "uint64": ("U64", 8),
+    "int64": ("I64", 8),
+    "float16": ("F16", 2),
+    "bfloat16": ("BF16", 2),
+    "float32": ("F32", 4),
+    "float64": ("F64", 8),
+    "float8_e4m3fn": ("F8_E4M3", 1),
+    "float8_e5m2": ("F8_E5M2", 1),
+    "float8_e4m3fnuz": ("F8_E4M3FNUZ", 1),
+    "float8_e5m2fnuz": ("F8_E5M2FNUZ", 1),
+    "float8_e8m0fnu": (None, 1),
+    "float4_e2m1fn_x2": (None, 1),
+    "complex32": (None, 4),
+    "complex64": ("C64", 8),
+    "complex128": (None, 16),
+}
+_NAME_OF_CODE = {code: name for name, (code, _) in DTYPES.items() if code is not None}
+
+
+class Hasher(Protocol):
+    """What a checksum algorithm offers, as in ``hashlib``."""
+
+    def update(self, data: Any, /) -> None: ...
+    def hexdigest(self) -> str: ...
+
+
+_HASHERS = {"xxh3_128": xxhash.xxh3_128}
+
+
+def hasher(algorithm: str = CHECKSUM) -> Hasher:
+    """A fresh hasher. Raises ``UnknownFormat`` for an algorithm that this program does not know."""
+    if algorithm not in _HASHERS:
+        raise UnknownFormat(f"checksum algorithm {algorithm!r}: expected one of {', '.join(sorted(_HASHERS))}")
+    return _HASHERS[algorithm]()
+
+
+def checksum(data: bytes) -> str:
+    """The checksum of some bytes, as it stands in a manifest."""
+    digest = hasher()
+    digest.update(data)
+    return f"{CHECKSUM}:{digest.hexdigest()}"
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+_DIRECTORY = re.compile(r"step-(\d{12})-(\d{6}-[0-9a-f]{8})-([0-9a-f]{8})")
+_ATTEMPT_ID = re.compile(r"\d{6}-[0-9a-f]{8}")
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
+
+
+@dataclass(frozen=True, order=True)
+class Attempt:
+    """One start of a run. Attempts are numbered in the store, beside the checkpoints; two that started at the same
+    moment may share a number, and their ids still differ."""
+
+    id: str
+
+    @classmethod
+    def after(cls, attempts: Iterable["Attempt"]) -> Self:
+        """A new attempt, numbered after all of these."""
+        number = max((attempt.number for attempt in attempts), default=0) + 1
+        return cls(f"{number:06}-{secrets.token_hex(4)}")
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        return cls(text) if _ATTEMPT_ID.fullmatch(text) else None
+
+    @property
+    def number(self) -> int:
+        return int(self.id[:6])
+
+
+def new_directory(step: int, attempt: Attempt) -> str:
+    """A name for the directory of one save, that no other save has had."""
+    return f"step-{step:012}-{attempt.id}-{secrets.token_hex(4)}"
+
+
+def parse_directory(name: str) -> tuple[int, Attempt] | None:
+    """The step and the attempt in a directory's name, or None where it is not one of ours."""
+    found = _DIRECTORY.fullmatch(name)
+    return (int(found[1]), Attempt(found[2])) if found else None
+
+
+def shard_name(part: str, index: int, count: int) -> str:
+    """The name of a part's shard, in Hugging Face's layout; ``index`` counts from 0."""
+    return f"{part}.safetensors" if count == 1 else f"{part}-{index + 1:05}-of-{count:05}.safetensors"
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor without its bytes: path, torch's name of the dtype, shape."""
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype][1]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.itemsize
+
+
+def plan_shards(tensors: Iterable[TensorInfo], limit_bytes: int) -> list[list[TensorInfo]]:
+    """Divides tensors into shards of at most ``limit_bytes`` (one tensor alone may be larger)."""
+    shards: list[list[TensorInfo]] = []
+    room = 0
+    for tensor in sorted(tensors, key=lambda tensor: (-tensor.itemsize, tensor.path)):
+        if not shards or tensor.nbytes > room:
+            shards.append([])
+            room = limit_bytes
+        shards[-1].append(tensor)
+        room -= tensor.nbytes
+    return shards
+
+
+def encode_header(tensors: Sequence[TensorInfo]) -> bytes:
+    """The first bytes of a shard, up to the first tensor's."""
+    metadata = {"format": "pt"}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for tensor in tensors:
+        code, itemsize = DTYPES[tensor.dtype]
+        shape = list(tensor.shape)
+        if code is None:
+            code, shape = "U8", [*shape, itemsize]
+            metadata[f"dtype:{tensor.path}"] = tensor.dtype
+        header[tensor.path] = {"dtype": code, "shape": shape, "data_offsets": [offset, offset + tensor.nbytes]}
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data begins aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def decode_header(text: bytes, data_bytes: int) -> list[TensorInfo]:
+    """The tensors that a shard's header declares, in the order of their bytes.
+
+    ``text`` is the header without the eight bytes of its length, ``data_bytes`` what follows it. Raises ``Corrupt`` unless
+    the tensors fill the data exactly, without holes and overlaps: nothing in a header can ask for more memory than there
+    are bytes.
+    """
+    try:
+        header = _strict_json(text)
+        metadata = header.pop("__metadata__", {})
+        entries = sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0]))
+        tensors, end = [], 0
+        for path, entry in entries:
+            tensor = _decode_entry(path, entry, metadata)
+            if entry["data_offsets"] != [end, end + tensor.nbytes]:
+                raise Corrupt(f"{path}: bytes {entry['data_offsets']}, expected {[end, end + tensor.nbytes]}")
+            end += tensor.nbytes
+            tensors.append(tensor)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Corrupt(f"not a safetensors header: {type(error).__name__}: {error}") from None
+    if end != data_bytes:
+        raise Corrupt(f"the tensors have {end} bytes, the file has {data_bytes}")
+    return tensors
+
+
+def _decode_entry(path: str, entry: Mapping[str, Any], metadata: Mapping[str, str]) -> TensorInfo:
+    dtype, shape = _NAME_OF_CODE[entry["dtype"]], entry["shape"]
+    if not all(type(size) is int and 0 <= size < 1 << 48 for size in shape) or len(shape) > 64:
+        raise Corrupt(f"{path}: impossible shape {shape}")
+    if (real := metadata.get(f"dtype:{path}")) is not None:
+        if dtype != "uint8" or not shape or shape[-1] != DTYPES[real][1]:
+            raise Corrupt(f"{path}: {real} cannot be stored as {entry['dtype']} {shape}")
+        dtype, shape = real, shape[:-1]
+    return TensorInfo(path, dtype, tuple(shape))
+
+
+# --- digests ---------------------------------------------------------------------------------------------------------
+
+
+def digest(tensors: Mapping[TensorInfo, str], tree: Any) -> str:
+    """The digest of a part: of its tensors, each with the checksum of its raw bytes, and of the rest of its value."""
+    lines = [
+        f"{tensor.path} {tensor.dtype} {json.dumps(list(tensor.shape))} {tensors[tensor]}\n"
+        for tensor in sorted(tensors, key=lambda tensor: tensor.path)
+    ]
+    rest = json.dumps(tree, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return checksum("".join([*lines, rest]).encode())
+
+
+# --- the manifest ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """An object of a checkpoint: its name within the directory, its size, its checksum."""
+
+    name: str
+    bytes: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part: the names of its shards, the rest of its value, tensors that are others under a further name."""
+
+    files: list[str]
+    tree: Any
+    aliases: dict[str, str]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """An attempt that a checkpoint stands on, and the last step that was taken from it."""
+
+    attempt: str
+    until_step: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The record that makes a save a checkpoint."""
+
+    step: int
+    attempt: str
+    files: list[FileInfo]
+    parts: dict[str, Part]
+    lineage: list[Ancestor] = field(default_factory=list)
+    created: str = ""  # UTC, ISO 8601
+    meta: dict[str, Any] = field(default_factory=dict)  # what the trainer says: epoch, world size, cursor, metrics …
+
+    def encode(self) -> bytes:
+        body = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        text = json.dumps(body, indent=1, allow_nan=False).removesuffix("\n}").encode() + b",\n"
+        return text + _last_line(text)
+
+    @classmethod
+    def decode(cls, text: bytes) -> Self:
+        """Raises ``Corrupt`` for bytes that are not a whole manifest, ``UnknownFormat`` for one of another version."""
+        body, newline, last = text[:-2].rpartition(b"\n")
+        if not newline or not text.endswith(b"\n}") or last + b"\n}" != _last_line(body + newline):
+            raise Corrupt(f"{MANIFEST}: the checksum in its last line does not fit the {len(text)} bytes")
+        value = _strict_json(text)
+        if value.pop("format", None) != FORMAT or value.pop("version", None) != VERSION:
+            raise UnknownFormat(f"{MANIFEST}: expected {FORMAT} version {VERSION}")
+        del value["checksum"]
+        try:
+            value["files"] = [FileInfo(**file) for file in value["files"]]
+            value["parts"] = {name: Part(**part) for name, part in value["parts"].items()}
+            value["lineage"] = [Ancestor(**ancestor) for ancestor in value["lineage"]]
+            manifest = cls(**value)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise Corrupt(f"{MANIFEST}: {error}") from None
+        manifest._check()
+        return manifest
+
+    def _check(self) -> None:
+        """A checksum says that the bytes are the writer's; these say that the writer was sane and meant no harm."""
+        if type(self.step) is not int or self.step < 0 or Attempt.parse(self.attempt) is None:
+            raise Corrupt(f"{MANIFEST}: impossible step {self.step!r} or attempt {self.attempt!r}")
+        names = [file.name for file in self.files]
+        for file in self.files:
+            if not (type(file.name) is str and _FILE_NAME.fullmatch(file.name)) or file.name == MANIFEST:
+                raise Corrupt(f"{MANIFEST}: {file.name!r} is not a name of a file in this directory")
+            if type(file.bytes) is not int or file.bytes < 0:
+                raise Corrupt(f"{MANIFEST}: {file.name}: impossible size {file.bytes!r}")
+            if not isinstance(file.checksum, str):
+                raise Corrupt(f"{MANIFEST}: {file.name}: impossible checksum {file.checksum!r}")
+        used = [name for part in self.parts.values() for name in part.files]
+        expected = sorted(name for name in names if not name.endswith(INDEX_SUFFIX))
+        if sorted(used) != expected or len(set(names)) != len(names):
+            raise Corrupt(f"{MANIFEST}: the parts use {sorted(used)}, the checkpoint has {expected}")
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of all objects that the manifest names."""
+        return sum(file.bytes for file in self.files)
+
+
+def _last_line(text: bytes) -> bytes:
+    return f' "checksum": "{checksum(text)}"\n}}'.encode()
+
+
+def _strict_json(text: bytes) -> dict[str, Any]:
+    """A JSON object; a key that stands twice, NaN and infinities are errors rather than surprises."""
+
+    def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) != len(pairs):
+            raise ValueError("a key stands twice")
+        return found
+
+    def no_constants(name: str) -> Any:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        value = json.loads(text, object_pairs_hook=no_twins, parse_constant=no_constants)
+    except (ValueError, RecursionError) as error:
+        raise Corrupt(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise Corrupt("not a JSON object")
+    return value

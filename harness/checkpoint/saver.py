@@ -1,0 +1,74 @@
+"""Saving: what happens around a commit, and what a failed one means.
+
+Only rank 0 has a ``Saver``. A save that fails is told of each time and counted; training goes on, because the checkpoints
+that exist are untouched, and the disk may have room again at the next one. After ``failures_allowed`` in a row, or when the
+save was the last thing to do, the error is raised.
+"""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.checkpoint import commit
+from harness.checkpoint.catalog import Catalog
+from harness.checkpoint.format import Ancestor, Attempt
+from harness.errors import StoreError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A commit, and what it took."""
+
+    directory: str
+    bytes: int
+    seconds: float
+
+
+@dataclass
+class Saver:
+    """Writes the checkpoints of one attempt."""
+
+    catalog: Catalog
+    attempt: Attempt
+    lineage: Sequence[Ancestor]
+    keep_last: int | None
+    shard_bytes: int
+    failures_allowed: int
+    failures: int = 0
+
+    def save(
+        self, parts: Mapping[str, Mapping[str, Any]], *, step: int, meta: Mapping[str, Any], must_succeed: bool
+    ) -> Saved | None:
+        """Commits a checkpoint, then deletes what is not to be kept. None when it failed and training may go on."""
+        began = time.monotonic()
+        try:
+            directory, manifest = commit.write(
+                self.catalog.store,
+                parts,
+                step=step,
+                attempt=self.attempt,
+                lineage=self.lineage,
+                meta=meta,
+                shard_bytes=self.shard_bytes,
+            )
+        except StoreError as error:
+            self.failures += 1
+            log.error("save of step %d FAILED (%d in a row): %s", step, self.failures, error)
+            if must_succeed or self.failures > self.failures_allowed:
+                raise
+            return None
+        self.failures = 0
+        self._prune()
+        return Saved(directory, manifest.bytes, time.monotonic() - began)
+
+    def _prune(self) -> None:
+        if self.keep_last is None:
+            return
+        try:
+            self.catalog.prune(self.keep_last)
+        except StoreError as error:  # the commit stands; what is left over goes after the next one
+            log.warning("could not delete old checkpoints: %s", error)

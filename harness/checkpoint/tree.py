@@ -1,0 +1,264 @@
+"""Nested values to JSON and named tensors, and back, without pickle.
+
+``encode`` walks what a ``state_dict()`` returns. Tensors are taken out under their paths (see ``harness.checkpoint.format``);
+what is left is JSON. JSON knows fewer types than Python, so some values are written as an object with one tagged key:
+
+    (1, 2)            {"$tuple": [1, 2]}            {1, 2}              {"$set": [1, 2]}
+    b"ab"             {"$bytes": "YWI="}            1+2j                {"$complex": ["0x1.0p+0", "0x1.0p+1"]}
+    inf, -inf, nan    {"$float": "<16 hex digits>"} Counter({5: 1})     {"$counter": [[5, 1]]}
+    numpy scalar      {"$numpy": [dtype, hex]}      numpy array         {"$array": dtype} and a tensor
+    a tensor within a list                          {"$tensor": true}
+
+Keys that are not text are written as ``$:`` and their JSON; a ``$`` at the beginning of a text key is doubled. A tensor
+in a dictionary leaves nothing behind in the JSON, nor does a dictionary that holds only tensors: the paths say it all, and
+20,000 small tensors cost 20,000 header entries and no more. Dictionaries of all kinds come back as ``dict``.
+"""
+
+import base64
+import copy
+import json
+import math
+import struct
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness.checkpoint.format import DTYPES, TensorInfo
+from harness.errors import Corrupt, Unsupported
+
+_CHUNK_BYTES = 1 << 20  # small enough that what was copied is still in the processor's cache when it is hashed and written
+
+
+@dataclass
+class Encoded:
+    """A part without torch's and Python's own types: JSON, tensors by path, further names of tensors."""
+
+    tree: Any = None
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+
+
+def encode(value: Mapping[str, Any], name: str) -> Encoded:
+    """Takes the part ``name`` apart. Raises ``Unsupported``, with the path, for a value that has no form on disk."""
+    encoder = _Encoder(name)
+    encoder.out.tree = encoder.value_at((), dict(value), keep=True)
+    return encoder.out
+
+
+def info(path: str, tensor: torch.Tensor) -> TensorInfo:
+    """A tensor's path, dtype and shape."""
+    return TensorInfo(path, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
+def raw_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor in row-major order, in pieces, with no more memory than a piece."""
+    if tensor.numel() == 0:
+        return
+    if tensor.nbytes <= _CHUNK_BYTES or tensor.dim() == 0:
+        whole = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        yield memoryview(whole.reshape(-1).view(torch.uint8).numpy())
+    elif tensor.is_contiguous():
+        items = _CHUNK_BYTES // tensor.element_size()
+        for piece in tensor.detach().view(-1).split(items):
+            plain = piece.cpu().resolve_conj().resolve_neg()
+            yield memoryview(plain.view(torch.uint8).numpy())
+    else:  # a view with strides: row by row, so that the whole is never copied
+        rows = max(1, _CHUNK_BYTES * tensor.shape[0] // tensor.nbytes)
+        for piece in tensor.split(rows):
+            yield from raw_bytes(piece if rows > 1 else piece[0])
+
+
+def _join(path: tuple[str, ...]) -> str:
+    return "/".join(key.replace("~", "~0").replace("/", "~1") for key in path)
+
+
+_ARRAY_DTYPES = frozenset(f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)) | {"b1", "f2", "f4", "f8", "c8", "c16"}
+_TAKEN_OUT = object()  # stands for a value of which only tensors were to be kept
+
+
+class _Encoder:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.out = Encoded()
+        self.places: dict[tuple[Any, ...], str] = {}  # memory → the path under which it is stored
+
+    def value_at(self, path: tuple[str, ...], value: Any, *, keep: bool = False) -> Any:
+        """The JSON of a value; ``_TAKEN_OUT`` where nothing is left and its container need not keep its place."""
+        kind = type(value)
+        if value is None or kind in (bool, int, str):
+            return value
+        if kind is float:
+            return value if math.isfinite(value) else {"$float": struct.pack(">d", value).hex()}
+        if isinstance(value, torch.Tensor):
+            self.tensor_at(path, value)
+            return {"$tensor": True} if keep else _TAKEN_OUT
+        if kind in (dict, OrderedDict):
+            return self.dict_at(path, value, keep)
+        if kind in (list, tuple, torch.Size):
+            items = [self.value_at((*path, str(index)), item, keep=True) for index, item in enumerate(value)]
+            return items if kind is list else {"$tuple": items}
+        return self.rare_at(path, value)
+
+    def dict_at(self, path: tuple[str, ...], value: dict[Any, Any], keep: bool) -> Any:
+        found = {}
+        for key, item in value.items():
+            written = self.key_at(path, key)
+            left = self.value_at((*path, written), item)
+            if left is not _TAKEN_OUT:
+                found[written] = left
+        return found if found or keep or not value else _TAKEN_OUT
+
+    def key_at(self, path: tuple[str, ...], key: Any) -> str:
+        if type(key) is str:
+            return f"${key}" if key.startswith("$") else key
+        if key is None or type(key) in (bool, int) or (type(key) is float and math.isfinite(key)):
+            return f"$:{json.dumps(key)}"
+        raise self.unsupported(path, f"a key of type {_type_name(key)}")
+
+    def rare_at(self, path: tuple[str, ...], value: Any) -> Any:
+        kind = type(value)
+        if kind is bytes:
+            return {"$bytes": base64.b64encode(value).decode()}
+        if kind is complex:
+            return {"$complex": struct.pack(">dd", value.real, value.imag).hex()}
+        if kind in (set, frozenset):
+            return {f"${kind.__name__}": [self.hashable_at(path, item) for item in sorted(value, key=repr)]}
+        if kind is Counter:
+            return {"$counter": [[self.hashable_at(path, key), self.hashable_at(path, n)] for key, n in value.items()]}
+        if isinstance(value, np.generic) and value.dtype.kind in "biufc":
+            return {"$numpy": [value.dtype.str, value.tobytes().hex()]}
+        if kind is np.ndarray and value.dtype.str[1:] in _ARRAY_DTYPES:
+            self.tensor_at(path, torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C")))
+            return {"$array": value.dtype.str}
+        raise self.unsupported(path, f"a value of type {_type_name(value)}")
+
+    def hashable_at(self, path: tuple[str, ...], value: Any) -> Any:
+        if isinstance(value, torch.Tensor):  # equal to nothing but itself, and at no path
+            raise self.unsupported(path, "a tensor in a set")
+        return self.value_at(path, value, keep=True)
+
+    def tensor_at(self, path: tuple[str, ...], tensor: torch.Tensor) -> None:
+        reason = _why_not(tensor)
+        if reason:
+            raise self.unsupported(path, reason)
+        joined = _join(path)
+        # The same memory seen in the same way is one tensor under two names: tied weights. Empty tensors have no memory.
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj())
+        first = self.places.setdefault(place, joined) if tensor.numel() else joined
+        if first == joined:
+            self.out.tensors[joined] = tensor
+        else:
+            self.out.aliases[joined] = first
+
+    def unsupported(self, path: tuple[str, ...], what: str) -> Unsupported:
+        where = _join((self.name, *path))
+        return Unsupported(f"{where}: {what} cannot be written without pickle; keep it out of the state_dict")
+
+
+def _why_not(tensor: torch.Tensor) -> str | None:
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        return f"a tensor of layout {tensor.layout}, quantized {tensor.is_quantized}, nested {tensor.is_nested}"
+    if tensor.device.type == "meta":
+        return "a tensor on the meta device, which has no bytes,"
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        return f"a tensor of the subclass {_type_name(tensor)}"
+    if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
+        return f"a tensor of dtype {tensor.dtype}"
+    return None
+
+
+def _type_name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def decode(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """The value that was encoded. Raises ``Corrupt`` where the JSON and the tensors' paths do not fit together."""
+    unused = dict(tensors)
+    try:
+        value = _Decoder(tensors, unused).value_at((), _with_slots(tree, tensors))
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, struct.error) as error:
+        raise Corrupt(f"the tree does not fit the tensors: {type(error).__name__}: {error}") from None
+    if unused:
+        raise Corrupt(f"tensors without a place in the tree: {', '.join(sorted(unused)[:5])}")
+    return value
+
+
+_SLOT = object()  # a place in a dictionary from which a tensor was taken out
+
+
+def _with_slots(tree: Any, paths: Iterable[str]) -> Any:
+    """A copy of the tree with a slot for every tensor whose dictionary kept no trace of it."""
+    tree = copy.deepcopy(tree)
+    for path in paths:
+        *parents, last = map(_unescape, path.split("/"))
+        node = tree
+        for key in parents:
+            node = _items(node)
+            node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
+        if isinstance(node := _items(node), dict):
+            node.setdefault(last, _SLOT)
+    return tree
+
+
+def _items(node: Any) -> Any:
+    return node["$tuple"] if isinstance(node, dict) and "$tuple" in node else node
+
+
+def _unescape(key: str) -> str:
+    return key.replace("~1", "/").replace("~0", "~")
+
+
+class _Decoder:
+    def __init__(self, tensors: dict[str, torch.Tensor], unused: dict[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+        self.unused = unused
+
+    def value_at(self, path: tuple[str, ...], node: Any) -> Any:
+        if node is _SLOT:
+            return self.take(path)
+        if type(node) is list:
+            return [self.value_at((*path, str(index)), item) for index, item in enumerate(node)]
+        if type(node) is not dict:
+            return node
+        if len(node) == 1 and (tag := next(iter(node))).startswith("$") and tag[1:2] not in ("$", ":"):
+            return self.tagged_at(path, tag, node[tag])
+        return {_key(key): self.value_at((*path, key), item) for key, item in node.items()}
+
+    def tagged_at(self, path: tuple[str, ...], tag: str, body: Any) -> Any:
+        match tag:
+            case "$tensor":
+                return self.take(path)
+            case "$array":
+                return self.take(path).numpy().astype(np.dtype(body), copy=False)
+            case "$tuple":
+                return tuple(self.value_at(path, body))
+            case "$set":
+                return set(self.value_at(path, body))
+            case "$frozenset":
+                return frozenset(self.value_at(path, body))
+            case "$counter":
+                return Counter({self.value_at(path, key): count for key, count in body})
+            case "$bytes":
+                return base64.b64decode(body, validate=True)
+            case "$float":
+                return struct.unpack(">d", bytes.fromhex(body))[0]
+            case "$complex":
+                return complex(*struct.unpack(">dd", bytes.fromhex(body)))
+            case "$numpy":
+                return np.frombuffer(bytes.fromhex(body[1]), np.dtype(body[0]))[0]
+        raise ValueError(f"unknown tag {tag}")
+
+    def take(self, path: tuple[str, ...]) -> torch.Tensor:
+        joined = _join(path)
+        self.unused.pop(joined, None)
+        return self.tensors[joined]
+
+
+def _key(written: str) -> Any:
+    if written.startswith("$:"):
+        return json.loads(written[2:])
+    return written[1:] if written.startswith("$") else written

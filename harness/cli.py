@@ -1,0 +1,196 @@
+"""The command line: verbs, each a few lines over a library call.
+
+The verbs that read a run's URL import neither torch nor the user's code, and need no GPU.
+"""
+
+import dataclasses
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+import harness
+from harness.errors import ConfigError, HarnessError, Stopped
+
+if TYPE_CHECKING:
+    from harness.checkpoint.catalog import Catalog, Entry
+    from harness.config import Config
+    from harness.task import Task
+
+Function = Callable[..., Any]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(harness.__version__)
+def cli() -> None:
+    """Keeps PyTorch training alive: checkpoints that cannot be half-written, and exact resumes."""
+
+
+def main() -> NoReturn:
+    """Runs the command line. What a user did wrong gets one line; what we did wrong, a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        cli.main(standalone_mode=False)
+    except HarnessError as error:
+        _complain(error)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _complain(error: HarnessError) -> None:
+    from harness.world import is_first_of_node  # noqa: PLC0415  # see the module's docstring
+
+    if is_first_of_node():
+        for line in str(error).splitlines():
+            click.echo(f"harness: {line}", err=True)
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("config_file", metavar="CONFIG.yaml")
+@click.argument("overrides", metavar="[dotted.key=value]...", nargs=-1)
+@click.option("--fresh", is_flag=True, help="Refuse a checkpoint.url that already holds a run, instead of resuming it.")
+def train(config_file: str, overrides: tuple[str, ...], fresh: bool) -> None:
+    """Train, from the newest whole checkpoint if the run has one.
+
+    Runs under torchrun and as one plain process, with the same configuration. Exit codes: 0 done, 2 the configuration or
+    the model does not fit, 65 or 66 the run's checkpoints are damaged, 74 the storage fails, 75 stopped and saved: start it
+    again, 76 a rank failed, 1 anything else, with a traceback.
+    """
+    from harness.config import load_config  # noqa: PLC0415  # see the module's docstring
+    from harness.signals import StopRequest  # noqa: PLC0415
+
+    stop = StopRequest()
+    stop.listen()  # before torch is imported, which takes seconds
+    config = load_config(config_file, overrides)
+    task = _build_task(config)
+    _train(config, task, stop, fresh=fresh)
+
+
+def _build_task(config: "Config") -> "Task":
+    """Everything that can be wrong with the configuration is found here, before the ranks meet."""
+    from harness.task import find_builder  # noqa: PLC0415  # see the module's docstring
+
+    builder = find_builder(config.task, config.args)
+    from harness.loop import build_task  # noqa: PLC0415  # torch is imported only once the task is known to exist
+
+    return build_task(config, builder)
+
+
+def _train(config: "Config", task: "Task", stop: Any, *, fresh: bool) -> None:
+    """Joins the other ranks, trains, and leaves: in step with them after a success, at once after a failure."""
+    from harness import loop  # noqa: PLC0415  # see the module's docstring
+    from harness.world import join_world, leave_at_once  # noqa: PLC0415
+
+    world = join_world(config.world)
+    logging.getLogger().setLevel(logging.INFO if world.rank == 0 else logging.ERROR)
+    try:
+        try:
+            loop.train(config, task, world, stop, fresh=fresh)
+        except Stopped as stopped:
+            world.close()
+            raise stopped from None
+        world.close()
+    except BaseException as error:
+        if world.size == 1 or isinstance(error, Stopped):
+            raise
+        # The other ranks may wait for this one in a collective for minutes; torchrun frees them once this one is gone.
+        if isinstance(error, HarnessError):
+            click.echo(f"harness: rank {world.rank}: {error}", err=True)
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        leave_at_once(error.exit_code if isinstance(error, HarnessError) else 1)
+
+
+# --- reading a run ---------------------------------------------------------------------------------------------------
+
+
+def _reads_run(function: Function) -> Function:
+    """The argument and the options of every verb that reads a run's URL."""
+    storage = click.option(
+        "-o",
+        "--storage-option",
+        "storage_options",
+        metavar="KEY=VALUE",
+        multiple=True,
+        help="Passed to the fsspec filesystem, as checkpoint.storage_options is; the value is YAML.",
+    )
+    as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+    return click.argument("url")(storage(as_json(function)))
+
+
+def _open_catalog(url: str, storage_options: tuple[str, ...]) -> "Catalog":
+    from harness.checkpoint.catalog import Catalog  # noqa: PLC0415  # see the module's docstring
+    from harness.checkpoint.store import open_store  # noqa: PLC0415
+    from harness.config import parse_overrides  # noqa: PLC0415
+
+    return Catalog(open_store(url, parse_overrides(storage_options)))
+
+
+@cli.command()
+@_reads_run
+def ls(url: str, storage_options: tuple[str, ...], as_json: bool) -> None:
+    """List the saves of a run: the whole ones, the damaged ones and those that were never finished.
+
+    The latest attempt comes first, the latest step first within it.
+    """
+    entries = _open_catalog(url, storage_options).entries()
+    if as_json:
+        click.echo(json.dumps([_summary(entry) for entry in entries], indent=1))
+        return
+    if not entries:
+        click.echo("no checkpoints")
+    for entry in entries:
+        about = entry.manifest
+        what = f"epoch {about.meta.get('epoch')}  {about.bytes / 1e6:.1f} MB  {about.created}" if about else ""
+        click.echo(f"{entry.state:<10}  step {entry.step:<10} {what}  {entry.directory}  {entry.problem}".rstrip())
+
+
+@cli.command()
+@_reads_run
+@click.option("--step", type=int, help="A certain step instead of the newest whole checkpoint.")
+def inspect(url: str, storage_options: tuple[str, ...], as_json: bool, step: int | None) -> None:
+    """Show what a checkpoint holds, from its manifest alone."""
+    catalog = _open_catalog(url, storage_options)
+    entry = catalog.newest(step)
+    assert entry.manifest is not None, "a whole checkpoint has a manifest"
+    details = {
+        **_summary(entry),
+        "digest": {name: part.digest for name, part in entry.manifest.parts.items()},
+        "files": [dataclasses.asdict(file) for file in entry.manifest.files],
+        "lineage": [dataclasses.asdict(ancestor) for ancestor in entry.manifest.lineage],
+    }
+    if as_json:
+        click.echo(json.dumps(details, indent=1))
+        return
+    for key, value in details.items():
+        if isinstance(value, list):
+            click.echo(f"{key}:")
+            for item in value:
+                click.echo("  " + "  ".join(str(field) for field in item.values()))
+        elif isinstance(value, dict):
+            click.echo(f"{key}: " + ", ".join(f"{name} {item}" for name, item in value.items()))
+        else:
+            click.echo(f"{key}: {value}")
+
+
+def _summary(entry: "Entry") -> dict[str, Any]:
+    known: dict[str, Any] = {"directory": entry.directory, "state": entry.state, "step": entry.step, "attempt": entry.attempt.id}
+    if entry.problem:
+        known["problem"] = entry.problem
+    if entry.manifest is not None:
+        known |= {"created": entry.manifest.created, "bytes": entry.manifest.bytes, **entry.manifest.meta}
+    return known

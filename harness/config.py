@@ -1,0 +1,244 @@
+"""The configuration: YAML and ``dotted.key=value`` to a frozen, typed, strict tree.
+
+Everything that is wrong with it is found before a process group is made, and told in one line each: the dotted path, what
+was expected, what was found, and the nearest known key where a key is unknown.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from harness.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class TrainConfig(_Section):
+    """How long, in what portions, and how exactly to train."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps in all. Either this or ``epochs``."""
+    epochs: int | None = Field(default=None, ge=1)
+    """Passes over the data set. Either this or ``steps``."""
+    global_batch_size: int = Field(ge=1)
+    """Samples behind one optimizer step, over all ranks. The same at any world size."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Samples that a rank puts through the model at once; more are accumulated. None: a rank's whole share."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """fp32, or autocast to bf16, or autocast to fp16 with a gradient scaler."""
+    clip_grad_norm: float | None = Field(default=None, gt=0)
+    """The largest norm of all gradients together. None: no clipping."""
+    deterministic: bool = True
+    """Choose deterministic kernels where torch has them and warn where it has not; off is faster on GPUs, and then a
+    resumed run is not bit-identical."""
+
+    @model_validator(mode="after")
+    def _related(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            found = "neither" if self.steps is None else "both"
+            raise PydanticCustomError("relation", f"expected one of train.steps and train.epochs, found {found}")
+        if self.micro_batch_size is not None and self.micro_batch_size > self.global_batch_size:
+            sizes = f"{self.micro_batch_size} > {self.global_batch_size}"
+            raise PydanticCustomError(
+                "relation", f"expected micro_batch_size to be at most global_batch_size, found {sizes}"
+            )
+        return self
+
+
+class DataConfig(_Section):
+    """How the samples are fetched."""
+
+    workers: int = Field(default=0, ge=0)
+    """Loader processes for each rank; 0 fetches in the training process. The samples are the same."""
+
+
+class CheckpointConfig(_Section):
+    """Where and when to save."""
+
+    url: str | None = Field(default=None, min_length=1)
+    """Any fsspec URL or a path; one URL is one run. None: the run is not saved."""
+    every_steps: int | None = Field(default=None, ge=1)
+    """Save after so many optimizer steps."""
+    every_seconds: float | None = Field(default=None, gt=0)
+    """Save after so many seconds, by rank 0's clock."""
+    every_epochs: int | None = Field(default=None, ge=1)
+    """Save after so many epochs. Whatever the intervals, the end of the run is saved."""
+    keep_last: int | None = Field(default=None, ge=1)
+    """How many checkpoints to keep; older ones are deleted after a commit. None: all."""
+    failures_allowed: int = Field(default=3, ge=0)
+    """How many saves in a row may fail before the run stops. The last save of a run may not."""
+    shard_bytes: int = Field(default=1 << 30, ge=1 << 10)
+    """The largest size of a shard."""
+    storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
+    """Passed to the fsspec filesystem. May hold secrets; it is never logged or saved."""
+
+    @model_validator(mode="after")
+    def _related(self) -> Self:
+        if self.url is None:
+            for key in ("every_steps", "every_seconds", "every_epochs", "keep_last"):
+                if getattr(self, key) is not None:
+                    raise PydanticCustomError("relation", f"expected checkpoint.url beside checkpoint.{key}, found none")
+        return self
+
+
+class EvaluationConfig(_Section):
+    """When to evaluate, where the task has an evaluation. The end of the run is always evaluated."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """After so many optimizer steps."""
+    every_epochs: int | None = Field(default=None, ge=1)
+    """After so many epochs."""
+
+
+class LogConfig(_Section):
+    """What is told of the progress."""
+
+    every_steps: int | None = Field(default=10, ge=1)
+    """A line after so many optimizer steps."""
+    every_epochs: int | None = Field(default=None, ge=1)
+    """A line after so many epochs."""
+    jsonl: str | None = None
+    """A local file to which rank 0 appends the same records as JSON lines."""
+
+
+class WorldConfig(_Section):
+    """What to run on; by default what the machine has."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto``: CUDA where there is a device for every local rank, else the CPU."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """``auto``: NCCL on CUDA, gloo on the CPU."""
+    timeout_seconds: float = Field(default=600, gt=0)
+    """How long a collective may wait for another rank; must exceed the longest save."""
+
+    @model_validator(mode="after")
+    def _related(self) -> Self:
+        if self.backend == "nccl" and self.device == "cpu":
+            raise PydanticCustomError("relation", "expected world.device cuda beside world.backend nccl, found cpu")
+        return self
+
+
+class Config(_Section):
+    """A run."""
+
+    task: str = Field(min_length=1)
+    """``package.module:function`` or ``path/to/file.py:function``: returns a ``harness.Task``."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the task as keyword arguments."""
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    """Everything random derives from it."""
+    train: TrainConfig
+    data: DataConfig = DataConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    log: LogConfig = LogConfig()
+    world: WorldConfig = WorldConfig()
+
+    def digest(self) -> str:
+        """Identifies what is trained; equal digests mean equal runs, wherever they are saved and however they are fetched."""
+        what = self.model_dump(mode="json", include={"task", "args", "seed", "train"})
+        return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
+    """Reads a YAML file and puts ``dotted.key=value`` over it (values are YAML, too). Raises ``ConfigError``."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    value = _parse(text, path)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected keys and values, found {_shown(value)}")
+    parse_overrides(overrides, value)
+    try:
+        return Config.model_validate(value)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {line}" for line in map(_in_words, error.errors()))) from None
+
+
+def parse_overrides(overrides: Iterable[str], value: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Puts each ``dotted.key=value`` into a mapping (a new one by default), and returns it. Raises ``ConfigError``."""
+    value = {} if value is None else value
+    for override in overrides:
+        _override(value, override)
+    return value
+
+
+def _override(value: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"{override!r}: expected dotted.key=value")
+    for index, key in enumerate(keys[:-1]):
+        value = value.setdefault(key, {})
+        if not isinstance(value, dict):
+            raise ConfigError(f"{override!r}: {'.'.join(keys[: index + 1])} is not a section, it is {_shown(value)}")
+    value[keys[-1]] = _parse(text, override)
+
+
+def _in_words(error: ErrorDetails) -> str:
+    """One line about one thing that is wrong."""
+    path = ".".join(str(key) for key in error["loc"])
+    match error["type"]:
+        case "relation":
+            return f"{path}: {error['msg']}"
+        case "extra_forbidden":
+            nearest = difflib.get_close_matches(path, _known_keys(Config), n=1, cutoff=0)
+            return f"{path}: unknown key (found {_shown(error['input'])}); the nearest known key is {nearest[0]}"
+        case "missing":
+            return f"{path}: expected a value, found none"
+    expected = error["msg"].removeprefix("Input should be ")
+    return f"{path}: expected {expected}, found {_shown(error['input'])}"
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a section with the keys {', '.join(map(str, value))}" if value else "an empty section"
+    return "nothing" if value is None else f"{value!r:.80}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: ``1e-3`` is a number (as in YAML 1.2), and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if (key.tag, key.value) in seen and key.value != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+            seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506  # a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise ConfigError(f"{where}{place}: not YAML: {getattr(error, 'problem', None) or error}") from None

@@ -1,0 +1,90 @@
+"""Everything that harness raises on purpose.
+
+    HarnessError                 1
+    ├── ConfigError              2   the YAML or the command line is wrong
+    ├── StoreError              74   the filesystem refuses, right now
+    ├── CheckpointError         65   what lies in the run's URL
+    │   ├── Corrupt             65   bytes differ from what the manifest says
+    │   ├── UnknownFormat       65   written by another version of the format
+    │   ├── Mismatch             2   intact, but not a checkpoint of this model or this data
+    │   ├── Unsupported          2   the state holds a value that a checkpoint cannot
+    │   └── NoCheckpoint        66   the run has checkpoints, and none of them is whole
+    ├── RankFailure             76   another rank failed, or the ranks disagree
+    └── Stopped                 75   asked to stop; everything is saved; start it again
+
+The class says who must act, the message says where, what was expected and what was found. The number is the exit
+code of the process; the numbers above 63 have the meanings of BSD's ``sysexits.h`` (DATAERR, NOINPUT, IOERR, TEMPFAIL,
+PROTOCOL). Success is 0; 1 is an error of ours or of the training code, and comes with a traceback.
+"""
+
+from typing import ClassVar
+
+
+class HarnessError(Exception):
+    """The base of all errors that harness raises on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(HarnessError):
+    """The configuration or the command line is wrong: edit it and start again."""
+
+    exit_code = 2
+
+
+class StoreError(HarnessError):
+    """The filesystem did not do what it was asked.
+
+    ``transient`` is true where the same call may succeed later (a time-out, a refused connection), false where someone
+    must act first (permissions, a full disk, a missing bucket).
+    """
+
+    exit_code = 74
+
+    def __init__(self, message: str, *, transient: bool = False) -> None:
+        super().__init__(message)
+        self.transient = transient
+
+
+class CheckpointError(HarnessError):
+    """Something is wrong with what lies in the run's URL."""
+
+    exit_code = 65
+
+
+class Corrupt(CheckpointError):
+    """An object is missing, cut, too long or altered: this checkpoint is never loaded."""
+
+
+class UnknownFormat(CheckpointError):
+    """The checkpoint was written in a version of the format that this program does not read."""
+
+
+class Mismatch(CheckpointError):
+    """The checkpoint is whole, but it is not one of this model, this optimizer or this data."""
+
+    exit_code = 2
+
+
+class Unsupported(CheckpointError):
+    """The state holds a value that cannot be written without pickle; the message has its path."""
+
+    exit_code = 2
+
+
+class NoCheckpoint(CheckpointError):
+    """The run has checkpoints and none of them is whole. Training from scratch over it is not done."""
+
+    exit_code = 66
+
+
+class RankFailure(HarnessError):
+    """Another rank failed, or the ranks are not in lockstep."""
+
+    exit_code = 76
+
+
+class Stopped(HarnessError):
+    """The run was asked to stop, its last step is saved, and it wants to be started again."""
+
+    exit_code = 75

@@ -1,0 +1,334 @@
+"""The training loop, in training order."""
+
+import contextlib
+import os
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import harness
+from harness import data, resume
+from harness.checkpoint.catalog import Catalog
+from harness.checkpoint.saver import Saver
+from harness.checkpoint.store import open_store
+from harness.config import Config
+from harness.data import Cursor, Schedule
+from harness.errors import ConfigError, Stopped
+from harness.metrics import Reporter, in_words
+from harness.signals import StopRequest
+from harness.state import Progress, TrainingState, random_state, restore_random_state
+from harness.task import Task
+from harness.world import Agreement, World
+
+Step = list[tuple[Any, float]]  # the micro-batches of a step on this rank, and the weight of each
+
+
+def train(config: Config, task: Task, world: World, stop: StopRequest, *, fresh: bool = False) -> Progress:
+    """Trains a task to its end, from wherever the run at ``checkpoint.url`` is.
+
+    Every rank calls it with the same arguments. Raises ``Stopped`` when ``stop`` was set on any rank; the step that all ranks
+    finished last is saved then.
+    """
+    run = _Run(config, task, world, fresh=fresh)
+    progress = run.state.progress
+    batches = run.batches()
+    agreement = Agreement(world, wants=2)
+    while progress.step < run.total_steps:
+        run.step(next(batches))
+        progress.step += 1
+        progress.cursor = run.schedule.after(progress.cursor)
+
+        stopping, save_is_due = agreement.exchange(bool(stop), run.seconds_are_over())
+        run.log_if_due()
+        run.evaluate_if_due()
+        run.save_if_due(now=bool(stopping or save_is_due), must_succeed=bool(stopping))
+        if stopping and not run.is_over():
+            agreement.finish()
+            why = stop.signal_name or "on another rank"
+            raise Stopped(f"asked to stop ({why}) at step {progress.step}, {run.what_is_saved()}")
+    agreement.finish()
+    run.reporter.event("done", f"done: step {progress.step}  {in_words(progress.last)}", step=progress.step)
+    return progress
+
+
+class _Run:
+    """The things that the loop moves along, and each of its moves."""
+
+    def __init__(self, config: Config, task: Task, world: World, *, fresh: bool) -> None:
+        self.config, self.task, self.world = config, task, world
+        _be_deterministic(config.train.deterministic)
+        train = config.train
+        self.schedule = Schedule(len(task.dataset), config.seed, train.global_batch_size, train.micro_batch_size)  # type: ignore[arg-type]
+        self.total_steps = train.steps or (train.epochs or 0) * self.schedule.steps_per_epoch()
+        task.model.to(world.device).train()
+        scaler = torch.amp.GradScaler(world.device.type, enabled=train.precision == "fp16")
+        self.state = TrainingState(task.model, task.optimizer, task.scheduler, scaler, world.device)
+        data.seed_everything(config.seed, world.rank + 1)
+        self.model = world.wrap(task.model)
+        self.loss = torch.zeros(())  # this rank's part of the mean loss over the last global batch; the parts add up
+        self.saver: Saver | None = None  # on rank 0, where the run has a URL
+        self.settle_gradient_order()
+        self.open_run(fresh=fresh)
+        self.last_saved_time = self.last_logged_time = time.monotonic()
+        self.last_logged_step = self.state.progress.step
+
+    # --- before the first step ---------------------------------------------------------------------------------------
+
+    def settle_gradient_order(self) -> None:
+        """One forward and backward that leave nothing behind, before the state is restored.
+
+        DDP orders its gradient buckets anew after the first backward pass. With three ranks or more the order of a bucket is
+        an order of additions, so the first steps after a restart would differ in their last bits from those of the run
+        that never stopped.
+        """
+        if self.model is self.task.model:
+            return
+        before = random_state(self.world.device)
+        buffers = [(buffer, buffer.detach().clone()) for buffer in self.task.model.buffers()]
+        extra = {name: value for name, value in self.task.model.state_dict().items() if not torch.is_tensor(value)}
+        micro_batches = next(self.schedule.steps(Cursor(), self.world.rank, self.world.size))[-1:]
+        self.accumulate(next(self.fetch(iter([micro_batches]), workers=0)))
+        self.task.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        if extra:
+            self.task.model.load_state_dict(extra, strict=False)
+        restore_random_state(before, self.world.device)
+
+    def open_run(self, *, fresh: bool) -> None:
+        """Claims an attempt, resumes, and makes sure that all ranks hold the same."""
+        checkpoint, world = self.config.checkpoint, self.world
+        if checkpoint.url is None:
+            self.reporter = Reporter(self.config.log, active=world.rank == 0)
+            self.reporter.event("start", "no checkpoint.url: this run is not saved")
+            resume.check_lockstep(world, self.state)
+            return
+        catalog = Catalog(open_store(checkpoint.url, checkpoint.storage_options))
+        launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" is torchrun's word for "not given"
+        launch = None if launch == "none" else launch
+        if fresh:
+            resume.on_first(world, lambda: resume.refuse_to_reuse(catalog, launch))
+        about = {"launch": launch, "world_size": world.size, "host": platform.node(), "pid": os.getpid()}
+        attempt = resume.on_first(world, lambda: catalog.claim_attempt(about))
+        self.reporter = Reporter(self.config.log, active=world.rank == 0, attempt=attempt.id)
+        resumed = resume.resume(world, catalog, self.state, self.identity())
+        resume.check_lockstep(world, self.state)
+        if world.rank == 0:
+            self.saver = Saver(
+                catalog=catalog,
+                attempt=attempt,
+                lineage=resumed.lineage if resumed else [],
+                keep_last=checkpoint.keep_last,
+                shard_bytes=checkpoint.shard_bytes,
+                failures_allowed=checkpoint.failures_allowed,
+            )
+        step = self.state.progress.step
+        where = f"resuming from {resumed.directory}" if resumed else f"starting in {catalog.store.url}"
+        what = f"{world.size} x {world.device.type} ({world.backend}), step {step} of {self.total_steps}"
+        self.reporter.event(
+            "resume" if resumed else "start",
+            f"attempt {attempt.number}: {where}, {what}",
+            step=step,
+            directory=resumed.directory if resumed else None,
+            world_size=world.size,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between the attempts of a run, or the position in the data would mean something else."""
+        return {"seed": self.config.seed, "samples": self.schedule.samples}
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+
+    def batches(self) -> Iterator[Step]:
+        """The batches of this rank, from where the run is, without end."""
+        plan = self.schedule.steps(self.state.progress.cursor, self.world.rank, self.world.size)
+        return self.fetch(plan, workers=self.config.data.workers)
+
+    def fetch(self, plan: Iterator[list[data.MicroBatch]], *, workers: int) -> Iterator[Step]:
+        return data.batches(
+            self.task.dataset,
+            plan,
+            seed=self.config.seed,
+            workers=workers,
+            collate=self.task.collate,
+            pin_memory=self.world.device.type == "cuda",
+        )
+
+    def step(self, micro_batches: Step) -> None:
+        """One optimizer step."""
+        optimizer, scaler = self.task.optimizer, self.state.scaler
+        self.loss = self.accumulate(micro_batches)
+        if (limit := self.config.train.clip_grad_norm) is not None:
+            scaler.unscale_(optimizer)  # the limit is meant for the gradients, not for the scaled ones
+            nn.utils.clip_grad_norm_(self.task.model.parameters(), limit)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if self.task.scheduler is not None:
+            self.task.scheduler.step()
+
+    def accumulate(self, micro_batches: Step) -> torch.Tensor:
+        """Adds the gradients of the mean loss over the global batch up; the ranks meet in the last backward pass."""
+        total = torch.zeros((), device=self.world.device)
+        for index, (batch, weight) in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            with contextlib.nullcontext() if last else self.without_meeting():
+                with self.autocast():
+                    loss = self.task.loss(self.model, data.to_device(batch, self.world.device))
+                # DDP divides by the number of ranks, as if their shares were equal; the weights know better.
+                self.state.scaler.scale(loss * (weight * self.world.size)).backward()
+            total += loss.detach() * weight
+        return total
+
+    def without_meeting(self) -> contextlib.AbstractContextManager[Any]:
+        return self.model.no_sync() if self.model is not self.task.model else contextlib.nullcontext()  # type: ignore[operator, no-any-return]
+
+    def autocast(self) -> torch.autocast:
+        dtype = torch.float16 if self.config.train.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.world.device.type, dtype, enabled=self.config.train.precision != "fp32")
+
+    # --- at a step boundary ------------------------------------------------------------------------------------------
+
+    def is_over(self) -> bool:
+        return self.state.progress.step >= self.total_steps
+
+    def is_due(self, every_steps: int | None, every_epochs: int | None) -> bool:
+        """Whether an interval ends with the step that was just finished; the last step of the run ends all."""
+        progress = self.state.progress
+        if self.is_over() or (every_steps is not None and progress.step % every_steps == 0):
+            return True
+        return every_epochs is not None and progress.cursor.offset == 0 and progress.cursor.epoch % every_epochs == 0
+
+    def log_if_due(self) -> None:
+        progress, every = self.state.progress, self.config.log
+        if not self.is_due(every.every_steps, every.every_epochs):
+            return
+        self.note_loss()
+        now = time.monotonic()
+        steps = progress.step - self.last_logged_step
+        seconds = (now - self.last_logged_time) / max(steps, 1)
+        self.last_logged_time, self.last_logged_step = now, progress.step
+        rate = {"lr": self.task.optimizer.param_groups[0]["lr"], "samples/s": self.config.train.global_batch_size / seconds}
+        values = {"loss": progress.last["loss"], **{key: float(value) for key, value in rate.items()}}
+        place = f"step {progress.step}/{self.total_steps}  epoch {progress.cursor.epoch}"
+        self.reporter.event("train", f"{place}  {in_words(values)}", step=progress.step, **values)
+
+    def note_loss(self) -> None:
+        self.state.progress.last["loss"] = self.world.sum([float(self.loss)])[0]
+
+    def evaluate_if_due(self) -> None:
+        every = self.config.evaluation
+        if self.task.evaluation is not None and self.is_due(every.every_steps, every.every_epochs):
+            self.evaluate()
+
+    def evaluate(self) -> None:
+        """Judges the model in ``eval()`` mode and leaves it, and the random states, as they were."""
+        evaluation, progress = self.task.evaluation, self.state.progress
+        assert evaluation is not None
+        before = random_state(self.world.device)
+        modes = [(module, module.training) for module in self.task.model.modules()]
+        # DDP overwrites the buffers of the other ranks with rank 0's before the next step. Judge with those.
+        self.world.broadcast_tensors([buffer for buffer in self.task.model.buffers() if buffer.numel()])
+        self.task.model.eval()
+        try:
+            with torch.no_grad(), self.autocast():
+                values = self.measure()
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            restore_random_state(before, self.world.device)
+        progress.last |= values
+        value, best = values[evaluation.metric], progress.best.get(evaluation.metric)
+        if best is None or (value > best if evaluation.higher_is_better else value < best):
+            progress.best = {**values, "step": progress.step}
+        message = f"step {progress.step}/{self.total_steps}  evaluation  {in_words(values)}"
+        self.reporter.event("evaluate", message, step=progress.step, **values)
+
+    def measure(self) -> dict[str, float]:
+        """The means of the evaluation's metrics over its data set, of which each rank measures a share."""
+        evaluation = self.task.evaluation
+        assert evaluation is not None
+        size, rank, ranks = len(evaluation.dataset), self.world.rank, self.world.size  # type: ignore[arg-type]
+        share = range(rank * size // ranks, (rank + 1) * size // ranks)
+        sums: dict[str, float] = {}
+        for start in range(0, len(share), evaluation.batch_size):
+            indices = share[start : start + evaluation.batch_size]
+            samples = [evaluation.dataset[index] for index in indices]
+            batch = (self.task.collate or torch.utils.data.default_collate)(samples)
+            for name, value in evaluation.measure(self.task.model, data.to_device(batch, self.world.device)).items():
+                sums[name] = sums.get(name, 0.0) + float(value) * len(indices)
+        totals: dict[str, float] = {}
+        for own in self.world.all_gather(sums):  # a rank without a share knows no names
+            for name, value in own.items():
+                totals[name] = totals.get(name, 0.0) + value
+        return {name: value / size for name, value in totals.items()}
+
+    def seconds_are_over(self) -> bool:
+        """Whether ``checkpoint.every_seconds`` have passed, by rank 0's clock."""
+        every = self.config.checkpoint.every_seconds
+        return every is not None and self.world.rank == 0 and time.monotonic() - self.last_saved_time >= every
+
+    def save_if_due(self, *, now: bool, must_succeed: bool) -> None:
+        """Commits the state as it is at this step boundary. All ranks call it; rank 0 writes."""
+        checkpoint, progress = self.config.checkpoint, self.state.progress
+        if checkpoint.url is None or not (now or self.is_due(checkpoint.every_steps, checkpoint.every_epochs)):
+            return
+        self.note_loss()
+        states = self.world.gather(random_state(self.world.device))
+        self.last_saved_time = time.monotonic()
+        if self.saver is None or states is None:
+            return
+        parts = {**self.state.capture(), "random": {str(rank): state for rank, state in enumerate(states)}}
+        must_succeed = must_succeed or self.is_over()
+        saved = self.saver.save(parts, step=progress.step, meta=self.meta(), must_succeed=must_succeed)
+        if saved is not None:
+            message = f"step {progress.step}/{self.total_steps}  saved {saved.directory} in {saved.seconds:.2f} s"
+            self.reporter.event("save", message, step=progress.step, **asdict(saved))
+
+    def what_is_saved(self) -> str:
+        return "which is saved" if self.config.checkpoint.url else "and nothing is saved: there is no checkpoint.url"
+
+    def meta(self) -> dict[str, Any]:
+        """What the manifest says beside the state."""
+        progress = self.state.progress
+        return {
+            "epoch": progress.cursor.epoch,
+            "world_size": self.world.size,
+            "cursor": asdict(progress.cursor),
+            "metrics": {"last": progress.last, "best": progress.best},
+            **self.identity(),
+            "config": self.config.digest(),
+            "threads": torch.get_num_threads(),
+            "versions": {
+                "harness": harness.__version__,
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+
+def _be_deterministic(wanted: bool) -> None:
+    """Bit-identical results ask for kernels that add in a fixed order."""
+    if not wanted:
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass over every new tensor, changes no result
+    torch.backends.cudnn.benchmark = False
+
+
+def build_task(config: Config, builder: Any) -> Task:
+    """Calls the user's function with everything seeded, so that it gives the same on every rank and every time."""
+    data.seed_everything(config.seed)
+    task = builder(**config.args)
+    if not isinstance(task, Task):
+        raise ConfigError(f"task: expected {config.task} to return a harness.Task, found {type(task).__name__}")
+    return task

@@ -1,0 +1,40 @@
+"""What a run tells about itself: one console line and, where asked for, one JSON line per event. Rank 0 only."""
+
+import json
+import logging
+import time
+from typing import Any
+
+from harness.config import LogConfig
+from harness.errors import ConfigError
+
+log = logging.getLogger("harness")
+
+
+class Reporter:
+    """Writes events. On other ranks than 0 it is made with ``active=False`` and writes nothing."""
+
+    def __init__(self, config: LogConfig, *, active: bool, attempt: str = "") -> None:
+        self._active = active
+        self._attempt = attempt
+        self._file = None
+        if active and config.jsonl is not None:
+            try:
+                self._file = open(config.jsonl, "a", encoding="utf-8")  # noqa: SIM115  # open for as long as the run
+            except OSError as error:
+                raise ConfigError(f"log.jsonl: cannot append to {config.jsonl}: {error.strerror}") from None
+
+    def event(self, name: str, message: str, **values: Any) -> None:
+        """Tells of one event: ``message`` to the console, the values to the JSON lines."""
+        if not self._active:
+            return
+        log.info(message)
+        if self._file is not None:
+            record = {"event": name, "time": time.time(), "attempt": self._attempt, **values}
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()  # a line that was written survives the death of the process
+
+
+def in_words(values: dict[str, float]) -> str:
+    """Metrics for people: ``loss 0.5123  val_loss 0.6``."""
+    return "  ".join(f"{name} {value:.5g}" for name, value in values.items())

@@ -1,0 +1,126 @@
+"""Resuming: the newest checkpoint that every rank can read.
+
+Rank 0 lists and chooses, once; the others follow. Every rank verifies every byte that it reads before a live tensor is
+touched; if any rank cannot, all fall back together to the checkpoint before, and say so. A run whose checkpoints are all
+damaged stops: training from scratch over it is for its owner to decide. Random states come last, and nothing is trained
+until all ranks have shown that they hold the same state.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.checkpoint import load
+from harness.checkpoint.catalog import Catalog, Entry
+from harness.checkpoint.format import Ancestor
+from harness.data import Cursor
+from harness.errors import (
+    CheckpointError,
+    ConfigError,
+    HarnessError,
+    Mismatch,
+    NoCheckpoint,
+    RankFailure,
+    StoreError,
+)
+from harness.state import TrainingState, restore_random_state
+from harness.world import World
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on from."""
+
+    directory: str
+    step: int
+    lineage: list[Ancestor]
+
+
+def resume(world: World, catalog: Catalog, state: TrainingState, run: Mapping[str, Any]) -> Resumed | None:
+    """Restores the newest checkpoint that all ranks can read; None when the run has none at all.
+
+    ``run`` holds what must be the same as when the checkpoint was written (seed, size of the data set); a difference is a
+    ``Mismatch``, as is a checkpoint that does not fit the model. Raises ``NoCheckpoint`` when there are checkpoints and none is
+    whole.
+    """
+    entries = on_first(world, lambda: list(catalog.candidates()))
+    for entry in entries:
+        parts, problems = _read_together(world, catalog, entry)
+        if problems:
+            log.error("NOT resuming from %s: %s", entry.directory, "; ".join(problems))
+            continue
+        assert parts is not None and entry.manifest is not None, "no rank reported a problem"
+        meta = entry.manifest.meta
+        _check_run(meta, run)
+        state.restore(parts, entry.step, Cursor(meta["cursor"]["epoch"], meta["cursor"]["offset"]))
+        if (random_states := parts["random"].get(str(world.rank))) and meta["world_size"] == world.size:
+            restore_random_state(random_states, state.device)
+        else:
+            log.warning(
+                "the checkpoint was written on %s ranks, there are %s: the samples of every global batch are the same, "
+                "the bits of the results are not",
+                meta["world_size"],
+                world.size,
+            )
+        ancestor = Ancestor(entry.manifest.attempt, entry.step)
+        return Resumed(entry.directory, entry.step, [*entry.manifest.lineage, ancestor])
+    if entries:
+        raise NoCheckpoint(
+            f"{catalog.store.url}: expected a whole checkpoint, found {len(entries)} damaged ones; "
+            "restore one of them or start a run at another URL"
+        )
+    return None
+
+
+def check_lockstep(world: World, state: TrainingState) -> None:
+    """Raises ``RankFailure`` unless all ranks hold the same step, position, model and optimizer, bit for bit."""
+    found = world.all_gather(state.digests())
+    different = [rank for rank in range(world.size) if found[rank] != found[0]]
+    if different:
+        first = found[different[0]]
+        keys = [key for key in found[0] if found[0][key] != first[key]]
+        values = "; ".join(f"{key}: {found[0][key]} on rank 0, {first[key]} on rank {different[0]}" for key in keys)
+        raise RankFailure(f"the ranks are not in lockstep: ranks {different} differ from rank 0 ({values})")
+
+
+def on_first(world: World, function: Any) -> Any:
+    """What rank 0 gets from a call, on every rank; its error is raised on every rank, too."""
+    result: Any = None
+    if world.rank == 0:
+        try:
+            result = function()
+        except HarnessError as error:
+            result = error
+    result = world.broadcast(result)
+    if isinstance(result, HarnessError):
+        raise result
+    return result
+
+
+def _read_together(world: World, catalog: Catalog, entry: Entry) -> tuple[dict[str, Any] | None, Sequence[str]]:
+    """What this rank read, and the problems of all ranks: where there are any, nobody uses anything."""
+    parts, problem = None, entry.problem
+    if entry.manifest is not None and not problem:
+        try:
+            parts = load.read(catalog.store, entry.directory, entry.manifest)
+        except (CheckpointError, StoreError) as error:
+            problem = f"{error} (rank {world.rank})"
+    return parts, sorted({problem for problem in world.all_gather(problem) if problem})
+
+
+def _check_run(meta: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    for key, live in run.items():
+        if (saved := meta.get(key)) != live:
+            raise Mismatch(f"{key}: the checkpoint was written with {saved!r}, the configuration has {live!r}")
+
+
+def refuse_to_reuse(catalog: Catalog, launch: str | None) -> None:
+    """For ``--fresh``: raises ``ConfigError`` when the URL already holds a run that this very launch did not begin."""
+    attempts = catalog.attempts()
+    if any(entry.state != "unfinished" for entry in catalog.candidates()):
+        began = catalog.about_attempt(attempts[0]).get("launch") if attempts else None
+        if launch is None or began != launch:
+            raise ConfigError(f"checkpoint.url: --fresh expects an unused URL, found a run in {catalog.store.url}")

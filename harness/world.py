@@ -1,0 +1,300 @@
+"""The processes of a run: rank, world size, device, and agreement between them.
+
+``World`` has a twin for one plain process, ``SoloWorld``, so that nothing above asks whether there is a process group.
+
+Two groups are made. The *training* group (NCCL on GPUs) belongs to DDP. Everything that harness itself has to say —
+who resumes from what, random states for a checkpoint, whether to stop — goes over a *control* group of its own, gloo on
+the CPU: it never waits for a GPU, and never stands in the way of a gradient.
+"""
+
+import os
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from harness.config import WorldConfig
+from harness.errors import ConfigError, RankFailure
+
+
+class World(Protocol):
+    """What the rest of harness knows of the other processes."""
+
+    rank: int
+    size: int
+    device: torch.device
+    backend: str
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model as it is to be called in training."""
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Every rank's value, by rank, on rank 0; None elsewhere."""
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank, on every rank."""
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The sums over the ranks, in float64, the same bits on every rank."""
+
+    def broadcast_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Copies rank 0's tensors over everyone's, on the device."""
+
+    def begin_max(self, values: Sequence[int]) -> "PendingMax":
+        """Begins to find the largest of each value over the ranks, and does not wait."""
+
+    def close(self) -> None:
+        """Waits for all ranks and takes the groups down."""
+
+
+class PendingMax(Protocol):
+    """A maximum on its way."""
+
+    def wait(self) -> list[int]:
+        """The largest values, once every rank has given its own."""
+
+
+class SoloWorld:
+    """One plain process: it is rank 0 of 1, and always agrees with itself."""
+
+    rank = 0
+    size = 1
+    backend = "none"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def gather(self, value: Any) -> list[Any] | None:
+        return [value]
+
+    def all_gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        return list(values)
+
+    def broadcast_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
+        pass
+
+    def begin_max(self, values: Sequence[int]) -> PendingMax:
+        return _Known(list(values))
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class _Known:
+    values: list[int]
+
+    def wait(self) -> list[int]:
+        return self.values
+
+
+class TorchrunWorld:
+    """A process among those that torchrun started. Joins the others when it is made."""
+
+    def __init__(self, device: torch.device, backend: str, timeout_seconds: float) -> None:
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.device = device
+        self.backend = backend
+        timeout = timedelta(seconds=timeout_seconds)
+        dist.init_process_group(
+            backend,
+            store=_fresh_store(self.rank, self.size, timeout),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+        self._control = dist.new_group(backend="gloo", timeout=timeout)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        if self.size == 1 or not any(parameter.requires_grad for parameter in model.parameters()):
+            return model
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+
+    def broadcast(self, value: Any) -> Any:
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._control, device=torch.device("cpu"))
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any] | None:
+        found = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, found, dst=0, group=self._control)
+        return found
+
+    def all_gather(self, value: Any) -> list[Any]:
+        found = [None] * self.size
+        dist.all_gather_object(found, value, group=self._control)
+        return found
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        # Gathered and added in rank order, since an all-reduce may add in another order at every size of the message.
+        return [sum(column) for column in zip(*self.all_gather(list(values)), strict=True)]
+
+    def broadcast_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
+        for tensor in tensors:
+            raw = tensor.detach().contiguous().view(-1).view(torch.uint8)  # gloo knows few dtypes, and all know bytes
+            dist.broadcast(raw, src=0)
+            tensor.detach().copy_(raw.view(tensor.dtype).view(tensor.shape))
+
+    def begin_max(self, values: Sequence[int]) -> PendingMax:
+        tensor = torch.tensor(values, dtype=torch.int64)
+        work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._control, async_op=True)
+        return _Reducing(tensor, work)
+
+    def close(self) -> None:
+        # torchrun keeps the rendezvous open for five minutes after the first rank has gone: nobody leaves before rank 0 has
+        # finished its last save.
+        dist.barrier(group=self._control)
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class _Reducing:
+    tensor: torch.Tensor
+    work: Any
+
+    def wait(self) -> list[int]:
+        self.work.wait()
+        return [int(value) for value in self.tensor.tolist()]
+
+
+def join_world(config: WorldConfig) -> World:
+    """The world that this process was started into: torchrun's, or one plain process.
+
+    Raises ``ConfigError`` where the configuration asks for what the machine has not, before any group is made.
+    """
+    device = _choose_device(config)
+    if "WORLD_SIZE" not in os.environ:
+        return SoloWorld(device)
+    backend = config.backend if config.backend != "auto" else "nccl" if device.type == "cuda" else "gloo"
+    if backend == "nccl" and device.type != "cuda":
+        raise ConfigError("world.backend: expected CUDA devices for nccl, found none")
+    return TorchrunWorld(device, backend, config.timeout_seconds)
+
+
+def is_first_of_node() -> bool:
+    """Whether this process speaks for its machine before the ranks have met."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """Ends a process whose peers may wait in a collective for ever: without the finalizers, which would wait, too."""
+    os._exit(code)
+
+
+def _choose_device(config: WorldConfig) -> torch.device:
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    count = torch.cuda.device_count() if config.device != "cpu" else 0
+    if config.device == "cuda" and count < local_size:
+        raise ConfigError(f"world.device: expected a CUDA device for each of {local_size} local ranks, found {count}")
+    if count < local_size:
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _fresh_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """The store through which the ranks of this very start find each other.
+
+    torchrun (2.13) lends its workers the agent's own store, and it keeps the keys of earlier starts: after a restart, a
+    rank that is faster than rank 0 reads rank 0's old address, cannot connect, and burns a restart. So the ranks agree on
+    a prefix that nobody has used. Rank 0 cannot just publish one, since the others could not tell it from an old one:
+    every rank greets with a word of its own making, and rank 0's answer is filed under that word.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    lent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(address, port, size, is_master=rank == 0 and not lent, timeout=timeout, wait_for_workers=False)
+    if not lent or size == 1:
+        return dist.PrefixStore(uuid.uuid4().hex, store) if lent else store
+    if rank == 0:
+        return dist.PrefixStore(_answer_greetings(store, size, timeout), store)
+    word = uuid.uuid4().hex
+    store.set(f"harness/greeting/{rank}", word)
+    prefix = store.get(f"harness/answer/{word}").decode()
+    store.set(f"harness/thanks/{prefix}/{rank}", "")
+    return dist.PrefixStore(prefix, store)
+
+
+def _answer_greetings(store: dist.Store, size: int, timeout: timedelta) -> str:
+    """Rank 0's side: answers every greeting that it finds, old ones too, until all living ranks have thanked it."""
+    prefix = uuid.uuid4().hex
+    waiting = set(range(1, size))
+    answered: set[tuple[int, bytes]] = set()
+    deadline = time.monotonic() + timeout.total_seconds()
+    while waiting:
+        for rank in sorted(waiting):
+            if store.check([f"harness/greeting/{rank}"]):
+                word = store.get(f"harness/greeting/{rank}")
+                if (rank, word) not in answered:
+                    store.set(f"harness/answer/{word.decode()}", prefix)
+                    answered.add((rank, word))
+            if store.check([f"harness/thanks/{prefix}/{rank}"]):
+                waiting.discard(rank)
+        if time.monotonic() > deadline:
+            raise RankFailure(f"ranks {sorted(waiting)} did not come within {timeout.total_seconds():.0f} s")
+        time.sleep(0.005)
+    return prefix
+
+
+class Agreement:
+    """What all ranks want, known to all at the same step, at no cost to the step.
+
+    Every rank may want things (small numbers; the largest of each counts). Now and then a maximum over the control group is
+    begun at a step boundary and read at the next one, so it travels beside a step. The round says itself when
+    the next one begins: about every ``interval_seconds``, by the ranks' own measure of a step.
+    """
+
+    def __init__(self, world: World, wants: int, interval_seconds: float = 0.2) -> None:
+        self._world = world
+        self._nothing = [0] * wants
+        self._interval_seconds = interval_seconds
+        self._pending: PendingMax | None = None
+        self._steps_to_next = 1
+        self._steps_since = 0
+        self._began = time.monotonic()
+
+    def exchange(self, *wants: int) -> list[int]:
+        """Called by every rank at every step boundary. What was agreed on since the last call; all 0 where nothing was."""
+        if self._world.size == 1:
+            return list(wants)
+        agreed = self._nothing
+        if self._pending is not None:
+            self._steps_to_next, *agreed = self._pending.wait()
+            self._pending = None
+        self._steps_since += 1
+        if self._steps_since >= self._steps_to_next:
+            self._begin(wants)
+        return agreed
+
+    def _begin(self, wants: Sequence[int]) -> None:
+        now = time.monotonic()
+        step_seconds = max((now - self._began) / self._steps_since, 1e-6)
+        steps = min(max(int(self._interval_seconds / step_seconds), 1), 10_000)
+        self._began, self._steps_since = now, 0
+        self._pending = self._world.begin_max([steps, *wants])
+
+    def finish(self) -> None:
+        """Waits for a round that is under way, after the last step."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
