@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 import harness
-from harness.errors import ConfigError, HarnessError, Stopped
+from harness.errors import Corrupt, HarnessError, NoCheckpoint, RankFailure, Stopped
 
 if TYPE_CHECKING:
     from harness.checkpoint.catalog import Catalog, Entry
@@ -80,9 +80,12 @@ def train(config_file: str, overrides: tuple[str, ...], fresh: bool) -> None:
 
 def _build_task(config: "Config") -> "Task":
     """Everything that can be wrong with the configuration is found here, before the ranks meet."""
-    from harness.task import find_builder  # noqa: PLC0415  # see the module's docstring
+    from harness.checkpoint.store import open_store  # noqa: PLC0415  # see the module's docstring
+    from harness.task import find_builder  # noqa: PLC0415
 
     builder = find_builder(config.task, config.args)
+    if config.checkpoint.url is not None:
+        open_store(config.checkpoint.url, config.checkpoint.storage_options)
     from harness.loop import build_task  # noqa: PLC0415  # torch is imported only once the task is known to exist
 
     return build_task(config, builder)
@@ -91,7 +94,7 @@ def _build_task(config: "Config") -> "Task":
 def _train(config: "Config", task: "Task", stop: Any, *, fresh: bool) -> None:
     """Joins the other ranks, trains, and leaves: in step with them after a success, at once after a failure."""
     from harness import loop  # noqa: PLC0415  # see the module's docstring
-    from harness.world import join_world, leave_at_once  # noqa: PLC0415
+    from harness.world import has_lost_a_peer, join_world, leave_at_once  # noqa: PLC0415
 
     world = join_world(config.world)
     logging.getLogger().setLevel(logging.INFO if world.rank == 0 else logging.ERROR)
@@ -106,6 +109,8 @@ def _train(config: "Config", task: "Task", stop: Any, *, fresh: bool) -> None:
         if world.size == 1 or isinstance(error, Stopped):
             raise
         # The other ranks may wait for this one in a collective for minutes; torchrun frees them once this one is gone.
+        if has_lost_a_peer(error):
+            error = RankFailure(f"lost contact with another rank: {error}")
         if isinstance(error, HarnessError):
             click.echo(f"harness: rank {world.rank}: {error}", err=True)
         else:
@@ -187,8 +192,65 @@ def inspect(url: str, storage_options: tuple[str, ...], as_json: bool, step: int
             click.echo(f"{key}: {value}")
 
 
+@cli.command()
+@_reads_run
+@click.option("--step", type=int, help="Only the checkpoints of this step.")
+@click.option("--deep", is_flag=True, help="Read every byte and compare it with the checksums.")
+def verify(url: str, storage_options: tuple[str, ...], as_json: bool, step: int | None, deep: bool) -> None:
+    """Check the checkpoints of a run: manifests and sizes, with --deep every byte.
+
+    Exit codes: 0 all are whole, 65 some are damaged, 66 there is none.
+    """
+    from harness.checkpoint.catalog import verify_all  # noqa: PLC0415  # see the module's docstring
+
+    entries = verify_all(_open_catalog(url, storage_options), step=step, deep=deep)
+    if as_json:
+        click.echo(json.dumps([_summary(entry) for entry in entries], indent=1))
+    else:
+        for entry in entries:
+            click.echo(f"{entry.state:<10}  step {entry.step:<10} {entry.directory}  {entry.problem}".rstrip())
+    if not entries:
+        raise NoCheckpoint(f"{url}: there is no checkpoint to verify")
+    damaged = [entry for entry in entries if entry.state == "damaged"]
+    if damaged:
+        raise Corrupt(f"{url}: {len(damaged)} of {len(entries)} checkpoints are damaged")
+
+
+@cli.command()
+@_reads_run
+@click.option("--keep-last", type=click.IntRange(min=1), required=True, help="How many of the newest whole ones stay.")
+@click.option("--keep-every-steps", type=click.IntRange(min=1), help="Keep those whose step is a multiple of this, too.")
+@click.option("--dry-run", is_flag=True, help="Say what would be deleted, and delete nothing.")
+def prune(
+    url: str,
+    storage_options: tuple[str, ...],
+    as_json: bool,
+    keep_last: int,
+    keep_every_steps: int | None,
+    dry_run: bool,
+) -> None:
+    """Delete old checkpoints, and what unfinished saves have left behind. The newest whole checkpoint always stays.
+
+    For a run that is not training: a run that is does it by itself (checkpoint.keep_last).
+    """
+    from harness.checkpoint.catalog import Retention  # noqa: PLC0415  # see the module's docstring
+
+    retention = Retention(keep_last, keep_every_steps)
+    gone = _open_catalog(url, storage_options).prune(retention, dry_run=dry_run)
+    if as_json:
+        click.echo(json.dumps([_summary(entry) for entry in gone], indent=1))
+        return
+    for entry in gone:
+        click.echo(f"{'would delete' if dry_run else 'deleted'}  {entry.state:<10}  {entry.directory}")
+
+
 def _summary(entry: "Entry") -> dict[str, Any]:
-    known: dict[str, Any] = {"directory": entry.directory, "state": entry.state, "step": entry.step, "attempt": entry.attempt.id}
+    known: dict[str, Any] = {
+        "directory": entry.directory,
+        "state": entry.state,
+        "step": entry.step,
+        "attempt": entry.attempt.id,
+    }
     if entry.problem:
         known["problem"] = entry.problem
     if entry.manifest is not None:

@@ -75,6 +75,10 @@ class CheckpointConfig(_Section):
     """Save after so many epochs. Whatever the intervals, the end of the run is saved."""
     keep_last: int | None = Field(default=None, ge=1)
     """How many checkpoints to keep; older ones are deleted after a commit. None: all."""
+    keep_every_steps: int | None = Field(default=None, ge=1)
+    """Besides the last ones, keep those whose step is a multiple of this."""
+    keep_best: bool = False
+    """Besides the last ones, keep the one with the best evaluation; each new best is saved."""
     failures_allowed: int = Field(default=3, ge=0)
     """How many saves in a row may fail before the run stops. The last save of a run may not."""
     shard_bytes: int = Field(default=1 << 30, ge=1 << 10)
@@ -88,6 +92,8 @@ class CheckpointConfig(_Section):
             for key in ("every_steps", "every_seconds", "every_epochs", "keep_last"):
                 if getattr(self, key) is not None:
                     raise PydanticCustomError("relation", f"expected checkpoint.url beside checkpoint.{key}, found none")
+        if self.keep_last is None and (self.keep_every_steps is not None or self.keep_best):
+            raise PydanticCustomError("relation", "expected checkpoint.keep_last beside what else is to be kept, found none")
         return self
 
 
@@ -145,7 +151,7 @@ class Config(_Section):
     world: WorldConfig = WorldConfig()
 
     def digest(self) -> str:
-        """Identifies what is trained; equal digests mean equal runs, wherever they are saved and however they are fetched."""
+        """Identifies what is trained; equal digests mean equal runs, wherever they are saved."""
         what = self.model_dump(mode="json", include={"task", "args", "seed", "train"})
         return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -1,12 +1,12 @@
 """Which samples are trained when, and by whom: a function of the seed and of one global position.
 
 The order of epoch *e* is a permutation that depends on ``(seed, e)`` alone. A global batch is the next
-``global_batch_size`` samples of it (the last of an epoch may be shorter: every sample is trained once an epoch). The position
-is data, not replay: ``Cursor`` says how many samples of which epoch have been trained, at any world size.
+``global_batch_size`` samples of it (the last of an epoch may be shorter: every sample is trained once an epoch). The
+position is data, not replay: ``Cursor`` says how many samples of which epoch have been trained, at any world size.
 
 A batch is divided among the ranks in contiguous shares whose sizes differ by at most one. Gradients are weighted by samples,
-so the sum over ranks is the mean over the batch whatever the shares. A rank whose share is empty (a batch of fewer samples than
-ranks) goes through the motions with a sample that weighs nothing, because DDP waits for every rank.
+so the sum over ranks is the mean over the batch whatever the shares. A rank whose share is empty (a batch of fewer
+samples than ranks) goes through the motions with a sample that weighs nothing, because DDP waits for every rank.
 
 What a sample looks like must not depend on which process fetches it, nor when: before a sample is fetched, the generators
 of Python, NumPy and torch are seeded from ``(seed, epoch, index)``, and in the training process put back afterwards.
@@ -142,7 +142,7 @@ def batches(
 
     loader = DataLoader(
         _Seeded(dataset, seed),
-        batch_sampler=keys(),  # type: ignore[arg-type]  # any iterable of lists will do
+        batch_sampler=keys(),
         num_workers=workers,
         collate_fn=collate or default_collate,
         pin_memory=pin_memory,
@@ -160,7 +160,7 @@ def batches(
         yield micro_batches
 
 
-def _shield_worker(worker: int) -> None:
+def _shield_worker(_worker: int) -> None:
     """A worker outlives the signal that stops the run: torchrun signals the whole process group, and a trainer whose
     workers die cannot take its last steps. Workers end when the trainer closes them or is gone."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):

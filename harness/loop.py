@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 import harness
 from harness import data, resume
-from harness.checkpoint.catalog import Catalog
+from harness.checkpoint.catalog import Catalog, Retention
 from harness.checkpoint.saver import Saver
 from harness.checkpoint.store import open_store
 from harness.config import Config
@@ -32,8 +31,8 @@ Step = list[tuple[Any, float]]  # the micro-batches of a step on this rank, and 
 def train(config: Config, task: Task, world: World, stop: StopRequest, *, fresh: bool = False) -> Progress:
     """Trains a task to its end, from wherever the run at ``checkpoint.url`` is.
 
-    Every rank calls it with the same arguments. Raises ``Stopped`` when ``stop`` was set on any rank; the step that all ranks
-    finished last is saved then.
+    Every rank calls it with the same arguments. Raises ``Stopped`` when ``stop`` was set on any rank; the step that all
+    ranks finished last is saved then.
     """
     run = _Run(config, task, world, fresh=fresh)
     progress = run.state.progress
@@ -47,7 +46,7 @@ def train(config: Config, task: Task, world: World, stop: StopRequest, *, fresh:
         stopping, save_is_due = agreement.exchange(bool(stop), run.seconds_are_over())
         run.log_if_due()
         run.evaluate_if_due()
-        run.save_if_due(now=bool(stopping or save_is_due), must_succeed=bool(stopping))
+        run.save_if_due(now=bool(stopping or save_is_due or run.is_new_best()), must_succeed=bool(stopping))
         if stopping and not run.is_over():
             agreement.finish()
             why = stop.signal_name or "on another rank"
@@ -111,8 +110,7 @@ class _Run:
             resume.check_lockstep(world, self.state)
             return
         catalog = Catalog(open_store(checkpoint.url, checkpoint.storage_options))
-        launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" is torchrun's word for "not given"
-        launch = None if launch == "none" else launch
+        launch = _launch_id()
         if fresh:
             resume.on_first(world, lambda: resume.refuse_to_reuse(catalog, launch))
         about = {"launch": launch, "world_size": world.size, "host": platform.node(), "pid": os.getpid()}
@@ -125,7 +123,7 @@ class _Run:
                 catalog=catalog,
                 attempt=attempt,
                 lineage=resumed.lineage if resumed else [],
-                keep_last=checkpoint.keep_last,
+                retention=Retention(checkpoint.keep_last, checkpoint.keep_every_steps),
                 shard_bytes=checkpoint.shard_bytes,
                 failures_allowed=checkpoint.failures_allowed,
             )
@@ -183,12 +181,14 @@ class _Run:
                 with self.autocast():
                     loss = self.task.loss(self.model, data.to_device(batch, self.world.device))
                 # DDP divides by the number of ranks, as if their shares were equal; the weights know better.
-                self.state.scaler.scale(loss * (weight * self.world.size)).backward()
+                torch.autograd.backward(self.state.scaler.scale(loss * (weight * self.world.size)))
             total += loss.detach() * weight
         return total
 
     def without_meeting(self) -> contextlib.AbstractContextManager[Any]:
-        return self.model.no_sync() if self.model is not self.task.model else contextlib.nullcontext()  # type: ignore[operator, no-any-return]
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            return self.model.no_sync()
+        return contextlib.nullcontext()
 
     def autocast(self) -> torch.autocast:
         dtype = torch.float16 if self.config.train.precision == "fp16" else torch.bfloat16
@@ -244,6 +244,8 @@ class _Run:
             for module, mode in modes:
                 module.training = mode
             restore_random_state(before, self.world.device)
+        if evaluation.metric not in values:
+            raise ConfigError(f"task: evaluation.metric is {evaluation.metric!r}, measured were {', '.join(values)}")
         progress.last |= values
         value, best = values[evaluation.metric], progress.best.get(evaluation.metric)
         if best is None or (value > best if evaluation.higher_is_better else value < best):
@@ -256,6 +258,8 @@ class _Run:
         evaluation = self.task.evaluation
         assert evaluation is not None
         size, rank, ranks = len(evaluation.dataset), self.world.rank, self.world.size  # type: ignore[arg-type]
+        if size == 0:
+            raise ConfigError("task: expected an evaluation data set with samples, found an empty one")
         share = range(rank * size // ranks, (rank + 1) * size // ranks)
         sums: dict[str, float] = {}
         for start in range(0, len(share), evaluation.batch_size):
@@ -275,6 +279,10 @@ class _Run:
         every = self.config.checkpoint.every_seconds
         return every is not None and self.world.rank == 0 and time.monotonic() - self.last_saved_time >= every
 
+    def is_new_best(self) -> bool:
+        """Whether this step's evaluation is the best so far, and such a checkpoint is to be kept."""
+        return self.config.checkpoint.keep_best and self.state.progress.best.get("step") == self.state.progress.step
+
     def save_if_due(self, *, now: bool, must_succeed: bool) -> None:
         """Commits the state as it is at this step boundary. All ranks call it; rank 0 writes."""
         checkpoint, progress = self.config.checkpoint, self.state.progress
@@ -287,7 +295,8 @@ class _Run:
             return
         parts = {**self.state.capture(), "random": {str(rank): state for rank, state in enumerate(states)}}
         must_succeed = must_succeed or self.is_over()
-        saved = self.saver.save(parts, step=progress.step, meta=self.meta(), must_succeed=must_succeed)
+        best = int(progress.best["step"]) if checkpoint.keep_best and progress.best else None
+        saved = self.saver.save(parts, step=progress.step, meta=self.meta(), best_step=best, must_succeed=must_succeed)
         if saved is not None:
             message = f"step {progress.step}/{self.total_steps}  saved {saved.directory} in {saved.seconds:.2f} s"
             self.reporter.event("save", message, step=progress.step, **asdict(saved))
@@ -300,19 +309,20 @@ class _Run:
         progress = self.state.progress
         return {
             "epoch": progress.cursor.epoch,
-            "world_size": self.world.size,
             "cursor": asdict(progress.cursor),
             "metrics": {"last": progress.last, "best": progress.best},
             **self.identity(),
+            **resume.conditions(self.world),
             "config": self.config.digest(),
-            "threads": torch.get_num_threads(),
-            "versions": {
-                "harness": harness.__version__,
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-                "python": platform.python_version(),
-            },
+            "python": platform.python_version(),
+            "harness": harness.__version__,
         }
+
+
+def _launch_id() -> str | None:
+    """What the restarts of one launch have in common; None where the launcher gave it no name of its own."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" is torchrun's word for "not given"
+    return None if name == "none" else name
 
 
 def _be_deterministic(wanted: bool) -> None:
@@ -321,7 +331,8 @@ def _be_deterministic(wanted: bool) -> None:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass over every new tensor, changes no result
+    # Filling every new tensor costs a pass over its memory and changes no result.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from harness.checkpoint import load
 from harness.checkpoint.catalog import Catalog, Entry
 from harness.checkpoint.format import Ancestor
@@ -43,8 +45,8 @@ def resume(world: World, catalog: Catalog, state: TrainingState, run: Mapping[st
     """Restores the newest checkpoint that all ranks can read; None when the run has none at all.
 
     ``run`` holds what must be the same as when the checkpoint was written (seed, size of the data set); a difference is a
-    ``Mismatch``, as is a checkpoint that does not fit the model. Raises ``NoCheckpoint`` when there are checkpoints and none is
-    whole.
+    ``Mismatch``, as is a checkpoint that does not fit the model. Raises ``NoCheckpoint`` when there are checkpoints and
+    none is whole.
     """
     entries = on_first(world, lambda: list(catalog.candidates()))
     for entry in entries:
@@ -52,19 +54,14 @@ def resume(world: World, catalog: Catalog, state: TrainingState, run: Mapping[st
         if problems:
             log.error("NOT resuming from %s: %s", entry.directory, "; ".join(problems))
             continue
-        assert parts is not None and entry.manifest is not None, "no rank reported a problem"
+        assert parts is not None, "no rank reported a problem"
+        assert entry.manifest is not None
         meta = entry.manifest.meta
         _check_run(meta, run)
         state.restore(parts, entry.step, Cursor(meta["cursor"]["epoch"], meta["cursor"]["offset"]))
-        if (random_states := parts["random"].get(str(world.rank))) and meta["world_size"] == world.size:
-            restore_random_state(random_states, state.device)
-        else:
-            log.warning(
-                "the checkpoint was written on %s ranks, there are %s: the samples of every global batch are the same, "
-                "the bits of the results are not",
-                meta["world_size"],
-                world.size,
-            )
+        _warn_if_inexact(meta, conditions(world))
+        if meta["world_size"] == world.size:  # else the streams start anew, from the seed and the rank
+            restore_random_state(parts["random"][str(world.rank)], state.device)
         ancestor = Ancestor(entry.manifest.attempt, entry.step)
         return Resumed(entry.directory, entry.step, [*entry.manifest.lineage, ancestor])
     if entries:
@@ -109,6 +106,26 @@ def _read_together(world: World, catalog: Catalog, entry: Entry) -> tuple[dict[s
         except (CheckpointError, StoreError) as error:
             problem = f"{error} (rank {world.rank})"
     return parts, sorted({problem for problem in world.all_gather(problem) if problem})
+
+
+def conditions(world: World) -> dict[str, Any]:
+    """What the bits of a result depend on besides the run itself. It is in every manifest."""
+    return {
+        "world_size": world.size,
+        "device": world.device.type,
+        "threads": torch.get_num_threads(),  # torchrun sets one for each of several local ranks
+        "torch": torch.__version__,
+    }
+
+
+def _warn_if_inexact(meta: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    differences = [f"{key} {meta.get(key)} → {value}" for key, value in here.items() if meta.get(key) != value]
+    if differences:
+        log.warning(
+            "resuming under other conditions (%s): every global batch has the same samples, but the results will not "
+            "have the same bits",
+            ", ".join(differences),
+        )
 
 
 def _check_run(meta: Mapping[str, Any], run: Mapping[str, Any]) -> None:

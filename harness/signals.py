@@ -24,7 +24,7 @@ class StopRequest:
         for number in _STOP_SIGNALS:
             signal.signal(number, self._remember)
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
         if self.signal_name and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name

@@ -18,6 +18,8 @@ from typing import Any, NoReturn, Protocol
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is public, and not in __all__
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from harness.config import WorldConfig
 from harness.errors import ConfigError, RankFailure
@@ -213,7 +215,7 @@ def _choose_device(config: WorldConfig) -> torch.device:
     return device
 
 
-def _fresh_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+def _fresh_store(rank: int, size: int, timeout: timedelta) -> Store:
     """The store through which the ranks of this very start find each other.
 
     torchrun (2.13) lends its workers the agent's own store, and it keeps the keys of earlier starts: after a restart, a
@@ -223,19 +225,20 @@ def _fresh_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     lent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(address, port, size, is_master=rank == 0 and not lent, timeout=timeout, wait_for_workers=False)
+    hosts = rank == 0 and not lent
+    store = TCPStore(address, port, size, is_master=hosts, timeout=timeout, wait_for_workers=False)
     if not lent or size == 1:
-        return dist.PrefixStore(uuid.uuid4().hex, store) if lent else store
+        return PrefixStore(uuid.uuid4().hex, store) if lent else store
     if rank == 0:
-        return dist.PrefixStore(_answer_greetings(store, size, timeout), store)
+        return PrefixStore(_answer_greetings(store, size, timeout), store)
     word = uuid.uuid4().hex
     store.set(f"harness/greeting/{rank}", word)
     prefix = store.get(f"harness/answer/{word}").decode()
     store.set(f"harness/thanks/{prefix}/{rank}", "")
-    return dist.PrefixStore(prefix, store)
+    return PrefixStore(prefix, store)
 
 
-def _answer_greetings(store: dist.Store, size: int, timeout: timedelta) -> str:
+def _answer_greetings(store: Store, size: int, timeout: timedelta) -> str:
     """Rank 0's side: answers every greeting that it finds, old ones too, until all living ranks have thanked it."""
     prefix = uuid.uuid4().hex
     waiting = set(range(1, size))
@@ -254,6 +257,13 @@ def _answer_greetings(store: dist.Store, size: int, timeout: timedelta) -> str:
             raise RankFailure(f"ranks {sorted(waiting)} did not come within {timeout.total_seconds():.0f} s")
         time.sleep(0.005)
     return prefix
+
+
+def has_lost_a_peer(error: BaseException) -> bool:
+    """Whether an error says that another rank is gone, rather than that something is wrong here."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and "gloo/transport" in str(error)  # gloo's own errors have no class
 
 
 class Agreement:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, BinaryIO, Literal
 
@@ -33,6 +33,23 @@ class Entry:
     state: Literal["whole", "damaged", "unfinished"]
     manifest: Manifest | None = None
     problem: str = ""
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints to keep: the last so many (None: all), and those whose step is a multiple of another number."""
+
+    keep_last: int | None = None
+    keep_every_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        assert self.keep_last is None or self.keep_last >= 1, "the newest whole checkpoint is never deleted"
+
+    def keeps(self, age: int, step: int, best_step: int | None) -> bool:
+        """Whether the whole checkpoint that is the ``age``-th newest (from 0) stays."""
+        if self.keep_last is None or age < self.keep_last or step == best_step:
+            return True
+        return self.keep_every_steps is not None and step % self.keep_every_steps == 0
 
 
 class Catalog:
@@ -103,24 +120,32 @@ class Catalog:
         for file in self.open(entry.directory).files:
             _verify_file(self.store, f"{entry.directory}/{file.name}", file)
 
-    def prune(self, keep_last: int) -> list[str]:
-        """Deletes all but the ``keep_last`` newest whole checkpoints of the line the run is on; returns what went.
+    def prune(self, retention: Retention, best_step: int | None = None, *, dry_run: bool = False) -> list[Entry]:
+        """Deletes what is not to be kept and returns it. Called after a commit, by the only writer.
 
-        Called after a commit by the only writer. A manifest goes first, so that no half-deleted checkpoint counts, and
-        the newest whole one never goes. What is unfinished or damaged goes only where a newer whole one has replaced it.
+        What is kept are whole checkpoints of the line that the run is on; ``best_step`` names one more of them. Whatever is
+        newer than the newest of them stays, since somebody may be writing it. Of the older, all goes that is not kept:
+        checkpoints, what they left behind when a deletion was cut short, saves that were never finished, lines that were
+        left. With ``keep_last=None`` only the unfinished ones go.
         """
-        assert keep_last >= 1
-        kept = [entry for entry in self.candidates() if entry.state == "whole"][:keep_last]
-        if not kept:
+        whole = [entry for entry in self.candidates() if entry.state == "whole"]
+        if not whole:
             return []
-        newest = (kept[0].attempt, kept[0].step)
-        names = {entry.directory for entry in kept}
-        gone = [entry for entry in self.entries() if entry.directory not in names and (entry.attempt, entry.step) < newest]
-        for entry in gone:
+        kept = {entry.directory for age, entry in enumerate(whole) if retention.keeps(age, entry.step, best_step)}
+        newest = (whole[0].attempt, whole[0].step)
+        gone = [
+            entry
+            for entry in self.entries()
+            if entry.directory not in kept
+            and (entry.attempt, entry.step) < newest
+            and (entry.state == "unfinished" or retention.keep_last is not None)
+        ]
+        for entry in gone if not dry_run else ():
             self._delete(entry.directory)
-        return [entry.directory for entry in gone]
+        return gone
 
     def _delete(self, directory: str) -> None:
+        """Removes a save. Its manifest goes first, so that a deletion that is cut short leaves no checkpoint."""
         objects = self.store.list(directory)
         for name in sorted(objects, key=lambda name: not name.endswith(f"/{MANIFEST}")):
             self.store.delete(name)
@@ -155,6 +180,23 @@ class Catalog:
         except ValueError:
             return {}
         return record if isinstance(record, dict) else {}
+
+
+def verify_all(catalog: Catalog, *, step: int | None = None, deep: bool = False) -> list[Entry]:
+    """The committed saves of a run (or those of one step), as ``Catalog.entries`` has them; with ``deep`` after every byte
+    has been read."""
+    entries = [entry for entry in catalog.entries() if entry.state != "unfinished" and step in (None, entry.step)]
+    return [_verified(catalog, entry) for entry in entries] if deep else entries
+
+
+def _verified(catalog: Catalog, entry: Entry) -> Entry:
+    if entry.state != "whole":
+        return entry
+    try:
+        catalog.verify(entry)
+    except CheckpointError as error:
+        return replace(entry, state="damaged", problem=str(error))
+    return entry
 
 
 def _check_size(file: FileInfo, found_bytes: int | None) -> None:

@@ -7,7 +7,7 @@ into a directory that nobody else uses.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -141,8 +141,7 @@ def _hash(chunks: Iterator[memoryview]) -> str:
 
 
 def _put_bytes(store: Store, name: str, data: bytes) -> None:
-    chunks: Callable[[], list[Buffer]] = lambda: [data]  # noqa: E731
-    store.put(name, chunks, len(data))
+    store.put(name, lambda: [data], len(data))
 
 
 def _confirm(store: Store, name: str, expected_bytes: int) -> None:

@@ -37,8 +37,7 @@ def read(store: Store, directory: str, manifest: Manifest, parts: Iterable[str] 
     wanted = manifest.parts if parts is None else {name: manifest.parts[name] for name in parts}
     files = {file.name: file for file in manifest.files}
     return {
-        name: _read_part(store, directory, name, part, [files[file] for file in part.files])
-        for name, part in wanted.items()
+        name: _read_part(store, directory, name, part, [files[file] for file in part.files]) for name, part in wanted.items()
     }
 
 
@@ -111,7 +110,7 @@ class _Reader:
         tensor = torch.empty(info.shape, dtype=getattr(torch, info.dtype))
         own = hasher(algorithm)
         if tensor.numel():
-            self.fill(memoryview(tensor.view(-1).view(torch.uint8).numpy()), own)
+            self.fill(tensor.view(-1).view(torch.uint8).numpy().data, own)
         return tensor, f"{algorithm}:{own.hexdigest()}"
 
     def fill(self, place: memoryview, own: Hasher | None = None) -> None:

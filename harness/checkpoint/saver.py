@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.checkpoint import commit
-from harness.checkpoint.catalog import Catalog
+from harness.checkpoint.catalog import Catalog, Retention
 from harness.checkpoint.format import Ancestor, Attempt
 from harness.errors import StoreError
 
@@ -35,15 +35,24 @@ class Saver:
     catalog: Catalog
     attempt: Attempt
     lineage: Sequence[Ancestor]
-    keep_last: int | None
+    retention: Retention
     shard_bytes: int
     failures_allowed: int
     failures: int = 0
 
     def save(
-        self, parts: Mapping[str, Mapping[str, Any]], *, step: int, meta: Mapping[str, Any], must_succeed: bool
+        self,
+        parts: Mapping[str, Mapping[str, Any]],
+        *,
+        step: int,
+        meta: Mapping[str, Any],
+        best_step: int | None = None,
+        must_succeed: bool,
     ) -> Saved | None:
-        """Commits a checkpoint, then deletes what is not to be kept. None when it failed and training may go on."""
+        """Commits a checkpoint, then deletes what is not to be kept. None when it failed and training may go on.
+
+        ``best_step`` is a step whose checkpoint is kept whatever its age.
+        """
         began = time.monotonic()
         try:
             directory, manifest = commit.write(
@@ -57,18 +66,17 @@ class Saver:
             )
         except StoreError as error:
             self.failures += 1
-            log.error("save of step %d FAILED (%d in a row): %s", step, self.failures, error)
+            what = f"save of step {step} FAILED ({self.failures} in a row)"
+            log.error("%s: %s", what, error)  # noqa: TRY400  # a full disk needs no traceback
             if must_succeed or self.failures > self.failures_allowed:
                 raise
             return None
         self.failures = 0
-        self._prune()
+        self._prune(best_step)
         return Saved(directory, manifest.bytes, time.monotonic() - began)
 
-    def _prune(self) -> None:
-        if self.keep_last is None:
-            return
+    def _prune(self, best_step: int | None) -> None:
         try:
-            self.catalog.prune(self.keep_last)
+            self.catalog.prune(self.retention, best_step)
         except StoreError as error:  # the commit stands; what is left over goes after the next one
             log.warning("could not delete old checkpoints: %s", error)

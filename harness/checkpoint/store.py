@@ -30,7 +30,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
 
-from harness.errors import HarnessError, StoreError
+from harness.errors import ConfigError, HarnessError, StoreError
 
 T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview
@@ -195,13 +195,13 @@ def open_store(
 ) -> Store:
     """The store at a URL: ``s3://bucket/run``, ``memory://run``, a local path, anything that fsspec knows.
 
-    ``storage_options`` go to the filesystem as they are (``key``, ``endpoint_url``, …). Raises ``StoreError`` when there is
+    ``storage_options`` go to the filesystem as they are (``key``, ``endpoint_url``, …). Raises ``ConfigError`` when there is
     no such filesystem or its package is not installed.
     """
     try:
         fs, root = fsspec.core.url_to_fs(url, **(storage_options or {}))
     except (ValueError, ImportError, TypeError) as error:
-        raise StoreError(f"open {shown(url)}: {error}") from None
+        raise ConfigError(f"{shown(url)}: {error}") from None
     kind = _LocalStore if isinstance(fs, LocalFileSystem) else Store
     return kind(fs, root, shown(url), attempts, deadline_seconds)
 

@@ -1,10 +1,11 @@
 """Nested values to JSON and named tensors, and back, without pickle.
 
-``encode`` walks what a ``state_dict()`` returns. Tensors are taken out under their paths (see ``harness.checkpoint.format``);
-what is left is JSON. JSON knows fewer types than Python, so some values are written as an object with one tagged key:
+``encode`` walks what a ``state_dict()`` returns. Tensors are taken out under their paths (see
+``harness.checkpoint.format``); what is left is JSON. JSON knows fewer types than Python, so some values are written as an
+object with one tagged key:
 
     (1, 2)            {"$tuple": [1, 2]}            {1, 2}              {"$set": [1, 2]}
-    b"ab"             {"$bytes": "YWI="}            1+2j                {"$complex": ["0x1.0p+0", "0x1.0p+1"]}
+    b"ab"             {"$bytes": "YWI="}            1+2j                {"$complex": "<32 hex digits>"}
     inf, -inf, nan    {"$float": "<16 hex digits>"} Counter({5: 1})     {"$counter": [[5, 1]]}
     numpy scalar      {"$numpy": [dtype, hex]}      numpy array         {"$array": dtype} and a tensor
     a tensor within a list                          {"$tensor": true}
@@ -60,15 +61,15 @@ def raw_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
         return
     if tensor.nbytes <= _CHUNK_BYTES or tensor.dim() == 0:
         whole = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        yield memoryview(whole.reshape(-1).view(torch.uint8).numpy())
+        yield whole.reshape(-1).view(torch.uint8).numpy().data
     elif tensor.is_contiguous():
         items = _CHUNK_BYTES // tensor.element_size()
-        for piece in tensor.detach().view(-1).split(items):
+        for piece in torch.split(tensor.detach().view(-1), items):
             plain = piece.cpu().resolve_conj().resolve_neg()
-            yield memoryview(plain.view(torch.uint8).numpy())
+            yield plain.view(torch.uint8).numpy().data
     else:  # a view with strides: row by row, so that the whole is never copied
         rows = max(1, _CHUNK_BYTES * tensor.shape[0] // tensor.nbytes)
-        for piece in tensor.split(rows):
+        for piece in torch.split(tensor, rows):
             yield from raw_bytes(piece if rows > 1 else piece[0])
 
 
@@ -261,4 +262,4 @@ class _Decoder:
 def _key(written: str) -> Any:
     if written.startswith("$:"):
         return json.loads(written[2:])
-    return written[1:] if written.startswith("$") else written
+    return written.removeprefix("$")

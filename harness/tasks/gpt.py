@@ -66,9 +66,9 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        for block in self.blocks:  # the stream is a sum of 2 × layers terms: keep its variance
-            for linear in (block.out, block.down):
-                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * layers))  # type: ignore[arg-type]
+        for name, parameter in self.named_parameters():  # the stream is a sum of 2 * layers terms: keep its variance
+            if name.endswith(("out.weight", "down.weight")):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers))
         self.head.weight = self.embed.weight
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -81,8 +81,8 @@ class GPT(nn.Module):
 def read_text(url: str | None) -> bytes:
     """The text at a URL; without one, the language reference that every CPython carries."""
     if url is not None:
-        with fsspec.open(url, "rb") as file:
-            return bytes(file.read())
+        fs, path = fsspec.core.url_to_fs(url)
+        return bytes(fs.cat_file(path))
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     return "\n".join(topics[name] for name in sorted(topics)).encode()
 
