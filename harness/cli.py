@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 import harness
+from harness import outcome
+from harness.environment import is_first_of_node, is_under_torchrun
 from harness.errors import Corrupt, HarnessError, NoCheckpoint, RankFailure, Stopped
 
 if TYPE_CHECKING:
     from harness.checkpoint.catalog import Catalog, Entry
     from harness.config import Config
+    from harness.signals import StopRequest
     from harness.task import Task
 
 Function = Callable[..., Any]
@@ -36,6 +39,7 @@ def main() -> NoReturn:
     try:
         cli.main(standalone_mode=False)
     except HarnessError as error:
+        outcome.record(outcome.of(error))
         _complain(error)
         sys.exit(error.exit_code)
     except click.ClickException as error:
@@ -47,8 +51,6 @@ def main() -> NoReturn:
 
 
 def _complain(error: HarnessError) -> None:
-    from harness.world import is_first_of_node  # noqa: PLC0415  # see the module's docstring
-
     if is_first_of_node():
         for line in str(error).splitlines():
             click.echo(f"harness: {line}", err=True)
@@ -69,8 +71,11 @@ def train(config_file: str, overrides: tuple[str, ...], fresh: bool) -> None:
     again, 76 a rank failed, 1 anything else, with a traceback.
     """
     from harness.config import load_config  # noqa: PLC0415  # see the module's docstring
-    from harness.signals import StopRequest  # noqa: PLC0415
+    from harness.signals import StopRequest, die_with_parent  # noqa: PLC0415
 
+    if is_under_torchrun():
+        die_with_parent()
+    outcome.forget()
     stop = StopRequest()
     stop.listen()  # before torch is imported, which takes seconds
     config = load_config(config_file, overrides)
@@ -91,20 +96,30 @@ def _build_task(config: "Config") -> "Task":
     return build_task(config, builder)
 
 
-def _train(config: "Config", task: "Task", stop: Any, *, fresh: bool) -> None:
+def _train(config: "Config", task: "Task", stop: "StopRequest", *, fresh: bool) -> None:
     """Joins the other ranks, trains, and leaves: in step with them after a success, at once after a failure."""
     from harness import loop  # noqa: PLC0415  # see the module's docstring
     from harness.world import has_lost_a_peer, join_world, leave_at_once  # noqa: PLC0415
 
+    def leave_late() -> None:
+        late = Stopped(f"no step boundary within {config.stop.grace_seconds:.0f} s of the signal: the last commit stands")
+        outcome.record(outcome.of(late))
+        print(f"harness: {late}", file=sys.stderr, flush=True)
+        leave_at_once(late.exit_code)
+
+    stop.leave_in_time(config.stop.grace_seconds, leave_late)
     world = join_world(config.world)
     logging.getLogger().setLevel(logging.INFO if world.rank == 0 else logging.ERROR)
     try:
         try:
             loop.train(config, task, world, stop, fresh=fresh)
+            world.close()
         except Stopped as stopped:
             world.close()
-            raise stopped from None
-        world.close()
+            if not is_under_torchrun():
+                raise
+            outcome.record(outcome.of(stopped))  # torchrun would start a worker that says it in its exit code again
+            logging.getLogger("harness").info("%s", stopped)
     except BaseException as error:
         if world.size == 1 or isinstance(error, Stopped):
             raise
@@ -115,9 +130,27 @@ def _train(config: "Config", task: "Task", stop: Any, *, fresh: bool) -> None:
             click.echo(f"harness: rank {world.rank}: {error}", err=True)
         else:
             traceback.print_exc()
+        outcome.record(outcome.of(error))
         sys.stdout.flush()
         sys.stderr.flush()
         leave_at_once(error.exit_code if isinstance(error, HarnessError) else 1)
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def launch(arguments: tuple[str, ...]) -> None:
+    """Run `harness train` under torchrun: harness launch [torchrun options] -- train CONFIG.yaml ...
+
+    Sets what torchrun needs to restart well and ends it when starting again cannot help. Exit codes: 0 done, 75 stopped and
+    saved: start it again, 1 failed, starting again may help; 2, 65, 66, 70, 77 as for train: somebody has to act first.
+    """
+    from harness.launch import launch  # noqa: PLC0415  # see the module's docstring
+
+    if "train" not in arguments:
+        raise click.UsageError("expected: harness launch [torchrun options] -- train CONFIG.yaml ...")
+    # click takes the "--" away; the verb divides the two halves as well
+    start = arguments.index("train")
+    sys.exit(launch(arguments[:start], arguments[start:]))
 
 
 # --- reading a run ---------------------------------------------------------------------------------------------------
@@ -148,20 +181,24 @@ def _open_catalog(url: str, storage_options: tuple[str, ...]) -> "Catalog":
 @cli.command()
 @_reads_run
 def ls(url: str, storage_options: tuple[str, ...], as_json: bool) -> None:
-    """List the saves of a run: the whole ones, the damaged ones and those that were never finished.
+    """List the saves of a run: whole, damaged, unfinished, and those on a line that the run has left.
 
     The latest attempt comes first, the latest step first within it.
     """
+    from harness.checkpoint.catalog import line  # noqa: PLC0415  # see the module's docstring
+
     entries = _open_catalog(url, storage_options).entries()
+    in_line = {entry.directory for entry in line(entries)}
     if as_json:
-        click.echo(json.dumps([_summary(entry) for entry in entries], indent=1))
+        click.echo(json.dumps([{**_summary(entry), "in_line": entry.directory in in_line} for entry in entries], indent=1))
         return
     if not entries:
         click.echo("no checkpoints")
     for entry in entries:
         about = entry.manifest
+        state = "left" if entry.state == "whole" and entry.directory not in in_line else entry.state
         what = f"epoch {about.meta.get('epoch')}  {about.bytes / 1e6:.1f} MB  {about.created}" if about else ""
-        click.echo(f"{entry.state:<10}  step {entry.step:<10} {what}  {entry.directory}  {entry.problem}".rstrip())
+        click.echo(f"{state:<10}  step {entry.step:<10} {what}  {entry.directory}  {entry.problem}".rstrip())
 
 
 @cli.command()

@@ -117,6 +117,22 @@ class LogConfig(_Section):
     """A local file to which rank 0 appends the same records as JSON lines."""
 
 
+class WatchdogConfig(_Section):
+    """When a run counts as hung; then the stacks of all threads are written and the process ends, to be started again."""
+
+    timeout_seconds: float | None = Field(default=1800, gt=0)
+    """The longest time from the end of a step to the end of the next, evaluations and saves included. None: no watchdog."""
+    first_step_seconds: float = Field(default=3600, gt=0)
+    """The same for the first step, with everything that comes before it."""
+
+
+class StopConfig(_Section):
+    """What happens between a signal and the end."""
+
+    grace_seconds: float = Field(default=25, gt=0)
+    """The process is gone so long after a stop signal, saved or not; less than what the launcher grants (torchrun: 30)."""
+
+
 class WorldConfig(_Section):
     """What to run on; by default what the machine has."""
 
@@ -149,6 +165,8 @@ class Config(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     log: LogConfig = LogConfig()
     world: WorldConfig = WorldConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
+    stop: StopConfig = StopConfig()
 
     def digest(self) -> str:
         """Identifies what is trained; equal digests mean equal runs, wherever they are saved."""

@@ -10,11 +10,13 @@
     │   ├── Unsupported          2   the state holds a value that a checkpoint cannot
     │   └── NoCheckpoint        66   the run has checkpoints, and none of them is whole
     ├── RankFailure             76   another rank failed, or the ranks disagree
+    ├── CrashLoop               70   the same error at the same step, again and again
+    ├── Superseded              77   a newer attempt trains this run
     └── Stopped                 75   asked to stop; everything is saved; start it again
 
 The class says who must act, the message says where, what was expected and what was found. The number is the exit
-code of the process; the numbers above 63 have the meanings of BSD's ``sysexits.h`` (DATAERR, NOINPUT, IOERR, TEMPFAIL,
-PROTOCOL). Success is 0; 1 is an error of ours or of the training code, and comes with a traceback.
+code of the process; the numbers above 63 have the meanings of BSD's ``sysexits.h`` (DATAERR, NOINPUT, SOFTWARE, IOERR,
+TEMPFAIL, PROTOCOL, NOPERM). Success is 0; 1 is an error of ours or of the training code, and comes with a traceback.
 """
 
 from typing import ClassVar
@@ -82,6 +84,18 @@ class RankFailure(HarnessError):
     """Another rank failed, or the ranks are not in lockstep."""
 
     exit_code = 76
+
+
+class CrashLoop(HarnessError):
+    """The run has failed at the same step with the same error too often, from an older checkpoint, too."""
+
+    exit_code = 70
+
+
+class Superseded(HarnessError):
+    """A newer attempt has taken the run over: this one was believed dead, or the run was started twice."""
+
+    exit_code = 77
 
 
 class Stopped(HarnessError):

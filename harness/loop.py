@@ -3,8 +3,9 @@
 import contextlib
 import os
 import platform
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -18,12 +19,14 @@ from harness.checkpoint.saver import Saver
 from harness.checkpoint.store import open_store
 from harness.config import Config
 from harness.data import Cursor, Schedule
+from harness.environment import launch_id
 from harness.errors import ConfigError, Stopped
 from harness.metrics import Reporter, in_words
 from harness.signals import StopRequest
 from harness.state import Progress, TrainingState, random_state, restore_random_state
 from harness.task import Task
-from harness.world import Agreement, World
+from harness.watchdog import Watchdog
+from harness.world import Agreement, World, leave_at_once
 
 Step = list[tuple[Any, float]]  # the micro-batches of a step on this rank, and the weight of each
 
@@ -34,10 +37,14 @@ def train(config: Config, task: Task, world: World, stop: StopRequest, *, fresh:
     Every rank calls it with the same arguments. Raises ``Stopped`` when ``stop`` was set on any rank; the step that all
     ranks finished last is saved then.
     """
-    run = _Run(config, task, world, fresh=fresh)
+    with _watching(config) as watchdog:
+        return _train(_Run(config, task, world, fresh=fresh), stop, watchdog)
+
+
+def _train(run: "_Run", stop: StopRequest, watchdog: Watchdog | None) -> Progress:
     progress = run.state.progress
     batches = run.batches()
-    agreement = Agreement(world, wants=2)
+    agreement = Agreement(run.world, wants=2)
     while progress.step < run.total_steps:
         run.step(next(batches))
         progress.step += 1
@@ -47,6 +54,8 @@ def train(config: Config, task: Task, world: World, stop: StopRequest, *, fresh:
         run.log_if_due()
         run.evaluate_if_due()
         run.save_if_due(now=bool(stopping or save_is_due or run.is_new_best()), must_succeed=bool(stopping))
+        if watchdog is not None:
+            watchdog.step()
         if stopping and not run.is_over():
             agreement.finish()
             why = stop.signal_name or "on another rank"
@@ -54,6 +63,42 @@ def train(config: Config, task: Task, world: World, stop: StopRequest, *, fresh:
     agreement.finish()
     run.reporter.event("done", f"done: step {progress.step}  {in_words(progress.last)}", step=progress.step)
     return progress
+
+
+@contextlib.contextmanager
+def _watching(config: Config) -> Iterator[Watchdog | None]:
+    """A watchdog for the time of the training, where one is wanted."""
+    limits = config.watchdog
+    if limits.timeout_seconds is None:
+        yield None
+        return
+    watchdog = Watchdog(limits.timeout_seconds, limits.first_step_seconds, _report_hang(config), _leave_hung)
+    try:
+        yield watchdog
+    finally:
+        watchdog.stop()
+
+
+def _report_hang(config: Config) -> Callable[[str], None]:
+    """Writes the stacks beside the checkpoints, if the storage still answers."""
+
+    def report(stacks: str) -> None:
+        if config.checkpoint.url is None:
+            return
+        text = stacks.encode()
+        name = f"hangs/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-rank-{os.environ.get('RANK', '0')}.txt"
+        try:
+            store = open_store(config.checkpoint.url, config.checkpoint.storage_options, attempts=1, deadline_seconds=10)
+            store.put(name, lambda: [text], len(text))
+        except Exception as error:  # whatever it is, leaving comes first
+            print(f"harness: could not write {name}: {error}", file=sys.stderr, flush=True)
+
+    return report
+
+
+def _leave_hung() -> None:
+    time.sleep(1)  # the other ranks hang with this one and finish their reports now; the first to leave ends them all
+    leave_at_once(1)
 
 
 class _Run:
@@ -110,7 +155,7 @@ class _Run:
             resume.check_lockstep(world, self.state)
             return
         catalog = Catalog(open_store(checkpoint.url, checkpoint.storage_options))
-        launch = _launch_id()
+        launch = launch_id()
         if fresh:
             resume.on_first(world, lambda: resume.refuse_to_reuse(catalog, launch))
         about = {"launch": launch, "world_size": world.size, "host": platform.node(), "pid": os.getpid()}
@@ -317,12 +362,6 @@ class _Run:
             "python": platform.python_version(),
             "harness": harness.__version__,
         }
-
-
-def _launch_id() -> str | None:
-    """What the restarts of one launch have in common; None where the launcher gave it no name of its own."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" is torchrun's word for "not given"
-    return None if name == "none" else name
 
 
 def _be_deterministic(wanted: bool) -> None:

@@ -48,7 +48,7 @@ def resume(world: World, catalog: Catalog, state: TrainingState, run: Mapping[st
     ``Mismatch``, as is a checkpoint that does not fit the model. Raises ``NoCheckpoint`` when there are checkpoints and
     none is whole.
     """
-    entries = on_first(world, lambda: list(catalog.candidates()))
+    entries = on_first(world, catalog.candidates)
     for entry in entries:
         parts, problems = _read_together(world, catalog, entry)
         if problems:

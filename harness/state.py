@@ -11,7 +11,8 @@ consumed, and what is live must be filled.
 
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,9 +22,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from harness.checkpoint import commit
+from harness.checkpoint import commit, tree
 from harness.data import Cursor
-from harness.errors import Mismatch
+from harness.errors import Mismatch, Unsupported
 
 
 @dataclass
@@ -53,8 +54,9 @@ class TrainingState:
             "model": model_state(self.model),
             "optimizer": optimizer_state(self.optimizer, self.model),
             "training": {
-                "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+                "scheduler": scheduler_state(self.scheduler),
                 "scaler": self.scaler.state_dict(),
+                "module_versions": module_versions(self.model),
                 "last": self.progress.last,
                 "best": self.progress.best,
             },
@@ -64,16 +66,14 @@ class TrainingState:
         """Puts the parts of a checkpoint into the live objects. Raises ``Mismatch`` before it touches any of them."""
         training = parts["training"]
         check_model(self.model, parts["model"])
+        check_scheduler(self.scheduler, training["scheduler"])  # before the options that it adds to the optimizer's
         state = check_optimizer(self.optimizer, self.model, parts["optimizer"])
-        if (training["scheduler"] is None) != (self.scheduler is None):
-            saved, live = ("none", "one") if self.scheduler else ("one", "none")
-            raise Mismatch(f"scheduler: the checkpoint has {saved}, the task has {live}")
         if bool(training["scaler"]) != self.scaler.is_enabled():
             raise Mismatch("train.precision: one of the checkpoint and the configuration has a gradient scaler for fp16")
-        restore_model(self.model, parts["model"])
+        restore_model(self.model, parts["model"], training["module_versions"])
         restore_optimizer(self.optimizer, state)
         if self.scheduler is not None:
-            self.scheduler.load_state_dict(dict(training["scheduler"]))
+            self.scheduler.load_state_dict(dict(training["scheduler"]["state"]))
         if training["scaler"]:
             self.scaler.load_state_dict(dict(training["scaler"]))
         self.progress = Progress(step, cursor, dict(training["last"]), dict(training["best"]))
@@ -104,58 +104,101 @@ def _wrapped(module: nn.Module) -> str | None:
     return "_orig_mod" if dynamo is not None and isinstance(module, dynamo.OptimizedModule) else None
 
 
-def _prefixes(module: nn.Module, raw: str = "", plain: str = "") -> Iterator[tuple[str, str]]:
-    """For every module in the tree: the prefix of its entries in torch's ``state_dict()``, and in ours."""
+def _prefixes(module: nn.Module, raw: str = "", plain: str = "") -> Iterator[tuple[nn.Module, str, str]]:
+    """Every module in the tree, with the prefix of its entries in torch's ``state_dict()``, and in ours."""
     inner = _wrapped(module)
-    yield raw, plain
+    yield module, raw, plain
     for name, child in module._modules.items():
         if child is not None:
             yield from _prefixes(child, f"{raw}{name}.", plain if name == inner else f"{plain}{name}.")
 
 
-def _plain_names(module: nn.Module) -> dict[str, str]:
-    """torch's names of the entries of ``state_dict()`` and of the parameters → plain names."""
-    prefixes = dict(_prefixes(module))
-    names = [*module.state_dict(), *(name for name, _ in module.named_parameters(remove_duplicate=False))]
-    plain = {}
-    for name in names:
+def _plain_names(module: nn.Module, state: Iterable[str] = ()) -> dict[str, str]:
+    """torch's names of the parameters and of the entries of a ``state_dict()`` → plain names."""
+    prefixes = {raw: plain for _, raw, plain in _prefixes(module)}
+    names: dict[str, str] = {}  # plain → torch's
+    for name in dict.fromkeys([*state, *(name for name, _ in module.named_parameters(remove_duplicate=False))]):
         prefix = name[: name.rfind(".") + 1]
-        plain[name] = prefixes.get(prefix, prefix) + name.removeprefix(prefix)
-    return plain
+        while prefix not in prefixes:  # a module may write entries with dots of its own
+            prefix = prefix[: prefix.rfind(".", 0, -1) + 1]
+        plain = prefixes[prefix] + name.removeprefix(prefix)
+        if (first := names.setdefault(plain, name)) != name:
+            raise Unsupported(f"model/{plain}: without the wrappers this is both {first} and {name}; rename one of them")
+    return {name: plain for plain, name in names.items()}
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
     """The model's ``state_dict()`` under plain names."""
     model = unwrap(model)
-    plain = _plain_names(model)
-    return {plain[name]: value for name, value in model.state_dict().items()}
+    state = model.state_dict()
+    plain = _plain_names(model, state)
+    return {plain[name]: value for name, value in state.items()}
+
+
+def module_versions(model: nn.Module) -> dict[str, int | None]:
+    """The versions of the modules, but for those that have torch's default, 1. Modules load older states by them."""
+    return {plain: module._version for module, _, plain in _prefixes(unwrap(model)) if module._version != 1}
 
 
 def check_model(model: nn.Module, saved: Mapping[str, Any]) -> None:
     """Raises ``Mismatch`` with every name, shape and dtype that differs between a model and a saved state."""
     live = model_state(model)
-    lines = [f"{name}: not in the checkpoint; the model has {_kind(live[name])}" for name in live if name not in saved]
-    lines += [f"{name}: not in the model; the checkpoint has {_kind(saved[name])}" for name in saved if name not in live]
+    old = {name: _kind(name, value) for name, value in saved.items()}
+    new = {name: _kind(name, value) for name, value in live.items()}
+    lines = [f"{name}: not in the checkpoint; the model has {new[name]}" for name in new if name not in old]
+    lines += [f"{name}: not in the model; the checkpoint has {old[name]}" for name in old if name not in new]
     lines += [
-        f"{name}: the checkpoint has {_kind(saved[name])}, the model has {_kind(live[name])}"
-        for name in live
-        if name in saved and _kind(saved[name]) != _kind(live[name])
+        f"{name}: the checkpoint has {old[name]}, the model has {new[name]}"
+        for name in new
+        if name in old and old[name] != new[name]
     ]
+    if not lines:  # the model can hold one of two values that it ties, and would lose the other
+        lines = [
+            f"{name}: one tensor with {first} in the model, two different ones in the checkpoint"
+            for first, name in _ties(live)
+            if not _same_bytes(saved[first], saved[name])
+        ]
     if lines:
         raise Mismatch(_listed("the checkpoint does not fit the model", lines))
 
 
-def restore_model(model: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Copies a saved state that fits into the model, each tensor to where the model's own is."""
+def restore_model(model: nn.Module, saved: Mapping[str, Any], versions: Mapping[str, int | None] | None = None) -> None:
+    """Copies a saved state that fits into the model, each tensor to where the model's own is.
+
+    ``versions`` are the modules' as ``module_versions`` gave them; None where nobody knows.
+    """
     model = unwrap(model)
-    plain = _plain_names(model)
-    model.load_state_dict({name: saved[plain[name]] for name in model.state_dict()}, strict=True)
+    names = list(model.state_dict())
+    plain = _plain_names(model, names)
+    state = OrderedDict((name, saved[plain[name]]) for name in names)
+    if versions is not None:  # without them, modules that have changed since take the state for one of their oldest version
+        metadata = {raw.removesuffix("."): {"version": versions.get(plain, 1)} for _, raw, plain in _prefixes(model)}
+        state._metadata = metadata  # type: ignore[attr-defined]  # where torch keeps it
+    model.load_state_dict(state, strict=True)
 
 
-def _kind(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    return "extra state"
+def _kind(name: str, value: Any) -> str:
+    # What a module's get_extra_state() returns is its own affair, shape and all.
+    if not isinstance(value, torch.Tensor) or name.rpartition(".")[2] == "_extra_state":
+        return "extra state"
+    if nn.parameter.is_lazy(value):
+        return "an uninitialized parameter (run the model once before it is trained)"
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+
+
+def _ties(state: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each name whose tensor is the same memory as an earlier one's, after that one."""
+    firsts: dict[Any, str] = {}
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor) and value.numel() and value.device.type != "meta":
+            place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+            if (first := firsts.setdefault(place, name)) != name:
+                yield first, name
+
+
+def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    pairs = zip(tree.raw_bytes(one), tree.raw_bytes(other), strict=True)
+    return one is other or all(left == right for left, right in pairs)
 
 
 def _listed(what: str, lines: list[str], limit: int = 20) -> str:
@@ -167,26 +210,42 @@ def _listed(what: str, lines: list[str], limit: int = 20) -> str:
 
 
 def _parameter_names(optimizer: Optimizer, model: nn.Module) -> list[str]:
-    """The names of the optimizer's parameters, in the order of its own numbering."""
+    """The names of the optimizer's parameters, in the order of its own numbering.
+
+    Raises ``Unsupported`` for a parameter that is not the model's: its value would not be in the checkpoint.
+    """
     plain = _plain_names(model)
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), plain[name])
-    return [
-        names.get(id(parameter), f"group {group_index}, parameter {index}")  # not one of this model's
-        for group_index, group in enumerate(optimizer.param_groups)
-        for index, parameter in enumerate(group["params"])
-    ]
+        # Of a tied parameter's names the first in the alphabet: the order of the modules may change.
+        names[id(parameter)] = min(plain[name], names.get(id(parameter), plain[name]))
+    found = []
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            if id(parameter) not in names:
+                where = f"optimizer: parameter {index} of group {group_index} ({_kind('', parameter)})"
+                raise Unsupported(f"{where} is not one of the model's, so that its value would be lost; make it one")
+            found.append(names[id(parameter)])
+    return found
 
 
 def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
     """The optimizer's ``state_dict()`` with the names of the parameters in place of their numbers."""
     names = _parameter_names(optimizer, unwrap(model))
     state = optimizer.state_dict()
-    # Some optimizers (LBFGS) file state that is not a parameter's under other keys than numbers.
+    # Optimizers may file state that is no parameter's under keys of their own.
     named = {names[key] if isinstance(key, int) else key: value for key, value in state["state"].items()}
-    groups = [{**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]]
+    if len(named) != len(state["state"]):
+        own = sorted(key for key in state["state"] if key in names)
+        raise Unsupported(f"optimizer/state: {', '.join(own)} are names of parameters and keys of the optimizer's own state")
+    groups = [_named_group(group, names) for group in state["param_groups"]]
     return {**state, "state": named, "param_groups": groups}
+
+
+def _named_group(group: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """A group with names for numbers. torch's own ``param_names`` say the same, in the words of the wrappers."""
+    options = {key: value for key, value in group.items() if key != "param_names"}
+    return {**options, "params": [names[number] for number in group["params"]]}
 
 
 def check_optimizer(optimizer: Optimizer, model: nn.Module, saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,10 +256,9 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, saved: Mapping[str, 
         counts = f"the checkpoint has {len(saved['param_groups'])}, the optimizer has {len(live['param_groups'])}"
         lines.append(f"parameter groups: {counts}")
     for index, (old, new) in enumerate(zip(saved["param_groups"], live["param_groups"], strict=False)):
-        for name in sorted({*old["params"]} ^ {*new["params"]}):
-            lines.append(f"group {index}: {name} is only in the {'checkpoint' if name in old['params'] else 'optimizer'}")
-        for key in sorted(old.keys() ^ new.keys()):
-            lines.append(f"group {index}: option {key!r} is only in the {'checkpoint' if key in old else 'optimizer'}")
+        for what, ours, theirs in (("", old["params"], new["params"]), ("option ", old, new)):
+            for key in sorted({*ours} ^ {*theirs}):
+                lines += [f"group {index}: {what}{key} is only in the {'checkpoint' if key in ours else 'optimizer'}"]
     if lines:
         raise Mismatch(_listed(f"the checkpoint does not fit the optimizer {type(optimizer).__name__}", lines))
     names = _parameter_names(optimizer, unwrap(model))
@@ -218,16 +276,69 @@ def _pairs(saved: Mapping[str, Any], live: Mapping[str, Any]) -> Iterator[tuple[
 def restore_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Loads a state as ``check_optimizer`` returns it, bit for bit.
 
-    ``Optimizer.load_state_dict`` casts floating-point state to the parameter's dtype; fp32 moments of bf16 parameters
-    would lose half their bits. What it cast is put back as it was saved.
+    ``Optimizer.load_state_dict`` puts the state where it belongs and casts it: floating-point tensors to the parameter's
+    dtype (fp32 moments of bf16 parameters would lose half their bits), strings to ``<generator object …>``. What it has
+    changed is put back as it was saved.
     """
-    optimizer.load_state_dict(dict(state))
+    before = optimizer.param_groups
+    optimizer.load_state_dict({**state, "state": {key: _castable(values) for key, values in state["state"].items()}})
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, values in state["state"].items():
-        live = optimizer.state[parameters[number] if isinstance(number, int) else number]
-        for key, value in values.items() if isinstance(values, Mapping) else ():
-            if isinstance(value, torch.Tensor) and live[key].dtype != value.dtype:
-                live[key] = value.to(live[key].device)
+    for key, values in state["state"].items():
+        place = parameters[key] if isinstance(key, int) else key
+        optimizer.state[place] = _as_saved(values, optimizer.state[place])
+    for old, group in zip(before, optimizer.param_groups, strict=True):
+        for option, value in group.items():
+            if isinstance(value, torch.Tensor) and isinstance(old.get(option), torch.Tensor):
+                group[option] = value.to(old[option].device)
+
+
+def _castable(value: Any) -> Any:
+    """A value without NumPy's arrays, at which ``load_state_dict`` fails: it calls the type of every iterable anew."""
+    if isinstance(value, dict):
+        return {key: _castable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_castable(item) for item in value)
+    return None if isinstance(value, np.ndarray) else value
+
+
+def _as_saved(saved: Any, live: Any) -> Any:
+    """A saved value, its tensors where those of the live value are.
+
+    What an optimizer's own ``load_state_dict`` or ``__setstate__`` has added, or made a tensor of, stands.
+    """
+    if isinstance(saved, torch.Tensor):
+        return live if live.dtype == saved.dtype else saved.to(live.device)
+    if type(saved) is dict:
+        return {**live, **{key: _as_saved(item, live[key]) for key, item in saved.items() if key in live}}
+    if isinstance(saved, list | tuple):
+        return type(saved)(_as_saved(*items) for items in zip(saved, live, strict=True))
+    return live if isinstance(live, torch.Tensor) else saved
+
+
+# --- the scheduler ---------------------------------------------------------------------------------------------------
+
+
+def scheduler_state(scheduler: LRScheduler | None) -> dict[str, Any] | None:
+    """The scheduler's ``state_dict()`` and what kind it is.
+
+    Functions (of ``LambdaLR``, of ``CyclicLR``) are code, and torch leaves them out; the attributes of callable objects are
+    state.
+    """
+    return None if scheduler is None else {"class": _class_of(scheduler), "state": scheduler.state_dict()}
+
+
+def check_scheduler(scheduler: LRScheduler | None, saved: Mapping[str, Any] | None) -> None:
+    """Raises ``Mismatch`` for a state of another kind of scheduler, which ``load_state_dict`` would take in silence."""
+    old = "none" if saved is None else saved["class"]
+    new = "none" if scheduler is None else _class_of(scheduler)
+    if old != new:
+        raise Mismatch(f"scheduler: the checkpoint has {old}, the task has {new}")
+
+
+def _class_of(scheduler: LRScheduler) -> str:
+    """``StepLR``, or ``SequentialLR(LinearLR, StepLR)``."""
+    inner = ", ".join(_class_of(each) for each in getattr(scheduler, "_schedulers", ()))
+    return f"{type(scheduler).__name__}({inner})" if inner else type(scheduler).__name__
 
 
 # --- random states ---------------------------------------------------------------------------------------------------
@@ -236,15 +347,9 @@ def restore_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
 def random_state(device: torch.device) -> dict[str, Any]:
     """The states of this process's generators: Python's, NumPy's, torch's, and the device's own."""
     version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002  # the one that user code draws from
     return {
         "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
-        "numpy": {
-            "keys": torch.from_numpy(keys.astype(np.int64)),
-            "position": position,
-            "has_gauss": has_gauss,
-            "cached": cached,
-        },
+        "numpy": np.random.get_state(legacy=False),  # noqa: NPY002  # the one that user code draws from
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
@@ -252,10 +357,9 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     """Sets this process's generators. Done last: everything else that is restored may draw from them."""
-    python, numpy = state["python"], state["numpy"]
+    python = state["python"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
-    keys = numpy["keys"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))  # noqa: NPY002
+    np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -193,11 +193,6 @@ def join_world(config: WorldConfig) -> World:
     return TorchrunWorld(device, backend, config.timeout_seconds)
 
 
-def is_first_of_node() -> bool:
-    """Whether this process speaks for its machine before the ranks have met."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
 def leave_at_once(code: int) -> NoReturn:
     """Ends a process whose peers may wait in a collective for ever: without the finalizers, which would wait, too."""
     os._exit(code)

@@ -1,7 +1,7 @@
 """What lies in a run's URL: list, open, verify, prune. Only what is committed counts. No torch."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, BinaryIO, Literal
@@ -57,25 +57,25 @@ class Catalog:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self._opened: dict[str, Manifest] = {}  # committed directories are never modified: a look at their objects will do
 
     def entries(self) -> list[Entry]:
         """All saves, the latest attempt's first, within an attempt the latest step first."""
         objects = self.store.list()
-        directories = {name.partition("/")[0] for name in objects}
-        found = [(parsed, name) for name in directories if (parsed := parse_directory(name))]
-        found.sort(key=lambda item: (item[0][1], item[0][0], item[1]), reverse=True)
-        return [self._entry(name, step, attempt, objects) for (step, attempt), name in found]
+        found = sorted(_directories(objects), key=lambda item: (item[2], item[1], item[0]), reverse=True)
+        return [self._entry(directory, step, attempt, objects) for directory, step, attempt in found]
 
     def _entry(self, directory: str, step: int, attempt: Attempt, objects: Mapping[str, int]) -> Entry:
         if f"{directory}/{MANIFEST}" not in objects:
             return Entry(directory, step, attempt, "unfinished")
-        manifest = None
+        manifest = self._opened.get(directory)
         try:
-            manifest = self.open(directory)
+            manifest = manifest or self.open(directory)
             for file in manifest.files:
                 _check_size(file, objects.get(f"{directory}/{file.name}"))
         except CheckpointError as error:
             return Entry(directory, step, attempt, "damaged", manifest, str(error))
+        self._opened[directory] = manifest
         return Entry(directory, step, attempt, "whole", manifest)
 
     def open(self, directory: str) -> Manifest:
@@ -91,21 +91,9 @@ class Catalog:
             raise Corrupt(f"{directory}/{MANIFEST}: is that of step {manifest.step}, attempt {manifest.attempt}")
         return manifest
 
-    def candidates(self) -> Iterator[Entry]:
-        """What a run may resume from, best first; damaged ones are among them, so that they can be told of.
-
-        The newest attempt comes first, whatever steps others reached: it is the line that the run is on. From an
-        attempt that a newer checkpoint stands on, only the steps up to that branch belong to the line; what it committed
-        beyond — it was believed dead, and was not — was left, and is passed over.
-        """
-        left_after: dict[str, int] = {}
-        for entry in self.entries():
-            if entry.state == "unfinished" or entry.step > left_after.get(entry.attempt.id, entry.step):
-                continue
-            yield entry
-            for ancestor in entry.manifest.lineage if entry.manifest else ():
-                known = left_after.get(ancestor.attempt, ancestor.until_step)
-                left_after[ancestor.attempt] = min(known, ancestor.until_step)
+    def candidates(self) -> list[Entry]:
+        """What a run may resume from, best first; damaged ones are among them, so that they can be told of."""
+        return list(line(self.entries()))
 
     def newest(self, step: int | None = None) -> Entry:
         """The newest whole checkpoint of the line the run is on, or that of a certain step. Raises ``NoCheckpoint``."""
@@ -128,14 +116,15 @@ class Catalog:
         checkpoints, what they left behind when a deletion was cut short, saves that were never finished, lines that were
         left. With ``keep_last=None`` only the unfinished ones go.
         """
-        whole = [entry for entry in self.candidates() if entry.state == "whole"]
+        entries = self.entries()
+        whole = [entry for entry in line(entries) if entry.state == "whole"]
         if not whole:
             return []
         kept = {entry.directory for age, entry in enumerate(whole) if retention.keeps(age, entry.step, best_step)}
         newest = (whole[0].attempt, whole[0].step)
         gone = [
             entry
-            for entry in self.entries()
+            for entry in entries
             if entry.directory not in kept
             and (entry.attempt, entry.step) < newest
             and (entry.state == "unfinished" or retention.keep_last is not None)
@@ -165,7 +154,7 @@ class Catalog:
         The claim is made before anything is trained: a writer of an earlier attempt has a lower number from then on, even
         if it has yet to write its first checkpoint.
         """
-        saved = {entry.attempt for entry in self.entries()}
+        saved = {attempt for _, _, attempt in _directories(self.store.list())}
         attempt = Attempt.after({*self.attempts(), *saved})
         record = {"attempt": attempt.id, "started": datetime.now(UTC).isoformat(timespec="milliseconds"), **about}
         text = json.dumps(record, indent=1).encode()
@@ -180,6 +169,29 @@ class Catalog:
         except ValueError:
             return {}
         return record if isinstance(record, dict) else {}
+
+
+def line(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """Of all saves, the latest attempt's first, those that a run may resume from.
+
+    The newest attempt comes first, whatever steps others reached: it is the line that the run is on. From an attempt that
+    a newer checkpoint stands on, only the steps up to that branch belong to the line; what it committed beyond — it was
+    believed dead, and was not — was left, and is passed over.
+    """
+    left_after: dict[str, int] = {}
+    for entry in entries:
+        if entry.state == "unfinished" or entry.step > left_after.get(entry.attempt.id, entry.step):
+            continue
+        yield entry
+        for ancestor in entry.manifest.lineage if entry.manifest else ():
+            known = left_after.get(ancestor.attempt, ancestor.until_step)
+            left_after[ancestor.attempt] = min(known, ancestor.until_step)
+
+
+def _directories(objects: Iterable[str]) -> list[tuple[str, int, Attempt]]:
+    """The directories of saves among the objects of a run, with the step and the attempt in their names."""
+    names = {name.partition("/")[0] for name in objects}
+    return [(name, *parsed) for name in names if (parsed := parse_directory(name))]
 
 
 def verify_all(catalog: Catalog, *, step: int | None = None, deep: bool = False) -> list[Entry]:

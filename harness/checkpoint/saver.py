@@ -14,7 +14,7 @@ from typing import Any
 from harness.checkpoint import commit
 from harness.checkpoint.catalog import Catalog, Retention
 from harness.checkpoint.format import Ancestor, Attempt
-from harness.errors import StoreError
+from harness.errors import StoreError, Superseded
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,8 @@ class Saver:
     ) -> Saved | None:
         """Commits a checkpoint, then deletes what is not to be kept. None when it failed and training may go on.
 
-        ``best_step`` is a step whose checkpoint is kept whatever its age.
+        ``best_step`` is a step whose checkpoint is kept whatever its age. Raises ``Superseded`` when a newer attempt has
+        taken the run over.
         """
         began = time.monotonic()
         try:
@@ -72,11 +73,20 @@ class Saver:
                 raise
             return None
         self.failures = 0
-        self._prune(best_step)
-        return Saved(directory, manifest.bytes, time.monotonic() - began)
-
-    def _prune(self, best_step: int | None) -> None:
         try:
+            self._step_aside()
             self.catalog.prune(self.retention, best_step)
         except StoreError as error:  # the commit stands; what is left over goes after the next one
             log.warning("could not delete old checkpoints: %s", error)
+        return Saved(directory, manifest.bytes, time.monotonic() - began)
+
+    def _step_aside(self) -> None:
+        """Stops a writer that was believed dead, and is not, before it deletes what its successor counts on.
+
+        What it has just committed does no harm: it is not on the successor's line.
+        """
+        newest = max(self.catalog.attempts(), default=self.attempt)
+        if newest > self.attempt:
+            about = self.catalog.about_attempt(newest)
+            who = f"started {about.get('started')} on {about.get('host')}"
+            raise Superseded(f"{self.catalog.store.url}: attempt {newest.number} trains this run now ({who})")

@@ -1,0 +1,70 @@
+"""``harness launch``: stock torchrun with what must be set, and an exit code that launchers can act on.
+
+It adds to torchrun's command line only what is not there, and to the environment:
+
+* ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``: otherwise (torch 2.13) a node that joins a running job hangs it;
+* a restart budget (torchrun's default is none) and a time to save after a signal;
+* a death signal, so that a killed launcher leaves no orphans: launcher → agent → workers.
+
+torchrun restarts workers whatever made them fail. When the records of the ranks say that starting again cannot help, the
+agent is ended at once.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+from harness import outcome
+from harness.signals import STOP_SIGNALS, die_with_parent
+
+_POLL_SECONDS = 0.2
+_DEFAULTS = {"--max-restarts": "3", "--shutdown-timeout": "60"}
+
+
+def command(torchrun_options: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """The torchrun command line for ``harness`` with these arguments."""
+    given = {option.partition("=")[0].replace("_", "-") for option in torchrun_options if option.startswith("--")}
+    options = [f"{name}={value}" for name, value in _DEFAULTS.items() if name not in given]
+    if not given & {"--nnodes", "--rdzv-endpoint", "--rdzv-backend", "--master-addr", "--standalone"}:
+        options.append("--standalone")
+    if "--nproc-per-node" not in given:
+        options.append("--nproc-per-node=auto")  # one for each GPU, else one for each core
+    return [sys.executable, "-m", "torch.distributed.run", *options, *torchrun_options, "-m", "harness", *arguments]
+
+
+def launch(torchrun_options: Sequence[str], arguments: Sequence[str]) -> int:
+    """Runs ``harness`` under torchrun and returns the exit code of the launch."""
+    with tempfile.TemporaryDirectory(prefix="harness-") as directory:
+        environment = {
+            **os.environ,
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            outcome.DIRECTORY_VARIABLE: directory,
+        }
+        agent = subprocess.Popen(  # noqa: S603  # the user's own command line
+            command(torchrun_options, arguments),
+            env=environment,
+            start_new_session=True,  # so that a terminal's ^C comes through here, and only once
+            preexec_fn=die_with_parent,  # noqa: PLW1509  # no threads have been started here
+        )
+        _forward_signals(agent)
+        hopeless = False
+        while agent.poll() is None:
+            time.sleep(_POLL_SECONDS)
+            if not hopeless and any(found.exit_code in outcome.FINAL_EXIT_CODES for found in outcome.read(directory)):
+                hopeless = True
+                agent.terminate()  # once: a second one would start the agent's grace anew
+        return outcome.exit_code(agent.returncode, outcome.read(directory))
+
+
+def _forward_signals(agent: "subprocess.Popen[bytes]") -> None:
+    def forward(number: int, _frame: FrameType | None) -> None:
+        # torchrun dies of a SIGUSR1 and leaves its workers behind. For a worker, all of them mean the same.
+        agent.send_signal(number if number == signal.SIGINT else signal.SIGTERM)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, forward)

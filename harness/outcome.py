@@ -1,0 +1,81 @@
+"""How a worker ended, in a file: torchrun turns every worker's exit code into 1.
+
+``harness launch`` gives its workers a directory; each rank leaves one small record there, and the launcher makes an exit
+code of them that Slurm, Kubernetes and SkyPilot can act on.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from harness import errors
+from harness.errors import HarnessError
+
+DIRECTORY_VARIABLE = "HARNESS_OUTCOME_DIRECTORY"
+
+# Starting again would end in the same way: somebody has to act first.
+FINAL_EXIT_CODES = frozenset(
+    {
+        errors.ConfigError.exit_code,
+        errors.Corrupt.exit_code,
+        errors.NoCheckpoint.exit_code,
+        errors.CrashLoop.exit_code,
+        errors.Superseded.exit_code,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a rank: its exit code as ``harness.errors`` defines them, and one line for people."""
+
+    exit_code: int
+    message: str = ""
+
+
+def record(outcome: Outcome) -> None:
+    """Leaves a record, where the launcher has asked for one. Never raises: an exit must not fail."""
+    if (directory := os.environ.get(DIRECTORY_VARIABLE)) is None:
+        return
+    try:
+        path = Path(directory, f"rank-{os.environ.get('RANK', '0')}.json")
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(outcome)))
+        partial.replace(path)
+    except OSError:
+        pass
+
+
+def forget() -> None:
+    """Takes the record of this rank's previous start away."""
+    if (directory := os.environ.get(DIRECTORY_VARIABLE)) is not None:
+        Path(directory, f"rank-{os.environ.get('RANK', '0')}.json").unlink(missing_ok=True)
+
+
+def read(directory: str) -> list[Outcome]:
+    """The records of this machine's ranks."""
+    return [Outcome(**json.loads(path.read_text())) for path in sorted(Path(directory).glob("rank-*.json"))]
+
+
+def of(error: BaseException) -> Outcome:
+    """The outcome that an exception means."""
+    if isinstance(error, HarnessError):
+        return Outcome(error.exit_code, str(error).partition("\n")[0])
+    return Outcome(1, f"{type(error).__name__}: {error}".partition("\n")[0])
+
+
+def exit_code(launcher: int, outcomes: Iterable[Outcome]) -> int:
+    """The exit code of a launch, from the launcher's own and the ranks' records.
+
+    What no restart can mend comes first, then a stop that was saved (torchrun says 1 even when all workers stopped well),
+    then torchrun's own word.
+    """
+    codes = [outcome.exit_code for outcome in outcomes]
+    final = [code for code in codes if code in FINAL_EXIT_CODES]
+    if final:
+        return final[0]
+    if errors.Stopped.exit_code in codes:
+        return errors.Stopped.exit_code
+    return 1 if launcher else 0

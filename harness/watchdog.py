@@ -1,0 +1,78 @@
+"""Ends a process in which nothing goes on: a collective without its peer, a loader that waits, storage that hangs.
+
+torch's own time-outs are minutes long and do not cover a data loader or a file system. A step that does not end within
+``timeout_seconds`` (``first_seconds`` for the first one, which compiles and warms up) is a hang: the stacks of all threads
+go to stderr and to the run's URL, and the process leaves with ``os._exit``, which no finalizer can hold up. torchrun then
+restarts the ranks, or the launcher the job.
+
+Two timers run. A Python thread does the above. Should it not get to run, because the stuck main thread holds the interpreter
+lock, ``faulthandler``'s thread, which is plain C and needs no lock, writes the stacks and ends the process
+a little later.
+"""
+
+import faulthandler
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+
+_LAST_RESORT_SECONDS = 15.0  # how much later than the thread the C timer fires
+
+
+class Watchdog:
+    """Barks when ``step`` is not called for too long. ``report`` gets the stacks as text, ``leave`` ends the process."""
+
+    def __init__(
+        self,
+        timeout_seconds: float,
+        first_seconds: float,
+        report: Callable[[str], None],
+        leave: Callable[[], None],
+    ) -> None:
+        self._timeout_seconds = timeout_seconds
+        self._report = report
+        self._leave = leave
+        self._lock = threading.Condition()
+        self._deadline: float | None = time.monotonic() + first_seconds
+        self._armed_until = 0.0
+        self._arm_last_resort()
+        threading.Thread(target=self._watch, name="harness-watchdog", daemon=True).start()
+
+    def step(self) -> None:
+        """A step has ended; the next one has its whole time from now on. Costs a microsecond, now and then a hundred."""
+        self._deadline = time.monotonic() + self._timeout_seconds
+        if self._deadline - self._armed_until > 1.0:  # the C timer is a thread that is made anew: not at every step
+            self._arm_last_resort()
+
+    def stop(self) -> None:
+        """Lies down: there is nothing more to watch."""
+        with self._lock:
+            self._deadline = None
+            self._lock.notify()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _arm_last_resort(self) -> None:
+        assert self._deadline is not None
+        self._armed_until = self._deadline
+        seconds = self._deadline - time.monotonic() + _LAST_RESORT_SECONDS
+        faulthandler.dump_traceback_later(seconds, exit=True, file=2)  # stderr, whatever sys.stderr is
+
+    def _watch(self) -> None:
+        with self._lock:
+            while (deadline := self._deadline) is not None and (left := deadline - time.monotonic()) > 0:
+                self._lock.wait(left)
+        if self._deadline is None:
+            return
+        text = stacks()
+        print(f"harness: no step has ended within its time; the stacks of all threads:\n{text}", file=sys.stderr, flush=True)
+        self._report(text)
+        self._leave()
+
+
+def stacks() -> str:
+    """The stacks of all threads of this process."""
+    with tempfile.TemporaryFile("w+") as file:  # faulthandler writes to descriptors only
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()
