@@ -117,6 +117,13 @@ class LogConfig(_Section):
     """A local file to which rank 0 appends the same records as JSON lines."""
 
 
+class CrashLoopConfig(_Section):
+    """When a run that dies is not simply started again."""
+
+    same_failures: int = Field(default=3, ge=1)
+    """So many attempts in a row with the same error at the same step: try the checkpoint before, then stop."""
+
+
 class WatchdogConfig(_Section):
     """When a run counts as hung; then the stacks of all threads are written and the process ends, to be started again."""
 
@@ -165,6 +172,7 @@ class Config(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     log: LogConfig = LogConfig()
     world: WorldConfig = WorldConfig()
+    crash_loop: CrashLoopConfig = CrashLoopConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     stop: StopConfig = StopConfig()
 

@@ -1,6 +1,7 @@
 """The training loop, in training order."""
 
 import contextlib
+import functools
 import os
 import platform
 import sys
@@ -13,20 +14,21 @@ import torch
 from torch import nn
 
 import harness
-from harness import data, resume
+from harness import crashes, data, resume
 from harness.checkpoint.catalog import Catalog, Retention
 from harness.checkpoint.saver import Saver
 from harness.checkpoint.store import open_store
 from harness.config import Config
+from harness.crashes import Crash
 from harness.data import Cursor, Schedule
 from harness.environment import launch_id
-from harness.errors import ConfigError, Stopped
+from harness.errors import ConfigError, HarnessError, Stopped, StoreError
 from harness.metrics import Reporter, in_words
 from harness.signals import StopRequest
 from harness.state import Progress, TrainingState, random_state, restore_random_state
 from harness.task import Task
 from harness.watchdog import Watchdog
-from harness.world import Agreement, World, leave_at_once
+from harness.world import Agreement, World, has_lost_a_peer, leave_at_once
 
 Step = list[tuple[Any, float]]  # the micro-batches of a step on this rank, and the weight of each
 
@@ -38,7 +40,12 @@ def train(config: Config, task: Task, world: World, stop: StopRequest, *, fresh:
     ranks finished last is saved then.
     """
     with _watching(config) as watchdog:
-        return _train(_Run(config, task, world, fresh=fresh), stop, watchdog)
+        run = _Run(config, task, world, fresh=fresh)
+        try:
+            return _train(run, stop, watchdog)
+        except Exception as error:
+            run.remember_crash(error)
+            raise
 
 
 def _train(run: "_Run", stop: StopRequest, watchdog: Watchdog | None) -> Progress:
@@ -117,6 +124,7 @@ class _Run:
         self.model = world.wrap(task.model)
         self.loss = torch.zeros(())  # this rank's part of the mean loss over the last global batch; the parts add up
         self.saver: Saver | None = None  # on rank 0, where the run has a URL
+        self.record_crash: Callable[[Crash], None] | None = None  # on every rank, where the run has a URL
         self.settle_gradient_order()
         self.open_run(fresh=fresh)
         self.last_saved_time = self.last_logged_time = time.monotonic()
@@ -158,10 +166,12 @@ class _Run:
         launch = launch_id()
         if fresh:
             resume.on_first(world, lambda: resume.refuse_to_reuse(catalog, launch))
+        looping = resume.on_first(world, lambda: crashes.is_looping(catalog, self.config.crash_loop.same_failures))
         about = {"launch": launch, "world_size": world.size, "host": platform.node(), "pid": os.getpid()}
         attempt = resume.on_first(world, lambda: catalog.claim_attempt(about))
         self.reporter = Reporter(self.config.log, active=world.rank == 0, attempt=attempt.id)
-        resumed = resume.resume(world, catalog, self.state, self.identity())
+        self.record_crash = functools.partial(crashes.record, catalog, attempt)
+        resumed = resume.resume(world, catalog, self.state, self.identity(), pass_over_newest=looping)
         resume.check_lockstep(world, self.state)
         if world.rank == 0:
             self.saver = Saver(
@@ -182,6 +192,17 @@ class _Run:
             directory=resumed.directory if resumed else None,
             world_size=world.size,
         )
+
+    def remember_crash(self, error: Exception) -> None:
+        """Leaves a record of an error in the training code, or in a sample, for the attempts to come."""
+        if isinstance(error, HarnessError) or has_lost_a_peer(error) or self.record_crash is None:
+            return
+        progress, world = self.state.progress, self.world
+        share = next(self.schedule.steps(progress.cursor, world.rank, world.size))
+        samples = [index for micro_batch in share for index in micro_batch.indices]
+        what = f"{type(error).__name__}: {error}".partition("\n")[0]
+        with contextlib.suppress(StoreError):  # the error that is under way matters more
+            self.record_crash(Crash(progress.step + 1, what, world.rank, samples))
 
     def identity(self) -> dict[str, Any]:
         """What must not change between the attempts of a run, or the position in the data would mean something else."""

@@ -41,14 +41,20 @@ class Resumed:
     lineage: list[Ancestor]
 
 
-def resume(world: World, catalog: Catalog, state: TrainingState, run: Mapping[str, Any]) -> Resumed | None:
+def resume(
+    world: World, catalog: Catalog, state: TrainingState, run: Mapping[str, Any], *, pass_over_newest: bool = False
+) -> Resumed | None:
     """Restores the newest checkpoint that all ranks can read; None when the run has none at all.
 
     ``run`` holds what must be the same as when the checkpoint was written (seed, size of the data set); a difference is a
-    ``Mismatch``, as is a checkpoint that does not fit the model. Raises ``NoCheckpoint`` when there are checkpoints and
-    none is whole.
+    ``Mismatch``, as is a checkpoint that does not fit the model. ``pass_over_newest`` takes the checkpoint before the newest
+    whole one, if there is one. Raises ``NoCheckpoint`` when there are checkpoints and none is whole.
     """
-    entries = on_first(world, catalog.candidates)
+    entries: list[Entry] = on_first(world, catalog.candidates)
+    whole = [entry for entry in entries if entry.state == "whole"]
+    if pass_over_newest and len(whole) > 1:
+        log.error("NOT resuming from %s: the attempts before this one all failed in the same way", whole[0].directory)
+        entries.remove(whole[0])
     for entry in entries:
         parts, problems = _read_together(world, catalog, entry)
         if problems:

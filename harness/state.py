@@ -230,7 +230,7 @@ def _parameter_names(optimizer: Optimizer, model: nn.Module) -> list[str]:
 
 
 def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
-    """The optimizer's ``state_dict()`` with the names of the parameters in place of their numbers."""
+    """The optimizer's class and ``state_dict()``, with the names of the parameters in place of their numbers."""
     names = _parameter_names(optimizer, unwrap(model))
     state = optimizer.state_dict()
     # Optimizers may file state that is no parameter's under keys of their own.
@@ -239,7 +239,7 @@ def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
         own = sorted(key for key in state["state"] if key in names)
         raise Unsupported(f"optimizer/state: {', '.join(own)} are names of parameters and keys of the optimizer's own state")
     groups = [_named_group(group, names) for group in state["param_groups"]]
-    return {**state, "state": named, "param_groups": groups}
+    return {**state, "class": type(optimizer).__name__, "state": named, "param_groups": groups}
 
 
 def _named_group(group: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -252,13 +252,15 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, saved: Mapping[str, 
     """The saved state as ``optimizer.load_state_dict`` takes it. Raises ``Mismatch`` where the two do not fit."""
     live = optimizer_state(optimizer, unwrap(model))
     lines = []
+    if saved["class"] != live["class"]:  # AdamW would take Adam's state in silence
+        lines.append(f"class: the checkpoint has {saved['class']}, the task has {live['class']}")
     if len(saved["param_groups"]) != len(live["param_groups"]):
         counts = f"the checkpoint has {len(saved['param_groups'])}, the optimizer has {len(live['param_groups'])}"
         lines.append(f"parameter groups: {counts}")
     for index, (old, new) in enumerate(zip(saved["param_groups"], live["param_groups"], strict=False)):
-        for what, ours, theirs in (("", old["params"], new["params"]), ("option ", old, new)):
-            for key in sorted({*ours} ^ {*theirs}):
-                lines += [f"group {index}: {what}{key} is only in the {'checkpoint' if key in ours else 'optimizer'}"]
+        for what, in_old, in_new in (("", old["params"], new["params"]), ("option ", old, new)):
+            for key in sorted({*in_old} ^ {*in_new}):
+                lines += [f"group {index}: {what}{key} is only in the {'checkpoint' if key in in_old else 'optimizer'}"]
     if lines:
         raise Mismatch(_listed(f"the checkpoint does not fit the optimizer {type(optimizer).__name__}", lines))
     names = _parameter_names(optimizer, unwrap(model))

@@ -5,30 +5,33 @@ The contract that everything above rests on:
 * ``put`` publishes an object whole or not at all, and returns when it is durable. On a local filesystem: written under
   another name, flushed, fsynced, renamed, and the directories on the way fsynced (leaving out the file's or the
   directory's fsync loses committed checkpoints in a power cut). On an object store: one request, or one multipart
-  upload that is aborted on any exception.
+  upload that is aborted on any exception. Over SFTP: written under another name, its size confirmed, renamed; when it
+  reaches the disk is the server's affair.
 * No operation but ``delete`` takes anything away, and nothing here renames one object over another's content or asks
   for exclusive creation: not every store has those, and the format does not need them.
 * Every call ends: it runs in a thread of its own under a deadline (a frozen S3 server holds s3fs for minutes whatever
-  its timeouts say), transient failures are tried again with backoff, and what remains is a ``StoreError`` that names the
-  operation and the object.
+  its timeouts say), transient failures are tried again with backoff over a new connection, and what remains is a
+  ``StoreError`` that names the operation and the object. A put that hung and wakes up later publishes nothing: the
+  memory that it reads may hold the next step by then.
+* Nothing is answered from a cache, and what could not be listed is an error, not an empty directory.
 
 URLs are ``str``: ``pathlib`` eats a slash of ``s3://``.
 """
 
-import asyncio
 import contextlib
 import errno
 import os
+import re
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, BinaryIO, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import fsspec
 import tenacity
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
-from fsspec.spec import AbstractBufferedFile
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from harness.errors import ConfigError, HarnessError, StoreError
 
@@ -42,7 +45,12 @@ _PERMANENT = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOENT,
     errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EEXIST,
 }  # fmt: skip
-_PERMANENT_NAMES = {"NoCredentialsError", "ClientAuthenticationError", "ParamValidationError", "PartialCredentialsError"}
+_PERMANENT_TYPES = (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+_PERMANENT_NAMES = {
+    "NoCredentialsError", "PartialCredentialsError", "ParamValidationError",  # botocore
+    "ClientAuthenticationError", "ResourceNotFoundError",  # azure
+    "AuthenticationException", "BadHostKeyException",  # paramiko
+}  # fmt: skip
 _BACKEND_PACKAGES = {"botocore", "aiobotocore", "aiohttp", "azure", "google", "gcsfs", "paramiko", "asyncssh", "requests"}
 
 
@@ -62,19 +70,18 @@ class Store:
 
     def put(self, name: str, chunks: Callable[[], Iterable[Buffer]], size_bytes: int) -> None:
         """Publishes an object. ``chunks`` is called once for each try and yields its ``size_bytes`` bytes."""
-        self._call("put", name, lambda: self._put(self._path(name), chunks(), size_bytes), size_bytes)
+        self._call("put", name, lambda: self._put(self._path(name), _while_awaited(chunks()), size_bytes), size_bytes)
 
     def get(self, name: str, limit_bytes: int) -> bytes | None:
         """The bytes of an object; None when there is none. One that is longer than ``limit_bytes`` is cut there."""
-
-        def get() -> bytes | None:
-            try:
-                with self.fs.open(self._path(name), "rb") as file:
-                    return bytes(file.read(limit_bytes))
-            except (FileNotFoundError, IsADirectoryError):
-                return None
-
-        return self._call("get", name, get, limit_bytes)
+        size_bytes = self.stat(name)  # the deadline depends on it
+        if size_bytes is None:
+            return None
+        size_bytes = min(size_bytes, limit_bytes)
+        try:
+            return bytes(self.read(name, lambda file: file.read(size_bytes), size_bytes))
+        except FileNotFoundError:
+            return None
 
     def read(self, name: str, consume: Callable[[BinaryIO], T], size_bytes: int) -> T:
         """Opens an object and returns what ``consume`` makes of it; ``FileNotFoundError`` when there is none.
@@ -83,19 +90,25 @@ class Store:
         """
 
         def read() -> T:
-            with self.fs.open(self._path(name), "rb", block_size=_BLOCK_BYTES) as file:
+            with self._open(self._path(name)) as file:
                 return consume(file)
 
-        return self._call("read", name, read, size_bytes)
+        try:
+            return self._call("read", name, read, size_bytes)
+        except StoreError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise FileNotFoundError(f"{self.url}/{name}") from None
+            raise
 
     def list(self, prefix: str = "") -> dict[str, int]:
         """All objects below a prefix (a directory's name), with their sizes in bytes. Directories do not count."""
 
         def find() -> dict[str, int]:
-            self.fs.invalidate_cache()  # fsspec may keep listings, and other machines write here
             place = f"{self.root}/{prefix}".rstrip("/")
+            # Where fsspec walks from directory to directory it leaves out what it cannot list, unless told otherwise.
+            walks = type(self.fs).find is AbstractFileSystem.find
             try:
-                found = self.fs.find(place, detail=True)
+                found = self.fs.find(place, detail=True, **({"on_error": _raise_unless_gone} if walks else {}))
             except FileNotFoundError:
                 return {}
             start = len(self.root) + 1
@@ -107,7 +120,6 @@ class Store:
         """The size of an object in bytes, as the store says now; None when there is none."""
 
         def stat() -> int | None:
-            self.fs.invalidate_cache(self.fs._parent(self._path(name)))
             try:
                 info = self.fs.info(self._path(name))
             except FileNotFoundError:
@@ -127,11 +139,20 @@ class Store:
 
     def delete_directory(self, name: str) -> None:
         """Removes a directory that has become empty, where the filesystem keeps such things. Best effort."""
-        with contextlib.suppress(OSError, NotImplementedError):
-            self.fs.rmdir(self._path(name))
+        assert name, "the root of an object store is a bucket"
+
+        def remove() -> None:
+            with contextlib.suppress(OSError, NotImplementedError):
+                self.fs.rmdir(self._path(name))
+
+        with contextlib.suppress(StoreError):
+            self._call("remove", name, remove)
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
+
+    def _open(self, path: str) -> Any:
+        return self.fs.open(path, "rb", block_size=_BLOCK_BYTES)
 
     def _put(self, path: str, chunks: Iterable[Buffer], size_bytes: int) -> None:
         if size_bytes <= _SMALL_BYTES or isinstance(self.fs, MemoryFileSystem):  # memory: open() publishes at once
@@ -141,42 +162,34 @@ class Store:
         try:
             for chunk in chunks:
                 file.write(chunk)
+            file.close()
         except BaseException:
             _abandon(file)
             raise
-        file.close()
 
     def _call(self, operation: str, name: str, function: Callable[[], T], size_bytes: int = 0) -> T:
         """Runs a storage call: deadline, retries, and errors in our own words."""
+        failed: AbstractFileSystem | None = None
+
+        def run() -> T:
+            nonlocal failed
+            if self.fs is failed:  # what failed may be its connection: SFTP never makes another, S3 has a few that may hang
+                self.fs = type(failed)(*failed.storage_args, **failed.storage_options, skip_instance_cache=True)
+            failed = self.fs
+            self.fs.invalidate_cache()  # fsspec may keep listings, and other machines write here
+            return function()
+
         limit_seconds = self.deadline_seconds + size_bytes / _SLOWEST_BYTES_PER_SECOND
-        where = f"{operation} {self.url}/{name}".rstrip("/")
-
-        def attempt() -> T:
-            try:
-                return _within(limit_seconds, function)
-            except (HarnessError, FileNotFoundError):
-                raise
-            except Exception as error:
-                if not _is_of_storage(error):
-                    raise
-                raise StoreError(f"{where}: {_in_words(error)}", transient=_is_transient(error)) from error
-
-        retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(self.attempts),
-            wait=tenacity.wait_random_exponential(multiplier=0.2, max=10),
-            retry=tenacity.retry_if_exception(lambda error: isinstance(error, StoreError) and error.transient),
-            reraise=True,
-        )
-        return retrying(attempt)
+        return _insist(f"{operation} {self.url}/{name}".rstrip("/"), run, self.attempts, limit_seconds)
 
 
 class _LocalStore(Store):
     """A local filesystem, where ``put`` needs care of its own."""
 
-    def _put(self, path: str, chunks: Iterable[Buffer], size_bytes: int) -> None:
+    def _put(self, path: str, chunks: Iterable[Buffer], size_bytes: int) -> None:  # noqa: ARG002  # fsync tells
         directory = os.path.dirname(path)
         _make_durable_directory(directory)
-        partial = f"{directory}/.{os.path.basename(path)}.{secrets.token_hex(4)}.partial"
+        partial = _partial(path)
         try:
             with open(partial, "wb", buffering=0) as file:
                 for chunk in chunks:
@@ -190,51 +203,121 @@ class _LocalStore(Store):
         _fsync_directory(directory)
 
 
+class _SftpStore(Store):
+    """SFTP, where others see a file while it is being written."""
+
+    def _open(self, path: str) -> Any:
+        file = super()._open(path)
+        if hasattr(file, "prefetch"):  # paramiko, which waits for each 32 KiB otherwise
+            file.prefetch(max_concurrent_requests=256)
+        return file
+
+    def _put(self, path: str, chunks: Iterable[Buffer], size_bytes: int) -> None:
+        self.fs.makedirs(os.path.dirname(path), exist_ok=True)
+        partial = _partial(path)
+        try:
+            with self.fs.open(partial, "wb") as file:
+                for chunk in chunks:
+                    _write_pipelined(file, chunk)
+            if (found := self.fs.info(partial)["size"]) != size_bytes:
+                raise OSError(f"sent {size_bytes} bytes, the server has {found}")
+            self.fs.mv(partial, path)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self.fs.rm_file(partial)
+            raise
+
+
 def open_store(
     url: str, storage_options: Mapping[str, Any] | None = None, *, attempts: int = 5, deadline_seconds: float = 60
 ) -> Store:
     """The store at a URL: ``s3://bucket/run``, ``memory://run``, a local path, anything that fsspec knows.
 
     ``storage_options`` go to the filesystem as they are (``key``, ``endpoint_url``, …). Raises ``ConfigError`` when there is
-    no such filesystem or its package is not installed.
+    no such filesystem or its package is not installed, ``StoreError`` when it cannot be connected to.
     """
+
+    def connect() -> tuple[AbstractFileSystem, str]:
+        return fsspec.core.url_to_fs(url, **(storage_options or {}))  # type: ignore[no-any-return]
+
     try:
-        fs, root = fsspec.core.url_to_fs(url, **(storage_options or {}))
+        fs, root = _insist(f"open {shown(url)}", connect, attempts, deadline_seconds)
     except (ValueError, ImportError, TypeError) as error:
         raise ConfigError(f"{shown(url)}: {error}") from None
-    kind = _LocalStore if isinstance(fs, LocalFileSystem) else Store
+    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    kind = _LocalStore if isinstance(fs, LocalFileSystem) else _SftpStore if "sftp" in protocols else Store
     return kind(fs, root, shown(url), attempts, deadline_seconds)
 
 
 def shown(url: str) -> str:
     """A URL as it may be shown: without user name, password and query, where secrets can stand."""
-    scheme, separator, rest = url.rpartition("://")
-    if not separator:
+    if "://" not in url:
         return url.rstrip("/")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}".rstrip("/")
+    return re.sub(r"//[^/]*@", "//", url).partition("?")[0].rstrip("/")
 
 
-def _within(seconds: float, function: Callable[[], T]) -> T:
-    """The result of a call, or ``TimeoutError``. A call that hangs is left behind in a daemon thread: it cannot be
-    cancelled, and what it may still write is an object under a name that nobody refers to."""
-    result: list[T] = []
-    failure: list[BaseException] = []
+def _insist(where: str, function: Callable[[], T], attempts: int, limit_seconds: float) -> T:
+    """The result of a call that may need several tries."""
 
-    def run() -> None:
+    def attempt() -> T:
         try:
-            result.append(function())
-        except BaseException as error:  # handed to the caller below, whatever it is
-            failure.append(error)
+            return _Try(function).result_within(limit_seconds)
+        except HarnessError:
+            raise
+        except Exception as error:
+            if not _is_of_storage(error):
+                raise
+            raise StoreError(f"{where}: {_in_words(error)}", transient=_is_transient(error)) from error
 
-    thread = threading.Thread(target=run, name="harness-store", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise TimeoutError(f"no answer within {seconds:.0f} s")
-    if failure:
-        raise failure[0]
-    return result[0]
+    retrying = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(attempts),
+        wait=tenacity.wait_random_exponential(multiplier=0.2, max=10),
+        retry=tenacity.retry_if_exception(lambda error: isinstance(error, StoreError) and error.transient),
+        reraise=True,
+    )
+    return retrying(attempt)
+
+
+class _Try(threading.Thread, Generic[T]):
+    """One try of a call. It cannot be cancelled; when it hangs, it is left behind."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        super().__init__(name="harness-store", daemon=True)
+        self.function = function
+        self.left_behind = False
+        self.results: list[T] = []
+        self.failure: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self.results.append(self.function())
+        except BaseException as error:  # handed to the caller below, whatever it is
+            self.failure = error
+
+    def result_within(self, seconds: float) -> T:
+        self.start()
+        try:
+            self.join(seconds)
+        finally:  # also when the caller was interrupted
+            self.left_behind = self.is_alive()
+        if self.left_behind:
+            raise TimeoutError(f"no answer within {seconds:.0f} s")
+        if self.failure is not None:
+            raise self.failure
+        return self.results[0]
+
+
+def _while_awaited(chunks: Iterable[Buffer]) -> Iterator[Buffer]:
+    """The chunks, as long as somebody waits for the call that sends them.
+
+    A put that hung and was given up may wake up when its object has long been sent by another try, and committed, and the
+    memory that the chunks are views of holds other values. It must not come as far as to publish those.
+    """
+    this = threading.current_thread()
+    for chunk in chunks:
+        yield chunk
+        if isinstance(this, _Try) and this.left_behind:
+            raise TimeoutError("nobody waits for this any more")
 
 
 def _abandon(file: Any) -> None:
@@ -247,9 +330,35 @@ def _abandon(file: Any) -> None:
     file.closed = True
 
 
+def _partial(path: str) -> str:
+    """A name beside an object's for what is not yet the object."""
+    directory, name = os.path.split(path)
+    return f"{directory}/.{name}.{secrets.token_hex(4)}.partial"
+
+
+def _write_pipelined(file: Any, chunk: Buffer) -> None:
+    """Sends a chunk without waiting for the answer to each packet; all answers are there when it returns.
+
+    paramiko does not read the answers that are under way when a pipelined file is closed: a full disk would go unnoticed.
+    """
+    if not hasattr(file, "set_pipelined"):
+        file.write(chunk)
+        return
+    view = memoryview(chunk)
+    file.set_pipelined(True)
+    file.write(view[:-1])
+    file.set_pipelined(False)
+    file.write(view[-1:])
+
+
+def _raise_unless_gone(error: Exception) -> None:
+    if not isinstance(error, FileNotFoundError):  # a directory that was deleted since its parent was listed
+        raise error
+
+
 def _write_all(file: Any, chunk: Buffer) -> None:
     view = memoryview(chunk)
-    while len(view):  # a raw write may be short
+    while view:  # a raw write may be short
         view = view[file.write(view) :]
 
 
@@ -272,15 +381,25 @@ def _fsync_directory(path: str) -> None:
         os.close(descriptor)
 
 
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it was raised from: adlfs wraps whatever happens to an upload into a ``RuntimeError``."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
 def _is_of_storage(error: Exception) -> bool:
-    package = type(error).__module__.partition(".")[0]
-    return isinstance(error, OSError | asyncio.TimeoutError) or package in _BACKEND_PACKAGES
+    packages = {type(cause).__module__.partition(".")[0] for cause in _causes(error)}
+    return any(isinstance(cause, OSError) for cause in _causes(error)) or not packages.isdisjoint(_BACKEND_PACKAGES)
 
 
 def _is_transient(error: Exception) -> bool:
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno not in _PERMANENT
-    return type(error).__name__ not in _PERMANENT_NAMES
+    return not any(
+        isinstance(cause, _PERMANENT_TYPES)
+        or (isinstance(cause, OSError) and cause.errno in _PERMANENT)
+        or type(cause).__name__ in _PERMANENT_NAMES
+        for cause in _causes(error)
+    )
 
 
 def _in_words(error: Exception) -> str:

@@ -1,0 +1,74 @@
+"""Remembers what attempts died of, beside the checkpoints, so that a run does not die of the same thing for ever.
+
+torchrun's counters cannot tell: they start anew with every launch and differ between nodes. Here an attempt that fails in
+training leaves a record with the step, the error and the samples of that step. The same error at the same step in
+``same_failures`` attempts in a row is a crash loop. It may come from the checkpoint, so the next attempt takes the one
+before; if that fails in the same way, the run stops and names the step and the samples.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from harness.checkpoint.catalog import Catalog
+from harness.checkpoint.format import Attempt
+from harness.errors import CrashLoop
+
+_RECORD_LIMIT_BYTES = 1 << 20
+_MOST_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Crash:
+    """What an attempt died of, on one rank, while it trained ``step``."""
+
+    step: int
+    error: str
+    rank: int
+    samples: Sequence[int]
+
+    def is_like(self, other: "Crash") -> bool:
+        return (self.step, self.error) == (other.step, other.error)
+
+
+def record(catalog: Catalog, attempt: Attempt, crash: Crash) -> None:
+    """Leaves a record beside the checkpoints. Raises ``StoreError``."""
+    text = json.dumps({**asdict(crash), "samples": list(crash.samples)[:_MOST_SAMPLES]}, indent=1).encode()
+    catalog.store.put(f"attempts/{attempt.id}.crash-{crash.rank}.json", lambda: [text], len(text))
+
+
+def is_looping(catalog: Catalog, same_failures: int) -> bool:
+    """Whether the newest ``same_failures`` attempts died of the same thing. Raises ``CrashLoop`` when one more did.
+
+    To be asked before this attempt claims its own number.
+    """
+    names = catalog.store.list("attempts")
+    newest = sorted(catalog.attempts(), reverse=True)[: same_failures + 1]
+    died = [_crashes(catalog, names, attempt) for attempt in newest]
+    if not died or not died[0]:
+        return False
+    last = died[0][0]
+    alike = 0
+    for crashes in died:
+        if not any(crash.is_like(last) for crash in crashes):
+            break
+        alike += 1
+    if alike > same_failures:
+        raise CrashLoop(
+            f"{catalog.store.url}: step {last.step} failed {alike} times in a row with {last.error!r} on rank {last.rank}, "
+            f"the last time from an older checkpoint; its samples there: {list(last.samples)}; once that is mended, start "
+            f"with crash_loop.same_failures={alike + 1}"
+        )
+    return alike == same_failures
+
+
+def _crashes(catalog: Catalog, names: Sequence[str] | dict[str, int], attempt: Attempt) -> list[Crash]:
+    found = []
+    for name in sorted(names):
+        if name.startswith(f"attempts/{attempt.id}.crash-"):
+            text = catalog.store.get(name, _RECORD_LIMIT_BYTES)
+            try:
+                found.append(Crash(**json.loads(text or b"")))
+            except (ValueError, TypeError):  # cut by a death of the writer: it says nothing
+                continue
+    return found

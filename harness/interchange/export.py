@@ -1,0 +1,177 @@
+"""The weights of a checkpoint, in the forms that others read.
+
+An export is whole or not there: a file appears when it is complete, and a directory's index, without which its shards are
+nothing, is written last. Tied weights are written under each of their names, so that ``load_state_dict`` with
+``strict=True`` takes every form (safetensors' own ``save_model`` keeps one name, and then it does not).
+"""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import re
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+import torch
+
+from harness.checkpoint import load, tree
+from harness.checkpoint.format import DTYPES, INDEX_SUFFIX, Manifest, TensorInfo, encode_header, plan_shards, shard_name
+from harness.checkpoint.store import Buffer, Store, open_store
+from harness.errors import ConfigError, Mismatch, StoreError, Unsupported
+from harness.interchange.foreign import split
+
+_INDEX = f"model{INDEX_SUFFIX}"
+_MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(_INDEX))
+_UNBOUNDED_BYTES = 1 << 62
+
+
+def export_model(
+    store: Store,
+    directory: str,
+    manifest: Manifest,
+    out: str,
+    *,
+    shard_bytes: int = 5 << 30,
+    overwrite: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+) -> dict[str, int]:
+    """Writes the model of a checkpoint, every byte verified, to ``out``; returns the sizes of the files by their names.
+
+    ``out`` is a path or URL: ``NAME.safetensors``; ``NAME.pth`` (or ``.pt``, ``.bin``), for
+    ``model.load_state_dict(torch.load(out, weights_only=True))``; or a directory (``NAME/``, or a local one that exists),
+    which gets Hugging Face's layout with shards of at most ``shard_bytes``. ``overwrite`` replaces a file in one step; in a
+    directory, the model that is there goes first. ``storage_options`` are those of ``out``.
+    """
+    if "model" not in manifest.parts:
+        found = ", ".join(manifest.parts) or "none"
+        raise Mismatch(f"{store.url}/{directory}: expected a part called model, found {found}")
+    target = open_store(out, storage_options)
+    if is_directory := out.endswith("/") or os.path.isdir(out):
+        name, old = "", [name for name in target.list() if _MODEL_FILE.fullmatch(name)]
+    elif out.endswith((".safetensors", ".pth", ".pt", ".bin")):
+        target, name = split(target)
+        old = [] if target.stat(name) is None else [name]
+    else:
+        raise ConfigError(f"{out}: expected NAME.safetensors, NAME.pth or a directory (NAME/)")
+    if old and not overwrite:
+        raise ConfigError(f"{target.url}/{old[0]}: is there already; expected a name that is not used, or --overwrite")
+    parts = load.read(store, directory, manifest, manifest.parts.keys() & {"model", "training"})
+    model = parts["model"]
+    if is_directory:
+        return _put_directory(target, _tensors(model, out), shard_bytes, old)
+    if name.endswith(".safetensors"):
+        tensors = _tensors(model, out)
+        return {name: _put_shard(target, name, tensors, _shards(tensors, _UNBOUNDED_BYTES)[0])}
+    return {name: _put_torch_file(target, name, _state_dict(model, parts.get("training", {}).get("module_versions")))}
+
+
+# --- safetensors -----------------------------------------------------------------------------------------------------
+
+
+def _tensors(model: Mapping[str, Any], out: str) -> dict[str, torch.Tensor]:
+    """The model's entries, all of which safetensors can hold. Raises ``Unsupported``."""
+    for name, value in model.items():
+        what = None
+        if not isinstance(value, torch.Tensor):
+            what = f"extra state of type {type(value).__name__}"
+        elif DTYPES[str(value.dtype).removeprefix("torch.")][0] is None:
+            what = f"a tensor of dtype {value.dtype}"
+        elif name == "__metadata__":
+            what = "called like safetensors' own entry"
+        if what is not None:
+            raise Unsupported(f"{out}: {name} is {what}, for which safetensors has no form; export to a .pth instead")
+    return dict(model)
+
+
+def _shards(tensors: Mapping[str, torch.Tensor], limit_bytes: int) -> list[list[TensorInfo]]:
+    return plan_shards((tree.info(name, tensor) for name, tensor in tensors.items()), limit_bytes) or [[]]
+
+
+def _put_directory(store: Store, tensors: dict[str, torch.Tensor], shard_bytes: int, old: Iterable[str]) -> dict[str, int]:
+    shards = _shards(tensors, shard_bytes)
+    names = [shard_name("model", index, len(shards)) for index in range(len(shards))]
+    for name in sorted(old, key=lambda name: name != _INDEX):  # what leads to the shards goes before they do
+        store.delete(name)
+    written: dict[str, int] = {}
+    try:
+        for name, shard in zip(names, shards, strict=True):
+            written[name] = _put_shard(store, name, tensors, shard)
+        if len(shards) > 1:
+            places = {info.path: name for name, shard in zip(names, shards, strict=True) for info in shard}
+            total_bytes = sum(tensor.nbytes for tensor in tensors.values())
+            index = json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": places}, indent=1).encode()
+            written[_INDEX] = _put(store, _INDEX, lambda: [index], len(index))
+    except BaseException:
+        for name in written:
+            with contextlib.suppress(StoreError):  # what matters is the exception that is under way
+                store.delete(name)
+        raise
+    return written
+
+
+def _put_shard(store: Store, name: str, tensors: Mapping[str, torch.Tensor], shard: list[TensorInfo]) -> int:
+    header = encode_header(shard)
+
+    def chunks() -> Iterator[Buffer]:
+        yield header
+        for info in shard:
+            yield from tree.raw_bytes(tensors[info.path])
+
+    return _put(store, name, chunks, len(header) + sum(info.nbytes for info in shard))
+
+
+# --- torch.save ------------------------------------------------------------------------------------------------------
+
+
+def _state_dict(model: Mapping[str, Any], versions: Mapping[str, int | None] | None) -> OrderedDict[str, Any]:
+    """As ``model.state_dict()`` gives it, with the versions of the modules, by which they load older states."""
+    state = OrderedDict(model)
+    if versions is not None:
+        steps = [name.split(".")[:-1] for name in model]
+        modules = {".".join(path[:length]) for path in steps for length in range(len(path) + 1)} | versions.keys()
+        metadata = {module: {"version": versions.get(module, 1)} for module in sorted(modules)}
+        state._metadata = metadata  # type: ignore[attr-defined]  # where torch keeps it
+    return state
+
+
+def _put_torch_file(store: Store, name: str, model: Mapping[str, Any]) -> int:
+    for key, value in model.items():
+        if not isinstance(value, torch.Tensor):
+            _check_plain(f"{store.url}/{name}: {key}", value)
+    with tempfile.TemporaryFile() as file:  # the size is known only afterwards
+        try:
+            torch.save(model, file)
+            file.flush()
+        except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as either
+            reason = str(error).partition("\n")[0]
+            raise StoreError(f"put {store.url}/{name}: writing it to {tempfile.gettempdir()} first: {reason}") from None
+        return _put(store, name, lambda: _pieces(file), file.seek(0, os.SEEK_END))
+
+
+def _pieces(file: BinaryIO) -> Iterator[Buffer]:
+    file.seek(0)
+    while piece := file.read(1 << 20):
+        yield piece
+
+
+def _check_plain(where: str, value: Any) -> None:
+    """Raises ``Unsupported`` for extra state that ``torch.load`` with ``weights_only=True`` would refuse."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    try:
+        torch.load(buffer, weights_only=True)
+    except pickle.UnpicklingError:
+        what = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise Unsupported(f"{where}: expected tensors and plain values, found {what}, which weights_only refuses") from None
+
+
+def _put(store: Store, name: str, chunks: Any, size_bytes: int) -> int:
+    store.put(name, chunks, size_bytes)
+    if (found := store.stat(name)) != size_bytes:
+        raise StoreError(f"put {store.url}/{name}: sent {size_bytes} bytes, the store has {found}")
+    return size_bytes
