@@ -281,6 +281,49 @@ def prune(
         click.echo(f"{'would delete' if dry_run else 'deleted'}  {entry.state:<10}  {entry.directory}")
 
 
+@cli.command()
+@_reads_run
+@click.argument("out")
+@click.option("--step", type=int, help="A certain step instead of the newest whole checkpoint.")
+@click.option("--overwrite", is_flag=True, help="Replace what lies at OUT.")
+def export(url: str, out: str, storage_options: tuple[str, ...], as_json: bool, step: int | None, overwrite: bool) -> None:
+    """Write the model of a checkpoint alone, every byte verified.
+
+    OUT is NAME.safetensors, or NAME.pth for model.load_state_dict(torch.load(OUT, weights_only=True)), or a directory
+    (NAME/) for Hugging Face's layout.
+    """
+    from harness.interchange import export_model  # noqa: PLC0415  # see the module's docstring
+
+    catalog = _open_catalog(url, storage_options)
+    entry = catalog.newest(step)
+    assert entry.manifest is not None, "a whole checkpoint has a manifest"
+    written = export_model(catalog.store, entry.directory, entry.manifest, out, overwrite=overwrite)
+    if as_json:
+        click.echo(json.dumps({"directory": entry.directory, "step": entry.step, "files": written}, indent=1))
+        return
+    for name, size_bytes in written.items():
+        click.echo(f"{name}  {size_bytes / 1e6:.1f} MB  (step {entry.step})")
+
+
+@cli.command(name="import")
+@click.argument("src")
+@_reads_run
+@click.option("--trust", is_flag=True, help="Read a torch.distributed.checkpoint directory, whose metadata can run code.")
+def import_(src: str, url: str, storage_options: tuple[str, ...], as_json: bool, trust: bool) -> None:
+    """Write what others saved as the first checkpoint of a new run at URL, for init_from to start from.
+
+    SRC is a .pth with a state_dict or with the usual dictionaries around one, safetensors in one or several files, or with
+    --trust a directory of torch.distributed.checkpoint.
+    """
+    from harness.interchange import import_run  # noqa: PLC0415  # see the module's docstring
+
+    directory, foreign = import_run(src, _open_catalog(url, storage_options).store, trust=trust)
+    if as_json:
+        click.echo(json.dumps({"directory": directory, "what": foreign.what, "entries": len(foreign.model)}, indent=1))
+    else:
+        click.echo(f"{directory}  {len(foreign.model)} entries of the model, from {foreign.what}")
+
+
 def _summary(entry: "Entry") -> dict[str, Any]:
     known: dict[str, Any] = {
         "directory": entry.directory,

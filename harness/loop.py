@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import harness
-from harness import crashes, data, resume
+from harness import crashes, data, interchange, resume
 from harness.checkpoint.catalog import Catalog, Retention
 from harness.checkpoint.saver import Saver
 from harness.checkpoint.store import open_store
@@ -160,6 +160,7 @@ class _Run:
         if checkpoint.url is None:
             self.reporter = Reporter(self.config.log, active=world.rank == 0)
             self.reporter.event("start", "no checkpoint.url: this run is not saved")
+            self.initialize()
             resume.check_lockstep(world, self.state)
             return
         catalog = Catalog(open_store(checkpoint.url, checkpoint.storage_options))
@@ -172,6 +173,8 @@ class _Run:
         self.reporter = Reporter(self.config.log, active=world.rank == 0, attempt=attempt.id)
         self.record_crash = functools.partial(crashes.record, catalog, attempt)
         resumed = resume.resume(world, catalog, self.state, self.identity(), pass_over_newest=looping)
+        if resumed is None:
+            self.initialize()
         resume.check_lockstep(world, self.state)
         if world.rank == 0:
             self.saver = Saver(
@@ -192,6 +195,13 @@ class _Run:
             directory=resumed.directory if resumed else None,
             world_size=world.size,
         )
+
+    def initialize(self) -> None:
+        """Gives a new run the weights that ``init_from`` names."""
+        if self.config.init_from is not None:
+            foreign = interchange.read_foreign(self.config.init_from)
+            loaded = interchange.load_into(self.task.model, self.task.optimizer, foreign)
+            self.reporter.event("init", f"initialized from {foreign.source} ({foreign.what}): {loaded}")
 
     def remember_crash(self, error: Exception) -> None:
         """Leaves a record of an error in the training code, or in a sample, for the attempts to come."""

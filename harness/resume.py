@@ -63,6 +63,8 @@ def resume(
         assert parts is not None, "no rank reported a problem"
         assert entry.manifest is not None
         meta = entry.manifest.meta
+        if "cursor" not in meta:
+            raise Mismatch(f"{entry.directory}: has no position in the data; start a run elsewhere with init_from it")
         _check_run(meta, run)
         state.restore(parts, entry.step, Cursor(meta["cursor"]["epoch"], meta["cursor"]["offset"]))
         _warn_if_inexact(meta, conditions(world))

@@ -128,10 +128,15 @@ def _plain_names(module: nn.Module, state: Iterable[str] = ()) -> dict[str, str]
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
-    """The model's ``state_dict()`` under plain names."""
+    """The model's ``state_dict()`` under plain names. Raises ``Unsupported`` for what could be saved and not be loaded."""
     model = unwrap(model)
     state = model.state_dict()
     plain = _plain_names(model, state)
+    for name, value in state.items():
+        if _is_expanded(value) and not _is_extra(name):
+            raise Unsupported(
+                f"model/{plain[name]}: nothing can be loaded into an expanded tensor; register a clone() of it"
+            )
     return {plain[name]: value for name, value in state.items()}
 
 
@@ -177,9 +182,25 @@ def restore_model(model: nn.Module, saved: Mapping[str, Any], versions: Mapping[
     model.load_state_dict(state, strict=True)
 
 
+def _is_extra(name: str) -> bool:
+    """Whether this is what a module's ``get_extra_state()`` returned, shape and all its own affair."""
+    return name.rpartition(".")[2] == "_extra_state"
+
+
+def _is_dense(value: Any) -> bool:
+    """Whether this is a tensor with memory and strides."""
+    has_strides = isinstance(value, torch.Tensor) and not nn.parameter.is_lazy(value) and value.layout is torch.strided
+    return has_strides and value.device.type != "meta"
+
+
+def _is_expanded(value: Any) -> bool:
+    return _is_dense(value) and any(
+        size > 1 and not stride for size, stride in zip(value.shape, value.stride(), strict=True)
+    )
+
+
 def _kind(name: str, value: Any) -> str:
-    # What a module's get_extra_state() returns is its own affair, shape and all.
-    if not isinstance(value, torch.Tensor) or name.rpartition(".")[2] == "_extra_state":
+    if not isinstance(value, torch.Tensor) or _is_extra(name):
         return "extra state"
     if nn.parameter.is_lazy(value):
         return "an uninitialized parameter (run the model once before it is trained)"
@@ -190,7 +211,7 @@ def _ties(state: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Each name whose tensor is the same memory as an earlier one's, after that one."""
     firsts: dict[Any, str] = {}
     for name, value in state.items():
-        if isinstance(value, torch.Tensor) and value.numel() and value.device.type != "meta":
+        if _is_dense(value) and value.numel():
             place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
             if (first := firsts.setdefault(place, name)) != name:
                 yield first, name

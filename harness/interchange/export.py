@@ -131,9 +131,9 @@ def _state_dict(model: Mapping[str, Any], versions: Mapping[str, int | None] | N
     """As ``model.state_dict()`` gives it, with the versions of the modules, by which they load older states."""
     state = OrderedDict(model)
     if versions is not None:
-        steps = [name.split(".")[:-1] for name in model]
-        modules = {".".join(path[:length]) for path in steps for length in range(len(path) + 1)} | versions.keys()
-        metadata = {module: {"version": versions.get(module, 1)} for module in sorted(modules)}
+        dots = [(name, index) for name in model for index, letter in enumerate(name) if letter == "."]
+        prefixes = {"", *(name[: index + 1] for name, index in dots), *versions}
+        metadata = {prefix.removesuffix("."): {"version": versions.get(prefix, 1)} for prefix in sorted(prefixes)}
         state._metadata = metadata  # type: ignore[attr-defined]  # where torch keeps it
     return state
 
@@ -147,7 +147,10 @@ def _put_torch_file(store: Store, name: str, model: Mapping[str, Any]) -> int:
             torch.save(model, file)
             file.flush()
         except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as either
-            reason = str(error).partition("\n")[0]
+            cause: BaseException = error
+            while cause.__context__ is not None:  # the first one; torch's writer complains again when it is closed
+                cause = cause.__context__
+            reason = str(cause).partition("\n")[0]
             raise StoreError(f"put {store.url}/{name}: writing it to {tempfile.gettempdir()} first: {reason}") from None
         return _put(store, name, lambda: _pieces(file), file.seek(0, os.SEEK_END))
 

@@ -106,17 +106,17 @@ def _from_checkpoint(store: Store, directory: str, manifest: Manifest) -> Foreig
 # --- forms -----------------------------------------------------------------------------------------------------------
 
 
-def _recognize(value: Any, source: str, what: str) -> Foreign:
+def _recognize(value: Any, source: str, what: str, *, within: bool = False) -> Foreign:
     if not isinstance(value, Mapping):
         raise Mismatch(f"{source}: expected a state_dict, found {type(value).__name__}")
     if _is_state_dict(value):
         short = shortener(value)
         return Foreign(source, f"{what}: a state_dict", _model(value, short, source), _versions(value, short))
     found = [key for key in _MODEL_KEYS if _is_state_dict(value.get(key))]
-    if not found and len(value) == 1:
+    if not found and len(value) == 1 and not within:
         ((key, inner),) = value.items()
         if isinstance(inner, Mapping):
-            return _recognize(inner, source, f"{what}: {key}")
+            return _recognize(inner, source, f"{what}: {key}", within=True)
     if len(found) != 1:
         keys = ", ".join(map(str, found or list(value)[:8])) or "nothing"
         raise Mismatch(f"{source}: expected a state_dict, or one under one of {', '.join(_MODEL_KEYS)}; found {keys}")
@@ -177,7 +177,9 @@ def _versions(value: Mapping[str, Any], short: Callable[[str], str]) -> dict[str
         return None
     found = {raw: about.get("version") for raw, about in metadata.items() if isinstance(about, Mapping)}
     return {
-        short(raw): version for raw, version in found.items() if version is None or (type(version) is int and version != 1)
+        f"{short(raw)}.".removeprefix("."): version  # for the prefix of the module's names, as in harness.state
+        for raw, version in found.items()
+        if version is None or (type(version) is int and version != 1)
     }
 
 

@@ -74,7 +74,7 @@ def _named_as(model: nn.Module, foreign: Foreign) -> tuple[dict[str, Any], dict[
     step where all share it (Lightning saves the model as a child of its module). Tied weights may be saved once or twice.
     """
     live = model_state(model)
-    ways: list[Callable[[str], str]] = [str, lambda name: f"module.{name}".rstrip(".")]
+    ways: list[Callable[[str], str]] = [str, lambda name: f"module.{name}"]
     if len({name.partition(".")[0] for name in foreign.model}) == 1:
         ways.append(lambda name: name.partition(".")[2])
     for rename in ways:
