@@ -211,7 +211,7 @@ def _ties(state: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Each name whose tensor is the same memory as an earlier one's, after that one."""
     firsts: dict[Any, str] = {}
     for name, value in state.items():
-        if _is_dense(value) and value.numel():
+        if _is_dense(value):
             place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
             if (first := firsts.setdefault(place, name)) != name:
                 yield first, name

@@ -61,7 +61,7 @@ class Watchdog:
     def _watch(self) -> None:
         with self._lock:
             while (deadline := self._deadline) is not None and (left := deadline - time.monotonic()) > 0:
-                self._lock.wait(left)
+                self._lock.wait(min(left, self._timeout_seconds / 4))  # the first step's time may be over before it is up
         if self._deadline is None:
             return
         text = stacks()

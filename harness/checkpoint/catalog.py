@@ -106,7 +106,7 @@ class Catalog:
     def verify(self, entry: Entry) -> None:
         """Reads every byte of a checkpoint and compares it with the manifest. Raises ``Corrupt``."""
         for file in self.open(entry.directory).files:
-            _verify_file(self.store, f"{entry.directory}/{file.name}", file)
+            verify_file(self.store, f"{entry.directory}/{file.name}", file)
 
     def prune(self, retention: Retention, best_step: int | None = None, *, dry_run: bool = False) -> list[Entry]:
         """Deletes what is not to be kept and returns it. Called after a commit, by the only writer.
@@ -217,7 +217,8 @@ def _check_size(file: FileInfo, found_bytes: int | None) -> None:
         raise Corrupt(f"{file.name}: expected {file.bytes} bytes, {found}")
 
 
-def _verify_file(store: Store, name: str, file: FileInfo) -> None:
+def verify_file(store: Store, name: str, file: FileInfo) -> None:
+    """Reads every byte of an object and compares it with the manifest's entry. Raises ``Corrupt``."""
     algorithm = file.checksum.partition(":")[0]
 
     def consume(stream: BinaryIO) -> tuple[int, str]:

@@ -227,8 +227,11 @@ def decode_header(text: bytes, data_bytes: int) -> list[TensorInfo]:
 
 
 def _decode_entry(path: str, entry: Mapping[str, Any], metadata: Mapping[str, str]) -> TensorInfo:
+    path.encode()  # JSON can spell text that is none
     dtype, shape = _NAME_OF_CODE[entry["dtype"]], entry["shape"]
-    if not all(type(size) is int and 0 <= size < 1 << 48 for size in shape) or len(shape) > 64:
+    if type(shape) is not list or not all(type(size) is int and size >= 0 for size in shape):
+        raise Corrupt(f"{path}: impossible shape {shape}")
+    if len(shape) > 64 or math.prod(size or 1 for size in shape) >= 1 << 48:  # an empty tensor, too, has strides
         raise Corrupt(f"{path}: impossible shape {shape}")
     if (real := metadata.get(f"dtype:{path}")) is not None:
         if dtype != "uint8" or not shape or shape[-1] != DTYPES[real][1]:
@@ -261,6 +264,14 @@ class FileInfo:
     bytes: int
     checksum: str
 
+    def check(self) -> None:
+        if not (type(self.name) is str and _FILE_NAME.fullmatch(self.name)) or self.name == MANIFEST:
+            raise Corrupt(f"{MANIFEST}: {self.name!r} is not a name of a file in this directory")
+        if type(self.bytes) is not int or not 0 <= self.bytes < 1 << 48:
+            raise Corrupt(f"{MANIFEST}: {self.name}: impossible size {self.bytes!r}")
+        if type(self.checksum) is not str:
+            raise Corrupt(f"{MANIFEST}: {self.name}: impossible checksum {self.checksum!r}")
+
 
 @dataclass(frozen=True)
 class Part:
@@ -270,6 +281,12 @@ class Part:
     tree: Any
     aliases: dict[str, str]
     digest: str
+
+    def check(self, name: str) -> None:
+        if type(self.tree) is not dict or type(self.files) is not list or type(self.aliases) is not dict:
+            raise Corrupt(f"{MANIFEST}: part {name!r}: impossible tree, files or aliases")
+        if not all(type(text) is str for text in (*self.files, *self.aliases.values(), self.digest)):
+            raise Corrupt(f"{MANIFEST}: part {name!r}: impossible files, aliases or digest")
 
 
 @dataclass(frozen=True)
@@ -319,16 +336,18 @@ class Manifest:
 
     def _check(self) -> None:
         """A checksum says that the bytes are the writer's; these say that the writer was sane and meant no harm."""
-        if type(self.step) is not int or self.step < 0 or Attempt.parse(self.attempt) is None:
+        if not _is_step(self.step) or not _is_attempt(self.attempt):
             raise Corrupt(f"{MANIFEST}: impossible step {self.step!r} or attempt {self.attempt!r}")
-        names = [file.name for file in self.files]
+        if type(self.created) is not str or type(self.meta) is not dict:
+            raise Corrupt(f"{MANIFEST}: impossible created {self.created!r} or meta {self.meta!r}")
+        for ancestor in self.lineage:
+            if not _is_attempt(ancestor.attempt) or not _is_step(ancestor.until_step):
+                raise Corrupt(f"{MANIFEST}: impossible {ancestor}")
         for file in self.files:
-            if not (type(file.name) is str and _FILE_NAME.fullmatch(file.name)) or file.name == MANIFEST:
-                raise Corrupt(f"{MANIFEST}: {file.name!r} is not a name of a file in this directory")
-            if type(file.bytes) is not int or file.bytes < 0:
-                raise Corrupt(f"{MANIFEST}: {file.name}: impossible size {file.bytes!r}")
-            if not isinstance(file.checksum, str):
-                raise Corrupt(f"{MANIFEST}: {file.name}: impossible checksum {file.checksum!r}")
+            file.check()
+        for name, part in self.parts.items():
+            part.check(name)
+        names = [file.name for file in self.files]
         used = [name for part in self.parts.values() for name in part.files]
         expected = sorted(name for name in names if not name.endswith(INDEX_SUFFIX))
         if sorted(used) != expected or len(set(names)) != len(names):
@@ -338,6 +357,14 @@ class Manifest:
     def bytes(self) -> int:
         """The bytes of all objects that the manifest names."""
         return sum(file.bytes for file in self.files)
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_attempt(value: Any) -> bool:
+    return type(value) is str and Attempt.parse(value) is not None
 
 
 def _last_line(text: bytes) -> bytes:

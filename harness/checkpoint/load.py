@@ -11,8 +11,10 @@ from typing import Any, BinaryIO
 import torch
 
 from harness.checkpoint import tree
+from harness.checkpoint.catalog import verify_file
 from harness.checkpoint.format import (
     HEADER_LIMIT_BYTES,
+    INDEX_SUFFIX,
     FileInfo,
     Hasher,
     Manifest,
@@ -36,6 +38,9 @@ def read(store: Store, directory: str, manifest: Manifest, parts: Iterable[str] 
     """
     wanted = manifest.parts if parts is None else {name: manifest.parts[name] for name in parts}
     files = {file.name: file for file in manifest.files}
+    for name in wanted:
+        if index := files.get(f"{name}{INDEX_SUFFIX}"):  # not needed here, but what is damaged is not called whole
+            verify_file(store, f"{directory}/{index.name}", index)
     return {
         name: _read_part(store, directory, name, part, [files[file] for file in part.files]) for name, part in wanted.items()
     }
@@ -52,10 +57,15 @@ def _read_part(store: Store, directory: str, name: str, part: Part, files: list[
         hashes |= found_hashes
     try:
         for further, stored in part.aliases.items():
+            if further in tensors:
+                raise Corrupt(f"{directory}: {name}: {further!r} is to be the same as {stored!r}, and is a tensor of its own")
             tensors[further], hashes[further] = tensors[stored], hashes[stored]
     except (KeyError, TypeError):
         raise Corrupt(f"{directory}: {name}: {further!r} is to be the same as {stored!r}, which is not there") from None
-    computed = digest({tree.info(path, tensor): hashes[path] for path, tensor in tensors.items()}, part.tree)
+    try:
+        computed = digest({tree.info(path, tensor): hashes[path] for path, tensor in tensors.items()}, part.tree)
+    except (ValueError, RecursionError) as error:  # text that is none, a number beyond all, too many levels
+        raise Corrupt(f"{directory}: {name}: {type(error).__name__}: {error}") from None
     if computed != part.digest:
         raise Corrupt(f"{directory}: {name}: expected digest {part.digest}, found {computed}")
     return tree.decode(part.tree, tensors)

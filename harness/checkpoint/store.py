@@ -29,6 +29,7 @@ from typing import Any, BinaryIO, Generic, TypeVar
 
 import fsspec
 import tenacity
+from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
@@ -48,9 +49,9 @@ _PERMANENT = {
 _PERMANENT_TYPES = (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 _PERMANENT_NAMES = {
     "NoCredentialsError", "PartialCredentialsError", "ParamValidationError",  # botocore
-    "ClientAuthenticationError", "ResourceNotFoundError",  # azure
     "AuthenticationException", "BadHostKeyException",  # paramiko
 }  # fmt: skip
+_TRANSIENT_STATUS = {408, 429}  # the only of HTTP's 4xx that may be otherwise next time
 _BACKEND_PACKAGES = {"botocore", "aiobotocore", "aiohttp", "azure", "google", "gcsfs", "paramiko", "asyncssh", "requests"}
 
 
@@ -67,6 +68,8 @@ class Store:
         self.url = url  # without credentials: it is shown to people
         self.attempts = attempts
         self.deadline_seconds = deadline_seconds
+        # What failed may have been the connection: SFTP never makes another, and S3 has a few, which may all hang.
+        self._suspect: AbstractFileSystem | None = None
 
     def put(self, name: str, chunks: Callable[[], Iterable[Buffer]], size_bytes: int) -> None:
         """Publishes an object. ``chunks`` is called once for each try and yields its ``size_bytes`` bytes."""
@@ -104,15 +107,8 @@ class Store:
         """All objects below a prefix (a directory's name), with their sizes in bytes. Directories do not count."""
 
         def find() -> dict[str, int]:
-            place = f"{self.root}/{prefix}".rstrip("/")
-            # Where fsspec walks from directory to directory it leaves out what it cannot list, unless told otherwise.
-            walks = type(self.fs).find is AbstractFileSystem.find
-            try:
-                found = self.fs.find(place, detail=True, **({"on_error": _raise_unless_gone} if walks else {}))
-            except FileNotFoundError:
-                return {}
             start = len(self.root) + 1
-            return {path[start:]: info["size"] for path, info in found.items() if info["type"] == "file"}
+            return {info["name"][start:]: info["size"] for info in _files(self.fs, f"{self.root}/{prefix}".rstrip("/"))}
 
         return self._call("list", prefix, find)
 
@@ -169,18 +165,19 @@ class Store:
 
     def _call(self, operation: str, name: str, function: Callable[[], T], size_bytes: int = 0) -> T:
         """Runs a storage call: deadline, retries, and errors in our own words."""
-        failed: AbstractFileSystem | None = None
 
         def run() -> T:
-            nonlocal failed
-            if self.fs is failed:  # what failed may be its connection: SFTP never makes another, S3 has a few that may hang
-                self.fs = type(failed)(*failed.storage_args, **failed.storage_options, skip_instance_cache=True)
-            failed = self.fs
+            if self.fs is self._suspect:
+                fs = self._suspect
+                self.fs = type(fs)(*fs.storage_args, **fs.storage_options, skip_instance_cache=True)
             self.fs.invalidate_cache()  # fsspec may keep listings, and other machines write here
             return function()
 
+        def suspect() -> None:
+            self._suspect = self.fs
+
         limit_seconds = self.deadline_seconds + size_bytes / _SLOWEST_BYTES_PER_SECOND
-        return _insist(f"{operation} {self.url}/{name}".rstrip("/"), run, self.attempts, limit_seconds)
+        return _insist(f"{operation} {self.url}/{name}".rstrip("/"), run, self.attempts, limit_seconds, suspect)
 
 
 class _LocalStore(Store):
@@ -256,8 +253,10 @@ def shown(url: str) -> str:
     return re.sub(r"//[^/]*@", "//", url).partition("?")[0].rstrip("/")
 
 
-def _insist(where: str, function: Callable[[], T], attempts: int, limit_seconds: float) -> T:
-    """The result of a call that may need several tries."""
+def _insist(
+    where: str, function: Callable[[], T], attempts: int, limit_seconds: float, on_failure: Callable[[], None] = lambda: None
+) -> T:
+    """The result of a call that may need several tries; ``on_failure`` is called after each that failed for the moment."""
 
     def attempt() -> T:
         try:
@@ -267,7 +266,9 @@ def _insist(where: str, function: Callable[[], T], attempts: int, limit_seconds:
         except Exception as error:
             if not _is_of_storage(error):
                 raise
-            raise StoreError(f"{where}: {_in_words(error)}", transient=_is_transient(error)) from error
+            if transient := _is_transient(error):
+                on_failure()
+            raise StoreError(f"{where}: {_in_words(error)}", transient=transient) from error
 
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(attempts),
@@ -320,6 +321,22 @@ def _while_awaited(chunks: Iterable[Buffer]) -> Iterator[Buffer]:
             raise TimeoutError("nobody waits for this any more")
 
 
+def _files(fs: AbstractFileSystem, place: str) -> Iterator[dict[str, Any]]:
+    """What fsspec knows of each file below a place."""
+    if getattr(type(fs), "_find", AsyncFileSystem._find) is not AsyncFileSystem._find:  # an object store: one listing
+        yield from (info for info in fs.find(place, detail=True).values() if info["type"] == "file")
+        return
+    try:
+        found = fs.ls(place, detail=True)  # not find(), which leaves out what it may not list
+    except FileNotFoundError:  # nothing was ever written, or it was deleted since its parent was listed
+        return
+    for info in found:
+        if info["type"] == "directory":
+            yield from _files(fs, info["name"])
+        elif info["type"] == "file":
+            yield info
+
+
 def _abandon(file: Any) -> None:
     """Gives a half-written object up. Closing it would publish what has been written so far, and so would its finalizer."""
     if not isinstance(file, AbstractBufferedFile):
@@ -349,11 +366,6 @@ def _write_pipelined(file: Any, chunk: Buffer) -> None:
     file.write(view[:-1])
     file.set_pipelined(False)
     file.write(view[-1:])
-
-
-def _raise_unless_gone(error: Exception) -> None:
-    if not isinstance(error, FileNotFoundError):  # a directory that was deleted since its parent was listed
-        raise error
 
 
 def _write_all(file: Any, chunk: Buffer) -> None:
@@ -389,16 +401,25 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_of_storage(error: Exception) -> bool:
-    packages = {type(cause).__module__.partition(".")[0] for cause in _causes(error)}
-    return any(isinstance(cause, OSError) for cause in _causes(error)) or not packages.isdisjoint(_BACKEND_PACKAGES)
+    return any(
+        isinstance(cause, OSError | EOFError)  # EOFError is paramiko's word for a lost connection
+        or type(cause).__module__.partition(".")[0] in _BACKEND_PACKAGES
+        for cause in _causes(error)
+    )
 
 
 def _is_transient(error: Exception) -> bool:
-    return not any(
-        isinstance(cause, _PERMANENT_TYPES)
-        or (isinstance(cause, OSError) and cause.errno in _PERMANENT)
-        or type(cause).__name__ in _PERMANENT_NAMES
-        for cause in _causes(error)
+    return not any(_is_permanent(cause) for cause in _causes(error))
+
+
+def _is_permanent(error: BaseException) -> bool:
+    status = getattr(error, "status_code", None) or 0
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return (
+        isinstance(error, _PERMANENT_TYPES)
+        or (isinstance(error, OSError) and error.errno in _PERMANENT)
+        or not names.isdisjoint(_PERMANENT_NAMES)
+        or (400 <= status < 500 and status not in _TRANSIENT_STATUS)
     )
 
 

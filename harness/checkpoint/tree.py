@@ -19,6 +19,7 @@ import base64
 import copy
 import json
 import math
+import re
 import struct
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -78,6 +79,7 @@ def _join(path: tuple[str, ...]) -> str:
 
 
 _ARRAY_DTYPES = frozenset(f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)) | {"b1", "f2", "f4", "f8", "c8", "c16"}
+_MOST_LEVELS = 100  # Python's recursion ends at 1000 calls; what was written must be readable with fewer of them left
 _TAKEN_OUT = object()  # stands for a value of which only tensors were to be kept
 
 
@@ -90,6 +92,8 @@ class _Encoder:
     def value_at(self, path: tuple[str, ...], value: Any, *, keep: bool = False) -> Any:
         """The JSON of a value; ``_TAKEN_OUT`` where nothing is left and its container need not keep its place."""
         kind = type(value)
+        if len(path) > _MOST_LEVELS:
+            raise self.unsupported(path, f"a value nested more than {_MOST_LEVELS} levels deep")
         if value is None or kind in (bool, int, str):
             return value
         if kind is float:
@@ -181,13 +185,14 @@ def decode(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
     unused = dict(tensors)
     try:
         value = _Decoder(tensors, unused).value_at((), _with_slots(tree, tensors))
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, struct.error) as error:
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RecursionError, struct.error) as error:
         raise Corrupt(f"the tree does not fit the tensors: {type(error).__name__}: {error}") from None
     if unused:
         raise Corrupt(f"tensors without a place in the tree: {', '.join(sorted(unused)[:5])}")
     return value
 
 
+_NUMBERS = re.compile(r"[<>|][biufc]\d{1,2}")
 _SLOT = object()  # a place in a dictionary from which a tensor was taken out
 
 
@@ -222,27 +227,32 @@ class _Decoder:
         if node is _SLOT:
             return self.take(path)
         if type(node) is list:
-            return [self.value_at((*path, str(index)), item) for index, item in enumerate(node)]
+            return self.list_at(path, node)
         if type(node) is not dict:
             return node
         if len(node) == 1 and (tag := next(iter(node))).startswith("$") and tag[1:2] not in ("$", ":"):
             return self.tagged_at(path, tag, node[tag])
         return {_key(key): self.value_at((*path, key), item) for key, item in node.items()}
 
+    def list_at(self, path: tuple[str, ...], node: Any) -> list[Any]:
+        if type(node) is not list:
+            raise TypeError(f"expected a list, found {node!r}")
+        return [self.value_at((*path, str(index)), item) for index, item in enumerate(node)]
+
     def tagged_at(self, path: tuple[str, ...], tag: str, body: Any) -> Any:
         match tag:
             case "$tensor":
                 return self.take(path)
             case "$array":
-                return self.take(path).numpy().astype(np.dtype(body), copy=False)
+                return _as_array(self.take(path).numpy(), _dtype(body))
             case "$tuple":
-                return tuple(self.value_at(path, body))
+                return tuple(self.list_at(path, body))
             case "$set":
-                return set(self.value_at(path, body))
+                return set(self.list_at(path, body))
             case "$frozenset":
-                return frozenset(self.value_at(path, body))
+                return frozenset(self.list_at(path, body))
             case "$counter":
-                return Counter({self.value_at(path, key): count for key, count in body})
+                return Counter(dict(self.list_at(path, body)))
             case "$bytes":
                 return base64.b64decode(body, validate=True)
             case "$float":
@@ -250,13 +260,26 @@ class _Decoder:
             case "$complex":
                 return complex(*struct.unpack(">dd", bytes.fromhex(body)))
             case "$numpy":
-                return np.frombuffer(bytes.fromhex(body[1]), np.dtype(body[0]))[0]
+                return np.frombuffer(bytes.fromhex(body[1]), _dtype(body[0]))[0]
         raise ValueError(f"unknown tag {tag}")
 
     def take(self, path: tuple[str, ...]) -> torch.Tensor:
         joined = _join(path)
         self.unused.pop(joined, None)
         return self.tensors[joined]
+
+
+def _dtype(text: str) -> np.dtype[Any]:
+    """A numpy dtype of numbers. numpy has many more, items of any size and of Python's objects among them."""
+    if not _NUMBERS.fullmatch(text):
+        raise ValueError(f"{text!r} is not a dtype of numbers")
+    return np.dtype(text)
+
+
+def _as_array(array: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    if array.dtype != dtype.newbyteorder("="):
+        raise ValueError(f"an array of {dtype} is stored as {array.dtype}")
+    return array.astype(dtype, copy=False)
 
 
 def _key(written: str) -> Any:

@@ -80,8 +80,6 @@ def _tensors(model: Mapping[str, Any], out: str) -> dict[str, torch.Tensor]:
             what = f"extra state of type {type(value).__name__}"
         elif DTYPES[str(value.dtype).removeprefix("torch.")][0] is None:
             what = f"a tensor of dtype {value.dtype}"
-        elif name == "__metadata__":
-            what = "called like safetensors' own entry"
         if what is not None:
             raise Unsupported(f"{out}: {name} is {what}, for which safetensors has no form; export to a .pth instead")
     return dict(model)

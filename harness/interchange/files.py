@@ -135,7 +135,7 @@ def _check_archive(path: str, shown: str, size_bytes: int) -> None:
                 raise Mismatch(f"{shown}: expected a file of torch.save, found a zip archive of something else")
             stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
             if not stored or sum(member.file_size for member in members) > size_bytes:
-                raise Corrupt(f"{shown}: expected an archive that is not compressed, found one that grows when unpacked")
+                raise Corrupt(f"{shown}: expected an archive that is not compressed, found a compressed one")
             has_checksums = any(member.CRC for member in members)  # torch can be told to leave them out
             if has_checksums and (name := archive.testzip()) is not None:
                 raise Corrupt(f"{shown}: {name}: expected the checksum in the archive, found another")

@@ -23,19 +23,18 @@ def load_into(model: nn.Module, optimizer: Optimizer | None, foreign: Foreign) -
     does not. Of the optimizer only the state is taken, moments and step counts; its options (learning rate, weight decay, …)
     stay those of the configuration. Without an ``optimizer`` the weights alone are loaded.
     """
+    loaded = ""
     try:
         weights, versions = _named_as(model, foreign)
         check_model(model, weights)
-        state = None
         if optimizer is not None and foreign.optimizer is not None:
             state = _fitting_state(optimizer, model, foreign.optimizer)
+            _try_restoring(optimizer, state)
+            loaded = f", the optimizer's state of {len(state['state'])} parameters"
     except Mismatch as error:
         raise Mismatch(f"{foreign.source}: {error}") from None
     restore_model(model, weights, versions)
-    if optimizer is None or state is None:
-        return f"{len(weights)} entries of the model"
-    restore_optimizer(optimizer, state)
-    return f"{len(weights)} entries of the model, the optimizer's state of {len(state['state'])} parameters"
+    return f"{len(weights)} entries of the model{loaded}"
 
 
 def import_run(
@@ -92,12 +91,18 @@ def _tie(weights: dict[str, Any], live: Mapping[str, Any]) -> None:
     """Gives each name that was not saved the value of one that was, where the model has one tensor under both."""
     places: dict[Any, list[str]] = {}
     for name, value in live.items():
-        if isinstance(value, torch.Tensor) and value.data_ptr():  # empty tensors have no memory
+        if _has_memory(value):
             place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
             places.setdefault(place, []).append(name)
     for names in places.values():
         saved = [name for name in names if name in weights]
         weights |= {name: weights[saved[0]] for name in names if saved and name not in weights}
+
+
+def _has_memory(value: Any) -> bool:
+    if not isinstance(value, torch.Tensor) or nn.parameter.is_lazy(value) or value.is_meta:
+        return False
+    return value.layout is torch.strided and value.numel() > 0
 
 
 # --- the optimizer ---------------------------------------------------------------------------------------------------
@@ -140,6 +145,19 @@ def _fitting_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[str, A
         raise Mismatch(f"the optimizer's state does not fit {type(optimizer).__name__}\n  {listed}")
     state = {numbers[key]: _copied(values) for key, values in saved["state"].items()}
     return {**live, "state": state}
+
+
+def _try_restoring(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Loads a state, or leaves the optimizer as it was: which entries a state must have, only the optimizer knows."""
+    before = {"state": optimizer.state, "param_groups": optimizer.param_groups}
+    try:
+        restore_optimizer(optimizer, state)
+    except Exception as error:  # whatever an optimizer makes of a state that is not its own
+        optimizer.__dict__.update(before)  # loading replaces both, and changes neither
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise Mismatch(
+            f"the optimizer's state does not fit {type(optimizer).__name__}: loading it raises {reason}"
+        ) from None
 
 
 def _numbered(old: list[Any], new: list[int], names: list[str], numbers: dict[Any, int]) -> Iterator[str]:
