@@ -1,0 +1,45 @@
+# Each target does its own set-up: a virtual environment in .venv, with the versions that constraints.txt pins.
+# PYTHON=/path/to/python chooses the interpreter; pip's own PIP_* variables work (PIP_EXTRA_INDEX_URL, for example).
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+# The first of these that runs and is new enough. A name on the path may be a stub that does not run.
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+
+.PHONY: help check test soak demo clean
+help:
+	@echo 'make demo    train a small GPT on 2 processes, kill one, and compare with the run that was not killed'
+	@echo 'make test    the test suite'
+	@echo 'make check   formatting, lint, types'
+	@echo 'make soak    the proofs that take long'
+	@echo 'make clean   delete what these make; runs/ stays'
+
+demo: $(READY)
+	$(BIN)/python launch/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest -m 'not soak'
+
+check: $(READY)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+soak: $(READY)
+	$(BIN)/python -m pytest -m soak
+
+# Written last, so that an installation that was interrupted is done again.
+$(READY): pyproject.toml constraints.txt
+	@python='$(PYTHON)'; "$${python:-false}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "harness needs Python 3.11 or newer; found: $${python:-none}. Try: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo 'installing into $(VENV), which takes a minute or two'
+	@$(PYTHON) -m venv --clear $(VENV) || { echo 'python -m venv failed (on Debian: apt-get install python3-venv)' >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find harness tests launch -name __pycache__ -prune -exec rm -rf {} +
