@@ -1,0 +1,33 @@
+"""The storage servers: started when a test first asks for one, shared by all."""
+
+import pytest
+import servers
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory):
+    """A real S3 server: ``url(name)``, ``storage_options``, ``env``. Its program comes with the development extras."""
+    with servers.seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def azure(tmp_path_factory):
+    """A real Azure Blob server, where it is installed."""
+    pytest.importorskip("adlfs", reason="adlfs is not installed: pip install adlfs")
+    yield from _or_skip(servers.azurite, tmp_path_factory.mktemp("azurite"))
+
+
+@pytest.fixture(scope="session")
+def sftp(tmp_path_factory):
+    """A real SFTP server, where it is installed."""
+    pytest.importorskip("paramiko", reason="paramiko is not installed: pip install paramiko")
+    yield from _or_skip(servers.sshd, tmp_path_factory.mktemp("sshd"))
+
+
+def _or_skip(start, folder):
+    try:
+        with start(folder) as server:
+            yield server
+    except servers.Missing as missing:
+        pytest.skip(str(missing))

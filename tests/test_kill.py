@@ -1,0 +1,273 @@
+"""SIGKILL at any moment: what was committed stays, the run goes on from it, and ends with the bits of the run that lived."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from cluster import alive, harness, held, hold, launch, read_json, release, wait_until
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from harness import Task
+
+STEPS, EVERY = 24, 3
+STORM_STEPS = 240
+
+
+class Noisy(Dataset):
+    """Sixty points under noise that is drawn anew at every fetch."""
+
+    def __init__(self) -> None:
+        self.x = torch.randn(60, 32)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int):
+        x = self.x[index]
+        return x + 0.1 * torch.randn(32), x.sum().unsqueeze(0)
+
+
+def build(place: str = ".", hold_at: int | None = None) -> Task:
+    """A model of a megabyte with dropout. In ``place``, the file ``paused`` keeps a process from starting, ``slow`` makes
+    steps take longer, and the process waits at step ``hold_at`` until it is released."""
+    Path(place, f"started.{os.getpid()}").touch()
+    wait_until(lambda: not Path(place, "paused").exists(), "leave to start")
+    model = nn.Sequential(nn.Linear(32, 256), nn.ReLU(), nn.Dropout(0.2), nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 50, gamma=0.9)
+    slow = Path(place, "slow")
+
+    def loss(model: nn.Module, batch) -> torch.Tensor:
+        if scheduler.last_epoch == hold_at:
+            hold(Path(place, "step"))
+        if slow.exists():
+            time.sleep(0.02)  # a storm needs a run that takes its time
+        x, y = batch
+        return F.mse_loss(model(x), y)
+
+    return Task(model, Noisy(), optimizer, loss, scheduler)
+
+
+def config(url: str, *, steps: int = STEPS, every: int = EVERY, workers: int = 0, **args) -> dict:
+    """The run of this file."""
+    return {
+        "task": f"{__file__}:build",
+        "args": args,
+        "train": {"steps": steps, "global_batch_size": 8, "clip_grad_norm": 1.0},
+        "data": {"workers": workers},
+        "checkpoint": {"url": url, "every_steps": every},
+        "stop": {"grace_seconds": 5},  # for a rank that waits for one that died while they started
+    }
+
+
+def digests(*url: str) -> dict[str, str]:
+    """What a run ended with, and all that a resume starts from: model, optimizer, random states."""
+    found = read_json("inspect", *url)
+    return {name: found["digest"][name] for name in ("model", "optimizer", "random")}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The digests of the run on two ranks that nothing happens to, by step."""
+    directory = tmp_path_factory.mktemp("straight")
+    with launch(directory, config("run", steps=STORM_STEPS, every=STEPS), ranks=2) as run:
+        run.succeed()
+    return {step: digests(str(directory / "run"), "--step", str(step)) for step in (STEPS, STORM_STEPS)}
+
+
+# --- during a save ---------------------------------------------------------------------------------------------------
+
+# The steps whose saves are interrupted, where, and the rank that is killed there.
+MOMENTS = {
+    6: ("before the first shard", 0),
+    9: ("within a shard", 0),
+    12: ("before the manifest", 0),
+    15: ("within the manifest", 0),
+    18: ("after the manifest", 0),
+    21: ("before the manifest", 1),
+}
+
+
+class Gated(AbstractFileSystem):
+    """Local files as a store like any other, that stops at the moments above, each once.
+
+    It publishes what it has been given so far under the final name: nothing is hidden from a reader.
+    """
+
+    protocol = "gated"
+
+    def pipe_file(self, path, value, mode="overwrite", **kwargs):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        moment, place = _moment_of(path)
+        name = os.path.basename(path)
+        first, manifest = name == "model.safetensors", name == "manifest.json"
+        if (moment == "before the first shard" and first) or (moment == "before the manifest" and manifest):
+            hold(place)
+        if (moment == "within a shard" and first) or (moment == "within the manifest" and manifest):
+            Path(path).write_bytes(value[: len(value) // 2])
+            hold(place)
+        Path(path).write_bytes(value)
+        if moment == "after the manifest" and manifest:
+            hold(place)
+
+    def ls(self, path, detail=True, **kwargs):
+        return LocalFileSystem().ls(path, detail)
+
+    def info(self, path, **kwargs):
+        return LocalFileSystem().info(path)
+
+    def rm_file(self, path):
+        os.unlink(path)
+
+    def rmdir(self, path):
+        os.rmdir(path)
+
+    def _open(self, path, mode="rb", **kwargs):
+        return open(path, mode)
+
+
+fsspec.register_implementation("gated", Gated, clobber=True)
+
+
+def _moment_of(path: str) -> tuple[str, Path]:
+    """Which moment an object's save is interrupted at ("" for none), and the file by which it is known."""
+    run, directory, _ = path.rsplit("/", 2)
+    step = int(directory.split("-")[1]) if directory.startswith("step-") else 0
+    return MOMENTS.get(step, ("", 0))[0], Path(run).with_name(f"saving-{step}")
+
+
+@pytest.mark.torchrun
+def test_killed_at_any_moment_of_a_save(tmp_path, straight):
+    """Whichever rank dies at whichever moment of a save: ``ls`` has the newest commit first among the whole ones, it is the
+    earlier one unless the manifest was complete, and the run goes on from there, in the end with the same bits."""
+    url, paused = tmp_path / "run", tmp_path / "paused"
+    with launch(tmp_path, config(f"gated://{url}", place=str(tmp_path)), ranks=2, max_restarts=len(MOMENTS)) as run:
+        for number, (step, (moment, victim)) in enumerate(MOMENTS.items(), start=1):
+            run.wait(lambda step=step: held(tmp_path / f"saving-{step}"), f"{moment} of step {step}")
+            paused.touch()  # the next attempt waits until we have looked
+            before = run.workers()
+            run.kill_rank(victim)
+            release(tmp_path / f"saving-{step}")  # rank 0, where it is the other one that died, goes on saving
+            run.wait(lambda before=before: before.items().isdisjoint(run.workers().items()), "the end of the attempt")
+            committed = step if moment == "after the manifest" or victim != 0 else step - EVERY
+            whole = [entry["step"] for entry in read_json("ls", str(url)) if entry["state"] == "whole"]
+            assert whole == list(range(committed, 0, -EVERY)), moment
+            paused.unlink()
+            assert run.wait_for("resume", attempt=number + 1)["step"] == committed, moment
+        run.succeed()
+    assert digests(str(url)) == straight[STEPS]
+
+
+# --- at random moments -----------------------------------------------------------------------------------------------
+
+
+def storm(directory: Path, kills: int, steps: int, seed: int, *, ranks: int = 2, workers: int = 0) -> dict[str, str]:
+    """The digests of a run of which a random rank was killed at random moments: of its start, its steps and its saves."""
+    print(f"storm {seed=}")
+    dice = random.Random(seed)
+    (directory / "slow").touch()
+    command = config("run", steps=steps, place=".", every=dice.randint(2, 7), workers=workers)
+    with launch(directory, command, ranks=ranks, max_restarts=2 * kills) as run:
+        attempt = 0  # the newest that has trained
+        for number in range(kills):
+            if number % 5 == 4:
+                longest_seconds = 3.0  # a start: imports, rendezvous, resume
+                run.wait(lambda: len(run.workers()) == ranks, "all ranks to have a process")
+            else:
+                longest_seconds = 0.3  # some steps and saves
+                attempt = int(run.wait_for("train", attempt=attempt + 1)["attempt"][:6])
+            time.sleep(dice.uniform(0, longest_seconds))  # the moment is to be any
+            run.kill_rank(dice.randrange(ranks))
+        (directory / "slow").unlink()
+        run.succeed(seconds=300)
+    assert len({record["attempt"] for record in events(directory)}) > kills / 2, "most kills must have hit a run that trained"
+    return digests(str(directory / "run"))
+
+
+def events(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines() if line.endswith("}")]
+
+
+@pytest.mark.torchrun
+def test_short_kill_storm(tmp_path, straight):
+    """Five SIGKILLs at random moments leave no trace in the bits of the result."""
+    assert storm(tmp_path, 5, STORM_STEPS, seed=random.randrange(10**6)) == straight[STORM_STEPS]
+
+
+@pytest.mark.torchrun
+def test_a_death_while_the_ranks_start_does_not_hold_up_the_others(tmp_path):
+    """A rank whose peer dies before they have met leaves within its grace, not when torchrun loses patience (30 s)."""
+    (tmp_path / "paused").touch()
+    brief = {**config("run", steps=1, place="."), "stop": {"grace_seconds": 1}}
+    with launch(tmp_path, brief, ranks=2, max_restarts=1) as run:
+        run.wait(lambda: len(list(tmp_path.glob("started.*"))) == 2, "two ranks that build their task")
+        survivor = run.workers()[0]
+        run.kill_rank(1)
+        run.wait(lambda: "closing signal SIGTERM" in run.output(), "torchrun to tell the other rank")
+        (tmp_path / "paused").unlink()
+        run.wait(lambda: not alive(survivor), "the other rank to leave", seconds=15)
+        run.succeed()
+
+
+@pytest.mark.soak
+@pytest.mark.torchrun
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("ranks", "kills", "workers"), [(2, 60, 2), (3, 50, 0)])
+def test_long_kill_storm(tmp_path, ranks, kills, workers):
+    """More than a hundred SIGKILLs at random moments, loader workers and saves included, leave no trace either."""
+    steps = 40 * kills
+    (tmp_path / "straight").mkdir()
+    with launch(tmp_path / "straight", config("run", steps=steps, every=steps), ranks=ranks) as run:
+        run.succeed(seconds=600)
+    (tmp_path / "storm").mkdir()
+    seed = random.randrange(10**6)
+    found = storm(tmp_path / "storm", kills, steps, seed, ranks=ranks, workers=workers)
+    assert found == digests(str(tmp_path / "straight" / "run"))
+
+
+# --- on an object store ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.torchrun
+def test_killed_on_s3(tmp_path, straight, s3):
+    """The same end to end on a real S3 server: a kill, a restart, a resume, the same bits; the verbs read it, too."""
+    url = s3.url("killed")
+    with launch(tmp_path, config(url, place=".", hold_at=10, workers=2), ranks=2, max_restarts=1, env=s3.env) as run:
+        run.wait(lambda: held(tmp_path / "step"), "the step at which a rank is killed")
+        run.kill_rank(0)
+        release(tmp_path / "step")
+        assert run.wait_for("resume", attempt=2)["step"] == 9
+        run.succeed()
+    listed = harness("ls", url, env=s3.env)
+    assert listed.returncode == 0, listed.stderr
+    assert listed.stdout.count("whole") == STEPS // EVERY
+    found = json.loads(harness("inspect", url, "--json", env=s3.env).stdout)
+    assert {name: found["digest"][name] for name in straight[STEPS]} == straight[STEPS]
+
+
+# --- the launcher ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.torchrun
+def test_a_killed_launcher_leaves_no_writer_behind(tmp_path, straight):
+    """When torchrun itself is SIGKILLed, its workers end, too; a second start goes on and ends with the same bits."""
+    command = config("run", place=".", hold_at=10)
+    with launch(tmp_path, command, ranks=2) as run:
+        run.wait(lambda: held(tmp_path / "step"), "the step at which the launcher is killed")
+        workers = run.workers()
+        os.kill(run.process.pid, signal.SIGKILL)
+        wait_until(lambda: not any(alive(pid) for pid in workers.values()), "the workers to end")
+    with launch(tmp_path, command, ranks=2) as run:
+        assert run.wait_for("resume")["step"] == 9
+        run.succeed()
+    assert digests(str(tmp_path / "run")) == straight[STEPS]

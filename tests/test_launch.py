@@ -1,0 +1,60 @@
+"""``harness launch``: stock torchrun with what must be set, and exit codes that say what to do next."""
+
+import os
+import signal
+
+import pytest
+from cluster import launch, newest, wait_until
+
+from harness.launch import command
+
+LAUNCH = ("-m", "harness", "launch", "--nproc-per-node=2", "--", "train")
+
+
+def config(steps: int) -> dict:
+    """A run that is quick, and that does not end by itself while a test looks on."""
+    return {
+        "task": "harness.tasks.linear:build",
+        "train": {"steps": steps, "global_batch_size": 4},
+        "checkpoint": {"url": "run"},
+        "log": {"every_steps": 50, "jsonl": "log.jsonl"},
+    }
+
+
+def test_the_command_line_gets_only_what_is_missing():
+    """What the user says stands; what torchrun would get wrong by default is added."""
+    plain = " ".join(command([], ["train", "c.yaml"]))
+    assert "--max-restarts=3 --shutdown-timeout=60 --standalone --nproc-per-node=auto -m harness train c.yaml" in plain
+    given = ["--max_restarts=9", "--nnodes=2", "--nproc-per-node=4", "--shutdown-timeout", "5"]
+    assert command(given, ["train"])[3:] == [*given, "-m", "harness", "train"]
+
+
+@pytest.mark.torchrun
+def test_a_signal_to_the_launcher_stops_all_ranks_and_asks_for_more(tmp_path):
+    """SIGTERM: the ranks stop at one step, that step is saved, the exit code is 75, and the next launch goes on from it."""
+    with launch(tmp_path, config(1_000_000), command=LAUNCH) as run:
+        run.wait_for("train", step=100)
+        os.kill(run.process.pid, signal.SIGTERM)
+        assert run.finish() == 75
+        stopped_at = newest(tmp_path / "run")["step"]
+        assert f"asked to stop (SIGTERM) at step {stopped_at}" in run.output()
+    with launch(tmp_path, config(stopped_at + 10), command=LAUNCH) as run:
+        assert run.wait_for("resume", attempt=2)["step"] == stopped_at
+        run.succeed()
+
+
+@pytest.mark.torchrun
+def test_a_mistake_is_not_tried_again(tmp_path):
+    """A configuration that cannot work ends the launch with its own code, with restarts left and unused."""
+    with launch(tmp_path, {**config(10), "seeed": 1}, command=LAUNCH) as run:
+        assert run.finish() == 2
+        assert run.output().count("seeed: unknown key") <= 2  # torchrun may be quicker than the launcher, once
+
+
+@pytest.mark.torchrun
+def test_a_killed_launcher_leaves_no_orphans(tmp_path):
+    """SIGKILL for the launcher ends the agent, and that ends the ranks."""
+    with launch(tmp_path, config(1_000_000), command=LAUNCH) as run:
+        run.wait_for("train", step=50)
+        run.process.kill()
+        wait_until(lambda: not run.processes(), "the end of all processes of the run", seconds=10)

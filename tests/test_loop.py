@@ -1,0 +1,422 @@
+"""The training loop: what is done when, and what it leaves as it was."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cluster import harness, held, hold, launch, newest, play, played, read_json, release, returned, train_here
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset, TensorDataset
+
+from harness import Evaluation, Task
+from harness.config import Config
+from harness.errors import ConfigError, StoreError
+from harness.loop import build_task
+
+TRAIN = {"steps": 12, "global_batch_size": 4}  # the data set has ten samples: 3 steps an epoch
+
+
+class Points(Dataset):
+    """Ten samples of four points each; one can be broken."""
+
+    def __init__(self, broken: int | None = None) -> None:
+        self.x = torch.linspace(-1, 1, 40).view(10, 1, 4)
+        self.broken = broken
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int):
+        if index == self.broken:
+            raise ZeroDivisionError(f"sample {index}")
+        return self.x[index], 3 * self.x[index] + 1
+
+
+def loss(model: nn.Module, batch) -> torch.Tensor:
+    x, y = batch
+    return F.mse_loss(model(x), y)
+
+
+def make(**options) -> Task:
+    """A line to be learnt, with dropout and batch statistics; ``options`` replace what the task has."""
+    model = options.pop("model", None) or nn.Sequential(
+        nn.Conv1d(1, 8, 1), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Conv1d(8, 1, 1)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return Task(**{"model": model, "dataset": Points(), "optimizer": optimizer, "loss": loss, **options})
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Trains in this process at ``run`` and returns the steps that are saved there."""
+
+    def run(task=make, **config) -> list[int]:
+        train_here(task, url=tmp_path / "run", **{"train": TRAIN, **config})
+        return sorted(int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("step-*"))
+
+    return run
+
+
+@pytest.fixture
+def told(tmp_path):
+    """The events of a run that was asked to write them; its ``log`` section is ``told.log``."""
+
+    class Told:
+        log = {"jsonl": str(tmp_path / "log.jsonl")}
+
+        def __call__(self, name: str) -> list[dict]:
+            lines = (tmp_path / "log.jsonl").read_text().splitlines()
+            return [record for record in map(json.loads, lines) if record["event"] == name]
+
+    return Told()
+
+
+# --- how long, and what is saved when --------------------------------------------------------------------------------
+
+
+def test_steps_and_epochs(run):
+    """An epoch is as many steps as it takes to train every sample; the last step is always saved."""
+    assert run() == [12]
+    assert run(train={"epochs": 5, "global_batch_size": 4}) == [12, 15]
+
+
+@pytest.mark.parametrize(
+    ("interval", "saved"),
+    [
+        ({"every_steps": 5}, [5, 10, 12]),
+        ({"every_epochs": 2}, [6, 12]),
+        ({"every_steps": 5, "every_epochs": 3}, [5, 9, 10, 12]),
+        ({"every_steps": 2, "keep_last": 2}, [10, 12]),
+        ({"every_seconds": 1e-9}, list(range(1, 13))),
+    ],
+)
+def test_intervals(run, interval, saved):
+    """After so many steps, epochs, seconds; each for itself."""
+    assert run(checkpoint=interval) == saved
+
+
+def test_a_finished_run_has_nothing_to_do(run, tmp_path):
+    """Started again, it ends at once, and its checkpoints are as they were."""
+    run()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("step-*/*")}
+    assert run() == [12]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("step-*/*")} == before
+
+
+def test_a_finished_run_can_be_prolonged(run):
+    """More steps in the configuration are trained from where it ended."""
+    assert run() == [12]
+    assert run(train={**TRAIN, "steps": 14}) == [12, 14]
+
+
+def test_without_a_url_nothing_is_saved(tmp_path, monkeypatch):
+    """Nor is anything written anywhere."""
+    monkeypatch.chdir(tmp_path)
+    assert train_here(make, train=TRAIN).step == 12
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_manifest_tells_where_the_run_is(run, tmp_path):
+    """Step, epoch, cursor, world size, metrics, and what the bits depend on."""
+    run(train={**TRAIN, "steps": 8})
+    found = read_json("inspect", str(tmp_path / "run"))
+    assert (found["step"], found["epoch"], found["cursor"], found["world_size"]) == (8, 2, {"epoch": 2, "offset": 8}, 1)
+    assert found["metrics"]["last"]["loss"] > 0
+    assert found["threads"] == torch.get_num_threads()
+
+
+# --- a step ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_schedule_is_stepped_once_a_step(run, tmp_path):
+    """Whatever the number of micro-batches."""
+
+    def task() -> Task:
+        plain = make()
+        return Task(plain.model, plain.dataset, plain.optimizer, loss, torch.optim.lr_scheduler.StepLR(plain.optimizer, 1, 0.5))
+
+    run(task, train={**TRAIN, "micro_batch_size": 1})
+    group = newest(tmp_path / "run")["parts"]["optimizer"]["param_groups"][0]
+    assert group["lr"] == pytest.approx(1e-2 * 0.5**12)
+
+
+def first_step(url: Path, precision: str, clip: float | None) -> torch.Tensor:
+    """How far one step of plain descent moves the weights."""
+
+    def task() -> Task:
+        model = nn.Conv1d(1, 1, 1)
+        with torch.no_grad():
+            model.weight.zero_()
+            model.bias.zero_()
+        return Task(model, Points(), torch.optim.SGD(model.parameters(), lr=1.0), loss)
+
+    train_here(task, url=url, train={"steps": 1, "global_batch_size": 10, "precision": precision, "clip_grad_norm": clip})
+    return torch.cat([value.flatten() for value in newest(url)["parts"]["model"].values()])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_clipping_means_the_gradients_themselves(tmp_path, precision):
+    """The norm is bounded after a scaler's factor has been taken out, and small gradients are left alone."""
+    free = first_step(tmp_path / "free", precision, None)
+    assert float(free.norm()) > 1
+    clipped = first_step(tmp_path / "clipped", precision, 0.5)
+    torch.testing.assert_close(clipped, free * 0.5 / free.norm(), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(first_step(tmp_path / "loose", precision, 1e6), free)
+
+
+def test_the_loss_that_is_told_is_the_mean_over_the_batch(told):
+    """Over all micro-batches, whatever their sizes."""
+    task = lambda: make(model=nn.Conv1d(1, 1, 1))
+    train_here(task, train={"steps": 1, "global_batch_size": 10}, log={**told.log, "every_steps": 1})
+    train_here(task, train={"steps": 1, "global_batch_size": 10, "micro_batch_size": 3}, log={**told.log, "every_steps": 1})
+    whole, pieces = (record["loss"] for record in told("train"))
+    assert pieces == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_loss_that_is_not_a_number_is_saved(run, tmp_path):
+    """A run that diverges goes on saving, as its owner may want to look at it."""
+
+    def diverged(model: nn.Module, batch) -> torch.Tensor:
+        return loss(model, batch) * float("nan")
+
+    assert run(lambda: make(loss=diverged), checkpoint={"every_steps": 6}) == [6, 12]
+    assert read_json("inspect", str(tmp_path / "run"))["step"] == 12
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def judged(**options) -> Task:
+    """Evaluates with random numbers, in pieces that do not divide the data set."""
+
+    def measure(model: nn.Module, batch) -> dict[str, torch.Tensor]:
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        torch.rand(3)
+        return {"mse": loss(model, batch), "x": batch[0].mean()}
+
+    evaluation = Evaluation(Points(), measure, **{"metric": "mse", "batch_size": 3, **options})
+    return make(evaluation=evaluation)
+
+
+def test_evaluation_leaves_everything_as_it_was(run, tmp_path):
+    """Weights, statistics, random states: the run that is judged after every step ends as the one that never is."""
+    run(judged, evaluation={"every_steps": 1})
+    judged_digests = newest(tmp_path / "run")["digests"]
+    train_here(make, url=tmp_path / "plain", train=TRAIN)
+    plain_digests = newest(tmp_path / "plain")["digests"]
+    for part in ("model", "optimizer", "random"):
+        assert judged_digests[part] == plain_digests[part], part
+
+
+def test_evaluation_leaves_frozen_parts_frozen(tmp_path):
+    """A module that the task keeps in ``eval()`` stays there."""
+    kept = nn.BatchNorm1d(1)
+
+    def task() -> Task:
+        return make(model=nn.Sequential(kept, nn.Conv1d(1, 1, 1)), evaluation=judged().evaluation, loss=with_kept_in_eval)
+
+    def with_kept_in_eval(model: nn.Module, batch) -> torch.Tensor:
+        kept.eval()
+        return loss(model, batch)
+
+    train_here(task, train={**TRAIN, "steps": 2}, evaluation={"every_steps": 1})
+    assert not kept.training
+
+
+def test_metrics_are_means_over_the_samples(run, told):
+    """However the pieces fall."""
+    run(judged, evaluation={"every_steps": 6}, log={**told.log, "every_steps": None})
+    records = told("evaluate")
+    assert [record["step"] for record in records] == [6, 12]
+    assert records[0]["x"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("higher_is_better", [False, True])
+def test_the_best_is_remembered_through_a_resume(run, tmp_path, told, higher_is_better):
+    """The best value of the metric, with the others and the step of that evaluation."""
+    task = lambda: judged(higher_is_better=higher_is_better)
+    for steps in (5, 12):
+        run(task, train={**TRAIN, "steps": steps}, evaluation={"every_steps": 1}, log=told.log)
+    choose = max if higher_is_better else min
+    best = choose(told("evaluate"), key=lambda record: record["mse"])
+    saved = read_json("inspect", str(tmp_path / "run"))["metrics"]["best"]
+    assert {key: best[key] for key in ("step", "mse", "x")} == saved
+
+
+# --- when it goes wrong ----------------------------------------------------------------------------------------------
+
+
+def test_a_builder_that_returns_something_else():
+    """What it returned instead is said."""
+    config = Config.model_validate({"task": "here:build", "train": TRAIN})
+    with pytest.raises(ConfigError, match=r"expected here:build to return a harness\.Task, found int"):
+        build_task(config, lambda: 5)
+
+
+def test_a_builder_finds_everything_seeded():
+    """The same call gives the same model, and ``torch.initial_seed()`` is the run's seed."""
+    config = Config.model_validate({"task": "here:build", "train": TRAIN, "seed": 41})
+    weights = [build_task(config, make).model[0].weight for _ in range(2)]
+    assert torch.equal(*weights)
+    assert torch.initial_seed() == 41
+
+
+def build_broken(broken: int) -> Task:
+    return make(dataset=Points(broken))
+
+
+def test_a_sample_that_fails_ends_a_plain_run(tmp_path):
+    """With its traceback and at once, loader workers or not: nothing waits for them."""
+    for workers in (0, 2):
+        config = {"task": f"{__file__}:build_broken", "args": {"broken": 3}, "train": TRAIN, "data": {"workers": workers}}
+        with launch(tmp_path / str(workers), config) as run:
+            assert run.finish(seconds=30) == 1
+            assert "ZeroDivisionError: sample 3" in run.output()
+
+
+def build_full(place: str, room_at: int) -> Task:
+    """The place for the checkpoints turns into a file before the first save, and back at step ``room_at``."""
+    task = make()
+    steps = iter(range(1, 100))
+
+    def obstructed(model: nn.Module, batch) -> torch.Tensor:
+        step = next(steps)
+        if step == 1:
+            shutil.rmtree(place)
+            Path(place).touch()
+        if step == room_at:
+            os.unlink(place)
+        return loss(model, batch)
+
+    return Task(task.model, task.dataset, task.optimizer, obstructed)
+
+
+def test_training_goes_on_when_a_save_fails(run, tmp_path, caplog):
+    """A save that fails is told of each time, and the next one succeeds."""
+    saved = run(lambda: build_full(str(tmp_path / "run"), room_at=6), checkpoint={"every_steps": 2})
+    assert saved == [6, 8, 10, 12]
+    failures = [record.message for record in caplog.records if "FAILED" in record.message]
+    assert [message.partition(":")[0] for message in failures] == [
+        "save of step 2 FAILED (1 in a row)",
+        "save of step 4 FAILED (2 in a row)",
+    ]
+
+
+def test_too_many_failed_saves_in_a_row_end_the_run(run, tmp_path):
+    """So does a last save that fails, whatever is allowed."""
+    with pytest.raises(StoreError):
+        run(
+            lambda: build_full(str(tmp_path / "run"), room_at=50),
+            checkpoint={"every_steps": 2, "failures_allowed": 1},
+            train={**TRAIN, "steps": 40},
+        )
+    os.unlink(tmp_path / "run")
+    with pytest.raises(StoreError):
+        run(lambda: build_full(str(tmp_path / "run"), room_at=50), checkpoint={"failures_allowed": 9})
+
+
+# --- stopping --------------------------------------------------------------------------------------------------------
+
+
+def build_endless(place: str, seconds: float = 0.002) -> Task:
+    """Says when it is well under way."""
+    plain = make()
+    counter = iter(range(10**9))
+
+    def slow(model: nn.Module, batch) -> torch.Tensor:
+        if next(counter) == 20:
+            Path(place, "under-way").touch()
+        time.sleep(seconds)
+        return loss(model, batch)
+
+    return Task(plain.model, plain.dataset, plain.optimizer, slow)
+
+
+def endless(tmp_path: Path, **data) -> dict:
+    return {
+        "task": f"{__file__}:build_endless",
+        "args": {"place": str(tmp_path)},
+        "train": {"steps": 10**8, "global_batch_size": 8},
+        "checkpoint": {"url": "run"},
+        "data": data,
+        "log": {"every_steps": None},
+    }
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_plain_run_that_is_asked_to_stop(tmp_path, number):
+    """It saves its last step, says so, and leaves with the code that means: start me again. Loader workers, which get the
+    signal too, do not keep it from that."""
+    with launch(tmp_path, endless(tmp_path, workers=1)) as run:
+        run.wait((tmp_path / "under-way").exists, "the run to be under way")
+        os.killpg(run.process.pid, number)
+        assert run.finish() == 75
+        step = read_json("inspect", str(tmp_path / "run"))["step"]
+        assert f"harness: asked to stop ({number.name}) at step {step}, which is saved" in run.output()
+
+
+@pytest.mark.torchrun
+def test_ranks_that_are_asked_to_stop_do_so_together(tmp_path):
+    """One rank's signal is enough: all stop after the same step, and it is saved."""
+    with launch(tmp_path, endless(tmp_path, workers=1), ranks=2) as run:
+        run.wait((tmp_path / "under-way").exists, "the run to be under way")
+        os.kill(run.workers()[1], signal.SIGTERM)
+        run.succeed()
+        step = read_json("inspect", str(tmp_path / "run"))["step"]
+        assert f"asked to stop (on another rank) at step {step}, which is saved" in run.output()
+
+
+# --- real ranks ------------------------------------------------------------------------------------------------------
+
+
+def evaluated(world, place: Path):
+    """The metrics of two ranks that judge shares of a data set of ten, three at a time, and what is left behind."""
+    for url, task in (("judged", judged), ("plain", make)):
+        log = {"jsonl": str(place / f"{url}.jsonl"), "every_steps": None}
+        train_here(task, world, url=place / url, train=TRAIN, evaluation={"every_steps": 3}, log=log)
+    found = [newest(place / url)["digests"] for url in ("judged", "plain")]
+    return [all(found[0][part] == found[1][part] for part in ("model", "optimizer", "random"))]
+
+
+def empty_shares(world, place: Path):
+    """An evaluation on fewer samples than ranks."""
+
+    def task() -> Task:
+        one = TensorDataset(torch.ones(1, 1, 4), torch.ones(1, 1, 4))
+        return make(evaluation=Evaluation(one, judged().evaluation.measure, "mse"))
+
+    return train_here(task, world, train=TRAIN).last["x"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("loop")
+    return directory, played(__file__, directory, ranks=2)
+
+
+@pytest.mark.torchrun
+def test_ranks_share_an_evaluation(results):
+    """Each measures its share; the means are over all samples, and training does not notice."""
+    directory, found = results
+    assert returned(found["evaluated"]) == [[True], [True]]
+    records = [json.loads(line) for line in (directory / "evaluated" / "judged.jsonl").read_text().splitlines()]
+    means = [record["x"] for record in records if record["event"] == "evaluate"]
+    assert means == [pytest.approx(0, abs=1e-6)] * 4
+
+
+@pytest.mark.torchrun
+def test_a_rank_without_a_share_of_the_evaluation(results):
+    """It learns the result from the others."""
+    assert returned(results[1]["empty_shares"]) == [1.0, 1.0]
+
+
+if __name__ == "__main__":
+    play([evaluated, empty_shares], Path(sys.argv[1]))

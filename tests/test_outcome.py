@@ -1,0 +1,55 @@
+"""How ranks ended, as one exit code."""
+
+import pytest
+
+from harness import errors, outcome
+from harness.outcome import Outcome
+
+
+def test_a_record_is_written_where_the_launcher_wants_it(tmp_path, monkeypatch):
+    """Each rank leaves one record; a new start takes its own away first."""
+    monkeypatch.setenv(outcome.DIRECTORY_VARIABLE, str(tmp_path))
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        outcome.record(Outcome(75, f"rank {rank}"))
+    assert outcome.read(str(tmp_path)) == [Outcome(75, "rank 0"), Outcome(75, "rank 1")]
+    outcome.forget()
+    assert outcome.read(str(tmp_path)) == [Outcome(75, "rank 0")]
+
+
+def test_nothing_is_written_without_a_launcher(monkeypatch):
+    """Under stock torchrun and in a plain process there is nowhere to write to, and that is no error."""
+    monkeypatch.delenv(outcome.DIRECTORY_VARIABLE, raising=False)
+    outcome.record(Outcome(1))
+    outcome.forget()
+
+
+def test_an_exit_does_not_fail_because_its_record_does(monkeypatch):
+    """A directory that has gone is no reason to end in another way."""
+    monkeypatch.setenv(outcome.DIRECTORY_VARIABLE, "/nonexistent")
+    outcome.record(Outcome(1))
+
+
+def test_of_an_error():
+    """Our errors have their own codes, and only their first line is recorded; others are 1."""
+    assert outcome.of(errors.ConfigError("a\nb")) == Outcome(2, "a")
+    assert outcome.of(ValueError("what")) == Outcome(1, "ValueError: what")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "codes", "expected"),
+    [
+        (0, [], 0),
+        (1, [], 1),
+        (137, [1, 76], 1),
+        (0, [75, 75], 75),
+        (1, [75, 75], 75),
+        (1, [76, 2], 2),
+        (1, [75, 66], 66),
+        (1, [70, 1], 70),
+        (1, [77], 77),
+    ],
+)
+def test_exit_code(launcher, codes, expected):
+    """What no restart can mend comes first, then a stop that was saved, then torchrun's own word."""
+    assert outcome.exit_code(launcher, map(Outcome, codes)) == expected
