@@ -163,8 +163,10 @@ class Config(_Section):
     task: str = Field(min_length=1)
     """``package.module:function`` or ``path/to/file.py:function``: returns a ``harness.Task``."""
     init_from: str | None = Field(default=None, min_length=1)
-    """Where a new run takes its weights from, and the optimizer's state if it is there: a file or directory of others (see
-    ``harness import``), or the URL of another run. A run that has a checkpoint goes on from that instead."""
+    """Where a new run takes its weights from: a file or directory of others (see ``harness import``), or the URL of another
+    run. A run that has a checkpoint goes on from that instead."""
+    init_optimizer: bool = False
+    """Take the optimizer's state from there, too."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Passed to the task as keyword arguments."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
@@ -181,7 +183,7 @@ class Config(_Section):
 
     def digest(self) -> str:
         """Identifies what is trained; equal digests mean equal runs, wherever they are saved."""
-        what = self.model_dump(mode="json", include={"task", "init_from", "args", "seed", "train"})
+        what = self.model_dump(mode="json", include={"task", "init_from", "init_optimizer", "args", "seed", "train"})
         return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

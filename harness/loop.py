@@ -1,12 +1,14 @@
 """The training loop, in training order."""
 
 import contextlib
+import copy
 import functools
+import math
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -143,10 +145,12 @@ class _Run:
             return
         before = random_state(self.world.device)
         buffers = [(buffer, buffer.detach().clone()) for buffer in self.task.model.buffers()]
-        extra = {name: value for name, value in self.task.model.state_dict().items() if not torch.is_tensor(value)}
+        extra = copy.deepcopy(
+            {name: value for name, value in self.task.model.state_dict().items() if name.endswith("_extra_state")}
+        )
         micro_batches = next(self.schedule.steps(Cursor(), self.world.rank, self.world.size))[-1:]
         self.accumulate(next(self.fetch(iter([micro_batches]), workers=0)))
-        self.task.optimizer.zero_grad(set_to_none=True)
+        self.task.model.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
@@ -200,7 +204,8 @@ class _Run:
         """Gives a new run the weights that ``init_from`` names."""
         if self.config.init_from is not None:
             foreign = interchange.read_foreign(self.config.init_from)
-            loaded = interchange.load_into(self.task.model, self.task.optimizer, foreign)
+            optimizer = self.task.optimizer if self.config.init_optimizer else None
+            loaded = interchange.load_into(self.task.model, optimizer, foreign)
             self.reporter.event("init", f"initialized from {foreign.source} ({foreign.what}): {loaded}")
 
     def remember_crash(self, error: Exception) -> None:
@@ -244,7 +249,7 @@ class _Run:
             nn.utils.clip_grad_norm_(self.task.model.parameters(), limit)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        self.task.model.zero_grad(set_to_none=True)  # all of them: the optimizer may not own each, and none may pile up
         if self.task.scheduler is not None:
             self.task.scheduler.step()
 
@@ -386,13 +391,18 @@ class _Run:
         return {
             "epoch": progress.cursor.epoch,
             "cursor": asdict(progress.cursor),
-            "metrics": {"last": progress.last, "best": progress.best},
+            "metrics": {"last": _as_json(progress.last), "best": _as_json(progress.best)},
             **self.identity(),
             **resume.conditions(self.world),
             "config": self.config.digest(),
             "python": platform.python_version(),
             "harness": harness.__version__,
         }
+
+
+def _as_json(values: Mapping[str, float]) -> dict[str, float | str]:
+    """Metrics as JSON has them: a loss that is not a number is told in a word."""
+    return {name: value if math.isfinite(value) else repr(value) for name, value in values.items()}
 
 
 def _be_deterministic(wanted: bool) -> None:

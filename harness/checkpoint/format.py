@@ -78,7 +78,7 @@ DTYPES: Mapping[str, tuple[str | None, int]] = {
     "complex64": ("C64", 8),
     "complex128": (None, 16),
 }
-_NAME_OF_CODE = {code: name for name, (code, _) in DTYPES.items() if code is not None}
+_NAME_OF_CODE = {code: name for name, (code, _) in DTYPES.items() if code is not None} | {"F8_E8M0": "float8_e8m0fnu"}
 
 
 class Hasher(Protocol):
@@ -228,7 +228,9 @@ def decode_header(text: bytes, data_bytes: int) -> list[TensorInfo]:
 
 def _decode_entry(path: str, entry: Mapping[str, Any], metadata: Mapping[str, str]) -> TensorInfo:
     path.encode()  # JSON can spell text that is none
-    dtype, shape = _NAME_OF_CODE[entry["dtype"]], entry["shape"]
+    if (dtype := _NAME_OF_CODE.get(entry["dtype"])) is None:
+        raise Corrupt(f"{path}: unknown dtype {entry['dtype']!r}")
+    shape = entry["shape"]
     if type(shape) is not list or not all(type(size) is int and size >= 0 for size in shape):
         raise Corrupt(f"{path}: impossible shape {shape}")
     if len(shape) > 64 or math.prod(size or 1 for size in shape) >= 1 << 48:  # an empty tensor, too, has strides

@@ -58,7 +58,9 @@ def _read_part(store: Store, directory: str, name: str, part: Part, files: list[
     try:
         for further, stored in part.aliases.items():
             if further in tensors:
-                raise Corrupt(f"{directory}: {name}: {further!r} is to be the same as {stored!r}, and is a tensor of its own")
+                raise Corrupt(
+                    f"{directory}: {name}: {further!r} is to be the same as {stored!r}, and is a tensor of its own"
+                )
             tensors[further], hashes[further] = tensors[stored], hashes[stored]
     except (KeyError, TypeError):
         raise Corrupt(f"{directory}: {name}: {further!r} is to be the same as {stored!r}, which is not there") from None

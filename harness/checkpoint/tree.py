@@ -12,7 +12,8 @@ object with one tagged key:
 
 Keys that are not text are written as ``$:`` and their JSON; a ``$`` at the beginning of a text key is doubled. A tensor
 in a dictionary leaves nothing behind in the JSON, nor does a dictionary that holds only tensors: the paths say it all, and
-20,000 small tensors cost 20,000 header entries and no more. Dictionaries of all kinds come back as ``dict``.
+20,000 small tensors cost 20,000 header entries and no more. Dictionaries of all kinds come back as ``dict``, with the
+keys in another order.
 """
 
 import base64
@@ -147,12 +148,12 @@ class _Encoder:
         return self.value_at(path, value, keep=True)
 
     def tensor_at(self, path: tuple[str, ...], tensor: torch.Tensor) -> None:
-        reason = _why_not(tensor)
-        if reason:
-            raise self.unsupported(path, reason)
         joined = _join(path)
+        if reason := _why_not(tensor) or _why_no_name(joined):
+            raise self.unsupported(path, reason)
         # The same memory seen in the same way is one tensor under two names: tied weights. Empty tensors have no memory.
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj())
+        place: tuple[Any, ...] = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        place += (tensor.is_conj(), tensor.is_neg())
         first = self.places.setdefault(place, joined) if tensor.numel() else joined
         if first == joined:
             self.out.tensors[joined] = tensor
@@ -173,6 +174,16 @@ def _why_not(tensor: torch.Tensor) -> str | None:
         return f"a tensor of the subclass {_type_name(tensor)}"
     if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
         return f"a tensor of dtype {tensor.dtype}"
+    return None
+
+
+def _why_no_name(path: str) -> str | None:
+    if path == "__metadata__":  # a shard's header has something else under this key
+        return "a tensor of this name"
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return "a tensor whose name is not Unicode"
     return None
 
 
