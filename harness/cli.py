@@ -109,7 +109,8 @@ def _train(config: "Config", task: "Task", stop: "StopRequest", *, fresh: bool) 
 
     stop.leave_in_time(config.stop.grace_seconds, leave_late)
     world = join_world(config.world)
-    logging.getLogger().setLevel(logging.INFO if world.rank == 0 else logging.ERROR)
+    others = logging.WARNING if is_first_of_node() else logging.ERROR  # a machine's own troubles are told once
+    logging.getLogger().setLevel(logging.INFO if world.rank == 0 else others)
     try:
         try:
             loop.train(config, task, world, stop, fresh=fresh)

@@ -133,6 +133,15 @@ class WatchdogConfig(_Section):
     """The same for the first step, with everything that comes before it."""
 
 
+class PreemptionConfig(_Section):
+    """Whether to ask the cloud if it is about to take the machine away, and stop well before it does."""
+
+    watch: Literal["aws", "gcp", "azure", "none"] = "none"
+    """Whose metadata service to ask; one process of each machine does."""
+    base_url: str = "http://169.254.169.254"
+    """Where the metadata service is."""
+
+
 class StopConfig(_Section):
     """What happens between a signal and the end."""
 
@@ -179,6 +188,7 @@ class Config(_Section):
     world: WorldConfig = WorldConfig()
     crash_loop: CrashLoopConfig = CrashLoopConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    preemption: PreemptionConfig = PreemptionConfig()
     stop: StopConfig = StopConfig()
 
     def digest(self) -> str:

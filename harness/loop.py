@@ -23,9 +23,10 @@ from harness.checkpoint.store import open_store
 from harness.config import Config
 from harness.crashes import Crash
 from harness.data import Cursor, Schedule
-from harness.environment import launch_id
+from harness.environment import is_first_of_node, launch_id
 from harness.errors import ConfigError, HarnessError, Stopped, StoreError
 from harness.metrics import Reporter, in_words
+from harness.notices import Watcher
 from harness.signals import StopRequest
 from harness.state import Progress, TrainingState, random_state, restore_random_state
 from harness.task import Task
@@ -41,16 +42,17 @@ def train(config: Config, task: Task, world: World, stop: StopRequest, *, fresh:
     Every rank calls it with the same arguments. Raises ``Stopped`` when ``stop`` was set on any rank; the step that all
     ranks finished last is saved then.
     """
-    with _watching(config) as watchdog:
+    cloud = config.preemption.watch if is_first_of_node() else "none"
+    with _watching(config) as watchdog, Watcher(cloud, config.preemption.base_url) as watcher:
         run = _Run(config, task, world, fresh=fresh)
         try:
-            return _train(run, stop, watchdog)
+            return _train(run, stop, watchdog, watcher)
         except Exception as error:
             run.remember_crash(error)
             raise
 
 
-def _train(run: "_Run", stop: StopRequest, watchdog: Watchdog | None) -> Progress:
+def _train(run: "_Run", stop: StopRequest, watchdog: Watchdog | None, watcher: Watcher) -> Progress:
     progress = run.state.progress
     batches = run.batches()
     agreement = Agreement(run.world, wants=2)
@@ -59,6 +61,8 @@ def _train(run: "_Run", stop: StopRequest, watchdog: Watchdog | None) -> Progres
         progress.step += 1
         progress.cursor = run.schedule.after(progress.cursor)
 
+        if (notice := watcher.poll()) is not None and notice.kind == "stop":
+            stop.ask(notice.text)
         stopping, save_is_due = agreement.exchange(bool(stop), run.seconds_are_over())
         run.log_if_due()
         run.evaluate_if_due()
@@ -67,7 +71,7 @@ def _train(run: "_Run", stop: StopRequest, watchdog: Watchdog | None) -> Progres
             watchdog.step()
         if stopping and not run.is_over():
             agreement.finish()
-            why = stop.signal_name or "on another rank"
+            why = stop.reason or "on another rank"
             raise Stopped(f"asked to stop ({why}) at step {progress.step}, {run.what_is_saved()}")
     agreement.finish()
     run.reporter.event("done", f"done: step {progress.step}  {in_words(progress.last)}", step=progress.step)

@@ -105,6 +105,13 @@ class Watcher:
         self._thread = threading.Thread(target=self._watch, args=(cloud, self._bell), name="harness-notices", daemon=True)
         self._thread.start()
 
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     def poll(self) -> Notice | None:
         """What has been announced so far. Costs nothing, and never forgets."""
         return self._notice
@@ -374,14 +381,12 @@ class _Service:
                 target = f"{path}?{urlencode(query)}" if query else path
                 connection.request(method, target, headers={**headers, "Connection": "close"})
                 with connection.getresponse() as response:
-                    text = response.read(_ANSWER_BYTES).decode().strip()
+                    text = response.read(_ANSWER_BYTES).decode(errors="replace").strip()
                     if response.length:  # read() with a limit does not mind an answer that ends early
                         raise _Fault(where, "malformed", f"{response.length} bytes more were promised")
                     return _Answer(where, response.status, text, response.getheader("ETag", ""))
         except TimeoutError:
             raise _Fault(where, f"no answer within {limit_seconds:g} s") from None
-        except UnicodeDecodeError:
-            raise _Fault(where, "malformed", "found no UTF-8") from None
         except (OSError, http.client.HTTPException) as error:
             raise _Fault(where, type(error).__name__, str(error)) from None
 

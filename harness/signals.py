@@ -5,7 +5,7 @@ at a step boundary, after all ranks have agreed on that step.
 
 A Python handler does not run while the main thread sits in a collective, and a collective whose peer has died may never
 return: torchrun tells the survivors by SIGTERM. So a thread listens, too (``signal.set_wakeup_fd``: the C-level handler
-writes the signal's number into a socket at once), and when the grace is over it ends the process. Nothing is lost by
+writes the signal's number into a pipe at once), and when the grace is over it ends the process. Nothing is lost by
 that but steps: the last commit stands.
 """
 
@@ -13,7 +13,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -24,13 +23,17 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class StopRequest:
-    """Whether a signal has asked for a stop. A second SIGINT is not waited for: it interrupts at once."""
+    """Whether somebody has asked for a stop: a signal, by its name, or the cloud. A second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
-        self.signal_name = ""
+        self.reason = ""
 
     def __bool__(self) -> bool:
-        return bool(self.signal_name)
+        return bool(self.reason)
+
+    def ask(self, why: str) -> None:
+        """Asks for a stop from within the process; the first word stands."""
+        self.reason = self.reason or why
 
     def listen(self) -> None:
         """Installs the handlers. Only the main thread may."""
@@ -38,24 +41,24 @@ class StopRequest:
             signal.signal(number, self._remember)
 
     def leave_in_time(self, grace_seconds: float, leave: Callable[[], None]) -> None:
-        """From now on, calls ``leave`` in a thread when the process is still there so long after the first signal."""
-        receiver, sender = socket.socketpair()
-        sender.setblocking(False)
-        signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        """Calls ``leave`` in a thread when the process is still there so long after the first signal, or after now if that
+        has come already."""
+        receiver, sender = os.pipe()  # open until the process ends: the handler in C writes into it
+        os.set_blocking(sender, False)
+        signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
 
         def wait_and_leave() -> None:
-            with sender:  # kept open for as long as somebody listens
-                while int.from_bytes(receiver.recv(1)) not in STOP_SIGNALS:
-                    pass
+            while not self.reason and os.read(receiver, 1)[0] not in STOP_SIGNALS:
+                pass
             threading.Event().wait(grace_seconds)
             leave()
 
         threading.Thread(target=wait_and_leave, name="harness-grace", daemon=True).start()
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal_name and number == signal.SIGINT:
+        if self.reason and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name
+        self.reason = signal.Signals(number).name
 
 
 def die_with_parent() -> None:
