@@ -284,8 +284,11 @@ _Loader.add_implicit_resolver(
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, _Loader)  # noqa: S506  # a SafeLoader
-    except yaml.YAMLError as error:
+        value = yaml.load(text, _Loader)  # noqa: S506  # a SafeLoader
+        json.dumps(value, default=str)  # notices what contains itself
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # PyYAML lets Python's own errors through
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise ConfigError(f"{where}{place}: not YAML: {getattr(error, 'problem', None) or error}") from None
+        what = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ConfigError(f"{where}{place}: not YAML: {what}") from None
+    return value

@@ -3,12 +3,11 @@
 import contextlib
 import copy
 import functools
-import math
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -25,7 +24,7 @@ from harness.crashes import Crash
 from harness.data import Cursor, Schedule
 from harness.environment import is_first_of_node, launch_id
 from harness.errors import ConfigError, HarnessError, Stopped, StoreError
-from harness.metrics import Reporter, in_words
+from harness.metrics import Reporter, as_json, in_words
 from harness.notices import Watcher
 from harness.signals import StopRequest
 from harness.state import Progress, TrainingState, random_state, restore_random_state
@@ -169,7 +168,7 @@ class _Run:
             self.reporter = Reporter(self.config.log, active=world.rank == 0)
             self.reporter.event("start", "no checkpoint.url: this run is not saved")
             self.initialize()
-            resume.check_lockstep(world, self.state)
+            resume.check_lockstep(world, self.state, {**self.identity(), "config": self.config.digest()})
             return
         catalog = Catalog(open_store(checkpoint.url, checkpoint.storage_options))
         launch = launch_id()
@@ -183,7 +182,7 @@ class _Run:
         resumed = resume.resume(world, catalog, self.state, self.identity(), pass_over_newest=looping)
         if resumed is None:
             self.initialize()
-        resume.check_lockstep(world, self.state)
+        resume.check_lockstep(world, self.state, {**self.identity(), "config": self.config.digest()})
         if world.rank == 0:
             self.saver = Saver(
                 catalog=catalog,
@@ -395,18 +394,13 @@ class _Run:
         return {
             "epoch": progress.cursor.epoch,
             "cursor": asdict(progress.cursor),
-            "metrics": {"last": _as_json(progress.last), "best": _as_json(progress.best)},
+            "metrics": {"last": as_json(progress.last), "best": as_json(progress.best)},
             **self.identity(),
             **resume.conditions(self.world),
             "config": self.config.digest(),
             "python": platform.python_version(),
             "harness": harness.__version__,
         }
-
-
-def _as_json(values: Mapping[str, float]) -> dict[str, float | str]:
-    """Metrics as JSON has them: a loss that is not a number is told in a word."""
-    return {name: value if math.isfinite(value) else repr(value) for name, value in values.items()}
 
 
 def _be_deterministic(wanted: bool) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from harness.config import LogConfig
@@ -30,9 +32,16 @@ class Reporter:
             return
         log.info(message)
         if self._file is not None:
-            record = {"event": name, "time": time.time(), "attempt": self._attempt, **values}
-            self._file.write(json.dumps(record) + "\n")
+            record = {"event": name, "time": time.time(), "attempt": self._attempt, **as_json(values)}
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()  # a line that was written survives the death of the process
+
+
+def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON has them: a number that is none (``nan``, ``inf``) is told in a word."""
+    return {
+        key: repr(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
 
 
 def in_words(values: dict[str, float]) -> str:

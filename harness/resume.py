@@ -20,6 +20,7 @@ from harness.data import Cursor
 from harness.errors import (
     CheckpointError,
     ConfigError,
+    Corrupt,
     HarnessError,
     Mismatch,
     NoCheckpoint,
@@ -55,9 +56,11 @@ def resume(
     if pass_over_newest and len(whole) > 1:
         log.error("NOT resuming from %s: the attempts before this one all failed in the same way", whole[0].directory)
         entries.remove(whole[0])
+    storage_failed = False
     for entry in entries:
-        parts, problems = _read_together(world, catalog, entry)
+        parts, problems, was_storage = _read_together(world, catalog, entry)
         if problems:
+            storage_failed = storage_failed or was_storage
             log.error("NOT resuming from %s: %s", entry.directory, "; ".join(problems))
             continue
         assert parts is not None, "no rank reported a problem"
@@ -68,10 +71,12 @@ def resume(
         _check_run(meta, run)
         state.restore(parts, entry.step, Cursor(meta["cursor"]["epoch"], meta["cursor"]["offset"]))
         _warn_if_inexact(meta, conditions(world))
-        if meta["world_size"] == world.size:  # else the streams start anew, from the seed and the rank
+        if meta.get("world_size") == world.size:  # else the streams start anew, from the seed and the rank
             restore_random_state(parts["random"][str(world.rank)], state.device)
         ancestor = Ancestor(entry.manifest.attempt, entry.step)
         return Resumed(entry.directory, entry.step, [*entry.manifest.lineage, ancestor])
+    if storage_failed:  # what cannot be read today is not damaged
+        raise StoreError(f"{catalog.store.url}: no checkpoint could be read: {'; '.join(problems)}", transient=True)
     if entries:
         raise NoCheckpoint(
             f"{catalog.store.url}: expected a whole checkpoint, found {len(entries)} damaged ones; "
@@ -80,9 +85,12 @@ def resume(
     return None
 
 
-def check_lockstep(world: World, state: TrainingState) -> None:
-    """Raises ``RankFailure`` unless all ranks hold the same step, position, model and optimizer, bit for bit."""
-    found = world.all_gather(state.digests())
+def check_lockstep(world: World, state: TrainingState, run: Mapping[str, Any]) -> None:
+    """Raises ``RankFailure`` unless all ranks hold the same step, position, model and optimizer, bit for bit.
+
+    ``run`` are further values that must be the same: what is trained, on which data.
+    """
+    found = world.all_gather({**run, **state.digests()})
     different = [rank for rank in range(world.size) if found[rank] != found[0]]
     if different:
         first = found[different[0]]
@@ -105,15 +113,24 @@ def on_first(world: World, function: Any) -> Any:
     return result
 
 
-def _read_together(world: World, catalog: Catalog, entry: Entry) -> tuple[dict[str, Any] | None, Sequence[str]]:
-    """What this rank read, and the problems of all ranks: where there are any, nobody uses anything."""
-    parts, problem = None, entry.problem
+def _read_together(world: World, catalog: Catalog, entry: Entry) -> tuple[dict[str, Any] | None, Sequence[str], bool]:
+    """What this rank read, the problems of all ranks, and whether one is the storage's: where there are any, nobody uses
+    anything."""
+    parts, problem, is_storage = None, entry.problem, False
     if entry.manifest is not None and not problem:
         try:
             parts = load.read(catalog.store, entry.directory, entry.manifest)
+            _check_meta(entry.directory, entry.manifest.meta)
         except (CheckpointError, StoreError) as error:
-            problem = f"{error} (rank {world.rank})"
-    return parts, sorted({problem for problem in world.all_gather(problem) if problem})
+            problem, is_storage = f"{error} (rank {world.rank})", isinstance(error, StoreError)
+    found = world.all_gather((problem, is_storage))
+    return parts, sorted({problem for problem, _ in found if problem}), any(is_storage for _, is_storage in found)
+
+
+def _check_meta(directory: str, meta: Mapping[str, Any]) -> None:
+    cursor = meta.get("cursor", {"epoch": 0, "offset": 0})  # one that has none is refused in other words
+    if type(cursor) is not dict or not all(type(cursor.get(key)) is int and cursor[key] >= 0 for key in ("epoch", "offset")):
+        raise Corrupt(f"{directory}: impossible position in the data {cursor!r}")
 
 
 def conditions(world: World) -> dict[str, Any]:

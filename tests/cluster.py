@@ -83,7 +83,7 @@ class Run:
         return value
 
     def wait_for(self, event: str, *, step: int = 0, attempt: int = 1, seconds: float = PATIENCE_SECONDS) -> dict[str, Any]:
-        """The first event of this name that is at least at a step and of at least an attempt (counted over the URL's life)."""
+        """The first event of this name of at least a step and at least an attempt (they are counted over the URL's life)."""
 
         def found() -> dict[str, Any] | None:
             for record in self.events(event):
@@ -297,9 +297,7 @@ def played(file: str, directory: Path, ranks: int) -> dict[str, list[Any]]:
     with launch(directory, None, ranks=ranks, command=(file, str(directory))) as run:
         run.succeed(150)
     names = {path.name.split(".")[0] for path in directory.glob("*.0.json")}
-    return {
-        name: [json.loads((directory / f"{name}.{rank}.json").read_text()) for rank in range(ranks)] for name in names
-    }
+    return {name: [json.loads((directory / f"{name}.{rank}.json").read_text()) for rank in range(ranks)] for name in names}
 
 
 def returned(results: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -321,6 +319,7 @@ def train_here(task: Any, world: Any = None, *, fresh: bool = False, **config: A
 
     url = config.pop("url", None)
     checkpoint = {**config.pop("checkpoint", {}), **({"url": str(url)} if url else {})}
+    torch.set_num_threads(1)  # as under torchrun; on a busy machine, several threads mostly wait for each other
     log = {"every_steps": None, **config.pop("log", {})}
     whole = Config.model_validate({"task": "here:build", "checkpoint": checkpoint, "log": log, **config})
     return train(whole, build_task(whole, task), world or SoloWorld(torch.device("cpu")), StopRequest(), fresh=fresh)

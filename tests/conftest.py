@@ -1,4 +1,10 @@
-"""The storage servers: started when a test first asks for one, shared by all."""
+"""What many tests need: storage servers, started when a test first asks for one and shared by all; an ordinary user."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
 
 import pytest
 import servers
@@ -31,3 +37,31 @@ def _or_skip(start, folder):
             yield server
     except servers.Missing as missing:
         pytest.skip(str(missing))
+
+
+@pytest.fixture
+def ordinary_user():
+    """A context in which this process may do no more than others: root may do anything, so it is nobody for a while."""
+
+    @contextlib.contextmanager
+    def nobody():
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.seteuid(65534)
+        try:
+            yield
+        finally:
+            if is_root:
+                os.seteuid(0)
+
+    return nobody
+
+
+@pytest.fixture
+def public_path():
+    """A directory that every user can reach, and that belongs to this one."""
+    place = tempfile.mkdtemp(dir="/tmp")
+    os.chmod(place, 0o755)
+    yield place
+    subprocess.run(["chmod", "-R", "u+rwx", place], check=True)
+    shutil.rmtree(place)

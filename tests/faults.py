@@ -85,10 +85,16 @@ class Restored:
         return same(self.parts, parts_at(self.step)) and self.parts["model"]["tied"] is self.parts["model"]["weight"]
 
 
+class _World(SoloWorld):
+    """One process that says that it is of seven, as no checkpoint is here: the random states stay as they are."""
+
+    size = 7
+
+
 def resume_from(store: Store) -> tuple[resume.Resumed | None, Restored]:
     """Resumes as a training run does, with the same fallbacks, in one process."""
     restored = Restored()
-    return resume.resume(SoloWorld(Restored.device), Catalog(store), restored, {}), restored
+    return resume.resume(_World(Restored.device), Catalog(store), restored, {}), restored
 
 
 class Life:
@@ -108,10 +114,7 @@ class Life:
         )
 
     def save(self, step: int, *, must_succeed: bool = True) -> Saved | None:
-        meta = {
-            "cursor": {"epoch": 0, "offset": step},
-            "world_size": 2,
-        }  # not 1: this process's random state is not at stake
+        meta = {"cursor": {"epoch": 0, "offset": step}, "world_size": 2}
         return self.saver.save(parts_at(step), step=step, meta=meta, must_succeed=must_succeed)
 
 
@@ -131,9 +134,10 @@ class Mark:
 
 @dataclass
 class Witness:
-    """Believes what a store says: once the manifest's ``put`` has returned, that checkpoint is the newest."""
+    """Believes what a store says: once the manifest's ``put`` has returned, that checkpoint is the newest; once it was
+    called, it may be."""
 
-    newest: int | None = None
+    allowed: tuple[int | None, ...] = (None,)
     now: Mark = Mark((None,), "claim")
 
     def watch(self, store: Store) -> Store:
@@ -141,23 +145,24 @@ class Witness:
 
         def watched_put(name: str, *arguments: Any) -> None:
             if (step := committed_step(name)) is None:
-                self.remark("claim" if name.startswith("attempts/") else "save", self.newest)
+                self.remark("claim" if name.startswith("attempts/") else "save")
                 put(name, *arguments)
                 return
-            self.remark("commit", self.newest, step)
+            self.allowed = (*self.allowed, step)
+            self.remark("commit")
             put(name, *arguments)
-            self.newest = step
-            self.remark("prune", step)
+            self.allowed = (step,)
+            self.remark("prune")
 
         def watched_delete(name: str) -> None:
-            self.remark("prune", self.newest)
+            self.remark("prune")
             delete(name)
 
         store.put, store.delete = watched_put, watched_delete
         return store
 
-    def remark(self, verb: str, *allowed: int | None) -> None:
-        self.now = Mark(allowed, verb)
+    def remark(self, verb: str) -> None:
+        self.now = Mark(self.allowed, verb)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
     with MetadataServer() as server:
         server.aws["spot/instance-action"] = '{"action": "terminate", "time": "2030-01-01T00:02:00Z"}'
-        server.fault = reset
+        server.break_with(reset)
 
 A test sees what was asked in ``requests``, and waits with ``until`` for it, never for time to pass.
 """
@@ -36,7 +36,7 @@ class Request(NamedTuple):
 
 
 class MetadataServer(ThreadingHTTPServer):
-    """Serves from ``with`` on. What it says is in its attributes; ``with server.changed`` is needed where several change."""
+    """Serves from ``with`` on, what its attributes say."""
 
     daemon_threads = True
 
@@ -121,28 +121,26 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def do_PUT(self) -> None:
-        self.handle_request(self.aws_token)
+        self.serve("", self.aws_token)
 
     def do_GET(self) -> None:
         for prefix, service in ((AWS, self.aws), (GCP, self.gcp), (AZURE, self.azure)):
             if self.path.startswith(prefix):
-                return self.handle_request(service)
-        return self.handle_request(lambda key, query: self.answer(404))
+                return self.serve(prefix, service)
+        return self.answer(404)
 
-    def handle_request(self, service: Callable[[str, dict[str, str]], None]) -> None:
+    def serve(self, prefix: str, service: Callable[[str, dict[str, str]], None]) -> None:
+        """Notes the request, and answers it, if nothing is to go wrong."""
         url, server = urlsplit(self.path), self.server
         query = dict(parse_qsl(url.query))
         with server.changed:
             server.requests.append(Request(time.monotonic(), self.command, url.path, query))
             fault = server.fault if server.faulty in url.path else None
             server.changed.notify_all()
-        if fault is not None:
-            self.close_connection = True
-            return fault(self)
-        for prefix in (AWS, GCP, AZURE):
-            if url.path.startswith(prefix):
-                return service(url.path.removeprefix(prefix), query)
-        return service(url.path, query)
+        if fault is None:
+            return service(url.path.removeprefix(prefix), query)
+        self.close_connection = True
+        return fault(self)
 
     def wait_for(self, true: Callable[[], bool], seconds: float | None = None) -> bool:
         """Waits for a change of the server; not for longer than there is one."""

@@ -55,12 +55,12 @@ class Server:
         family = _family(self.process.pid)
         try:
             for pid in family:
-                os.kill(pid, signal.SIGSTOP)
+                _signal(pid, signal.SIGSTOP)
             _wait(lambda: all(_is_stopped(pid) for pid in family), "stop")
             yield
         finally:
             for pid in family:
-                os.kill(pid, signal.SIGCONT)
+                _signal(pid, signal.SIGCONT)
 
     def kill(self) -> None:
         _end(self.process)
@@ -238,21 +238,31 @@ def _leash() -> list[str]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
+    if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)  # works on frozen ones, too; nothing is worth a graceful end
     process.wait()
 
 
 def _family(pid: int) -> list[int]:
     """A process and its descendants: sshd has one or two for each connection, in sessions of their own."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    children: list[str] = []
+    with contextlib.suppress(OSError):  # it has ended meanwhile
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [pid, *(descendant for child in children for descendant in _family(int(child)))]
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def _is_stopped(pid: int) -> bool:
     """A signal is on its way for a moment."""
-    states = [task.read_text().rpartition(") ")[2][0] for task in Path(f"/proc/{pid}/task").glob("*/stat")]
-    return set(states) == {"T"}
+    states = set()
+    for task in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):
+            states.add(task.read_text().rpartition(") ")[2][0])
+    return states <= {"T"}
 
 
 def _until(done: Callable[[], bool], what: str, process: subprocess.Popen[bytes], folder: Path) -> None:

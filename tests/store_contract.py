@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+
 from harness.checkpoint.store import Store, open_store
 from harness.errors import StoreError
 

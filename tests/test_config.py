@@ -53,7 +53,12 @@ def test_a_number_is_a_number_however_it_is_written(load, text):
 
 def test_what_only_looks_like_a_number_is_text(load):
     """Names with an e in them stay names."""
-    assert load(GOOD + "args: {a: e3, b: 1e, c: 1e-3x, d: '1e-3'}\n").args == {"a": "e3", "b": "1e", "c": "1e-3x", "d": "1e-3"}
+    assert load(GOOD + "args: {a: e3, b: 1e, c: 1e-3x, d: '1e-3'}\n").args == {
+        "a": "e3",
+        "b": "1e",
+        "c": "1e-3x",
+        "d": "1e-3",
+    }
 
 
 def test_a_whole_number_will_do_for_a_fraction(load):
@@ -63,7 +68,9 @@ def test_a_whole_number_will_do_for_a_fraction(load):
 
 def test_an_override_wins_over_the_file(load):
     """``dotted.key=value`` replaces a value, adds one, makes sections, and its value is YAML."""
-    config = load(GOOD, "train.steps=20", "args.sizes=[1, 2]", "data.workers=2", "checkpoint.url=s3://bucket/a=b", "args.none=")
+    config = load(
+        GOOD, "train.steps=20", "args.sizes=[1, 2]", "data.workers=2", "checkpoint.url=s3://bucket/a=b", "args.none="
+    )
     assert config.train.steps == 20
     assert config.args == {"sizes": [1, 2], "none": None}
     assert config.data.workers == 2
@@ -237,12 +244,12 @@ def test_a_section_that_contains_itself(load):
 
 def test_a_file_that_cannot_be_read(tmp_path):
     """Missing, a directory, not UTF-8: one line with the path."""
-    with pytest.raises(ConfigError, match="missing.yaml: No such file or directory"):
+    with pytest.raises(ConfigError, match=r"missing\.yaml: No such file or directory"):
         load_config(str(tmp_path / "missing.yaml"))
     with pytest.raises(ConfigError, match="Is a directory"):
         load_config(str(tmp_path))
     (tmp_path / "latin.yaml").write_bytes("task: caf\xe9".encode("latin-1"))
-    with pytest.raises(ConfigError, match="latin.yaml: .*utf-8"):
+    with pytest.raises(ConfigError, match=r"latin\.yaml: .*utf-8"):
         load_config(str(tmp_path / "latin.yaml"))
 
 

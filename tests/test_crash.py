@@ -108,8 +108,8 @@ class Recorder(Witness):
     def store(self) -> Store:
         return self.watch(open_store(f"{self.root}/run", attempts=1))
 
-    def remark(self, verb: str, *allowed: int | None) -> None:
-        super().remark(verb, *allowed)
+    def remark(self, verb: str) -> None:
+        super().remark(verb)
         self.trace.append(self.now)
 
 
@@ -119,7 +119,10 @@ def record(root: str) -> list[Call | Mark]:
     with system_calls_through(recorder):
         for steps in ([10, 20], [30, 40]):
             life = Life(recorder.store())
-            assert life.restored.step == recorder.newest
+            assert life.restored.step in recorder.allowed
+            done = recorder.done
+            resume_from(recorder.store())
+            assert recorder.done == done, "resuming reads, and beside the claim of an attempt it writes nothing"
             for step in steps:
                 life.save(step)
     return recorder.trace
@@ -203,21 +206,18 @@ class Judge:
             _, restored = resume_from(objects)
         except HarnessError as error:
             return f"{type(error).__name__}: {error}"
-        if restored.step is None:
-            return None
-        if not restored.exact:
+        if restored.step is not None and not restored.exact:
             return f"{restored.step}, which is not what was saved"
         return self.after_going_on(objects, restored.step)
 
-    def after_going_on(self, objects: Objects, step: int) -> str | int:
+    def after_going_on(self, objects: Objects, step: int | None) -> str | int | None:
         if not self.goes_on:
             return step
-        objects = Objects(dict(objects.objects))
-        life = Life(objects)
-        saved = life.save(step + 5)
+        objects, later = Objects(dict(objects.objects)), (step or 0) + 5
+        saved = Life(objects).save(later)
         _, restored = resume_from(objects)
-        if restored.step != step + 5 or not restored.exact:
-            return f"{step}, and from {restored.step} after it had saved {step + 5}"
+        if restored.step != later or not restored.exact:
+            return f"{step}, and from {restored.step} after it had saved {later}"
         rubbish = [name for name in objects.objects if not name.startswith(("attempts/", saved.directory))]
         return f"{step}, and never swept up {rubbish}" if rubbish else step
 
@@ -236,7 +236,7 @@ def test_every_crash_leaves_the_old_or_the_new_checkpoint(tmp_path, tell):
         judge.judge(left)
     tell(judge.summary())
     assert not judge.wrong, judge.wrong[:5]
-    assert judge.points.total() > 300 and len(judge.seen) > 2000, "a save makes fewer calls than it did: is one not seen?"
+    assert judge.points.total() > 300 and len(judge.seen) > 900, "a save makes fewer calls than it did: is one not seen?"
 
 
 def test_a_real_disk_is_read_as_the_model_is(tmp_path, tell):
@@ -256,12 +256,10 @@ def test_a_real_disk_is_read_as_the_model_is(tmp_path, tell):
     assert count > 200
 
 
-@pytest.mark.parametrize("everywhere", [False, pytest.param(True, marks=pytest.mark.soak)])
-def test_a_crash_and_then_another(tmp_path, tell, everywhere):
-    """A process dies at any point, its successor saves, the power fails: what the successor had committed is there.
+def test_a_crash_and_then_another(tmp_path, tell):
+    """A process dies at any point, its successor saves, the power fails at any point: what was committed is there.
 
-    The successor may find directories whose names its predecessor had no time to fsync. With ``everywhere`` the power
-    fails at any point of the successor's life, too; without, from its commit on.
+    The successor may find files and directories whose names its predecessor had no time to fsync.
     """
     judge = Judge(goes_on=False)
     for kill_at in range(1 << 30):
@@ -275,17 +273,12 @@ def test_a_crash_and_then_another(tmp_path, tell, everywhere):
             except Killed:
                 start = len(recorder.trace)
             recorder.restart()
-            life = Life(recorder.store())
-            recorder.newest = life.restored.step
-            recorder.remark("save", recorder.newest)
-            life.save(20)
-        if not everywhere:
-            start = recorder.trace.index(Mark((20,), "prune"))
+            Life(recorder.store()).save(20)
         for left in crashes(recorder.trace, str(root), judge.points, start):
             judge.judge(left)
     tell(f"killed at {kill_at} points, then {judge.summary()}")
     assert not judge.wrong, judge.wrong[:5]
-    assert kill_at > 40
+    assert kill_at > 40 and judge.points.total() > 4000
 
 
 # --- object stores ---------------------------------------------------------------------------------------------------
@@ -347,7 +340,7 @@ def test_every_request_to_an_object_store_can_fail(monkeypatch, tell, is_served,
         judge.points[trouble.what.partition(" ")[0]] += 1
         judge.judge(Left(below(contents.objects, "run"), witness.now.verb, trouble.what, False, witness.now.allowed))
         if not is_deadly and not trouble.what.startswith("PUT run/attempts"):  # without a claim nothing is trained
-            assert witness.newest == 40 or (attempts == 1 and witness.newest == 30), f"one bad request: {trouble.what}"
+            assert witness.allowed == (40,) or (attempts == 1 and witness.allowed[0] == 30), trouble.what
             # An upload of which the client does not know cannot be aborted; stores have rules that expire such ones.
             assert not contents.uploads or trouble.what.startswith(("BEGIN", "ABORT")), trouble.what
     tell(judge.summary())

@@ -2,7 +2,8 @@
 
 import itertools
 import random
-from collections import Counter, namedtuple
+from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -23,9 +24,7 @@ def schedule():
 
 def plans(schedule: Schedule, world_size: int, steps: int, cursor: Cursor | None = None) -> list[list[list[MicroBatch]]]:
     """For each step, the micro-batches of each rank."""
-    ranks = [
-        itertools.islice(schedule.steps(cursor or Cursor(), rank, world_size), steps) for rank in range(world_size)
-    ]
+    ranks = [itertools.islice(schedule.steps(cursor or Cursor(), rank, world_size), steps) for rank in range(world_size)]
     return [list(step) for step in zip(*ranks, strict=True)]
 
 
@@ -139,9 +138,7 @@ def fetched(schedule: Schedule, steps: int, cursor: Cursor | None = None, *, ran
     """What a rank is given in its first steps, as plain values."""
     plan = schedule.steps(cursor or Cursor(), rank, size)
     found = itertools.islice(batches(Dice(), plan, seed=5, **{"workers": 0, **options}), steps)
-    return [
-        [([column.tolist() for column in batch], weight) for batch, weight in micro_batches] for micro_batches in found
-    ]
+    return [[([column.tolist() for column in batch], weight) for batch, weight in micro_batches] for micro_batches in found]
 
 
 def by_sample(steps: list) -> dict:
@@ -254,9 +251,13 @@ def test_seeding_reaches_all_three_generators():
 # --- devices ---------------------------------------------------------------------------------------------------------
 
 
+class Pair(NamedTuple):
+    image: torch.Tensor
+    label: list
+
+
 def test_a_batch_goes_to_the_device_whatever_it_is_made_of():
     """Tensors within tuples, named ones, lists and dictionaries are moved, everything else stays what it is."""
-    Pair = namedtuple("Pair", "image label")
     meta = torch.device("meta")
     batch = {"pair": Pair(torch.zeros(2), [torch.ones(1), "cat"]), "rest": (torch.zeros(1), 5, None)}
     moved = to_device(batch, meta)

@@ -13,15 +13,15 @@ from cluster import PATIENCE_SECONDS, environment
 
 REPOSITORY = Path(__file__).parents[1]
 DEMO = REPOSITORY / "launch" / "demo.py"
-TINY = ["args.layers=1", "args.width=16", "args.context=16", "checkpoint.every_steps=30", "evaluation.every_steps=null"]
+TINY = ["args.layers=1", "args.width=16", "args.context=16", "checkpoint.every_steps=30", "args.validation_share=0.01"]
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """The demo after 300 tiny steps: its folder, and what it printed."""
+    """The demo after 200 tiny steps: its folder, and what it printed."""
     directory = tmp_path_factory.mktemp("demo")
     done = subprocess.run(
-        [sys.executable, str(DEMO), "--steps", "300", *TINY],
+        [sys.executable, str(DEMO), "--steps", "200", *TINY],
         cwd=directory,
         env=environment(str(directory)),
         capture_output=True,
@@ -44,7 +44,7 @@ def test_it_kills_resumes_and_compares(demo):
     _, output = demo
     table = table_in(output)
     killed, resumed = int(table["rank 0 was killed after step"]), int(table["resumed from the checkpoint of step"])
-    assert 150 <= killed < 300
+    assert 100 <= killed < 200
     assert resumed % 30 == 0
     assert killed - 30 <= resumed <= killed  # the kill may have met the save
     assert float(table["seconds from the kill to the next step"]) > 0
@@ -56,8 +56,8 @@ def test_it_kills_resumes_and_compares(demo):
 def test_it_shows_the_training(demo):
     """Of the training's own lines, every twentieth step's is seen, and each that tells of something else."""
     _, output = demo
-    steps = [int(step) for step in re.findall(r"^\d\d:\d\d:\d\d step (\d+)/300 .* loss ", output, re.MULTILINE)]
-    assert {20, 140, 300} <= set(steps)
+    steps = [int(step) for step in re.findall(r"^\d\d:\d\d:\d\d step (\d+)/200 .* loss ", output, re.MULTILINE)]
+    assert {20, 100, 200} <= set(steps)
     assert all(step % 20 == 0 for step in steps)
     assert len(re.findall(r"attempt 2: resuming from step-", output)) == 1
 
@@ -69,7 +69,7 @@ def test_it_fails_when_the_ends_differ(demo, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "demo", module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     folder = shutil.copytree(demo[0], tmp_path / "demo")
-    (last,) = (folder / "whole" / "checkpoints").glob("step-000000000300-*")
+    (last,) = (folder / "whole" / "checkpoints").glob("step-000000000200-*")
     shutil.rmtree(last)
 
     runs = [module.Run(folder / name, []) for name in ("killed", "whole")]

@@ -1,6 +1,5 @@
 """A run that was killed and resumed ends with the bits of the run that never stopped."""
 
-import copy
 import json
 import random
 import sys
@@ -247,6 +246,8 @@ def in_two_halves(world, place: Path, task, **train) -> list[dict[str, str]]:
     train = {"global_batch_size": 4, "clip_grad_norm": 0.1, **train}
     for url, steps in (("straight", 4), ("halves", 2), ("halves", 4)):
         train_here(task, world, url=place / url, seed=SEED, train={**train, "steps": steps})
+    if world is not None:
+        world.all_gather(None)  # rank 0 has saved
     return [newest(place / url)["digests"] for url in ("straight", "halves")]
 
 
@@ -290,8 +291,8 @@ def first_gradients(place: Path, **train) -> dict[str, torch.Tensor]:
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
-    for name in found:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
@@ -306,9 +307,7 @@ def test_uneven_shares_weigh_by_samples(tmp_path, on_three_ranks):
     """Three ranks with 3, 3 and 4 of ten samples, two at a time, make the step that one process makes."""
     directory, results = on_three_ranks
     returned(results["uneven"])
-    assert_close(
-        newest(directory / "uneven" / "run")["parts"]["model"], first_gradients(tmp_path, global_batch_size=10)
-    )
+    assert_close(newest(directory / "uneven" / "run")["parts"]["model"], first_gradients(tmp_path, global_batch_size=10))
 
 
 @pytest.mark.torchrun

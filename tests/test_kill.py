@@ -42,7 +42,9 @@ def build(place: str = ".", hold_at: int | None = None) -> Task:
     steps take longer, and the process waits at step ``hold_at`` until it is released."""
     Path(place, f"started.{os.getpid()}").touch()
     wait_until(lambda: not Path(place, "paused").exists(), "leave to start")
-    model = nn.Sequential(nn.Linear(32, 256), nn.ReLU(), nn.Dropout(0.2), nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 1))
+    model = nn.Sequential(
+        nn.Linear(32, 256), nn.ReLU(), nn.Dropout(0.2), nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 1)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 50, gamma=0.9)
     slow = Path(place, "slow")
@@ -190,7 +192,9 @@ def storm(directory: Path, kills: int, steps: int, seed: int, *, ranks: int = 2,
             run.kill_rank(dice.randrange(ranks))
         (directory / "slow").unlink()
         run.succeed(seconds=300)
-    assert len({record["attempt"] for record in events(directory)}) > kills / 2, "most kills must have hit a run that trained"
+    assert len({record["attempt"] for record in events(directory)}) > kills / 2, (
+        "most kills must have hit a run that trained"
+    )
     return digests(str(directory / "run"))
 
 

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 from cluster import launch, newest, wait_until
+from metadata_server import MetadataServer
 
 from harness.launch import command
 
@@ -58,3 +59,14 @@ def test_a_killed_launcher_leaves_no_orphans(tmp_path):
         run.wait_for("train", step=50)
         run.process.kill()
         wait_until(lambda: not run.processes(), "the end of all processes of the run", seconds=10)
+
+
+def test_a_notice_of_the_cloud_stops_the_run(tmp_path):
+    """The metadata service says that the machine goes: the step is saved, and the exit code asks for a new start."""
+    with MetadataServer() as server:
+        watched = {**config(1_000_000), "preemption": {"watch": "gcp", "base_url": server.url}}
+        with launch(tmp_path, watched) as run:
+            run.wait_for("train", step=100)
+            server.set_gcp("preempted", "TRUE")
+            assert run.finish() == 75
+            assert f"at step {newest(tmp_path / 'run')['step']}, which is saved" in run.output()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster import harness, held, hold, launch, newest, play, played, read_json, release, returned, train_here
+from cluster import launch, newest, play, played, read_json, returned, train_here
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
@@ -68,14 +68,12 @@ def run(tmp_path):
 def told(tmp_path):
     """The events of a run that was asked to write them; its ``log`` section is ``told.log``."""
 
-    class Told:
-        log = {"jsonl": str(tmp_path / "log.jsonl")}
+    def told(name: str) -> list[dict]:
+        lines = (tmp_path / "log.jsonl").read_text().splitlines()
+        return [record for record in map(json.loads, lines) if record["event"] == name]
 
-        def __call__(self, name: str) -> list[dict]:
-            lines = (tmp_path / "log.jsonl").read_text().splitlines()
-            return [record for record in map(json.loads, lines) if record["event"] == name]
-
-    return Told()
+    told.log = {"jsonl": str(tmp_path / "log.jsonl")}
+    return told
 
 
 # --- how long, and what is saved when --------------------------------------------------------------------------------
@@ -140,7 +138,9 @@ def test_the_schedule_is_stepped_once_a_step(run, tmp_path):
 
     def task() -> Task:
         plain = make()
-        return Task(plain.model, plain.dataset, plain.optimizer, loss, torch.optim.lr_scheduler.StepLR(plain.optimizer, 1, 0.5))
+        return Task(
+            plain.model, plain.dataset, plain.optimizer, loss, torch.optim.lr_scheduler.StepLR(plain.optimizer, 1, 0.5)
+        )
 
     run(task, train={**TRAIN, "micro_batch_size": 1})
     group = newest(tmp_path / "run")["parts"]["optimizer"]["param_groups"][0]
@@ -155,7 +155,8 @@ def first_step(url: Path, precision: str, clip: float | None) -> torch.Tensor:
         with torch.no_grad():
             model.weight.zero_()
             model.bias.zero_()
-        return Task(model, Points(), torch.optim.SGD(model.parameters(), lr=1.0), loss)
+        tenth = lambda model, batch: loss(model, batch) / 10  # times the scaler's first factor, it must fit into fp16
+        return Task(model, Points(), torch.optim.SGD(model.parameters(), lr=1.0), tenth)
 
     train_here(task, url=url, train={"steps": 1, "global_batch_size": 10, "precision": precision, "clip_grad_norm": clip})
     return torch.cat([value.flatten() for value in newest(url)["parts"]["model"].values()])
@@ -165,9 +166,9 @@ def first_step(url: Path, precision: str, clip: float | None) -> torch.Tensor:
 def test_clipping_means_the_gradients_themselves(tmp_path, precision):
     """The norm is bounded after a scaler's factor has been taken out, and small gradients are left alone."""
     free = first_step(tmp_path / "free", precision, None)
-    assert float(free.norm()) > 1
-    clipped = first_step(tmp_path / "clipped", precision, 0.5)
-    torch.testing.assert_close(clipped, free * 0.5 / free.norm(), rtol=1e-2, atol=1e-3)
+    assert float(free.norm()) > 0.1
+    clipped = first_step(tmp_path / "clipped", precision, 0.05)
+    torch.testing.assert_close(clipped, free * 0.05 / free.norm(), rtol=1e-2, atol=1e-4)
     torch.testing.assert_close(first_step(tmp_path / "loose", precision, 1e6), free)
 
 
@@ -382,6 +383,7 @@ def evaluated(world, place: Path):
     for url, task in (("judged", judged), ("plain", make)):
         log = {"jsonl": str(place / f"{url}.jsonl"), "every_steps": None}
         train_here(task, world, url=place / url, train=TRAIN, evaluation={"every_steps": 3}, log=log)
+    world.all_gather(None)  # rank 0 has saved
     found = [newest(place / url)["digests"] for url in ("judged", "plain")]
     return [all(found[0][part] == found[1][part] for part in ("model", "optimizer", "random"))]
 

@@ -255,7 +255,7 @@ def test_a_server_that_does_not_wait_for_changes_is_not_flooded(server, watch, t
     server.waits_for_change = False
     watch("gcp", **QUICK | {"interval_seconds": 0.1})
     server.until_asked("preempted", 4)
-    assert min(gaps(server.asked("preempted"))) > 0.08
+    assert sum(gaps(server.asked("preempted")[:4])) > 0.15  # 0.3
     server.set_gcp("preempted", "TRUE")
     heard(told)
 
@@ -286,15 +286,17 @@ def test_a_malformed_event_does_not_hide_a_proper_one(server, watch, told):
 
 
 def test_the_first_answer_may_take_its_time(server, watch, told):
-    """Azure takes minutes to switch its events on: the first request waits longer than all others, and is no fault."""
+    """Azure takes minutes to switch its events on: the first answer is waited for longer than those that follow."""
     server.break_with(faults.late, "scheduledevents")
-    server.azure_events = [azure_event("Preempt")]
+    server.azure_events = [azure_event("Freeze")]
     watch("azure", **HASTY | {"request_seconds": 0.2, "first_answer_seconds": 60})
     with pytest.raises(queue.Empty):
         told.get(timeout=0.4)
     assert len(server.asked("scheduledevents")) == 1
     server.break_with(None)
-    assert "Preempt" in heard(told)
+    assert "Freeze" in heard(told)
+    server.break_with(faults.silent)
+    assert "no answer within 0.2 s" in heard(told)
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------
@@ -392,14 +394,23 @@ def test_a_service_that_is_not_there_yet_is_found_later(watch, told):
         assert "preemption notice (stop)" in heard(told)
 
 
+def test_whatever_happens_the_asking_goes_on(watch, told):
+    """An error that nobody thought of is told with its traceback and ends nothing."""
+    watch("aws", f"http://{'a' * 64}")  # no name may be so long: the resolver's codec raises no OSError
+    for _ in ("interruption", "rebalance"):
+        assert "Traceback" in heard(told)
+    (thread,) = threads()
+    thread.join(0.2)  # many rounds
+    assert thread.is_alive()
+    assert told.empty()
+
+
 def test_the_pauses_grow_while_nothing_answers(server, watch):
     """Each pause is twice the last one, up to a bound, and the first answer ends that."""
     server.break_with(faults.failing)
     watch("azure", **QUICK | {"interval_seconds": 0.02, "backoff_seconds": 0.08})
     server.until_asked("compute/name", 8)
-    first, second, third, *rest = gaps(server.requests)
-    assert first > 0.036 and second > 0.072 and third > 0.072
-    assert 0.072 < min(rest) < 0.3
+    assert 0.3 < sum(gaps(server.requests[:8])) < 3  # 0.52; it were 0.14 without growth, and 5 without the bound
     server.break_with(None)
     server.until_asked("scheduledevents", 20)
     assert min(gaps(server.asked("scheduledevents"))) < 0.06

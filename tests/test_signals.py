@@ -9,7 +9,7 @@ import threading
 import pytest
 from cluster import PATIENCE_SECONDS, alive, wait_until
 
-from harness.signals import STOP_SIGNALS, StopRequest, die_with_parent
+from harness.signals import STOP_SIGNALS, StopRequest
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_a_signal_is_remembered_by_its_name(stop, number):
     assert not stop
     os.kill(os.getpid(), number)
     assert stop
-    assert stop.signal_name == signal.Signals(number).name
+    assert stop.reason == signal.Signals(number).name
 
 
 def test_a_second_interrupt_interrupts(stop):
@@ -44,7 +44,7 @@ def test_the_notice_may_be_given_twice(stop):
     """A launcher that repeats its SIGTERM changes nothing."""
     for _ in range(3):
         os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.signal_name == "SIGTERM"
+    assert stop.reason == "SIGTERM"
 
 
 def test_nobody_leaves_without_a_signal(stop):
@@ -87,14 +87,20 @@ def test_a_main_thread_that_hangs_is_no_obstacle():
         assert process.wait(PATIENCE_SECONDS) == 75
 
 
-PARENT = """\
+PARENT = '''\
 import os, subprocess, sys, time
-child = "from harness.signals import die_with_parent; die_with_parent(); print('ready', flush=True); import time; time.sleep(1000)"
+child = """
+import time
+from harness.signals import die_with_parent
+die_with_parent()
+print("ready", flush=True)
+time.sleep(1000)
+"""
 process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE)
 process.stdout.readline()
 print(process.pid, flush=True)
 time.sleep(1000)
-"""
+'''
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux ties a process's life to its parent's")

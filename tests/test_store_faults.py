@@ -4,14 +4,12 @@ Each test saves a checkpoint, brings the fault about, and tries to save the next
 checkpoint is the newest whole one afterwards and reads back as it was written, or the next one is, where it was to succeed.
 """
 
-import contextlib
 import errno
 import logging
 import os
 import resource
 import shutil
 import subprocess
-import tempfile
 import threading
 import time
 import traceback
@@ -86,29 +84,6 @@ def mount(tmp_path):
         subprocess.run(["umount", "-l", place], check=True)
 
 
-@contextlib.contextmanager
-def ordinary_user():
-    """Root may do anything; while the block lasts this process is nobody."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
-@pytest.fixture
-def public_path():
-    """A directory that every user can reach, and that belongs to this one."""
-    place = tempfile.mkdtemp(dir="/tmp")
-    os.chmod(place, 0o755)
-    yield place
-    subprocess.run(["chmod", "-R", "u+rwx", place], check=True)
-    shutil.rmtree(place)
-
-
 def test_disk_full(mount):
     """A full disk fails the save at once and leaves none of its files; when there is room again, saving works again."""
     place = mount("tmpfs", "tmpfs", "size=8m")
@@ -166,7 +141,7 @@ def test_quota(tmp_path, mount):
     assert_newest(store, first, 1)
 
 
-def test_permission_denied(public_path):
+def test_permission_denied(public_path, ordinary_user):
     """A run whose directory may not be written to keeps what it has."""
     store = open_store(f"{public_path}/run")
     first = save(store, 1)
@@ -176,7 +151,7 @@ def test_permission_denied(public_path):
     assert_newest(store, first, 1)
 
 
-def test_what_cannot_be_listed_is_not_taken_for_empty(public_path):
+def test_what_cannot_be_listed_is_not_taken_for_empty(public_path, ordinary_user):
     """A directory without permission to list it is an error: a run must not start anew because it cannot see its past."""
     store = open_store(f"{public_path}/run")
     first = save(store, 1)

@@ -1,6 +1,5 @@
 """The processes of a run, and agreement between them."""
 
-import os
 import sys
 import threading
 import time

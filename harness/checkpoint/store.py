@@ -24,6 +24,7 @@ import os
 import re
 import secrets
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, Generic, TypeVar
 
@@ -46,6 +47,7 @@ _PERMANENT = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOENT,
     errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EEXIST,
 }  # fmt: skip
+_NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL}  # where directories cannot be fsynced, we made none
 _PERMANENT_TYPES = (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 _PERMANENT_NAMES = {
     "NoCredentialsError", "PartialCredentialsError", "ParamValidationError",  # botocore
@@ -70,6 +72,7 @@ class Store:
         self.deadline_seconds = deadline_seconds
         # What failed may have been the connection: SFTP never makes another, and S3 has a few, which may all hang.
         self._suspect: AbstractFileSystem | None = None
+        self._durable: set[str] = set()  # local directories whose names are on the disk
 
     def put(self, name: str, chunks: Callable[[], Iterable[Buffer]], size_bytes: int) -> None:
         """Publishes an object. ``chunks`` is called once for each try and yields its ``size_bytes`` bytes."""
@@ -185,7 +188,7 @@ class _LocalStore(Store):
 
     def _put(self, path: str, chunks: Iterable[Buffer], size_bytes: int) -> None:  # noqa: ARG002  # fsync tells
         directory = os.path.dirname(path)
-        _make_durable_directory(directory)
+        _make_durable_directory(directory, self._durable)
         partial = _partial(path)
         try:
             with open(partial, "wb", buffering=0) as file:
@@ -264,6 +267,8 @@ def _insist(
         except HarnessError:
             raise
         except Exception as error:
+            if _is_wrong_option(error):
+                raise ConfigError(f"{where}: {error}; the filesystem's options are checkpoint.storage_options") from None
             if not _is_of_storage(error):
                 raise
             if transient := _is_transient(error):
@@ -374,15 +379,26 @@ def _write_all(file: Any, chunk: Buffer) -> None:
         view = view[file.write(view) :]
 
 
-def _make_durable_directory(path: str) -> None:
-    """Makes a directory and those above it, each with its name on the disk."""
-    if os.path.isdir(path):
+def _make_durable_directory(path: str, known: set[str]) -> None:
+    """Makes a directory and those above it, each with its name on the disk.
+
+    Who made one that is there already may have died, or been told of an error, before its name was: the first time that
+    a store meets a directory (``known``) it sees to that itself.
+    """
+    exists = os.path.isdir(path)
+    if exists and (path in known or path == os.path.dirname(path)):
         return
     parent = os.path.dirname(path)
-    _make_durable_directory(parent)
+    _make_durable_directory(parent, known)
     with contextlib.suppress(FileExistsError):
-        os.mkdir(path)
-    _fsync_directory(parent)
+        if not exists:
+            os.mkdir(path)
+    try:
+        _fsync_directory(parent)
+    except OSError as error:
+        if not exists or error.errno not in _NOT_OURS:
+            raise
+    known.add(path)
 
 
 def _fsync_directory(path: str) -> None:
@@ -406,6 +422,14 @@ def _is_of_storage(error: Exception) -> bool:
         or type(cause).__module__.partition(".")[0] in _BACKEND_PACKAGES
         for cause in _causes(error)
     )
+
+
+def _is_wrong_option(error: Exception) -> bool:
+    """Whether a filesystem was given an option that it does not know: some look at them only when they are first used."""
+    if not isinstance(error, TypeError) or "unexpected keyword argument" not in str(error):
+        return False
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return not str(frame.f_globals["__name__"]).startswith("harness")
 
 
 def _is_transient(error: Exception) -> bool:

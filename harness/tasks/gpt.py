@@ -81,8 +81,11 @@ class GPT(nn.Module):
 def read_text(url: str | None) -> bytes:
     """The text at a URL; without one, the language reference that every CPython carries."""
     if url is not None:
-        fs, path = fsspec.core.url_to_fs(url)
-        return bytes(fs.cat_file(path))
+        try:
+            fs, path = fsspec.core.url_to_fs(url)
+            return bytes(fs.cat_file(path))
+        except (OSError, ValueError, ImportError) as error:
+            raise ConfigError(f"args.text: cannot read {url}: {getattr(error, 'strerror', None) or error}") from None
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     return "\n".join(topics[name] for name in sorted(topics)).encode()
 

@@ -1,0 +1,412 @@
+"""What lies in a run's URL: only what is committed counts, the newest line is followed, and deleting never goes too far."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable
+
+import pytest
+import torch
+
+from harness.checkpoint import commit
+from harness.checkpoint.catalog import Catalog, Entry, Retention, verify_all
+from harness.checkpoint.format import Ancestor, Attempt, checksum, parse_directory
+from harness.checkpoint.store import Store, open_store
+from harness.errors import Corrupt, NoCheckpoint, StoreError, UnknownFormat
+
+FIRST, SECOND, THIRD = (Attempt(f"00000{number}-0000000{number}") for number in (1, 2, 3))
+EVERYTHING = Retention()
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return open_store(str(tmp_path))
+
+
+def save(store: Store, step: int, attempt: Attempt = FIRST, stands_on: Iterable[tuple[Attempt, int]] = ()) -> str:
+    lineage = [Ancestor(ancestor.id, until) for ancestor, until in stands_on]
+    parts = {"model": {"weight": torch.full((10,), float(step))}, "optimizer": {"lr": 0.1, "moment": torch.zeros(3)}}
+    return commit.write(store, parts, step=step, attempt=attempt, lineage=lineage)[0]
+
+
+def steps(entries: Iterable[Entry]) -> list[tuple[int, int]]:
+    return [(entry.attempt.number, entry.step) for entry in entries]
+
+
+def damage(store: Store, directory: str, file: str = "model.safetensors") -> None:
+    """Leaves the size as it is."""
+    path = f"{store.root}/{directory}/{file}"
+    with open(path, "r+b") as opened:
+        opened.seek(-1, os.SEEK_END)
+        last = opened.read(1)
+        opened.seek(-1, os.SEEK_END)
+        opened.write(bytes([last[0] ^ 1]))
+
+
+def remove(store: Store, directory: str, file: str) -> None:
+    os.unlink(f"{store.root}/{directory}/{file}")
+
+
+# --- states ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_has_not_begun(store):
+    """Where nothing was ever written there is nothing, and that is said."""
+    catalog = Catalog(store)
+    assert (catalog.entries(), catalog.candidates(), catalog.attempts()) == ([], [], [])
+    with pytest.raises(NoCheckpoint, match=rf"{store.url}: there is no whole checkpoint$"):
+        catalog.newest()
+    assert catalog.prune(Retention(keep_last=1)) == []
+
+
+def test_a_whole_checkpoint(store):
+    """A valid manifest and all its objects with their sizes: whole."""
+    directory = save(store, 10)
+    (entry,) = Catalog(store).entries()
+    assert (entry.directory, entry.step, entry.attempt, entry.state, entry.problem) == (directory, 10, FIRST, "whole", "")
+    assert entry.manifest == Catalog(store).open(directory)
+
+
+@pytest.mark.parametrize(
+    ("file", "size_bytes", "problem"),
+    [
+        ("optimizer.safetensors", None, r"optimizer\.safetensors: expected \d+ bytes, it is missing"),
+        ("optimizer.safetensors", 5, r"optimizer\.safetensors: expected \d+ bytes, found 5"),
+        ("model.safetensors", 9999, r"model\.safetensors: expected \d+ bytes, found 9999"),
+        ("manifest.json", 100, r"manifest\.json: the checksum in its last line does not fit the 100 bytes"),
+        ("manifest.json", 0, r"manifest\.json: the checksum in its last line does not fit the 0 bytes"),
+    ],
+    ids=["missing", "short", "long", "half a manifest", "empty manifest"],
+)
+def test_a_damaged_checkpoint(store, tmp_path, file, size_bytes, problem):
+    """Where the listing contradicts the manifest, or the manifest itself, the checkpoint is damaged and it is said how."""
+    path = tmp_path / save(store, 10) / file
+    path.unlink() if size_bytes is None else os.truncate(path, size_bytes)
+    (entry,) = Catalog(store).entries()
+    assert entry.state == "damaged"
+    assert re.search(problem, entry.problem)
+    with pytest.raises(NoCheckpoint):
+        Catalog(store).newest()
+
+
+def test_an_unfinished_save(store):
+    """Without a manifest there is no checkpoint, whatever else there is."""
+    directory = save(store, 10)
+    remove(store, directory, "manifest.json")
+    assert [entry.state for entry in Catalog(store).entries()] == ["unfinished"]
+    assert Catalog(store).candidates() == []
+    with pytest.raises(NoCheckpoint):
+        Catalog(store).open(directory)
+
+
+def test_a_manifest_in_a_strange_place(store, tmp_path):
+    """A copy of a checkpoint under the name of another step or attempt is not taken for that."""
+    directory = save(store, 10)
+    step, attempt = parse_directory(directory)
+    for name in (directory.replace(f"{step:012}", f"{99:012}"), directory.replace(attempt.id, SECOND.id)):
+        os.rename(tmp_path / directory, tmp_path / name)
+        (entry,) = Catalog(store).entries()
+        assert entry.state == "damaged"
+        assert "is that of step 10, attempt 000001-00000001" in entry.problem
+        os.rename(tmp_path / name, tmp_path / directory)
+
+
+def test_a_manifest_of_another_version(store, tmp_path):
+    """What a newer harness wrote is not called corrupt, and not resumed from."""
+    directory = save(store, 10)
+    path = tmp_path / directory / "manifest.json"
+    text = path.read_bytes().replace(b'"version": 1', b'"version": 2').rpartition(b' "checksum"')[0]
+    path.write_bytes(text + f' "checksum": "{checksum(text)}"\n}}'.encode())
+    (entry,) = Catalog(store).entries()
+    assert (entry.state, "expected harness-checkpoint version 1" in entry.problem) == ("damaged", True)
+    with pytest.raises(UnknownFormat):
+        Catalog(store).open(directory)
+
+
+def test_what_is_not_ours_is_left_alone(store, tmp_path):
+    """Other files and directories in the URL are neither checkpoints nor rubbish."""
+    save(store, 10)
+    for name in ("notes.txt", "step-12/manifest.json", "logs/events", "step-latest/model.bin", ".hidden/manifest.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "step-000000000099-000009-00000000-00000000").mkdir()  # a directory alone says nothing
+    catalog = Catalog(store)
+    before = store.list()
+    assert steps(catalog.entries()) == [(1, 10)]
+    assert catalog.prune(Retention(keep_last=1)) == []
+    assert store.list() == before
+
+
+def test_objects_that_vanish_are_noticed_by_a_catalog_that_knew_them(store):
+    """A catalog that has read a manifest before still looks at the objects each time."""
+    catalog, directory = Catalog(store), save(store, 10)
+    assert catalog.newest().directory == directory
+    remove(store, directory, "model.safetensors")
+    assert [entry.state for entry in catalog.entries()] == ["damaged"]
+
+
+def test_verifying_reads_every_byte(store):
+    """A flipped bit that no size betrays is found by ``verify``, with the name of the file; ``verify_all`` says where."""
+    whole, flipped = save(store, 10), save(store, 20)
+    damage(store, flipped)
+    catalog = Catalog(store)
+    for entry in catalog.entries():
+        if entry.directory == whole:
+            catalog.verify(entry)
+        else:
+            with pytest.raises(Corrupt, match=rf"{flipped}/model\.safetensors: expected \d+ bytes with xxh3_128:.*, found"):
+                catalog.verify(entry)
+    assert [entry.state for entry in verify_all(catalog)] == ["whole", "whole"]
+    found = verify_all(catalog, deep=True)
+    assert [(entry.step, entry.state) for entry in found] == [(20, "damaged"), (10, "whole")]
+    assert "model.safetensors" in found[0].problem
+    assert [entry.step for entry in verify_all(catalog, step=10, deep=True)] == [10]
+
+
+# --- order and lineage -----------------------------------------------------------------------------------------------
+
+
+def test_the_newest_comes_first(store):
+    """Within an attempt the latest step, of several attempts the latest, in whatever order they were written."""
+    for step, attempt, stands_on in ((30, FIRST, ()), (10, FIRST, ()), (25, SECOND, [(FIRST, 20)]), (20, FIRST, ())):
+        save(store, step, attempt, stands_on)
+    catalog = Catalog(store)
+    assert steps(catalog.entries()) == [(2, 25), (1, 30), (1, 20), (1, 10)]
+    assert steps(catalog.candidates()) == [(2, 25), (1, 20), (1, 10)]
+    assert steps([catalog.newest(), catalog.newest(step=10)]) == [(2, 25), (1, 10)]
+    for left in (30, 15):
+        with pytest.raises(NoCheckpoint, match=f"there is no whole checkpoint of step {left}"):
+            catalog.newest(step=left)
+
+
+def test_the_same_step_twice(store):
+    """Of two saves of one step the later attempt's counts; of one attempt's two, both are whole."""
+    first, second = save(store, 10, FIRST), save(store, 10, SECOND)
+    assert [entry.directory for entry in Catalog(store).candidates()] == [second, first]
+    third = save(store, 10, SECOND)
+    assert {entry.directory for entry in Catalog(store).candidates()[:2]} == {second, third}
+
+
+def test_a_writer_that_was_believed_dead(store):
+    """What an attempt commits beyond the branch that a newer one took is on nobody's line, however late its step."""
+    save(store, 10, FIRST)
+    save(store, 20, FIRST)
+    catalog = Catalog(store)
+    assert catalog.newest().step == 20
+    branch = [(FIRST, 20)]
+    newer = save(store, 25, SECOND, branch)  # resumed from 20
+    for step in (30, 40, 1000):  # and yet the first one lives
+        save(store, step, FIRST)
+        assert catalog.newest().directory == newer
+        assert steps(catalog.candidates()) == [(2, 25), (1, 20), (1, 10)]
+    save(store, 35, SECOND, branch)
+    assert steps(catalog.candidates()) == [(2, 35), (2, 25), (1, 20), (1, 10)]
+
+
+def test_a_branch_from_a_branch(store):
+    """A third attempt that fell back behind the second one's start leaves the second one's line, and keeps its own."""
+    save(store, 10, FIRST)
+    save(store, 20, FIRST)
+    save(store, 30, SECOND, [(FIRST, 20)])
+    save(store, 40, SECOND, [(FIRST, 20)])
+    save(store, 31, THIRD, [(FIRST, 20), (SECOND, 30)])
+    assert steps(Catalog(store).candidates()) == [(3, 31), (2, 30), (1, 20), (1, 10)]
+    fourth = Attempt("000004-00000004")
+    save(store, 15, fourth, [(FIRST, 10)])
+    assert steps(Catalog(store).candidates())[0] == (4, 15)
+    assert (1, 20) not in steps(Catalog(store).candidates())
+
+
+def test_falling_back(store):
+    """The damaged are among the candidates, to be told of; the newest whole one is the first that is not."""
+    save(store, 10)
+    middle, last = save(store, 20), save(store, 30)
+    remove(store, last, "model.safetensors")
+    os.truncate(f"{store.root}/{middle}/manifest.json", 10)
+    entries = Catalog(store).candidates()
+    assert [(entry.step, entry.state) for entry in entries] == [(30, "damaged"), (20, "damaged"), (10, "whole")]
+    assert Catalog(store).newest().step == 10
+
+
+# --- retention -------------------------------------------------------------------------------------------------------
+
+
+def kept(store: Store) -> list[int]:
+    return sorted(entry.step for entry in Catalog(store).entries() if entry.state == "whole")
+
+
+@pytest.mark.parametrize(
+    ("retention", "best_step", "left"),
+    [
+        (Retention(), None, [10, 20, 30, 40, 50, 60]),
+        (Retention(keep_last=1), None, [60]),
+        (Retention(keep_last=2), None, [50, 60]),
+        (Retention(keep_last=100), None, [10, 20, 30, 40, 50, 60]),
+        (Retention(keep_last=1, keep_every_steps=20), None, [20, 40, 60]),
+        (Retention(keep_last=2, keep_every_steps=30), None, [30, 50, 60]),
+        (Retention(keep_last=1, keep_every_steps=7), None, [60]),
+        (Retention(keep_last=1), 30, [30, 60]),
+        (Retention(keep_last=2, keep_every_steps=40), 10, [10, 40, 50, 60]),
+        (Retention(keep_last=1), 35, [60]),
+        (Retention(keep_every_steps=20), 10, [10, 20, 30, 40, 50, 60]),
+    ],
+    ids=str,
+)
+def test_retention(store, retention, best_step, left):
+    """The last, those of certain steps, the best: they stay, the others go entirely, and are named."""
+    for step in range(10, 70, 10):
+        save(store, step)
+    announced = Catalog(store).prune(retention, best_step, dry_run=True)
+    assert kept(store) == list(range(10, 70, 10))
+    gone = Catalog(store).prune(retention, best_step)
+    assert gone == announced
+    assert kept(store) == left
+    assert sorted(entry.step for entry in gone) == [step for step in range(10, 70, 10) if step not in left]
+    assert {name.partition("/")[0] for name in store.list()} == {entry.directory for entry in Catalog(store).entries()}
+    assert sorted(os.listdir(store.root)) == sorted(entry.directory for entry in Catalog(store).entries())
+    assert Catalog(store).prune(retention, best_step) == []
+
+
+def test_the_newest_whole_checkpoint_never_goes(store):
+    """However damaged the newer ones are, the newest that is whole is kept, and counts as the first."""
+    for step in (10, 20, 30):
+        last = save(store, step)
+    remove(store, last, "model.safetensors")
+    Catalog(store).prune(Retention(keep_last=1))
+    assert kept(store) == [20]
+    with pytest.raises(AssertionError, match="never deleted"):
+        Retention(keep_last=0)
+
+
+def test_nothing_is_deleted_where_nothing_is_whole(store):
+    """What is damaged may be all that its owner has left."""
+    for step in (10, 20):
+        remove(store, save(store, step), "model.safetensors")
+    before = store.list()
+    assert Catalog(store).prune(Retention(keep_last=1)) == []
+    assert store.list() == before
+
+
+def test_rubbish_goes_when_a_newer_checkpoint_is_whole(store):
+    """Unfinished and damaged saves older than the newest whole one go; a newer one may be somebody's who still writes."""
+    unfinished, damaged = save(store, 10), save(store, 20)
+    remove(store, unfinished, "manifest.json")
+    remove(store, damaged, "model.safetensors")
+    save(store, 30, SECOND, [(FIRST, 5)])
+    writing = save(store, 40, SECOND)
+    remove(store, writing, "manifest.json")
+    younger = save(store, 5, THIRD)
+    remove(store, younger, "manifest.json")
+    gone = Catalog(store).prune(EVERYTHING)
+    assert [entry.directory for entry in gone] == [unfinished]
+    gone = Catalog(store).prune(Retention(keep_last=1))
+    assert [entry.directory for entry in gone] == [damaged]
+    assert {name.partition("/")[0] for name in store.list()} >= {writing, younger}
+
+
+def test_a_line_that_was_left_goes(store):
+    """What a writer that was believed dead committed is deleted with the old, though its steps are later."""
+    save(store, 10, FIRST)
+    save(store, 20, SECOND, [(FIRST, 10)])
+    save(store, 1000, FIRST)
+    gone = Catalog(store).prune(Retention(keep_last=2))
+    assert steps(gone) == [(1, 1000)]
+    assert kept(store) == [10, 20]
+
+
+class Dying(Exception):
+    pass
+
+
+@pytest.mark.parametrize("cut", range(8))
+def test_deleting_that_is_cut_short(store, monkeypatch, cut):
+    """After each single deletion: no checkpoint is damaged, the kept are whole, and the next pruning finishes the work."""
+    for step in (10, 20, 30):
+        newest = save(store, step)
+    deleted: list[str] = []
+
+    def delete(name):
+        if len(deleted) == cut:
+            raise Dying
+        deleted.append(name)
+        Store.delete(store, name)
+
+    monkeypatch.setattr(store, "delete", delete)
+    with pytest.raises(Dying) if cut < 6 else contextlib.nullcontext():
+        Catalog(store).prune(Retention(keep_last=1))
+    monkeypatch.undo()
+    assert {entry.state for entry in Catalog(store).entries()} <= {"whole", "unfinished"}
+    assert Catalog(store).newest().directory == newest
+    Catalog(store).prune(Retention(keep_last=1))
+    assert kept(store) == [30]
+    assert [name.partition("/")[0] for name in store.list()] == [newest] * 3
+
+
+def test_the_manifest_goes_first(store, monkeypatch):
+    """From the first deletion on a checkpoint that is to go is none any more."""
+    save(store, 10)
+    save(store, 20)
+    deleted = []
+    monkeypatch.setattr(store, "delete", lambda name: (deleted.append(name), Store.delete(store, name)))
+    (gone,) = Catalog(store).prune(Retention(keep_last=1))
+    assert deleted[0] == f"{gone.directory}/manifest.json"
+    assert len(deleted) == 3
+
+
+# --- attempts --------------------------------------------------------------------------------------------------------
+
+
+def test_attempts_are_numbered_after_all_others(store):
+    """Records and directories count alike; what was claimed is listed, first the first."""
+    catalog = Catalog(store)
+    first = catalog.claim_attempt({"host": "a"})
+    second = catalog.claim_attempt({"host": "b"})
+    assert [first.number, second.number] == [1, 2]
+    save(store, 10, Attempt("000007-00000000"))
+    third = catalog.claim_attempt({})
+    assert third.number == 8
+    assert catalog.attempts() == [first, second, third]
+    assert catalog.entries()[0].attempt < third
+
+
+def test_attempts_tell_who_they_are(store):
+    """The record of a start has what it was given, and when it was."""
+    catalog = Catalog(store)
+    attempt = catalog.claim_attempt({"host": "a", "world_size": 3})
+    about = catalog.about_attempt(attempt)
+    assert about | {"started": ""} == {"attempt": attempt.id, "started": "", "host": "a", "world_size": 3}
+    assert about["started"].endswith("+00:00")
+
+
+def test_two_claims_at_once(store):
+    """Two starts that saw the same records share a number and are still two."""
+    one, other = Attempt.after(Catalog(store).attempts()), Catalog(store).claim_attempt({})
+    assert one.number == other.number
+    assert one != other
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"\xff"], ids=repr)
+def test_records_that_cannot_be_read(store, text):
+    """A record that was damaged still holds its number; what it said is lost."""
+    catalog = Catalog(store)
+    attempt = catalog.claim_attempt({"host": "a"})
+    store.put(f"attempts/{attempt.id}.json", lambda: [text], len(text))
+    assert catalog.about_attempt(attempt) == {}
+    assert catalog.claim_attempt({}).number == 2
+
+
+def test_names_that_are_no_attempts(store):
+    """Other objects among the records are passed over."""
+    for name in ("readme.txt", "9-x.json", "000009-00000000.json/deeper", ".000009-00000000.json.partial"):
+        store.put(f"attempts/{name}", lambda: [b"{}"], 2)
+    assert Catalog(store).attempts() == []
+    assert Catalog(store).claim_attempt({}).number == 1
+
+
+def test_a_catalog_of_a_store_that_cannot_be_listed(tmp_path):
+    """A run whose past cannot be seen is not taken for one that has none."""
+    (tmp_path / "run").symlink_to(tmp_path / "run")  # a loop
+    catalog = Catalog(open_store(str(tmp_path / "run")))
+    for look in (catalog.entries, catalog.newest, catalog.attempts, lambda: catalog.claim_attempt({})):
+        with pytest.raises(StoreError):
+            look()

@@ -1,0 +1,429 @@
+"""Resuming: from the newest checkpoint that every rank can read, or not at all."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from cluster import harness, newest, play, played, read_json, returned, train_here
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from harness import Task
+from harness.config import Config
+from harness.errors import ConfigError, Mismatch, NoCheckpoint, StoreError
+from harness.loop import build_task
+from harness.resume import on_first
+
+TRAIN = {"steps": 6, "global_batch_size": 4}
+CHECKPOINT = {"every_steps": 2}
+
+
+def build(samples: int = 10, width: int = 4, lr: float = 1e-2, by_rank: float = 0.0, dtype: str = "float32") -> Task:
+    """Something to train; ``by_rank`` makes the ranks differ, as they must not."""
+    lr += by_rank * int(os.environ.get("RANK", "0"))
+    model = nn.Sequential(nn.Linear(2, width), nn.Linear(width, 1)).to(getattr(torch, dtype))
+    dataset = TensorDataset(torch.randn(samples, 2, dtype=model[0].weight.dtype))
+    return Task(
+        model, dataset, torch.optim.Adam(model.parameters(), lr=lr), lambda model, batch: model(batch[0]).square().mean()
+    )
+
+
+@pytest.fixture
+def url(tmp_path):
+    """A run with checkpoints of steps 2, 4 and 6."""
+    train_here(build, url=tmp_path / "run", train=TRAIN, checkpoint=CHECKPOINT)
+    return tmp_path / "run"
+
+
+def prolong(url: Path, task=build, steps: int = 8, **config):
+    """Starts the run again, to train further."""
+    return train_here(task, url=url, **{"train": {**TRAIN, "steps": steps}, "checkpoint": CHECKPOINT, **config})
+
+
+def save(url: Path, step: int) -> Path:
+    """The directory of the checkpoint of a step."""
+    return next(url.glob(f"step-{step:012}-*"))
+
+
+def flip(file: Path, position: int = -1) -> None:
+    """One bit of a file, by default of its last byte."""
+    data = bytearray(file.read_bytes())
+    data[position] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGE = {
+    "a flipped bit in the weights": lambda save: flip(save / "model.safetensors"),
+    "a flipped bit in the header": lambda save: flip(save / "optimizer.safetensors", 20),
+    "a cut file": lambda save: os.truncate(save / "model.safetensors", 40),
+    "a missing file": lambda save: os.unlink(save / "optimizer.safetensors"),
+    "a flipped bit in the manifest": lambda save: flip(save / "manifest.json", 100),
+    "a cut manifest": lambda save: os.truncate(save / "manifest.json", 100),
+    "another checkpoint's manifest": lambda save: shutil.copy(
+        next(save.parent.glob(f"step-{2:012}-*")) / "manifest.json", save / "manifest.json"
+    ),
+}
+
+
+# --- what is resumed -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_without_checkpoints_starts(tmp_path):
+    """Nothing there, nothing to resume."""
+    assert train_here(build, url=tmp_path / "run", train=TRAIN).step == 6
+
+
+def test_the_newest_is_taken(url, caplog):
+    """What is older is left alone."""
+    caplog.set_level("INFO")
+    prolong(url)
+    assert f"resuming from {save(url, 6).name}" in caplog.text
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_it_falls_back_over_a_damaged_one(url, kind, caplog):
+    """To the one before, loudly, and ends with the bits of a run that was never damaged."""
+    straight = newest(url)["digests"]["model"]
+    DAMAGE[kind](save(url, 6))
+    bad = save(url, 6).name
+    prolong(url, steps=6)
+    (record,) = [record for record in caplog.records if "NOT resuming" in record.message]
+    assert record.levelname == "ERROR"
+    assert record.message.startswith(f"NOT resuming from {bad}: ")
+    found = newest(url)
+    assert (found["step"], found["digests"]["model"]) == (6, straight)
+
+
+def test_it_falls_back_as_far_as_it_must(url, caplog):
+    """Each one that is passed over is told of, with what is wrong with it."""
+    DAMAGE["a cut file"](save(url, 6))
+    DAMAGE["a flipped bit in the weights"](save(url, 4))
+    caplog.set_level("INFO")
+    prolong(url)
+    refused = [record.message for record in caplog.records if "NOT resuming" in record.message]
+    assert len(refused) == 2
+    assert "model.safetensors: expected" in refused[0]
+    assert "model.safetensors: expected xxh3_128:" in refused[1]
+    assert "step-000000000002" in next(
+        message for message in caplog.messages if "resuming from step" in message and "NOT" not in message
+    )
+
+
+def test_an_unfinished_save_is_no_checkpoint(url, caplog):
+    """A directory without a manifest is passed over in silence: it never was one."""
+    os.unlink(save(url, 6) / "manifest.json")
+    caplog.set_level("INFO")
+    prolong(url)
+    assert "NOT resuming" not in caplog.text
+    assert f"resuming from {save(url, 4).name}" in caplog.text
+
+
+def test_a_damaged_line_is_left(url):
+    """After a fall-back, what the damaged line had beyond it is not taken up again, though its step is higher."""
+    flip(save(url, 6) / "model.safetensors")
+    abandoned = save(url, 6).name
+    prolong(url, steps=5)
+    shutil.copytree(url / abandoned, url.parent / "kept")
+    flip(url / abandoned / "model.safetensors")  # whole again
+    assert newest(url)["step"] == 5
+    lineage = read_json("inspect", str(url))["lineage"]
+    assert [ancestor["until_step"] for ancestor in lineage] == [4]
+
+
+def test_the_one_before_is_taken_in_a_crash_loop(tmp_path, caplog):
+    """When attempts fail in the same way at the same step, the next one starts from the checkpoint before."""
+
+    def breaking() -> Task:
+        task = build()
+        calls = iter(range(100))
+
+        def loss(model: nn.Module, batch) -> torch.Tensor:
+            next(calls)
+            if float(task.optimizer.state[model[0].weight].get("step", torch.zeros(()))) == 5:
+                raise FloatingPointError("nothing good")
+            return task.loss(model, batch)
+
+        return Task(task.model, task.dataset, task.optimizer, loss)
+
+    caplog.set_level("INFO")
+    config = {"url": tmp_path / "run", "train": TRAIN, "checkpoint": CHECKPOINT, "crash_loop": {"same_failures": 2}}
+    for _ in range(3):
+        with pytest.raises(FloatingPointError):
+            train_here(breaking, **config)
+    starts = [message.partition(",")[0] for message in caplog.messages if message.startswith("attempt ")]
+    assert [start.rpartition("-0000")[0].partition("step-")[2] for start in starts[1:]] == ["000000000004", "000000000002"]
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_no_whole_checkpoint_is_no_reason_to_start_anew(url):
+    """The run stops, and nothing is written over the damage."""
+    for step in (2, 4, 6):
+        flip(save(url, step) / "model.safetensors")
+    before = sorted(url.glob("step-*"))
+    with pytest.raises(NoCheckpoint, match="expected a whole checkpoint, found 3 damaged ones"):
+        prolong(url)
+    assert sorted(url.glob("step-*")) == before
+
+
+def test_the_exit_code_of_a_run_without_a_whole_checkpoint(url, tmp_path):
+    """66, one line on what was expected, one for each that is damaged, no traceback."""
+    for step in (2, 4, 6):
+        flip(save(url, step) / "model.safetensors")
+    config = {"task": f"{__file__}:build", "train": {**TRAIN, "steps": 8}, "checkpoint": {"url": str(url)}}
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    done = harness("train", str(tmp_path / "run.yaml"))
+    assert done.returncode == 66, done.stderr
+    assert done.stderr.count("NOT resuming from step-") == 3
+    assert done.stderr.count("harness: ") == 1
+    assert "Traceback" not in done.stderr
+
+
+CHANGES = {
+    "another seed": ({"seed": 5}, {}, "seed: the checkpoint was written with 0, the configuration has 5"),
+    "other data": ({}, {"samples": 11}, "samples: the checkpoint was written with 10, the configuration has 11"),
+    "another width": ({}, {"width": 5}, "0.weight: the checkpoint has float32[4, 2], the model has float32[5, 2]"),
+    "another dtype": ({}, {"dtype": "float64"}, "1.bias: the checkpoint has float32[1], the model has float64[1]"),
+    "a scaler": ({"train": {**TRAIN, "steps": 8, "precision": "fp16"}}, {}, "train.precision"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_that_does_not_fit_is_refused(url, change):
+    """It is not a matter of falling back: the checkpoint is whole, the run is another. Names, shapes and dtypes are said."""
+    config, args, words = CHANGES[change]
+    with pytest.raises(Mismatch) as caught:
+        prolong(url, lambda: build(**args), **config)
+    assert words in str(caught.value)
+
+
+def test_a_model_with_other_names_is_refused(url):
+    """Every name that only one side has, with its shape and dtype."""
+
+    def renamed() -> Task:
+        task = build()
+        model = nn.Sequential(task.model[0], nn.Identity(), task.model[1])
+        return Task(model, task.dataset, task.optimizer, lambda model, batch: model(batch[0]).sum())
+
+    with pytest.raises(Mismatch) as caught:
+        prolong(url, renamed)
+    for line in (
+        "(4 differences)",
+        "2.weight: not in the checkpoint; the model has float32[1, 4]",
+        "1.weight: not in the model; the checkpoint has float32[1, 4]",
+    ):
+        assert line in str(caught.value)
+
+
+def test_another_optimizer_is_refused(url):
+    """Its options and its state are not this one's."""
+
+    def other() -> Task:
+        task = build()
+        return Task(task.model, task.dataset, torch.optim.SGD(task.model.parameters(), lr=1e-2), task.loss)
+
+    with pytest.raises(Mismatch, match="the checkpoint does not fit the optimizer SGD"):
+        prolong(url, other)
+
+
+def test_a_scheduler_that_comes_or_goes_is_refused(url):
+    """In either direction."""
+
+    def scheduled() -> Task:
+        task = build()
+        scheduler = torch.optim.lr_scheduler.StepLR(task.optimizer, 3)
+        return Task(task.model, task.dataset, task.optimizer, task.loss, scheduler)
+
+    with pytest.raises(Mismatch, match="scheduler: the checkpoint has none, the task has"):
+        prolong(url, scheduled)
+    train_here(scheduled, url=url.with_name("scheduled"), train=TRAIN)
+    with pytest.raises(Mismatch, match=r"initial_lr|scheduler: the checkpoint has .*, the task has none"):
+        prolong(url.with_name("scheduled"))
+
+
+def test_a_refused_checkpoint_touches_nothing(url):
+    """The model and the optimizer are as they were built."""
+    tasks = []
+
+    def wider() -> Task:
+        tasks.append(build(width=5))
+        return tasks[-1]
+
+    with pytest.raises(Mismatch):
+        prolong(url, wider)
+    (task,) = tasks
+    untouched = build_task(Config.model_validate({"task": "here:build", "train": TRAIN}), lambda: build(width=5))
+    for name, value in untouched.model.state_dict().items():
+        assert torch.equal(task.model.state_dict()[name], value), name
+    assert not task.optimizer.state
+
+
+# --- a fresh start ---------------------------------------------------------------------------------------------------
+
+
+def test_fresh_refuses_a_used_url(url):
+    """Instead of resuming, and instead of overwriting."""
+    with pytest.raises(ConfigError, match=r"checkpoint\.url: --fresh expects an unused URL, found a run in "):
+        prolong(url, fresh=True)
+
+
+def test_fresh_refuses_damaged_runs_too(url):
+    """They are somebody's."""
+    for step in (2, 4, 6):
+        flip(save(url, step) / "manifest.json", 50)
+    with pytest.raises(ConfigError, match="--fresh"):
+        prolong(url, fresh=True)
+
+
+def test_fresh_takes_an_unused_url(tmp_path):
+    """That is what it is for."""
+    assert train_here(build, url=tmp_path / "run", train=TRAIN, fresh=True).step == 6
+
+
+def test_fresh_lets_a_launch_restart_its_own_run(tmp_path, monkeypatch):
+    """torchrun starts the same command again after a death; another launch is another matter."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    train_here(build, url=tmp_path / "run", train=TRAIN, fresh=True)
+    assert prolong(tmp_path / "run", fresh=True).step == 8
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")
+    with pytest.raises(ConfigError, match="--fresh"):
+        prolong(tmp_path / "run", steps=9, fresh=True)
+
+
+# --- all ranks together ----------------------------------------------------------------------------------------------
+
+
+class Cataract(AbstractFileSystem):
+    """Local files, of which rank 1 sees the weights of step 6 with one bit flipped."""
+
+    protocol = "cataract"
+
+    def ls(self, path, detail=True, **kwargs):
+        return LocalFileSystem().ls(path, detail)
+
+    def info(self, path, **kwargs):
+        return LocalFileSystem().info(path)
+
+    def pipe_file(self, path, value, mode="overwrite", **kwargs):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        Path(path).write_bytes(value)
+
+    def _open(self, path, mode="rb", **kwargs):
+        import io
+
+        data = bytearray(Path(path).read_bytes())
+        if os.environ.get("RANK") == "1" and "step-000000000006" in path and path.endswith("model.safetensors"):
+            data[-1] ^= 1
+        return io.BytesIO(data)
+
+
+fsspec.register_implementation("cataract", Cataract, clobber=True)
+
+
+def one_rank_cannot_read(world, place: Path):
+    train_here(build, world, url=place / "run", train=TRAIN, checkpoint=CHECKPOINT)
+    log = {"jsonl": str(place / "log.jsonl")}
+    task_here = {"train": {**TRAIN, "steps": 8}, "checkpoint": CHECKPOINT, "log": log}
+    return train_here(build, world, url=f"cataract://{place}/run", **task_here).step
+
+
+def ranks_differ_in_an_option(world, place: Path):
+    train_here(lambda: build(by_rank=0.5), world, url=place / "run", train=TRAIN)
+
+
+def ranks_differ_in_their_data(world, place: Path):
+    train_here(lambda: build(samples=10 + world.rank), world, url=place / "run", train=TRAIN)
+
+
+def ranks_differ_in_their_batches(world, place: Path):
+    train_here(build, world, url=place / "run", train={"steps": 6, "global_batch_size": 4 + 2 * world.rank})
+
+
+def only_rank_0_fails(world, place: Path):
+    def fail():
+        assert world.rank == 0
+        raise StoreError("the disk is gone", transient=True)
+
+    try:
+        on_first(world, fail)
+    except StoreError as error:
+        return [str(error), error.transient]
+
+
+def only_rank_0_looks(world, place: Path):
+    return on_first(world, lambda: f"seen by rank {world.rank}")
+
+
+def refused_by_all(world, place: Path):
+    train_here(build, world, url=place / "run", train=TRAIN)
+    train_here(lambda: build(width=5), world, url=place / "run", train={**TRAIN, "steps": 7})
+
+
+SCENARIOS = [
+    one_rank_cannot_read,
+    ranks_differ_in_an_option,
+    ranks_differ_in_their_data,
+    ranks_differ_in_their_batches,
+    only_rank_0_fails,
+    only_rank_0_looks,
+    refused_by_all,
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("resume")
+    return directory, played(__file__, directory, ranks=2)
+
+
+@pytest.mark.torchrun
+def test_all_fall_back_when_one_rank_cannot_read(results):
+    """A checkpoint that only one of two ranks finds damaged is nobody's."""
+    directory, found = results
+    assert returned(found["one_rank_cannot_read"]) == [8, 8]
+    lines = (directory / "one_rank_cannot_read" / "log.jsonl").read_text().splitlines()
+    (resumed,) = [record for record in map(json.loads, lines) if record["event"] == "resume"]
+    assert resumed["step"] == 4
+
+
+@pytest.mark.torchrun
+@pytest.mark.parametrize(
+    ("scenario", "words"),
+    [
+        ("ranks_differ_in_an_option", "optimizer"),
+        ("ranks_differ_in_their_data", "samples"),
+        ("ranks_differ_in_their_batches", "config"),
+    ],
+)
+def test_ranks_that_differ_do_not_train(results, scenario, words):
+    """Lockstep is verified before the first step: every rank refuses, and says in what they differ."""
+    for result in results[1][scenario]:
+        assert result.get("raised") == "RankFailure", result
+        assert "not in lockstep: ranks [1] differ from rank 0" in result["message"]
+        assert words in result["message"]
+
+
+@pytest.mark.torchrun
+def test_what_rank_0_finds_is_everybodys(results):
+    """Its answer as its error, with what the error carries."""
+    found = results[1]
+    assert returned(found["only_rank_0_looks"]) == ["seen by rank 0"] * 2
+    assert returned(found["only_rank_0_fails"]) == [["the disk is gone", True]] * 2
+
+
+@pytest.mark.torchrun
+def test_a_mismatch_is_every_ranks(results):
+    """All refuse together; none waits for the others."""
+    assert [result.get("raised") for result in results[1]["refused_by_all"]] == ["Mismatch"] * 2
+
+
+if __name__ == "__main__":
+    play(SCENARIOS, Path(sys.argv[1]))

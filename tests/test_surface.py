@@ -1,0 +1,178 @@
+"""What others may count on, and how the modules hang together."""
+
+import ast
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+import harness
+from harness import errors
+from harness.cli import cli
+
+PACKAGE = Path(harness.__file__).parent
+LONGEST_FUNCTION_LINES = 70
+
+# The tree of the design, as one line: a module imports only from the left, at the time when it is itself imported. What it
+# needs only for types, or within a function (the verbs of the command line do that), does not count.
+ORDER = [
+    *("errors", "environment", "config", "outcome", "signals", "watchdog", "task", "__init__", "tasks"),
+    *("world", "data", "metrics", "notices"),
+    *("checkpoint.__init__", "checkpoint.format", "checkpoint.store", "checkpoint.tree", "checkpoint.commit"),
+    *("checkpoint.catalog", "checkpoint.load", "checkpoint.saver"),
+    *("state", "crashes", "interchange", "resume", "loop", "launch", "cli", "__main__"),
+]
+
+
+@functools.cache
+def modules() -> dict[str, ast.Module]:
+    """Every module of the package under its dotted name."""
+    paths = {path: path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".") for path in PACKAGE.rglob("*.py")}
+    return {name: ast.parse(path.read_text(), str(path)) for path, name in paths.items()}
+
+
+def imported_at_once(tree: ast.Module) -> set[str]:
+    """The modules of ours that are imported when this one is: not within functions, not for types only."""
+    known, found, nodes = set(modules()), set(), list(tree.body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            nodes += node.orelse
+            continue
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module else []
+        for name in names:
+            if name == "harness" or name.startswith("harness."):
+                found.add(_module_in(name.removeprefix("harness").removeprefix("."), known))
+        nodes += ast.iter_child_nodes(node)
+    return found
+
+
+def _module_in(name: str, known: set[str]) -> str:
+    """The longest beginning of a dotted name that is a module."""
+    while name and name not in known:
+        if f"{name}.__init__" in known:
+            return f"{name}.__init__"
+        name = name.rpartition(".")[0]
+    return name or "__init__"
+
+
+def test_the_public_names():
+    """What ``import harness`` offers; a name that comes or goes is a decision."""
+    assert sorted(harness.__all__) == ["Evaluation", "Task", "__version__"]
+    assert all(hasattr(harness, name) for name in harness.__all__)
+
+
+def place(name: str) -> int:
+    """Where a module stands; the modules of a package of small independent ones stand together."""
+    package = name.partition(".")[0]
+    assert name in ORDER or package in ORDER, f"{name}: a new module has to find its place in the drawing"
+    return ORDER.index(name if name in ORDER else package)
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_point_one_way(name):
+    """Each module imports only from those to its left."""
+    own = name.partition(".")[0] if name not in ORDER else None
+    for other in imported_at_once(modules()[name]):
+        assert place(other) < place(name) or other.partition(".")[0] == own, f"{name} imports {other}"
+
+
+def test_the_engine_is_usable_alone():
+    """``checkpoint`` knows nothing about training: it imports itself and the errors."""
+    for name, tree in modules().items():
+        if name.startswith("checkpoint."):
+            assert all(other == "errors" or other.startswith("checkpoint.") for other in imported_at_once(tree)), name
+
+
+def test_everything_in_the_drawing_exists():
+    """A module that goes takes its place along."""
+    assert {name.partition(".")[0] for name in ORDER} == {name.partition(".")[0] for name in modules()}
+    assert {name for name in ORDER if "." in name} <= set(modules())
+
+
+@pytest.mark.parametrize(
+    "module", ["harness", "harness.cli", "harness.config", "harness.checkpoint.catalog", "harness.launch"]
+)
+def test_importing_is_cheap(module):
+    """No torch for those who only look, configure, or launch."""
+    code = f"import sys, {module}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_importing_changes_nothing():
+    """No signal handlers, no logging set up, no seeds drawn, no environment."""
+    code = """
+import logging, os, random, signal
+
+def state():
+    return signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), dict(os.environ), random.getstate()
+
+before = state()
+import harness, harness.cli, harness.config
+assert state() == before
+assert not logging.getLogger().handlers
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def verbs(group: click.Group = cli, path: str = "") -> dict[str, click.Command]:
+    return {path + name: command for name, command in group.commands.items()}
+
+
+def test_the_verbs():
+    """A verb that comes or goes is a decision, too."""
+    assert {"train", "launch", "ls", "inspect", "verify", "prune"} <= set(verbs())
+
+
+@pytest.mark.parametrize("verb", sorted(verbs()))
+def test_every_verb_has_help(verb):
+    """A first line that ends with a full stop or a usage, and a sentence for every option."""
+    command = verbs()[verb]
+    assert command.help
+    assert len(command.help.splitlines()[0]) > 10
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, f"{verb} {parameter.opts}"
+    done = subprocess.run([sys.executable, "-m", "harness", verb, "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"Usage: python -m harness {verb} ")
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_functions_fit_a_screen(name):
+    """None is longer than 70 lines."""
+    for node in ast.walk(modules()[name]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            assert lines <= LONGEST_FUNCTION_LINES, f"{name}.{node.name} has {lines} lines"
+
+
+def test_exit_codes_are_the_drawn_ones():
+    """The tree in the docstring of ``harness.errors`` is the tree, and its numbers are the exit codes."""
+    drawn = {}
+    for line in errors.__doc__.splitlines():
+        words = line.replace("├──", "").replace("└──", "").replace("│", "").split()
+        if len(words) >= 2 and words[1].isdigit() and hasattr(errors, words[0]):
+            drawn[words[0]] = int(words[1])
+    real = {
+        name: value.exit_code
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and value.__module__ == errors.__name__
+    }
+    assert drawn == real
+
+
+def test_every_module_says_what_it_is():
+    """Its docstring is the map of the project."""
+    silent = [name for name, tree in modules().items() if not ast.get_docstring(tree) and name != "checkpoint.__init__"]
+    assert silent == []
