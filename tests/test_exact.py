@@ -20,6 +20,10 @@ SAMPLES, BATCH, STEPS, SEED = 40, 12, 14, 7  # an epoch is 3 steps of 12 samples
 EVERY, KILLED_AT = 3, 8  # the newest checkpoint before the death is that of step 6: within the second epoch
 
 
+# The compiler looks at what it should not look at.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+
 class Augmented(Dataset):
     """Small images of which no two fetches are alike: each draws from all three generators."""
 
@@ -349,7 +353,6 @@ def test_a_run_under_ddp_goes_on_without_it_and_back(tmp_path, on_three_ranks):
 # --- in one process --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # the compiler's own
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("task", [build_awkward, build_forgotten, build_dropout])
 def test_resumed_in_one_process(tmp_path, task, precision):
