@@ -13,6 +13,9 @@ from torch.utils.data import Dataset, TensorDataset
 from harness.data import Cursor, MicroBatch, Schedule, batches, mix, seed_everything, to_device
 from harness.errors import ConfigError
 
+# Python 3.12 warns of every fork in a process that has threads, and torch has some.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+
 SAMPLES, BATCH = 23, 6  # an epoch is three full batches and one of five
 SIZES = [1, 2, 3, 5]
 

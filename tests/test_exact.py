@@ -13,10 +13,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from harness import Task
+from harness import Evaluation, Task
 from harness.data import Cursor, Schedule
+from harness.tasks import gpt
 
-SAMPLES, BATCH, STEPS, SEED = 40, 12, 14, 7  # an epoch is 3 steps of 12 samples and one of 4
+SAMPLES, BATCH, STEPS, SEED = (
+    40,
+    13,
+    14,
+    7,
+)  # an epoch is 3 steps of 13 samples, which no number of ranks divides, and one of 1
 EVERY, KILLED_AT = 3, 8  # the newest checkpoint before the death is that of step 6: within the second epoch
 
 
@@ -73,7 +79,8 @@ def build(place: str | None = None, hold_at: int | None = None, settle: bool = T
                 hold(Path(place, "step"))
         return F.cross_entropy(model(images), labels)
 
-    return Task(model, Augmented(), optimizer, loss, scheduler)
+    measure = lambda model, batch: {"loss": F.cross_entropy(model(batch[0]), batch[1])}
+    return Task(model, Augmented(), optimizer, loss, scheduler, Evaluation(Augmented(), measure, "loss"))
 
 
 def config(url: str, *, steps: int = STEPS, workers: int = 0, **args) -> dict:
@@ -85,6 +92,7 @@ def config(url: str, *, steps: int = STEPS, workers: int = 0, **args) -> dict:
         "train": {"steps": steps, "global_batch_size": BATCH, "micro_batch_size": 2, "clip_grad_norm": 1.0},
         "data": {"workers": workers},
         "checkpoint": {"url": url, "every_steps": EVERY},
+        "evaluation": {"every_steps": 4},
     }
 
 
@@ -240,6 +248,17 @@ def build_forgotten() -> Task:
     return Task(model, Points(), torch.optim.AdamW(model[2].parameters(), lr=1e-2), regression)
 
 
+def build_compiled() -> Task:
+    """The whole model is compiled."""
+    model = torch.compile(nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.3), nn.Linear(16, 3)), backend="eager")
+    return Task(model, Points(), torch.optim.AdamW(model.parameters(), lr=1e-2), regression)
+
+
+def build_gpt() -> Task:
+    """Tied weights."""
+    return gpt.build(layers=1, heads=2, width=16, context=16, dropout=0.2)
+
+
 def build_dropout() -> Task:
     model = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.3), nn.Tanh(), nn.Linear(16, 3))
     return Task(model, Points(), torch.optim.AdamW(model.parameters(), lr=1e-2), regression)
@@ -256,7 +275,7 @@ def in_two_halves(world, place: Path, task, **train) -> list[dict[str, str]]:
 
 
 def uneven(world, place: Path):
-    train_here(build_plain, world, url=place / "run", train={"steps": 1, "global_batch_size": 10, "micro_batch_size": 2})
+    train_here(build_plain, world, url=place / "run", train={"steps": 1, "global_batch_size": 10, "micro_batch_size": 3})
 
 
 def fewer_samples_than_ranks(world, place: Path):
@@ -266,6 +285,10 @@ def fewer_samples_than_ranks(world, place: Path):
 
 def awkward(world, place: Path):
     return in_two_halves(world, place, build_awkward)
+
+
+def compiled(world, place: Path):
+    return in_two_halves(world, place, build_compiled)
 
 
 def forgotten(world, place: Path):
@@ -308,7 +331,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
 
 @pytest.mark.torchrun
 def test_uneven_shares_weigh_by_samples(tmp_path, on_three_ranks):
-    """Three ranks with 3, 3 and 4 of ten samples, two at a time, make the step that one process makes."""
+    """Three ranks with 3, 3 and 4 of ten samples, one, one and two micro-batches, make the step that one process makes."""
     directory, results = on_three_ranks
     returned(results["uneven"])
     assert_close(newest(directory / "uneven" / "run")["parts"]["model"], first_gradients(tmp_path, global_batch_size=10))
@@ -325,7 +348,7 @@ def test_fewer_samples_than_ranks(tmp_path, on_three_ranks):
 
 
 @pytest.mark.torchrun
-@pytest.mark.parametrize("scenario", ["awkward", "forgotten", "bf16", "fp16"])
+@pytest.mark.parametrize("scenario", ["awkward", "compiled", "forgotten", "bf16", "fp16"])
 def test_resumed_on_three_ranks(on_three_ranks, scenario):
     """Under DDP, a run in two halves ends with the bits of the run in one go: whatever the model's children are called and
     wrapped in, and in reduced precision, with clipping."""
@@ -339,6 +362,8 @@ def test_names_in_a_checkpoint_are_the_plain_ones(on_three_ranks):
     saved = newest(on_three_ranks[0] / "awkward" / "straight")["parts"]["model"]
     children = ("module", "compiled", "_orig_mod", "frozen", "head")
     assert sorted(saved) == sorted(f"{child}.{kind}" for child in children for kind in ("weight", "bias"))
+    whole = newest(on_three_ranks[0] / "compiled" / "straight")["parts"]["model"]
+    assert sorted(whole) == ["0.bias", "0.weight", "2.bias", "2.weight"]
 
 
 @pytest.mark.torchrun
@@ -354,7 +379,7 @@ def test_a_run_under_ddp_goes_on_without_it_and_back(tmp_path, on_three_ranks):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("task", [build_awkward, build_forgotten, build_dropout])
+@pytest.mark.parametrize("task", [build_awkward, build_compiled, build_forgotten, build_gpt, build_dropout])
 def test_resumed_in_one_process(tmp_path, task, precision):
     """A run in two halves ends with the bits of the run in one go, with clipping, in every precision."""
     straight, halves = in_two_halves(None, tmp_path, task, precision=precision, micro_batch_size=2)
@@ -362,4 +387,4 @@ def test_resumed_in_one_process(tmp_path, task, precision):
 
 
 if __name__ == "__main__":
-    play([uneven, fewer_samples_than_ranks, awkward, forgotten, bf16, fp16], Path(sys.argv[1]))
+    play([uneven, fewer_samples_than_ranks, awkward, compiled, forgotten, bf16, fp16], Path(sys.argv[1]))

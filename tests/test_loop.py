@@ -270,17 +270,23 @@ def test_a_builder_finds_everything_seeded():
     assert torch.initial_seed() == 41
 
 
-def build_broken(broken: int) -> Task:
-    return make(dataset=Points(broken))
+def build_broken(broken: str) -> Task:
+    """Fails in a sample, or in the loss."""
+    task = make(dataset=Points(3 if broken == "sample" else None))
+
+    def failing(model: nn.Module, batch) -> torch.Tensor:
+        raise ZeroDivisionError("in the loss")
+
+    return Task(task.model, task.dataset, task.optimizer, failing if broken == "loss" else loss)
 
 
-def test_a_sample_that_fails_ends_a_plain_run(tmp_path):
-    """With its traceback and at once, loader workers or not: nothing waits for them."""
-    for workers in (0, 2):
-        config = {"task": f"{__file__}:build_broken", "args": {"broken": 3}, "train": TRAIN, "data": {"workers": workers}}
-        with launch(tmp_path / str(workers), config) as run:
-            assert run.finish(seconds=30) == 1
-            assert "ZeroDivisionError: sample 3" in run.output()
+@pytest.mark.parametrize(("broken", "words"), [("sample", "sample 3"), ("loss", "in the loss")])
+def test_an_error_ends_a_plain_run_at_once(tmp_path, broken, words):
+    """With its traceback; loader workers, which ignore the signals that stop a run, do not keep it from leaving."""
+    config = {"task": f"{__file__}:build_broken", "args": {"broken": broken}, "train": TRAIN, "data": {"workers": 2}}
+    with launch(tmp_path, config) as run:
+        assert run.finish(seconds=30) == 1
+        assert f"ZeroDivisionError: {words}" in run.output()
 
 
 def build_full(place: str, room_at: int) -> Task:

@@ -129,6 +129,7 @@ values = st.recursive(
 )
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @settings(deadline=None, database=None, derandomize=True, max_examples=60)
 @given(values)
 def test_arbitrary_values_survive(value):

@@ -22,6 +22,7 @@ from harness.checkpoint.format import (
     Manifest,
     Part,
     TensorInfo,
+    check_part_name,
     checksum,
     digest,
     encode_header,
@@ -49,6 +50,8 @@ def write(
     ``parts`` are nested values such as state dictionaries; ``meta`` is JSON that goes into the manifest as it is. Raises
     ``Unsupported`` before anything is written, ``StoreError`` when the store fails; in both cases nothing is committed.
     """
+    for name in parts:
+        check_part_name(name)
     encoded = {name: tree.encode(part, name) for name, part in parts.items()}
     directory = new_directory(step, attempt)
     files: list[FileInfo] = []

@@ -43,7 +43,7 @@ from typing import Any, Protocol, Self
 
 import xxhash
 
-from harness.errors import Corrupt, UnknownFormat
+from harness.errors import Corrupt, UnknownFormat, Unsupported
 
 FORMAT = "harness-checkpoint"
 VERSION = 1
@@ -107,8 +107,8 @@ def checksum(data: bytes) -> str:
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
-_DIRECTORY = re.compile(r"step-(\d{12})-(\d{6}-[0-9a-f]{8})-([0-9a-f]{8})")
-_ATTEMPT_ID = re.compile(r"\d{6}-[0-9a-f]{8}")
+_DIRECTORY = re.compile(r"step-([0-9]{12})-([0-9]{6}-[0-9a-f]{8})-([0-9a-f]{8})")
+_ATTEMPT_ID = re.compile(r"[0-9]{6}-[0-9a-f]{8}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
 
 
@@ -143,6 +143,12 @@ def parse_directory(name: str) -> tuple[int, Attempt] | None:
     """The step and the attempt in a directory's name, or None where it is not one of ours."""
     found = _DIRECTORY.fullmatch(name)
     return (int(found[1]), Attempt(found[2])) if found else None
+
+
+def check_part_name(name: str) -> None:
+    """Raises ``Unsupported`` for a name of a part that cannot be the beginning of a file's name."""
+    if not _FILE_NAME.fullmatch(shard_name(name, 99_998, 99_999)):
+        raise Unsupported(f"part {name!r}: expected letters, digits, '.', '_' and '-'")
 
 
 def shard_name(part: str, index: int, count: int) -> str:
@@ -198,6 +204,8 @@ def encode_header(tensors: Sequence[TensorInfo]) -> bytes:
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data begins aligned
+    if len(text) > HEADER_LIMIT_BYTES:
+        raise Unsupported(f"{len(tensors)} tensors in a shard: their header has {len(text)} bytes; set smaller shards")
     return len(text).to_bytes(8, "little") + text
 
 
@@ -314,6 +322,8 @@ class Manifest:
     def encode(self) -> bytes:
         body = {"format": FORMAT, "version": VERSION, **asdict(self)}
         text = json.dumps(body, indent=1, allow_nan=False).removesuffix("\n}").encode() + b",\n"
+        if len(text) + 100 > MANIFEST_LIMIT_BYTES:
+            raise Unsupported(f"{MANIFEST}: {len(text)} bytes of values that are no tensors, at most {MANIFEST_LIMIT_BYTES}")
         return text + _last_line(text)
 
     @classmethod

@@ -81,6 +81,7 @@ def _join(path: tuple[str, ...]) -> str:
 
 _ARRAY_DTYPES = frozenset(f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)) | {"b1", "f2", "f4", "f8", "c8", "c16"}
 _MOST_LEVELS = 100  # Python's recursion ends at 1000 calls; what was written must be readable with fewer of them left
+_MOST_BITS = 10_000  # Python reads and writes no decimal number of more than 4300 digits
 _TAKEN_OUT = object()  # stands for a value of which only tensors were to be kept
 
 
@@ -95,6 +96,8 @@ class _Encoder:
         kind = type(value)
         if len(path) > _MOST_LEVELS:
             raise self.unsupported(path, f"a value nested more than {_MOST_LEVELS} levels deep")
+        if kind is int and value.bit_length() > _MOST_BITS:
+            raise self.unsupported(path, "a number of thousands of digits")
         if value is None or kind in (bool, int, str):
             return value
         if kind is float:
@@ -143,9 +146,11 @@ class _Encoder:
         raise self.unsupported(path, f"a value of type {_type_name(value)}")
 
     def hashable_at(self, path: tuple[str, ...], value: Any) -> Any:
-        if isinstance(value, torch.Tensor):  # equal to nothing but itself, and at no path
+        count = len(self.out.tensors) + len(self.out.aliases)
+        written = self.value_at(path, value, keep=True)
+        if len(self.out.tensors) + len(self.out.aliases) > count:  # equal to nothing but itself, and at no path
             raise self.unsupported(path, "a tensor in a set")
-        return self.value_at(path, value, keep=True)
+        return written
 
     def tensor_at(self, path: tuple[str, ...], tensor: torch.Tensor) -> None:
         joined = _join(path)
