@@ -12,9 +12,10 @@ What a sample looks like must not depend on which process fetches it, nor when: 
 of Python, NumPy and torch are seeded from ``(seed, epoch, index)``, and in the training process put back afterwards.
 """
 
+import multiprocessing
 import random
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,10 +128,11 @@ def batches(
     workers: int,
     collate: Callable[[list[Any]], Any] | None = None,
     pin_memory: bool = False,
-) -> Iterator[list[tuple[Any, float]]]:
+) -> Generator[list[tuple[Any, float]]]:
     """Fetches what a plan says: for each step, the collated micro-batches and their weights.
 
-    Loader workers, where there are any, run ahead through the plan, over the ends of epochs too, and are never started anew.
+    Loader workers, where there are any, run ahead through the plan, over the ends of epochs too, and are never started
+    anew. ``close()`` ends them.
     """
     announced: list[list[MicroBatch]] = []  # steps whose batches were asked for and have not come yet, oldest first
 
@@ -149,15 +151,23 @@ def batches(
         worker_init_fn=_shield_worker if workers else None,
         generator=torch.Generator().manual_seed(seed),  # else every iterator takes a number from the training's generator
     )
+    others = multiprocessing.active_children()
     fetched = iter(loader)
-    while True:
-        state = _generators() if not workers else None
-        first = next(fetched)
-        step = announced.pop(0)
-        micro_batches = [(first, step[0].weight)] + [(next(fetched), micro.weight) for micro in step[1:]]
-        if state is not None:
-            _set_generators(state)
-        yield micro_batches
+    processes = [process for process in multiprocessing.active_children() if process not in others]
+    try:
+        while True:
+            state = _generators() if not workers else None
+            first = next(fetched)
+            step = announced.pop(0)
+            micro_batches = [(first, step[0].weight)] + [(next(fetched), micro.weight) for micro in step[1:]]
+            if state is not None:
+                _set_generators(state)
+            yield micro_batches
+    finally:
+        if processes:
+            fetched._shutdown_workers()  # type: ignore[attr-defined]  # its finalizer may come too late: see below
+        for process in processes:  # those that are still busy ignore SIGTERM, and Python would wait for them when it exits
+            process.kill()
 
 
 def _shield_worker(_worker: int) -> None:

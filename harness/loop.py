@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -45,15 +45,15 @@ def train(config: Config, task: Task, world: World, stop: StopRequest, *, fresh:
     with _watching(config) as watchdog, Watcher(cloud, config.preemption.base_url) as watcher:
         run = _Run(config, task, world, fresh=fresh)
         try:
-            return _train(run, stop, watchdog, watcher)
+            with contextlib.closing(run.batches()) as batches:
+                return _train(run, batches, stop, watchdog, watcher)
         except Exception as error:
             run.remember_crash(error)
             raise
 
 
-def _train(run: "_Run", stop: StopRequest, watchdog: Watchdog | None, watcher: Watcher) -> Progress:
+def _train(run: "_Run", batches: Iterator[Step], stop: StopRequest, watchdog: Watchdog | None, watcher: Watcher) -> Progress:
     progress = run.state.progress
-    batches = run.batches()
     agreement = Agreement(run.world, wants=2)
     while progress.step < run.total_steps:
         run.step(next(batches))
@@ -228,12 +228,12 @@ class _Run:
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
-    def batches(self) -> Iterator[Step]:
+    def batches(self) -> Generator[Step]:
         """The batches of this rank, from where the run is, without end."""
         plan = self.schedule.steps(self.state.progress.cursor, self.world.rank, self.world.size)
         return self.fetch(plan, workers=self.config.data.workers)
 
-    def fetch(self, plan: Iterator[list[data.MicroBatch]], *, workers: int) -> Iterator[Step]:
+    def fetch(self, plan: Iterator[list[data.MicroBatch]], *, workers: int) -> Generator[Step]:
         return data.batches(
             self.task.dataset,
             plan,

@@ -19,10 +19,10 @@ class Reporter:
     def __init__(self, config: LogConfig, *, active: bool, attempt: str = "") -> None:
         self._active = active
         self._attempt = attempt
-        self._file = None
-        if active and config.jsonl is not None:
+        self._jsonl = config.jsonl if active else None
+        if self._jsonl is not None:
             try:
-                self._file = open(config.jsonl, "a", encoding="utf-8")  # noqa: SIM115  # open for as long as the run
+                open(self._jsonl, "a", encoding="utf-8").close()
             except OSError as error:
                 raise ConfigError(f"log.jsonl: cannot append to {config.jsonl}: {error.strerror}") from None
 
@@ -31,10 +31,10 @@ class Reporter:
         if not self._active:
             return
         log.info(message)
-        if self._file is not None:
+        if self._jsonl is not None:
             record = {"event": name, "time": time.time(), "attempt": self._attempt, **as_json(values)}
-            self._file.write(json.dumps(record, allow_nan=False) + "\n")
-            self._file.flush()  # a line that was written survives the death of the process
+            with open(self._jsonl, "a", encoding="utf-8") as file:  # closed each time: a line survives the process
+                file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:

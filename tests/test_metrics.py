@@ -24,20 +24,10 @@ def told(tmp_path):
     return reporter, read
 
 
-@pytest.fixture
-def close():
-    """Closes reporters' files at the end of a test."""
-    opened = []
-    yield lambda reporter: opened.append(reporter) or reporter
-    for reporter in opened:
-        if reporter._file is not None:
-            reporter._file.close()
-
-
-def test_an_event_is_one_console_line_and_one_json_line(told, close, caplog):
+def test_an_event_is_one_console_line_and_one_json_line(told, caplog):
     """The message is for people, the values are for programs."""
     make, read = told
-    reporter = close(make(attempt="000001-aaaaaaaa"))
+    reporter = make(attempt="000001-aaaaaaaa")
     with caplog.at_level(logging.INFO):
         reporter.event("train", "step 1/2  loss 0.5", step=1, loss=0.5)
     assert [record.message for record in caplog.records] == ["step 1/2  loss 0.5"]
@@ -46,20 +36,20 @@ def test_an_event_is_one_console_line_and_one_json_line(told, close, caplog):
     assert record == {"event": "train", "attempt": "000001-aaaaaaaa", "step": 1, "loss": 0.5}
 
 
-def test_each_line_is_there_at_once(told, close):
+def test_each_line_is_there_at_once(told):
     """What was told before a SIGKILL can be read after it."""
     make, read = told
-    reporter = close(make())
+    reporter = make()
     for step in range(3):
         reporter.event("train", "", step=step)
         assert len(read()) == step + 1
 
 
-def test_a_restart_appends(told, close):
+def test_a_restart_appends(told):
     """The file tells the whole life of a run."""
     make, read = told
     for attempt in ("first", "second"):
-        close(make(attempt=attempt)).event("start", "")
+        make(attempt=attempt).event("start", "")
     assert [record["attempt"] for record in read()] == ["first", "second"]
 
 
@@ -86,10 +76,10 @@ def test_a_file_that_cannot_be_written(tmp_path):
         Reporter(LogConfig(jsonl=str(tmp_path / "missing" / "log.jsonl")), active=True)
 
 
-def test_numbers_that_json_has_not(told, close, tmp_path):
+def test_numbers_that_json_has_not(told, tmp_path):
     """A loss that is not a number is news, too; the line stays one that strict readers take."""
     make, _ = told
-    close(make()).event("train", "", loss=float("nan"), limit=float("inf"))
+    make().event("train", "", loss=float("nan"), limit=float("inf"))
     line = (tmp_path / "log.jsonl").read_text()
     record = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert {"loss", "limit"} <= record.keys()
