@@ -88,7 +88,7 @@ class CheckpointConfig(_Section):
 
     @model_validator(mode="after")
     def _related(self) -> Self:
-        if self.url is None:
+        if self.url is None and "url" not in self.model_fields_set:  # one that is null on purpose switches saving off
             for key in ("every_steps", "every_seconds", "every_epochs", "keep_last"):
                 if getattr(self, key) is not None:
                     raise PydanticCustomError("relation", f"expected checkpoint.url beside checkpoint.{key}, found none")
@@ -240,8 +240,9 @@ def _in_words(error: ErrorDetails) -> str:
         case "relation":
             return f"{path}: {error['msg']}"
         case "extra_forbidden":
-            nearest = difflib.get_close_matches(path, _known_keys(Config), n=1, cutoff=0)
-            return f"{path}: unknown key (found {_shown(error['input'])}); the nearest known key is {nearest[0]}"
+            nearest = difflib.get_close_matches(path, _known_keys(Config), n=1, cutoff=0.4)
+            hint = f"; the nearest known key is {nearest[0]}" if nearest else ""
+            return f"{path}: unknown key (found {_shown(error['input'])}){hint}"
         case "missing":
             return f"{path}: expected a value, found none"
     expected = error["msg"].removeprefix("Input should be ")

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -38,7 +38,8 @@ class StopRequest:
     def listen(self) -> None:
         """Installs the handlers. Only the main thread may."""
         for number in STOP_SIGNALS:
-            signal.signal(number, self._remember)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup wants it ignored
+                signal.signal(number, self._remember)
 
     def leave_in_time(self, grace_seconds: float, leave: Callable[[], None]) -> None:
         """Calls ``leave`` in a thread when the process is still there so long after the first signal, or after now if that

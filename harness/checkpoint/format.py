@@ -3,11 +3,13 @@
 One URL is one run. It holds::
 
     attempts/000002-1f3a9c2e.json                 one per start of the run (see ``Attempt``)
-    step-000000001200-000002-5d0c77ab/            one per save, never modified afterwards
+    step-000000001200-000002-1f3a9c2e-5d0c77ab/   one per save, never modified afterwards
         model.safetensors                         or model-00001-of-00003.safetensors … and model.safetensors.index.json
-        optimizer.safetensors
-        training.safetensors
+        optimizer.safetensors                     one or more files for each part that has tensors
+        random.safetensors
         manifest.json                             written last; valid = committed
+
+What else lies there (``attempts/*.crash-*.json``, ``hangs/``) is for people, and decides nothing about checkpoints.
 
 **Directories.** ``step-<global step, 12 digits>-<number of the attempt, 6 digits>-<8 hex digits, random per save>``.
 What exists is decided by the manifest alone; a directory without a valid one is rubbish or still being written.
