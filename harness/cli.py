@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -51,9 +52,11 @@ def main() -> NoReturn:
 
 
 def _complain(error: HarnessError) -> None:
-    if is_first_of_node():
-        for line in str(error).splitlines():
-            click.echo(f"harness: {line}", err=True)
+    if not is_first_of_node():
+        time.sleep(1)  # torchrun ends all ranks when the first one goes: the one that speaks must get to it
+        return
+    for line in str(error).splitlines():
+        click.echo(f"harness: {line}", err=True)
 
 
 # --- train -----------------------------------------------------------------------------------------------------------
