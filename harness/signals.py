@@ -18,6 +18,8 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
+from harness.environment import is_under_torchrun
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -38,8 +40,10 @@ class StopRequest:
     def listen(self) -> None:
         """Installs the handlers. Only the main thread may."""
         for number in STOP_SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup wants it ignored
-                signal.signal(number, self._remember)
+            # nohup has it ignored, for a plain process. torchrun listens to it all the same, and means it when it passes it on.
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN and not is_under_torchrun():
+                continue
+            signal.signal(number, self._remember)
 
     def leave_in_time(self, grace_seconds: float, leave: Callable[[], None]) -> None:
         """Calls ``leave`` in a thread when the process is still there so long after the first signal, or after now if that
