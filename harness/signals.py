@@ -40,7 +40,7 @@ class StopRequest:
     def listen(self) -> None:
         """Installs the handlers. Only the main thread may."""
         for number in STOP_SIGNALS:
-            # nohup has it ignored, for a plain process. torchrun listens to it all the same, and means it when it passes it on.
+            # nohup has it ignored; torchrun listens to it all the same, and means it when it passes it on.
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN and not is_under_torchrun():
                 continue
             signal.signal(number, self._remember)
