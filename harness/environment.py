@@ -8,6 +8,11 @@ def is_under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def rank() -> int:
+    """This process's rank, before the ranks have met and after they have lost each other; 0 for one plain process."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_first_of_node() -> bool:
     """Whether this process speaks for its machine before the ranks have met."""
     return os.environ.get("LOCAL_RANK", "0") == "0"

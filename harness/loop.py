@@ -22,7 +22,7 @@ from harness.checkpoint.store import open_store
 from harness.config import Config
 from harness.crashes import Crash
 from harness.data import Cursor, Schedule
-from harness.environment import is_first_of_node, launch_id
+from harness.environment import is_first_of_node, launch_id, rank
 from harness.errors import ConfigError, HarnessError, Stopped, StoreError
 from harness.metrics import Reporter, as_json, in_words
 from harness.notices import Watcher
@@ -98,7 +98,7 @@ def _report_hang(config: Config) -> Callable[[str], None]:
         if config.checkpoint.url is None:
             return
         text = stacks.encode()
-        name = f"hangs/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-rank-{os.environ.get('RANK', '0')}.txt"
+        name = f"hangs/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-rank-{rank()}.txt"
         try:
             store = open_store(config.checkpoint.url, config.checkpoint.storage_options, attempts=1, deadline_seconds=10)
             store.put(name, lambda: [text], len(text))
@@ -168,7 +168,7 @@ class _Run:
             self.reporter = Reporter(self.config.log, active=world.rank == 0)
             self.reporter.event("start", "no checkpoint.url: this run is not saved")
             self.initialize()
-            resume.check_lockstep(world, self.state, {**self.identity(), "config": self.config.digest()})
+            self.check_lockstep()
             return
         catalog = Catalog(open_store(checkpoint.url, checkpoint.storage_options))
         launch = launch_id()
@@ -182,7 +182,7 @@ class _Run:
         resumed = resume.resume(world, catalog, self.state, self.identity(), pass_over_newest=looping)
         if resumed is None:
             self.initialize()
-        resume.check_lockstep(world, self.state, {**self.identity(), "config": self.config.digest()})
+        self.check_lockstep()
         if world.rank == 0:
             self.saver = Saver(
                 catalog=catalog,
@@ -202,6 +202,10 @@ class _Run:
             directory=resumed.directory if resumed else None,
             world_size=world.size,
         )
+
+    def check_lockstep(self) -> None:
+        """Makes sure that all ranks hold the same state, and mean to train the same."""
+        resume.check_lockstep(self.world, self.state, {**self.identity(), "config": self.config.digest()})
 
     def initialize(self) -> None:
         """Gives a new run the weights that ``init_from`` names."""

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from harness import errors
+from harness.environment import rank
 from harness.errors import HarnessError
 
 DIRECTORY_VARIABLE = "HARNESS_OUTCOME_DIRECTORY"
@@ -37,10 +38,9 @@ class Outcome:
 
 def record(outcome: Outcome) -> None:
     """Leaves a record, where the launcher has asked for one. Never raises: an exit must not fail."""
-    if (directory := os.environ.get(DIRECTORY_VARIABLE)) is None:
+    if (path := _own_record()) is None:
         return
     try:
-        path = Path(directory, f"rank-{os.environ.get('RANK', '0')}.json")
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(asdict(outcome)))
         partial.replace(path)
@@ -50,8 +50,14 @@ def record(outcome: Outcome) -> None:
 
 def forget() -> None:
     """Takes the record of this rank's previous start away."""
-    if (directory := os.environ.get(DIRECTORY_VARIABLE)) is not None:
-        Path(directory, f"rank-{os.environ.get('RANK', '0')}.json").unlink(missing_ok=True)
+    if (path := _own_record()) is not None:
+        path.unlink(missing_ok=True)
+
+
+def _own_record() -> Path | None:
+    """Where this rank leaves its record; None where no launcher has asked for one."""
+    directory = os.environ.get(DIRECTORY_VARIABLE)
+    return None if directory is None else Path(directory, f"rank-{rank()}.json")
 
 
 def read(directory: str) -> list[Outcome]:
