@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import logging
 import os
 import platform
 import sys
@@ -31,6 +32,8 @@ from harness.state import Progress, TrainingState, random_state, restore_random_
 from harness.task import Task
 from harness.watchdog import Watchdog
 from harness.world import Agreement, World, has_lost_a_peer, leave_at_once
+
+log = logging.getLogger(__name__)
 
 Step = list[tuple[Any, float]]  # the micro-batches of a step on this rank, and the weight of each
 
@@ -130,6 +133,7 @@ class _Run:
         self.loss = torch.zeros(())  # this rank's part of the mean loss over the last global batch; the parts add up
         self.saver: Saver | None = None  # on rank 0, where the run has a URL
         self.record_crash: Callable[[Crash], None] | None = None  # on every rank, where the run has a URL
+        self.warned_of_slow_saves = False
         self.settle_gradient_order()
         self.open_run(fresh=fresh)
         self.last_saved_time = self.last_logged_time = time.monotonic()
@@ -388,6 +392,19 @@ class _Run:
         if saved is not None:
             message = f"step {progress.step}/{self.total_steps}  saved {saved.directory} in {saved.seconds:.2f} s"
             self.reporter.event("save", message, step=progress.step, **asdict(saved))
+            self.warn_if_too_slow(saved.seconds)
+
+    def warn_if_too_slow(self, save_seconds: float) -> None:
+        """Says once, while there is time to act, that a save would not fit between a stop signal and the end."""
+        grace_seconds = self.config.stop.grace_seconds
+        if save_seconds > grace_seconds and not self.warned_of_slow_saves:
+            self.warned_of_slow_saves = True
+            log.warning(
+                "the save took %.2f s, stop.grace_seconds is %g: a stop would end before it is saved; raise it and what the "
+                "launcher grants (torchrun: --shutdown-timeout)",
+                save_seconds,
+                grace_seconds,
+            )
 
     def what_is_saved(self) -> str:
         return "which is saved" if self.config.checkpoint.url else "and nothing is saved: there is no checkpoint.url"
