@@ -426,12 +426,12 @@ def test_a_rank_without_a_share_of_the_evaluation(results):
     assert returned(results[1]["empty_shares"]) == [1.0, 1.0]
 
 
-if __name__ == "__main__":
-    play([evaluated, empty_shares], Path(sys.argv[1]))
-
-
 @pytest.mark.parametrize(("grace_seconds", "warnings"), [(1e-6, 1), (60.0, 0)])
 def test_a_save_that_outlasts_the_grace_is_warned_of_once(run, caplog, grace_seconds, warnings):
     """At the first save, not at the preemption; two saves are made here."""
     assert run(checkpoint={"every_steps": 6}, stop={"grace_seconds": grace_seconds}) == [6, 12]
     assert caplog.text.count("a stop would end before it is saved") == warnings
+
+
+if __name__ == "__main__":
+    play([evaluated, empty_shares], Path(sys.argv[1]))
