@@ -117,6 +117,16 @@ class LogConfig(_Section):
     """A local file to which rank 0 appends the same records as JSON lines."""
 
 
+class NonFiniteConfig(_Section):
+    """What to do about a step whose loss or gradients are not finite. The optimizer does not take it, unless ignored."""
+
+    policy: Literal["stop", "skip", "rollback", "ignore"] = "stop"
+    """``stop``: with an error that names the samples; ``skip``: train on without the batch; ``rollback``: go back to the
+    newest checkpoint and pass over the batch from there; ``ignore``: do not look."""
+    limit: int = Field(default=10, ge=1)
+    """So many batches of a run may be passed over; one more stops it."""
+
+
 class CrashLoopConfig(_Section):
     """When a run that dies is not simply started again."""
 
@@ -128,7 +138,8 @@ class WatchdogConfig(_Section):
     """When a run counts as hung; then the stacks of all threads are written and the process ends, to be started again."""
 
     timeout_seconds: float | None = Field(default=1800, gt=0)
-    """The longest time from the end of a step to the end of the next, evaluations and saves included. None: no watchdog."""
+    """The longest time from the end of a step to the end of the next, evaluations, saves and rollbacks included.
+    None: no watchdog."""
     first_step_seconds: float = Field(default=3600, gt=0)
     """The same for the first step, with everything that comes before it."""
 
@@ -186,10 +197,17 @@ class Config(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     log: LogConfig = LogConfig()
     world: WorldConfig = WorldConfig()
+    nonfinite: NonFiniteConfig = NonFiniteConfig()
     crash_loop: CrashLoopConfig = CrashLoopConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     preemption: PreemptionConfig = PreemptionConfig()
     stop: StopConfig = StopConfig()
+
+    @model_validator(mode="after")
+    def _related(self) -> Self:
+        if self.nonfinite.policy == "rollback" and self.checkpoint.url is None:
+            raise PydanticCustomError("relation", "expected checkpoint.url beside nonfinite.policy rollback, found none")
+        return self
 
     def digest(self) -> str:
         """Identifies what is trained; equal digests mean equal runs, wherever they are saved."""

@@ -11,6 +11,7 @@
     │   └── NoCheckpoint        66   the run has checkpoints, and none of them is whole
     ├── RankFailure             76   another rank failed, or the ranks disagree
     ├── CrashLoop               70   the same error at the same step, again and again
+    ├── NonFinite               70   a loss or a gradient that is not finite, and no leave to pass over it
     ├── Superseded              77   a newer attempt trains this run
     └── Stopped                 75   asked to stop; everything is saved; start it again
 
@@ -88,6 +89,12 @@ class RankFailure(HarnessError):
 
 class CrashLoop(HarnessError):
     """The run has failed at the same step with the same error too often, from an older checkpoint, too."""
+
+    exit_code = 70
+
+
+class NonFinite(HarnessError):
+    """The loss or the gradients of a step are not finite, and the configuration does not let the run pass over it."""
 
     exit_code = 70
 

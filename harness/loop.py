@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import harness
-from harness import crashes, data, interchange, resume
+from harness import crashes, data, interchange, nonfinite, resume
 from harness.checkpoint.catalog import Catalog, Retention
 from harness.checkpoint.saver import Saver
 from harness.checkpoint.store import open_store
@@ -24,7 +24,7 @@ from harness.config import Config
 from harness.crashes import Crash
 from harness.data import Cursor, Schedule
 from harness.environment import is_first_of_node, launch_id, rank
-from harness.errors import ConfigError, HarnessError, Stopped, StoreError
+from harness.errors import ConfigError, HarnessError, NonFinite, Stopped, StoreError
 from harness.metrics import Reporter, as_json, in_words
 from harness.notices import Watcher
 from harness.signals import StopRequest
@@ -48,21 +48,17 @@ def train(config: Config, task: Task, world: World, stop: StopRequest, *, fresh:
     with _watching(config) as watchdog, Watcher(cloud, config.preemption.base_url) as watcher:
         run = _Run(config, task, world, fresh=fresh)
         try:
-            with contextlib.closing(run.batches()) as batches:
-                return _train(run, batches, stop, watchdog, watcher)
+            with contextlib.closing(run):
+                return _train(run, stop, watchdog, watcher)
         except Exception as error:
             run.remember_crash(error)
             raise
 
 
-def _train(run: "_Run", batches: Iterator[Step], stop: StopRequest, watchdog: Watchdog | None, watcher: Watcher) -> Progress:
-    progress = run.state.progress
+def _train(run: "_Run", stop: StopRequest, watchdog: Watchdog | None, watcher: Watcher) -> Progress:
     agreement = Agreement(run.world, wants=2)
-    while progress.step < run.total_steps:
-        run.step(next(batches))
-        progress.step += 1
-        progress.cursor = run.schedule.after(progress.cursor)
-
+    while not run.is_over():
+        run.advance()
         if (notice := watcher.poll()) is not None and notice.kind == "stop":
             stop.ask(notice.text)
         stopping, save_is_due = agreement.exchange(bool(stop), run.seconds_are_over())
@@ -74,8 +70,9 @@ def _train(run: "_Run", batches: Iterator[Step], stop: StopRequest, watchdog: Wa
         if stopping and not run.is_over():
             agreement.finish()
             why = stop.reason or "on another rank"
-            raise Stopped(f"asked to stop ({why}) at step {progress.step}, {run.what_is_saved()}")
+            raise Stopped(f"asked to stop ({why}) at step {run.state.progress.step}, {run.what_is_saved()}")
     agreement.finish()
+    progress = run.state.progress
     run.reporter.event("done", f"done: step {progress.step}  {in_words(progress.last)}", step=progress.step)
     return progress
 
@@ -136,8 +133,7 @@ class _Run:
         self.warned_of_slow_saves = False
         self.settle_gradient_order()
         self.open_run(fresh=fresh)
-        self.last_saved_time = self.last_logged_time = time.monotonic()
-        self.last_logged_step = self.state.progress.step
+        self.begin_here()
 
     # --- before the first step ---------------------------------------------------------------------------------------
 
@@ -166,7 +162,7 @@ class _Run:
         restore_random_state(before, self.world.device)
 
     def open_run(self, *, fresh: bool) -> None:
-        """Claims an attempt, resumes, and makes sure that all ranks hold the same."""
+        """Begins the run's next attempt, or its first."""
         checkpoint, world = self.config.checkpoint, self.world
         if checkpoint.url is None:
             self.reporter = Reporter(self.config.log, active=world.rank == 0)
@@ -174,16 +170,20 @@ class _Run:
             self.initialize()
             self.check_lockstep()
             return
-        catalog = Catalog(open_store(checkpoint.url, checkpoint.storage_options))
-        launch = launch_id()
+        self.catalog = catalog = Catalog(open_store(checkpoint.url, checkpoint.storage_options))
         if fresh:
-            resume.on_first(world, lambda: resume.refuse_to_reuse(catalog, launch))
+            resume.on_first(world, lambda: resume.refuse_to_reuse(catalog, launch_id()))
         looping = resume.on_first(world, lambda: crashes.is_looping(catalog, self.config.crash_loop.same_failures))
-        about = {"launch": launch, "world_size": world.size, "host": platform.node(), "pid": os.getpid()}
+        self.begin_attempt(catalog, pass_over_newest=looping)
+
+    def begin_attempt(self, catalog: Catalog, *, pass_over_newest: bool = False) -> None:
+        """Claims an attempt, resumes, and makes sure that all ranks hold the same."""
+        checkpoint, world = self.config.checkpoint, self.world
+        about = {"launch": launch_id(), "world_size": world.size, "host": platform.node(), "pid": os.getpid()}
         attempt = resume.on_first(world, lambda: catalog.claim_attempt(about))
         self.reporter = Reporter(self.config.log, active=world.rank == 0, attempt=attempt.id)
         self.record_crash = functools.partial(crashes.record, catalog, attempt)
-        resumed = resume.resume(world, catalog, self.state, self.identity(), pass_over_newest=looping)
+        resumed = resume.resume(world, catalog, self.state, self.identity(), pass_over_newest=pass_over_newest)
         if resumed is None:
             self.initialize()
         self.check_lockstep()
@@ -206,6 +206,16 @@ class _Run:
             directory=resumed.directory if resumed else None,
             world_size=world.size,
         )
+
+    def begin_here(self) -> None:
+        """Has batches come, and the clocks run, from where the state is."""
+        self.batches = self.fetch(self.plan(), workers=self.config.data.workers)
+        self.last_saved_time = self.last_logged_time = time.monotonic()
+        self.last_logged_step = self.state.progress.step
+
+    def close(self) -> None:
+        """Ends the loader's workers."""
+        self.batches.close()
 
     def check_lockstep(self) -> None:
         """Makes sure that all ranks hold the same state, and mean to train the same."""
@@ -236,10 +246,13 @@ class _Run:
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
-    def batches(self) -> Generator[Step]:
-        """The batches of this rank, from where the run is, without end."""
-        plan = self.schedule.steps(self.state.progress.cursor, self.world.rank, self.world.size)
-        return self.fetch(plan, workers=self.config.data.workers)
+    def plan(self) -> Iterator[list[data.MicroBatch]]:
+        """What this rank trains, from where the run is, without end; batches that are passed over are not even fetched."""
+        cursor = self.state.progress.cursor
+        for share in self.schedule.steps(cursor, self.world.rank, self.world.size):
+            if cursor not in self.state.progress.passed_over:
+                yield share
+            cursor = self.schedule.after(cursor)
 
     def fetch(self, plan: Iterator[list[data.MicroBatch]], *, workers: int) -> Generator[Step]:
         return data.batches(
@@ -251,18 +264,71 @@ class _Run:
             pin_memory=self.world.device.type == "cuda",
         )
 
-    def step(self, micro_batches: Step) -> None:
-        """One optimizer step."""
-        optimizer, scaler = self.task.optimizer, self.state.scaler
-        self.loss = self.accumulate(micro_batches)
-        if (limit := self.config.train.clip_grad_norm) is not None:
-            scaler.unscale_(optimizer)  # the limit is meant for the gradients, not for the scaled ones
-            nn.utils.clip_grad_norm_(self.task.model.parameters(), limit)
-        scaler.step(optimizer)
-        scaler.update()
-        self.task.model.zero_grad(set_to_none=True)  # all of them: the optimizer may not own each, and none may pile up
+    def advance(self) -> None:
+        """Trains the next batch, or passes over it."""
+        while self.state.progress.cursor not in self.state.progress.passed_over and not self.step(next(self.batches)):
+            self.pass_over()
         if self.task.scheduler is not None:
             self.task.scheduler.step()
+        progress = self.state.progress
+        progress.step += 1
+        progress.cursor = self.schedule.after(progress.cursor)
+
+    def step(self, micro_batches: Step) -> bool:
+        """One optimizer step; False where it was not taken, because the loss or the gradients are not finite."""
+        optimizer, scaler = self.task.optimizer, self.state.scaler
+        parameters = list(self.task.model.parameters())
+        self.loss = self.accumulate(micro_batches)
+        limit, looks = self.config.train.clip_grad_norm, self.config.nonfinite.policy != "ignore"
+        bad = False
+        if limit is not None or looks:
+            scaler.unscale_(optimizer)  # the limit is meant for the gradients, not for the scaled ones
+            norm = nonfinite.gradient_norm(parameters) if limit is None else nn.utils.clip_grad_norm_(parameters, limit)
+            bad = looks and nonfinite.is_bad(self.world, norm, self.loss, has_scaler=scaler.is_enabled())
+        if bad:
+            scaler.update(scaler.get_scale())  # the scale is not to blame, and stays
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+        self.task.model.zero_grad(set_to_none=True)  # all of them: the optimizer may not own each, and none may pile up
+        return not bad
+
+    def pass_over(self) -> None:
+        """Notes that the batch that was just found bad is not to be trained; goes back to a checkpoint where that is wanted.
+
+        Raises ``NonFinite`` where the configuration, or what has become of the model, does not allow it.
+        """
+        progress, config = self.state.progress, self.config.nonfinite
+        what, samples = nonfinite.what_is_bad(self.world, self.loss, self.schedule, progress.cursor)
+        found = f"step {progress.step + 1}: {what}"
+        if config.policy == "stop":
+            raise NonFinite(f"{found}; mend the data or the training, or choose nonfinite.policy skip or rollback")
+        if len(progress.passed_over) >= config.limit:
+            raise NonFinite(f"{found}; {config.limit} batches were passed over before this one (nonfinite.limit)")
+        self.reporter.event(
+            "nonfinite", f"{found}: {config.policy}", step=progress.step + 1, samples=samples, policy=config.policy
+        )
+        passed_over = [*progress.passed_over, progress.cursor]
+        if config.policy == "rollback":
+            self.roll_back(found)
+        elif spoilt := resume.on_first(self.world, lambda: nonfinite.buffers_with_nan(self.task.model)):
+            raise NonFinite(f"{found}; skip does not mend the NaN in {', '.join(spoilt)}: choose nonfinite.policy rollback")
+        self.state.progress.passed_over = passed_over
+
+    def roll_back(self, found: str) -> None:
+        """Returns all ranks to the newest checkpoint. What follows is an attempt of its own, as after a restart."""
+
+        def check() -> None:
+            assert self.saver is not None
+            self.saver.step_aside()
+            if not any(entry.state == "whole" for entry in self.catalog.candidates()):
+                raise NonFinite(f"{found}; there is no checkpoint yet to go back to")
+
+        resume.on_first(self.world, check)
+        self.close()
+        data.seed_everything(self.config.seed, self.world.rank + 1)
+        self.begin_attempt(self.catalog)
+        self.begin_here()
 
     def accumulate(self, micro_batches: Step) -> torch.Tensor:
         """Adds the gradients of the mean loss over the global batch up; the ranks meet in the last backward pass."""
@@ -273,7 +339,8 @@ class _Run:
                 with self.autocast():
                     loss = self.task.loss(self.model, data.to_device(batch, self.world.device))
                 # DDP divides by the number of ranks, as if their shares were equal; the weights know better.
-                torch.autograd.backward(self.state.scaler.scale(loss * (weight * self.world.size)))
+                scaled = self.state.scaler.scale(loss * (weight * self.world.size))
+                torch.autograd.backward(scaled, nonfinite.seed_of(scaled, loss))
             total += loss.detach() * weight
         return total
 
@@ -415,6 +482,7 @@ class _Run:
         return {
             "epoch": progress.cursor.epoch,
             "cursor": asdict(progress.cursor),
+            "passed_over": [asdict(cursor) for cursor in progress.passed_over],
             "metrics": {"last": as_json(progress.last), "best": as_json(progress.best)},
             **self.identity(),
             **resume.conditions(self.world),

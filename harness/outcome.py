@@ -23,6 +23,7 @@ FINAL_EXIT_CODES = frozenset(
         errors.Corrupt.exit_code,
         errors.NoCheckpoint.exit_code,
         errors.CrashLoop.exit_code,
+        errors.NonFinite.exit_code,
         errors.Superseded.exit_code,
     }
 )

@@ -69,7 +69,8 @@ def resume(
         if "cursor" not in meta:
             raise Mismatch(f"{entry.directory}: has no position in the data; start a run elsewhere with init_from it")
         _check_run(meta, run)
-        state.restore(parts, entry.step, Cursor(meta["cursor"]["epoch"], meta["cursor"]["offset"]))
+        state.restore(parts, entry.step, Cursor(**meta["cursor"]))
+        state.progress.passed_over = [Cursor(**position) for position in meta.get("passed_over", [])]
         _warn_if_inexact(meta, conditions(world))
         if meta.get("world_size") == world.size:  # else the streams start anew, from the seed and the rank
             restore_random_state(parts["random"][str(world.rank)], state.device)
@@ -128,9 +129,12 @@ def _read_together(world: World, catalog: Catalog, entry: Entry) -> tuple[dict[s
 
 
 def _check_meta(directory: str, meta: Mapping[str, Any]) -> None:
-    cursor = meta.get("cursor", {"epoch": 0, "offset": 0})  # one that has none is refused in other words
-    if type(cursor) is not dict or not all(type(cursor.get(key)) is int and cursor[key] >= 0 for key in ("epoch", "offset")):
-        raise Corrupt(f"{directory}: impossible position in the data {cursor!r}")
+    cursors = [meta["cursor"]] if "cursor" in meta else []  # one that has none is refused in other words
+    passed_over = meta.get("passed_over", [])
+    for cursor in [*cursors, *(passed_over if type(passed_over) is list else [passed_over])]:
+        counts = cursor.values() if type(cursor) is dict and set(cursor) == {"epoch", "offset"} else [None]
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise Corrupt(f"{directory}: impossible position in the data {cursor!r}")
 
 
 def conditions(world: World) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Progress:
     cursor: Cursor = field(default_factory=Cursor)
     last: dict[str, float] = field(default_factory=dict)  # the newest metrics, the training loss among them
     best: dict[str, float] = field(default_factory=dict)  # the metrics and the step of the best evaluation
+    passed_over: list[Cursor] = field(default_factory=list)  # where the batches begin that were not trained: see nonfinite
 
 
 @dataclass

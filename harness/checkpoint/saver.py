@@ -74,16 +74,16 @@ class Saver:
             return None
         self.failures = 0
         try:
-            self._step_aside()
+            self.step_aside()
             self.catalog.prune(self.retention, best_step)
         except StoreError as error:  # the commit stands; what is left over goes after the next one
             log.warning("could not delete old checkpoints: %s", error)
         return Saved(directory, manifest.bytes, time.monotonic() - began)
 
-    def _step_aside(self) -> None:
+    def step_aside(self) -> None:
         """Stops a writer that was believed dead, and is not, before it deletes what its successor counts on.
 
-        What it has just committed does no harm: it is not on the successor's line.
+        What it has committed does no harm: it is not on the successor's line. Raises ``Superseded``.
         """
         newest = max(self.catalog.attempts(), default=self.attempt)
         if newest > self.attempt:
