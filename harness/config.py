@@ -144,6 +144,15 @@ class WatchdogConfig(_Section):
     """The same for the first step, with everything that comes before it."""
 
 
+class StragglersConfig(_Section):
+    """When a rank that holds the others up is named."""
+
+    factor: float | None = Field(default=1.5, gt=1)
+    """Its own work (batches and forward passes) takes so many times the others' median. None: nobody looks."""
+    window_seconds: float = Field(default=60, gt=0)
+    """Over at least so long; it is looked at when a line is logged."""
+
+
 class PreemptionConfig(_Section):
     """Whether to ask the cloud if it is about to take the machine away, and stop well before it does."""
 
@@ -200,6 +209,7 @@ class Config(_Section):
     nonfinite: NonFiniteConfig = NonFiniteConfig()
     crash_loop: CrashLoopConfig = CrashLoopConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    stragglers: StragglersConfig = StragglersConfig()
     preemption: PreemptionConfig = PreemptionConfig()
     stop: StopConfig = StopConfig()
 

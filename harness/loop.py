@@ -29,6 +29,7 @@ from harness.metrics import Reporter, as_json, in_words
 from harness.notices import Watcher
 from harness.signals import StopRequest
 from harness.state import Progress, TrainingState, random_state, restore_random_state
+from harness.stragglers import OwnWork, Stragglers
 from harness.task import Task
 from harness.watchdog import Watchdog
 from harness.world import Agreement, World, has_lost_a_peer, leave_at_once
@@ -126,6 +127,8 @@ class _Run:
         scaler = torch.amp.GradScaler(world.device.type, enabled=train.precision == "fp16")
         self.state = TrainingState(task.model, task.optimizer, task.scheduler, scaler, world.device)
         data.seed_everything(config.seed, world.rank + 1)
+        self.own_work = OwnWork(world.device)
+        task.model.register_forward_pre_hook(self.own_work.begin_forward)
         self.model = world.wrap(task.model)
         self.loss = torch.zeros(())  # this rank's part of the mean loss over the last global batch; the parts add up
         self.saver: Saver | None = None  # on rank 0, where the run has a URL
@@ -209,6 +212,11 @@ class _Run:
 
     def begin_here(self) -> None:
         """Has batches come, and the clocks run, from where the state is."""
+        config = self.config.stragglers
+        hosts = self.world.all_gather(platform.node())
+        self.stragglers = (
+            Stragglers(hosts, config.factor, config.window_seconds) if config.factor and len(hosts) > 1 else None
+        )
         self.batches = self.fetch(self.plan(), workers=self.config.data.workers)
         self.last_saved_time = self.last_logged_time = time.monotonic()
         self.last_logged_step = self.state.progress.step
@@ -266,7 +274,9 @@ class _Run:
 
     def advance(self) -> None:
         """Trains the next batch, or passes over it."""
-        while self.state.progress.cursor not in self.state.progress.passed_over and not self.step(next(self.batches)):
+        while self.state.progress.cursor not in self.state.progress.passed_over and not self.step(
+            self.own_work.fetch(self.batches)
+        ):
             self.pass_over()
         if self.task.scheduler is not None:
             self.task.scheduler.step()
@@ -338,6 +348,7 @@ class _Run:
             with contextlib.nullcontext() if last else self.without_meeting():
                 with self.autocast():
                     loss = self.task.loss(self.model, data.to_device(batch, self.world.device))
+                self.own_work.end_forward()
                 # DDP divides by the number of ranks, as if their shares were equal; the weights know better.
                 scaled = self.state.scaler.scale(loss * (weight * self.world.size))
                 torch.autograd.backward(scaled, nonfinite.seed_of(scaled, loss))
@@ -378,6 +389,13 @@ class _Run:
         values = {"loss": progress.last["loss"], **{key: float(value) for key, value in rate.items()}}
         place = f"step {progress.step}/{self.total_steps}  epoch {progress.cursor.epoch}"
         self.reporter.event("train", f"{place}  {in_words(values)}", step=progress.step, **values)
+        self.name_stragglers()
+
+    def name_stragglers(self) -> None:
+        if self.stragglers is not None:
+            step = self.state.progress.step
+            for found in self.stragglers.look(step, self.world.all_gather(self.own_work.seconds())):
+                self.reporter.event("straggler", str(found), step=step, **asdict(found))
 
     def note_loss(self) -> None:
         self.state.progress.last["loss"] = self.world.sum([float(self.loss)])[0]

@@ -23,7 +23,7 @@ ORDER = [
     *("world", "data", "metrics", "notices"),
     *("checkpoint.__init__", "checkpoint.format", "checkpoint.store", "checkpoint.tree", "checkpoint.commit"),
     *("checkpoint.catalog", "checkpoint.load", "checkpoint.saver"),
-    *("state", "crashes", "interchange", "resume", "nonfinite", "loop", "launch", "cli", "__main__"),
+    *("state", "crashes", "interchange", "resume", "nonfinite", "stragglers", "loop", "launch", "cli", "__main__"),
 ]
 
 
