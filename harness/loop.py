@@ -23,7 +23,7 @@ from harness.checkpoint.store import open_store
 from harness.config import Config
 from harness.crashes import Crash
 from harness.data import Cursor, Schedule
-from harness.environment import is_first_of_node, launch_id, rank
+from harness.environment import is_first_of_node, launch_id, rank, shutdown_grace_seconds
 from harness.errors import ConfigError, HarnessError, NonFinite, Stopped, StoreError
 from harness.metrics import Reporter, as_json, in_words
 from harness.notices import Watcher
@@ -133,6 +133,7 @@ class _Run:
         self.loss = torch.zeros(())  # this rank's part of the mean loss over the last global batch; the parts add up
         self.saver: Saver | None = None  # on rank 0, where the run has a URL
         self.record_crash: Callable[[Crash], None] | None = None  # on every rank, where the run has a URL
+        self.save_seconds: float | None = None  # what the last save took, on rank 0
         self.warned_of_slow_saves = False
         self.settle_gradient_order()
         self.open_run(fresh=fresh)
@@ -209,6 +210,9 @@ class _Run:
             directory=resumed.directory if resumed else None,
             world_size=world.size,
         )
+        if world.rank == 0 and resumed is not None:
+            self.save_seconds = resumed.save_seconds
+            self.warn_if_saves_are_slow()
 
     def begin_here(self) -> None:
         """Has batches come, and the clocks run, from where the state is."""
@@ -477,18 +481,20 @@ class _Run:
         if saved is not None:
             message = f"step {progress.step}/{self.total_steps}  saved {saved.directory} in {saved.seconds:.2f} s"
             self.reporter.event("save", message, step=progress.step, **asdict(saved))
-            self.warn_if_too_slow(saved.seconds)
+            self.save_seconds = saved.seconds
+            self.warn_if_saves_are_slow()
 
-    def warn_if_too_slow(self, save_seconds: float) -> None:
+    def warn_if_saves_are_slow(self) -> None:
         """Says once, while there is time to act, that a save would not fit between a stop signal and the end."""
-        grace_seconds = self.config.stop.grace_seconds
-        if save_seconds > grace_seconds and not self.warned_of_slow_saves:
+        grace_seconds = min(self.config.stop.grace_seconds, shutdown_grace_seconds())
+        if self.save_seconds is not None and self.save_seconds > grace_seconds and not self.warned_of_slow_saves:
             self.warned_of_slow_saves = True
             log.warning(
-                "the save took %.2f s, stop.grace_seconds is %g: a stop would end before it is saved; raise it and what the "
-                "launcher grants (torchrun: --shutdown-timeout)",
-                save_seconds,
+                "the last save took %.2f s, and a stop has %g s: it would end before it is saved; raise stop.grace_seconds "
+                "(%g) and what the launcher grants (torchrun: --shutdown-timeout)",
+                self.save_seconds,
                 grace_seconds,
+                self.config.stop.grace_seconds,
             )
 
     def what_is_saved(self) -> str:
@@ -505,6 +511,7 @@ class _Run:
             **self.identity(),
             **resume.conditions(self.world),
             "config": self.config.digest(),
+            "save_seconds": self.save_seconds,  # the save before this one; None at the first
             "python": platform.python_version(),
             "harness": harness.__version__,
         }

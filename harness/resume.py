@@ -40,6 +40,7 @@ class Resumed:
     directory: str
     step: int
     lineage: list[Ancestor]
+    save_seconds: float | None  # what a save took then, where that is known
 
 
 def resume(
@@ -75,7 +76,9 @@ def resume(
         if meta.get("world_size") == world.size:  # else the streams start anew, from the seed and the rank
             restore_random_state(parts["random"][str(world.rank)], state.device)
         ancestor = Ancestor(entry.manifest.attempt, entry.step)
-        return Resumed(entry.directory, entry.step, [*entry.manifest.lineage, ancestor])
+        seconds = meta.get("save_seconds")
+        lineage = [*entry.manifest.lineage, ancestor]
+        return Resumed(entry.directory, entry.step, lineage, seconds if isinstance(seconds, float) else None)
     if storage_failed:  # what cannot be read today is not damaged
         raise StoreError(f"{catalog.store.url}: no checkpoint could be read: {'; '.join(problems)}", transient=True)
     if entries:

@@ -430,7 +430,15 @@ def test_a_rank_without_a_share_of_the_evaluation(results):
 def test_a_save_that_outlasts_the_grace_is_warned_of_once(run, caplog, grace_seconds, warnings):
     """At the first save, not at the preemption; two saves are made here."""
     assert run(checkpoint={"every_steps": 6}, stop={"grace_seconds": grace_seconds}) == [6, 12]
-    assert caplog.text.count("a stop would end before it is saved") == warnings
+    assert caplog.text.count("it would end before it is saved") == warnings
+
+
+def test_a_save_that_outlasts_the_grace_is_warned_of_at_the_next_start(run, caplog):
+    """Before the first step: the newest manifest says what a save takes."""
+    run(checkpoint={"every_steps": 6})
+    assert "would end before it is saved" not in caplog.text
+    run(stop={"grace_seconds": 1e-6})  # has nothing left to train, and saves nothing
+    assert caplog.text.count("it would end before it is saved") == 1
 
 
 if __name__ == "__main__":
