@@ -190,6 +190,8 @@ class _Run:
         resumed = resume.resume(world, catalog, self.state, self.identity(), pass_over_newest=pass_over_newest)
         if resumed is None:
             self.initialize()
+        else:
+            self.state.progress.passed_over = resumed.passed_over
         self.check_lockstep()
         if world.rank == 0:
             self.saver = Saver(

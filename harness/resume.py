@@ -40,6 +40,7 @@ class Resumed:
     directory: str
     step: int
     lineage: list[Ancestor]
+    passed_over: list[Cursor]  # batches that are not to be trained
     save_seconds: float | None  # what a save took then, where that is known
 
 
@@ -71,14 +72,14 @@ def resume(
             raise Mismatch(f"{entry.directory}: has no position in the data; start a run elsewhere with init_from it")
         _check_run(meta, run)
         state.restore(parts, entry.step, Cursor(**meta["cursor"]))
-        state.progress.passed_over = [Cursor(**position) for position in meta.get("passed_over", [])]
         _warn_if_inexact(meta, conditions(world))
         if meta.get("world_size") == world.size:  # else the streams start anew, from the seed and the rank
             restore_random_state(parts["random"][str(world.rank)], state.device)
         ancestor = Ancestor(entry.manifest.attempt, entry.step)
-        seconds = meta.get("save_seconds")
         lineage = [*entry.manifest.lineage, ancestor]
-        return Resumed(entry.directory, entry.step, lineage, seconds if isinstance(seconds, float) else None)
+        passed_over = [Cursor(**position) for position in meta.get("passed_over", [])]
+        seconds = meta.get("save_seconds")
+        return Resumed(entry.directory, entry.step, lineage, passed_over, seconds if isinstance(seconds, float) else None)
     if storage_failed:  # what cannot be read today is not damaged
         raise StoreError(f"{catalog.store.url}: no checkpoint could be read: {'; '.join(problems)}", transient=True)
     if entries:
