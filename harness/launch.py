@@ -4,7 +4,8 @@ It adds to torchrun's command line only what is not there, and to the environmen
 
 * ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``: otherwise (torch 2.13) a node that joins a running job hangs it;
 * a restart budget (torchrun's default is none) and a time to save after a signal;
-* a death signal, so that a killed launcher leaves no orphans: launcher → agent → workers.
+* a death signal, so that a killed launcher leaves no orphans: launcher → agent → workers;
+* deaf ears for SIGUSR1 and SIGUSR2, of which torchrun would die.
 
 torchrun restarts workers whatever made them fail. When the records of the ranks say that starting again cannot help, the
 agent is ended at once.
@@ -49,22 +50,36 @@ def launch(torchrun_options: Sequence[str], arguments: Sequence[str]) -> int:
             command(torchrun_options, arguments),
             env=environment,
             start_new_session=True,  # so that a terminal's ^C comes through here, and only once
-            preexec_fn=die_with_parent,  # noqa: PLW1509  # no threads have been started here
+            preexec_fn=_prepare_agent,  # noqa: PLW1509  # no threads have been started here
         )
-        _forward_signals(agent)
+        received = _forward_signals(agent)
         hopeless = False
         while agent.poll() is None:
             time.sleep(_POLL_SECONDS)
             if not hopeless and any(found.exit_code in outcome.FINAL_EXIT_CODES for found in outcome.read(directory)):
                 hopeless = True
                 agent.terminate()  # once: a second one would start the agent's grace anew
-        return outcome.exit_code(agent.returncode, outcome.read(directory))
+        return outcome.exit_code(agent.returncode, outcome.read(directory), asked_to_stop=bool(received))
 
 
-def _forward_signals(agent: "subprocess.Popen[bytes]") -> None:
+def _prepare_agent() -> None:
+    """Between fork and exec. Slurm sends its notice to every process of a job step; torchrun would die of it and leave its
+    workers behind. They hear it all the same: they have handlers of their own."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    die_with_parent()
+
+
+def _forward_signals(agent: "subprocess.Popen[bytes]") -> list[int]:
+    """Passes stop signals on to the agent; returns where those that have come are listed."""
+    received: list[int] = []
+
     def forward(number: int, _frame: FrameType | None) -> None:
-        # torchrun dies of a SIGUSR1 and leaves its workers behind. For a worker, all of them mean the same.
-        agent.send_signal(number if number == signal.SIGINT else signal.SIGTERM)
+        # For a worker all of them mean the same. A second one would cut the agent's grace short; only ^C is meant to.
+        if number == signal.SIGINT or not received:
+            agent.send_signal(number if number == signal.SIGINT else signal.SIGTERM)
+        received.append(number)
 
     for number in STOP_SIGNALS:
         signal.signal(number, forward)
+    return received

@@ -73,16 +73,16 @@ def of(error: BaseException) -> Outcome:
     return Outcome(1, f"{type(error).__name__}: {error}".partition("\n")[0])
 
 
-def exit_code(launcher: int, outcomes: Iterable[Outcome]) -> int:
-    """The exit code of a launch, from the launcher's own and the ranks' records.
+def exit_code(launcher: int, outcomes: Iterable[Outcome], *, asked_to_stop: bool = False) -> int:
+    """The exit code of a launch, from torchrun's own and the ranks' records.
 
-    What no restart can mend comes first, then a stop that was saved (torchrun says 1 even when all workers stopped well),
-    then torchrun's own word.
+    What no restart can mend comes first, then a stop (torchrun says 1 even when all workers stopped well; ranks that were
+    asked before they had begun leave no record), then torchrun's own word.
     """
     codes = [outcome.exit_code for outcome in outcomes]
     final = [code for code in codes if code in FINAL_EXIT_CODES]
     if final:
         return final[0]
-    if errors.Stopped.exit_code in codes:
+    if errors.Stopped.exit_code in codes or (asked_to_stop and launcher):
         return errors.Stopped.exit_code
     return 1 if launcher else 0

@@ -94,12 +94,9 @@ class Run:
         return self.wait(found, f"{event!r} of step {step}, attempt {attempt}", seconds)
 
     def workers(self) -> dict[int, int]:
-        """The process ids of the living ranks."""
-        found = {}
-        for pid, environment in _carrying(self.token):
-            if _parent(pid) == self.process.pid and (rank := environment.get("RANK")) is not None:
-                found[int(rank)] = pid
-        return found
+        """The process ids of the living ranks; their loader workers, which have their environment, are not meant."""
+        ranks = {pid: int(environment["RANK"]) for pid, environment in _carrying(self.token) if "RANK" in environment}
+        return {rank: pid for pid, rank in ranks.items() if _parent(pid) not in ranks}
 
     def processes(self) -> list[int]:
         """The process ids of everything that was launched and is alive."""

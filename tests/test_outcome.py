@@ -36,6 +36,12 @@ def test_of_an_error():
     assert outcome.of(ValueError("what")) == Outcome(1, "ValueError: what")
 
 
+@pytest.mark.parametrize(("launcher", "codes", "expected"), [(1, [], 75), (0, [], 0), (1, [2], 2), (-15, [76], 75)])
+def test_exit_code_of_a_launch_that_was_asked_to_stop(launcher, codes, expected):
+    """It wants to be started again, whether or not its ranks came so far as to say so; unless it is done, or hopeless."""
+    assert outcome.exit_code(launcher, map(Outcome, codes), asked_to_stop=True) == expected
+
+
 @pytest.mark.parametrize(
     ("launcher", "codes", "expected"),
     [
