@@ -102,6 +102,7 @@ def _build_task(config: "Config") -> "Task":
 def _train(config: "Config", task: "Task", stop: "StopRequest", *, fresh: bool) -> None:
     """Joins the other ranks, trains, and leaves: in step with them after a success, at once after a failure."""
     from harness import loop  # noqa: PLC0415  # see the module's docstring
+    from harness.signals import ignore_stop_signals  # noqa: PLC0415
     from harness.world import has_lost_a_peer, join_world, leave_at_once  # noqa: PLC0415
 
     def leave_late() -> None:
@@ -118,8 +119,10 @@ def _train(config: "Config", task: "Task", stop: "StopRequest", *, fresh: bool) 
         try:
             loop.train(config, task, world, stop, fresh=fresh)
             world.close()
+            ignore_stop_signals()
         except Stopped as stopped:
             world.close()
+            ignore_stop_signals()
             if not is_under_torchrun():
                 raise
             outcome.record(outcome.of(stopped))  # torchrun would start a worker that says it in its exit code again

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from harness import outcome
-from harness.signals import STOP_SIGNALS, die_with_parent
+from harness.signals import STOP_SIGNALS, die_with_parent, ignore_stop_signals
 
 _POLL_SECONDS = 0.2
 _DEFAULTS = {"--max-restarts": "3", "--shutdown-timeout": "60"}
@@ -59,6 +59,7 @@ def launch(torchrun_options: Sequence[str], arguments: Sequence[str]) -> int:
             if not hopeless and any(found.exit_code in outcome.FINAL_EXIT_CODES for found in outcome.read(directory)):
                 hopeless = True
                 agent.terminate()  # once: a second one would start the agent's grace anew
+        ignore_stop_signals()
         return outcome.exit_code(agent.returncode, outcome.read(directory), asked_to_stop=bool(received))
 
 

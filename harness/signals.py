@@ -66,6 +66,13 @@ class StopRequest:
         self.reason = signal.Signals(number).name
 
 
+def ignore_stop_signals() -> None:
+    """For a process that has only to leave: while Python ends, it takes its handlers away, and a signal that came then would
+    turn a good end into a death (and, under torchrun, start the run again that was asked to stop)."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def die_with_parent() -> None:
     """Has the kernel SIGKILL this process when its parent ends (Linux): a launcher that is killed leaves no orphans.
 

@@ -65,10 +65,10 @@ def config(steps: int, url: str, **args) -> dict:
 
 
 def hears(pid: int) -> bool:
-    """Whether a process has a handler for SIGTERM by now. Before that nothing of ours runs in it."""
+    """Whether a process has its handlers by now. Before that nothing of ours runs in it."""
     with contextlib.suppress(OSError):
         caught = re.search(r"^SigCgt:\s+(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-        return caught is not None and bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+        return caught is not None and bool(int(caught[1], 16) >> (signal.SIGUSR2 - 1) & 1)  # the last one
     return False
 
 
@@ -155,8 +155,27 @@ def test_a_stop_at_any_moment(tmp_path, ranks, trials):
     disturbed(tmp_path, ranks, trials, seed=int(time.time()) // 86400)  # others every day
 
 
+@pytest.mark.torchrun
+def test_signals_that_come_late_change_nothing(tmp_path):
+    """A rank that has stopped, and the launcher, are signalled until they are gone: nobody takes that for a failure."""
+    chain = Chain(tmp_path, ranks=2, seed=0)
+    with chain.launch(MOST_STEPS, pause_seconds=0.003) as run:
+        run.wait(lambda: run.events("train"), "the first step")
+        (rank_0, rank_1), launcher = (run.workers()[rank] for rank in (0, 1)), run.process.pid
+        os.kill(rank_1, signal.SIGUSR1)
+        wait_until(lambda: "asked to stop" in run.output(), "the stop")
+        while run.process.poll() is None:
+            for pid in (rank_0, rank_1, launcher):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+            time.sleep(0.001)
+        assert run.finish() == 75
+        assert len({record["attempt"] for record in run.events()}) == 1
+
+
 @pytest.mark.soak
 @pytest.mark.torchrun
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_stop_at_a_hundred_moments(tmp_path, ranks):
     """While it starts, in steps, in collectives, in evaluations, in saves; once or twice; to a rank or to the launcher."""
