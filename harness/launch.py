@@ -8,9 +8,11 @@ It adds to torchrun's command line only what is not there, and to the environmen
 * deaf ears for SIGUSR1 and SIGUSR2, of which torchrun would die.
 
 torchrun restarts workers whatever made them fail. When the records of the ranks say that starting again cannot help, the
-agent is ended at once.
+agent is ended at once. And when they say that the ranks have stopped, the agent is not waited for: on several machines it
+would wait five minutes for that of the machine which was asked to stop, and which has left without a word.
 """
 
+import math
 import os
 import signal
 import subprocess
@@ -21,9 +23,11 @@ from collections.abc import Sequence
 from types import FrameType
 
 from harness import outcome
+from harness.errors import Stopped
 from harness.signals import STOP_SIGNALS, die_with_parent, ignore_stop_signals
 
 _POLL_SECONDS = 0.2
+_LEAVING_SECONDS = 5.0  # that a rank which has stopped well may take to be gone
 _DEFAULTS = {"--max-restarts": "3", "--shutdown-timeout": "60"}
 
 
@@ -53,14 +57,21 @@ def launch(torchrun_options: Sequence[str], arguments: Sequence[str]) -> int:
             preexec_fn=_prepare_agent,  # noqa: PLW1509  # no threads have been started here
         )
         received = _forward_signals(agent)
-        hopeless = False
+        hopeless, stopped_time = False, math.inf
         while agent.poll() is None:
             time.sleep(_POLL_SECONDS)
-            if not hopeless and any(found.exit_code in outcome.FINAL_EXIT_CODES for found in outcome.read(directory)):
+            codes = {found.exit_code for found in outcome.read(directory)}
+            if not hopeless and codes & outcome.FINAL_EXIT_CODES:
                 hopeless = True
                 agent.terminate()  # once: a second one would start the agent's grace anew
+            if Stopped.exit_code in codes:
+                stopped_time = min(stopped_time, time.monotonic())
+            if time.monotonic() > stopped_time + _LEAVING_SECONDS:
+                agent.kill()  # while it waits for other machines it hears no other signal
         ignore_stop_signals()
-        return outcome.exit_code(agent.returncode, outcome.read(directory), asked_to_stop=bool(received))
+        return outcome.exit_code(
+            agent.returncode, outcome.read(directory), asked_to_stop=bool(received) or stopped_time < math.inf
+        )
 
 
 def _prepare_agent() -> None:
