@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from harness.errors import ConfigError
-from harness.signals import STOP_SIGNALS
+from harness.signals import STOP_SIGNALS, die_with_parent
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,8 @@ def batches(
 
 def _shield_worker(_worker: int) -> None:
     """A worker outlives the signal that stops the run: torchrun signals the whole process group, and a trainer whose
-    workers die cannot take its last steps. Workers end when the trainer closes them or is gone."""
+    workers die cannot take its last steps. Workers end when the trainer closes them or is gone, whatever they are at."""
+    die_with_parent()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
