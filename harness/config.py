@@ -81,6 +81,17 @@ class CheckpointConfig(_Section):
     """Besides the last ones, keep the one with the best evaluation; each new best is saved."""
     failures_allowed: int = Field(default=3, ge=0)
     """How many saves in a row may fail before the run stops. The last save of a run may not."""
+    mode: Literal["async", "sync"] = "async"
+    """``async``: beside the training, from a copy in the host's memory; ``sync``: while the training waits, without one."""
+    overlap: bool = True
+    """Copy what only the optimizer's step changes beside the next forward and backward pass. Off: copy all at the step
+    boundary, for a training that changes parameters by hand before the optimizer does."""
+    when_busy: Literal["wait", "skip"] = "wait"
+    """What a save does that is due while the one before is still being written; either way the log says so."""
+    memory_limit_bytes: int | None = Field(default=None, ge=0)
+    """How large the copy may be; a larger state is saved while the training waits. None: as large as the state."""
+    check_snapshots: bool = False
+    """Compare what is written with the state at the step boundary, at the cost of a pass over it."""
     shard_bytes: int = Field(default=1 << 30, ge=1 << 10)
     """The largest size of a shard."""
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)

@@ -18,7 +18,8 @@ from torch import nn
 import harness
 from harness import crashes, data, interchange, nonfinite, resume
 from harness.checkpoint.catalog import Catalog, Retention
-from harness.checkpoint.saver import Saver
+from harness.checkpoint.saver import Saved, Saver
+from harness.checkpoint.staging import HostMemory
 from harness.checkpoint.store import open_store
 from harness.config import Config
 from harness.crashes import Crash
@@ -132,6 +133,7 @@ class _Run:
         self.model = world.wrap(task.model)
         self.loss = torch.zeros(())  # this rank's part of the mean loss over the last global batch; the parts add up
         self.saver: Saver | None = None  # on rank 0, where the run has a URL
+        self.host_memory = HostMemory(pinned=world.device.type == "cuda")
         self.record_crash: Callable[[Crash], None] | None = None  # on every rank, where the run has a URL
         self.save_seconds: float | None = None  # what the last save took, on rank 0
         self.warned_of_slow_saves = False
@@ -201,6 +203,8 @@ class _Run:
                 retention=Retention(checkpoint.keep_last, checkpoint.keep_every_steps),
                 shard_bytes=checkpoint.shard_bytes,
                 failures_allowed=checkpoint.failures_allowed,
+                memory=self.host_memory,
+                memory_limit_bytes=checkpoint.memory_limit_bytes,
             )
         step = self.state.progress.step
         where = f"resuming from {resumed.directory}" if resumed else f"starting in {catalog.store.url}"
@@ -228,8 +232,10 @@ class _Run:
         self.last_logged_step = self.state.progress.step
 
     def close(self) -> None:
-        """Ends the loader's workers."""
+        """Ends the loader's workers, and a save that is under way: one that can be finished soon is worth it."""
         self.batches.close()
+        if self.saver is not None:
+            self.tell_of(self.saver.give_up_after(self.config.stop.grace_seconds))
 
     def check_lockstep(self) -> None:
         """Makes sure that all ranks hold the same state, and mean to train the same."""
@@ -304,6 +310,8 @@ class _Run:
         if bad:
             scaler.update(scaler.get_scale())  # the scale is not to blame, and stays
         else:
+            if self.saver is not None:
+                self.saver.fence()
             scaler.step(optimizer)
             scaler.update()
         self.task.model.zero_grad(set_to_none=True)  # all of them: the optimizer may not own each, and none may pile up
@@ -336,12 +344,13 @@ class _Run:
 
         def check() -> None:
             assert self.saver is not None
+            self.tell_of(self.saver.wait())
             self.saver.step_aside()
             if not any(entry.state == "whole" for entry in self.catalog.candidates()):
                 raise NonFinite(f"{found}; there is no checkpoint yet to go back to")
 
         resume.on_first(self.world, check)
-        self.close()
+        self.batches.close()
         data.seed_everything(self.config.seed, self.world.rank + 1)
         self.begin_attempt(self.catalog)
         self.begin_here()
@@ -467,8 +476,10 @@ class _Run:
         return self.config.checkpoint.keep_best and self.state.progress.best.get("step") == self.state.progress.step
 
     def save_if_due(self, *, now: bool, must_succeed: bool) -> None:
-        """Commits the state as it is at this step boundary. All ranks call it; rank 0 writes."""
+        """Saves the state as it is at this step boundary. All ranks call it; rank 0 writes."""
         checkpoint, progress = self.config.checkpoint, self.state.progress
+        if self.saver is not None:
+            self.tell_of(self.saver.poll())
         if checkpoint.url is None or not (now or self.is_due(checkpoint.every_steps, checkpoint.every_epochs)):
             return
         self.note_loss()
@@ -476,15 +487,36 @@ class _Run:
         self.last_saved_time = time.monotonic()
         if self.saver is None or states is None:
             return
-        parts = {**self.state.capture(), "random": {str(rank): state for rank, state in enumerate(states)}}
         must_succeed = must_succeed or self.is_over()
+        if self.saver.is_busy and checkpoint.when_busy == "skip" and not must_succeed:
+            message = f"step {progress.step}/{self.total_steps}  NOT saved: the save before is still being written"
+            self.reporter.event("skip", message, step=progress.step)
+            return
+        self.tell_of(self.saver.wait())
+        self.save(self.saver, {str(rank): state for rank, state in enumerate(states)}, must_succeed=must_succeed)
+
+    def save(self, saver: Saver, random_states: dict[str, Any], *, must_succeed: bool) -> None:
+        """Saves beside the training, or, when this is to be the last thing to happen, before it goes on."""
+        checkpoint, progress = self.config.checkpoint, self.state.progress
+        parts = {**self.state.capture(), "random": random_states}
         best = int(progress.best["step"]) if checkpoint.keep_best and progress.best else None
-        saved = self.saver.save(parts, step=progress.step, meta=self.meta(), best_step=best, must_succeed=must_succeed)
-        if saved is not None:
-            message = f"step {progress.step}/{self.total_steps}  saved {saved.directory} in {saved.seconds:.2f} s"
-            self.reporter.event("save", message, step=progress.step, **asdict(saved))
-            self.save_seconds = saved.seconds
-            self.warn_if_saves_are_slow()
+        about: dict[str, Any] = {"step": progress.step, "meta": self.meta(), "best_step": best}
+        if must_succeed or checkpoint.mode == "sync":
+            self.tell_of(saver.save(parts, **about, must_succeed=must_succeed))
+            return
+        if checkpoint.overlap:
+            about["is_steady"] = self.state.is_steady()
+        saver.begin(parts, **about, check=checkpoint.check_snapshots)
+
+    def tell_of(self, saved: Saved | None) -> None:
+        """Logs a save that has been committed."""
+        if saved is None:
+            return
+        times = f"in {saved.seconds:.2f} s, of which training waited {saved.blocked_seconds:.3f} s"
+        message = f"step {saved.step}/{self.total_steps}  saved {saved.directory} {times}"
+        self.reporter.event("save", message, **asdict(saved))
+        self.save_seconds = saved.seconds
+        self.warn_if_saves_are_slow()
 
     def warn_if_saves_are_slow(self) -> None:
         """Says once, while there is time to act, that a save would not fit between a stop signal and the end."""

@@ -12,7 +12,7 @@ consumed, and what is live must be filled.
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -79,11 +79,26 @@ class TrainingState:
             self.scaler.load_state_dict(dict(training["scaler"]))
         self.progress = Progress(step, cursor, dict(training["last"]), dict(training["best"]))
 
+    def is_steady(self) -> Callable[[torch.Tensor], bool]:
+        """Tells the tensors that nothing changes but the optimizer's step: its parameters, and its own state."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        places = {tensor.data_ptr() for tensor in _tensors_in([parameters, *self.optimizer.state.values()])}
+        return lambda tensor: tensor.data_ptr() in places
+
     def digests(self) -> dict[str, Any]:
         """What must be the same on all ranks before they train together."""
         parts = self.capture()
         states = {name: commit.digest_of(parts[name], name) for name in ("model", "optimizer")}
         return {"step": self.progress.step, **asdict(self.progress.cursor), **states}
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors within lists, tuples and dictionaries."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(item)
 
 
 # --- the model -------------------------------------------------------------------------------------------------------

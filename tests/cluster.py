@@ -322,6 +322,15 @@ def train_here(task: Any, world: Any = None, *, fresh: bool = False, **config: A
     return train(whole, build_task(whole, task), world or SoloWorld(torch.device("cpu")), StopRequest(), fresh=fresh)
 
 
+def committed(url: Path | str, storage_options: Mapping[str, Any] | None = None) -> set[int]:
+    """The steps that are committed: a save goes on beside the training, so a test that is about to kill waits for it."""
+    from harness.checkpoint.format import MANIFEST
+    from harness.checkpoint.store import open_store
+
+    names = open_store(str(url), storage_options).list()
+    return {int(name.split("-")[1]) for name in names if name.startswith("step-") and name.endswith(f"/{MANIFEST}")}
+
+
 def newest(url: Path | str) -> dict[str, Any]:
     """The newest whole checkpoint of a run: its manifest's metadata and digests, and its parts."""
     from harness.checkpoint import load

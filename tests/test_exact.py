@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cluster import branch, held, hold, launch, newest, play, played, read_json, release, returned, train_here
+from cluster import branch, committed, held, hold, launch, newest, play, played, read_json, release, returned, train_here
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -127,6 +127,7 @@ def test_one_process_killed_and_started_again(tmp_path, straight, workers):
     command = config("run", workers=workers, place=".", hold_at=KILLED_AT)
     with launch(tmp_path, command) as run:
         run.wait(lambda: held(tmp_path / "step"), "the step at which it is killed")
+        run.wait(lambda: 6 in committed(tmp_path / "run"), "the save before it")
         run.kill()
     with launch(tmp_path, command) as run:
         assert run.wait_for("resume")["step"] == 6
@@ -142,6 +143,7 @@ def test_a_rank_killed_and_restarted_by_torchrun(tmp_path, straight, ranks, vict
     command = config("run", workers=workers, place=".", hold_at=KILLED_AT)
     with launch(tmp_path, command, ranks=ranks, max_restarts=1) as run:
         run.wait(lambda: held(tmp_path / "step"), "the step at which a rank is killed")
+        run.wait(lambda: 6 in committed(tmp_path / "run"), "the save before it")
         run.kill_rank(victim)
         release(tmp_path / "step")
         assert run.wait_for("resume", attempt=2)["step"] == 6

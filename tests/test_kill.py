@@ -10,7 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
-from cluster import alive, harness, held, hold, launch, read_json, release, wait_until
+from cluster import alive, committed, harness, held, hold, launch, read_json, release, wait_until
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 from torch import nn
@@ -248,6 +248,7 @@ def test_killed_on_s3(tmp_path, straight, s3):
     url = s3.url("killed")
     with launch(tmp_path, config(url, place=".", hold_at=10, workers=2), ranks=2, max_restarts=1, env=s3.env) as run:
         run.wait(lambda: held(tmp_path / "step"), "the step at which a rank is killed")
+        run.wait(lambda: 9 in committed(url, s3.storage_options), "the save before it")
         run.kill_rank(0)
         release(tmp_path / "step")
         assert run.wait_for("resume", attempt=2)["step"] == 9
@@ -268,6 +269,7 @@ def test_a_killed_launcher_leaves_no_writer_behind(tmp_path, straight):
     command = config("run", place=".", hold_at=10)
     with launch(tmp_path, command, ranks=2) as run:
         run.wait(lambda: held(tmp_path / "step"), "the step at which the launcher is killed")
+        run.wait(lambda: 9 in committed(tmp_path / "run"), "the save before it")
         workers = run.workers()
         os.kill(run.process.pid, signal.SIGKILL)
         wait_until(lambda: not any(alive(pid) for pid in workers.values()), "the workers to end")

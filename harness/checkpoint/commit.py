@@ -31,8 +31,9 @@ from harness.checkpoint.format import (
     plan_shards,
     shard_name,
 )
-from harness.checkpoint.store import Buffer, Store
-from harness.errors import StoreError
+from harness.checkpoint.store import Store
+from harness.checkpoint.unbuffered import Buffer
+from harness.errors import StoreError, Unsupported
 
 
 def write(
@@ -50,12 +51,47 @@ def write(
     ``parts`` are nested values such as state dictionaries; ``meta`` is JSON that goes into the manifest as it is. Raises
     ``Unsupported`` before anything is written, ``StoreError`` when the store fails; in both cases nothing is committed.
     """
+    return write_encoded(
+        store, encode(parts), step=step, attempt=attempt, lineage=lineage, meta=meta, shard_bytes=shard_bytes
+    )
+
+
+def encode(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, tree.Encoded]:
+    """Takes all parts apart. Raises ``Unsupported`` for what cannot be written."""
     for name in parts:
         check_part_name(name)
-    encoded = {name: tree.encode(part, name) for name, part in parts.items()}
+    return {name: tree.encode(part, name) for name, part in parts.items()}
+
+
+def checksums(encoded: Mapping[str, tree.Encoded]) -> dict[str, dict[str, str]]:
+    """The checksum of each tensor's bytes, by part and path."""
+    return {
+        name: {path: _hash(tree.raw_bytes(tensor)) for path, tensor in part.tensors.items()}
+        for name, part in encoded.items()
+    }
+
+
+def write_encoded(
+    store: Store,
+    encoded: Mapping[str, tree.Encoded],
+    *,
+    step: int,
+    attempt: Attempt,
+    lineage: Sequence[Ancestor],
+    meta: Mapping[str, Any] | None,
+    shard_bytes: int,
+    expected: Mapping[str, Mapping[str, str]] | None = None,
+) -> tuple[str, Manifest]:
+    """As ``write``, for parts that were taken apart. ``expected`` are checksums that the tensors must have, as by
+    ``checksums``: raises ``Unsupported`` before the commit when they were changed since."""
     directory = new_directory(step, attempt)
     files: list[FileInfo] = []
-    written = {name: _write_part(store, directory, name, part, shard_bytes, files) for name, part in encoded.items()}
+    written = {}
+    for name, part in encoded.items():
+        written[name], hashes = _write_part(store, directory, name, part, shard_bytes, files)
+        if expected is not None and hashes != expected[name]:
+            torn = sorted(path for path in hashes if hashes[path] != expected[name][path])
+            raise Unsupported(f"{name}: {', '.join(torn[:10])} changed between the step boundary and the optimizer's step")
     manifest = Manifest(
         step=step,
         attempt=attempt.id,
@@ -76,14 +112,14 @@ def write(
 def digest_of(part: Mapping[str, Any], name: str) -> str:
     """The digest that a checkpoint of this part would have."""
     encoded = tree.encode(part, name)
-    hashes = {path: _hash(tree.raw_bytes(tensor)) for path, tensor in encoded.tensors.items()}
-    return _digest(encoded, hashes)
+    return _digest(encoded, checksums({name: encoded})[name])
 
 
 def _write_part(
     store: Store, directory: str, name: str, part: tree.Encoded, shard_bytes: int, files: list[FileInfo]
-) -> Part:
-    """Writes the shards of a part, and an index where there are several; adds them to ``files``."""
+) -> tuple[Part, dict[str, str]]:
+    """Writes the shards of a part, and an index where there are several; adds them to ``files``. Besides the part, the
+    checksums of its tensors."""
     shards = plan_shards((tree.info(path, tensor) for path, tensor in part.tensors.items()), shard_bytes)
     hashes: dict[str, str] = {}
     names = [shard_name(name, index, len(shards)) for index in range(len(shards))]
@@ -96,7 +132,7 @@ def _write_part(
         index = _index(names, shards)
         files.append(FileInfo(f"{name}{INDEX_SUFFIX}", len(index), checksum(index)))
         _put_bytes(store, f"{directory}/{name}{INDEX_SUFFIX}", index)
-    return Part(files=names, tree=part.tree, aliases=part.aliases, digest=_digest(part, hashes))
+    return Part(files=names, tree=part.tree, aliases=part.aliases, digest=_digest(part, hashes)), hashes
 
 
 class _ShardStream:

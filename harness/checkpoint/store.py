@@ -35,10 +35,11 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
+from harness.checkpoint import unbuffered
+from harness.checkpoint.unbuffered import Buffer
 from harness.errors import ConfigError, HarnessError, StoreError
 
 T = TypeVar("T")
-Buffer = bytes | bytearray | memoryview
 
 _SMALL_BYTES = 4 << 20  # an object up to this size is sent in one request
 _BLOCK_BYTES = 16 << 20  # larger ones are streamed in parts of this size
@@ -186,14 +187,16 @@ class Store:
 class _LocalStore(Store):
     """A local filesystem, where ``put`` needs care of its own."""
 
-    def _put(self, path: str, chunks: Iterable[Buffer], size_bytes: int) -> None:  # noqa: ARG002  # fsync tells
+    def _put(self, path: str, chunks: Iterable[Buffer], size_bytes: int) -> None:
         directory = os.path.dirname(path)
         _make_durable_directory(directory, self._durable)
         partial = _partial(path)
         try:
             with open(partial, "wb", buffering=0) as file:
-                for chunk in chunks:
-                    _write_all(file, chunk)
+                if size_bytes < unbuffered.BUFFER_BYTES:
+                    unbuffered.write_all(file, b"".join(chunks))
+                else:
+                    unbuffered.write(file, chunks)
                 os.fsync(file.fileno())  # ext4 accepts more than the disk holds, and says so only here
             os.replace(partial, path)
         except BaseException:
@@ -371,12 +374,6 @@ def _write_pipelined(file: Any, chunk: Buffer) -> None:
     file.write(view[:-1])
     file.set_pipelined(False)
     file.write(view[-1:])
-
-
-def _write_all(file: Any, chunk: Buffer) -> None:
-    view = memoryview(chunk)
-    while view:  # a raw write may be short
-        view = view[file.write(view) :]
 
 
 def _make_durable_directory(path: str, known: set[str]) -> None:

@@ -20,7 +20,8 @@ import torch
 
 from harness.checkpoint import load, tree
 from harness.checkpoint.format import DTYPES, INDEX_SUFFIX, Manifest, TensorInfo, encode_header, plan_shards, shard_name
-from harness.checkpoint.store import Buffer, Store, open_store
+from harness.checkpoint.store import Store, open_store
+from harness.checkpoint.unbuffered import Buffer
 from harness.errors import ConfigError, Mismatch, StoreError, Unsupported
 from harness.interchange.foreign import split
 
