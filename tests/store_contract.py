@@ -32,6 +32,10 @@ class Place:
         store.fs = type(fs)(*fs.storage_args, **fs.storage_options, skip_instance_cache=True)
         return store
 
+    def directories(self) -> list[str]:
+        """The directories of the place on this machine, itself among them, where it lies on one."""
+        return [directory for directory, _, _ in os.walk(self.raw.root)] if isinstance(self.raw, RawDirectory) else []
+
 
 class Raw:
     """The objects of a place, by the storage's own means."""
@@ -334,3 +338,19 @@ class StoreContract:
         for _ in range(2):
             store.delete_directory("directory")
         assert store.list() == {"other/file.bin": 1}
+
+    def test_directories_on_the_way_leave_no_trace(self, place):
+        """Those that had to be made are gone when they are empty; one with objects in it keeps them all."""
+        before = place.directories()
+        store = place.open()
+        with store.without_traces():
+            put(store, "directory/file.bin", b"1")
+            store.delete("directory/file.bin")
+            store.delete_directory("directory")
+        assert place.directories() == before
+        with store.without_traces():
+            put(store, "kept", b"1")
+        with store.without_traces():
+            put(store, "other", b"1")
+            store.delete("other")
+        assert place.raw.names() == {"kept"}

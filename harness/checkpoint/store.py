@@ -26,7 +26,7 @@ import secrets
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import Any, BinaryIO, ClassVar, Generic, TypeVar
 
 import fsspec
 import tenacity
@@ -64,6 +64,8 @@ class Store:
     ``attempts`` and ``deadline_seconds`` bound each call: so many tries, and so many seconds for each try besides the
     time that its bytes may take.
     """
+
+    has_directories: ClassVar[bool] = False  # of its own, which somebody has to make and may remove
 
     def __init__(self, fs: fsspec.AbstractFileSystem, root: str, url: str, attempts: int, deadline_seconds: float) -> None:
         self.fs = fs
@@ -148,6 +150,26 @@ class Store:
         with contextlib.suppress(StoreError):
             self._call("remove", name, remove)
 
+    @contextlib.contextmanager
+    def without_traces(self) -> Iterator[None]:
+        """Takes those directories away afterwards that had to be made on the way to the root, where they are empty."""
+        made = self._call("stat", "", lambda: list(self._missing(self.root))) if self.has_directories else []
+        try:
+            yield
+        finally:
+            for path in made:
+                with contextlib.suppress(OSError, StoreError):
+                    self._call("remove", "", lambda path=path: self.fs.rmdir(path))  # type: ignore[misc]
+
+    def _missing(self, path: str) -> Iterator[str]:
+        """Of a path and those above it, those that are not there, the innermost first."""
+        try:
+            if path:
+                self.fs.info(path)
+        except FileNotFoundError:
+            yield path
+            yield from self._missing(os.path.dirname(path))
+
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
 
@@ -187,6 +209,8 @@ class Store:
 class _LocalStore(Store):
     """A local filesystem, where ``put`` needs care of its own."""
 
+    has_directories = True
+
     def _put(self, path: str, chunks: Iterable[Buffer], size_bytes: int) -> None:
         directory = os.path.dirname(path)
         _make_durable_directory(directory, self._durable)
@@ -208,6 +232,8 @@ class _LocalStore(Store):
 
 class _SftpStore(Store):
     """SFTP, where others see a file while it is being written."""
+
+    has_directories = True
 
     def _open(self, path: str) -> Any:
         file = super()._open(path)
