@@ -28,17 +28,48 @@ def launch_id() -> str | None:
 
 
 def shutdown_grace_seconds() -> float:
-    """How long torchrun lets its workers live after it was asked to end; without torchrun, no limit is known.
-
-    torchrun's options are on the command line of the parent process, or in the environment that it was started with.
-    """
+    """How long torchrun lets its workers live after it was asked to end; without torchrun, no limit is known."""
     if not is_under_torchrun():
         return math.inf
-    words = [os.environ.get("PET_SHUTDOWN_TIMEOUT") or os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT") or "30"]
+    word = _torchrun_option("--shutdown-timeout", "PET_SHUTDOWN_TIMEOUT", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    return float(word) if word.isdecimal() else 30.0
+
+
+def max_restarts() -> int | None:
+    """How often torchrun starts the ranks anew; None where nobody has said."""
+    word = os.environ.get("TORCHELASTIC_MAX_RESTARTS") or os.environ.get("PET_MAX_RESTARTS") or ""
+    return int(word) if word.isdecimal() else None
+
+
+def restarts() -> int:
+    """How often torchrun has started this process's rank anew in this launch, as this machine counts."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def nodes() -> int:
+    """How many machines the run has, as far as the launcher says; 1 where it says nothing."""
+    if is_under_torchrun():
+        return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    words = [os.environ.get(name, "") for name in ("PET_NNODES", "SLURM_JOB_NUM_NODES", "SKYPILOT_NUM_NODES")]
+    counts = [int(most) for word in words if (most := word.rpartition(":")[2]).isdecimal()]
+    processes, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    return max(*counts, processes // here, 1)
+
+
+def least_nodes() -> int:
+    """How many machines torchrun was told to wait for at least."""
+    word = _torchrun_option("--nnodes", "PET_NNODES").partition(":")[0]
+    return int(word) if is_under_torchrun() and word.isdecimal() else 1
+
+
+def _torchrun_option(option: str, *variables: str) -> str:
+    """What torchrun was started with: an option of the parent process's command line, or else a variable of the
+    environment; empty where there is neither."""
+    words = [next(filter(None, map(os.environ.get, variables)), "")]
     with suppress(OSError):  # not Linux, or the parent is gone
         command = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
         for word, following in zip(command, [*command[1:], ""], strict=True):
-            name, equals, value = word.replace("_", "-").partition("=")
-            if name == "--shutdown-timeout":
+            name, equals, value = word.partition("=")
+            if name.replace("_", "-") == option:
                 words.append(value if equals else following)
-    return float(words[-1]) if words[-1].isdecimal() else 30.0
+    return words[-1]

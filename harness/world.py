@@ -184,13 +184,10 @@ def join_world(config: WorldConfig) -> World:
 
     Raises ``ConfigError`` where the configuration asks for what the machine has not, before any group is made.
     """
-    device = _choose_device(config)
+    device = choose_device(config)
     if "WORLD_SIZE" not in os.environ:
         return SoloWorld(device)
-    backend = config.backend if config.backend != "auto" else "nccl" if device.type == "cuda" else "gloo"
-    if backend == "nccl" and device.type != "cuda":
-        raise ConfigError("world.backend: expected CUDA devices for nccl, found none")
-    return TorchrunWorld(device, backend, config.timeout_seconds)
+    return TorchrunWorld(device, choose_backend(config, device), config.timeout_seconds)
 
 
 def leave_at_once(code: int) -> NoReturn:
@@ -198,7 +195,8 @@ def leave_at_once(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _choose_device(config: WorldConfig) -> torch.device:
+def choose_device(config: WorldConfig) -> torch.device:
+    """The device of this rank, which becomes the current one. Raises ``ConfigError`` where the machine has too few."""
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     count = torch.cuda.device_count() if config.device != "cpu" else 0
     if config.device == "cuda" and count < local_size:
@@ -208,6 +206,14 @@ def _choose_device(config: WorldConfig) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def choose_backend(config: WorldConfig, device: torch.device) -> str:
+    """What the gradients travel over. Raises ``ConfigError`` where the device has no such thing."""
+    backend = config.backend if config.backend != "auto" else "nccl" if device.type == "cuda" else "gloo"
+    if backend == "nccl" and device.type != "cuda":
+        raise ConfigError("world.backend: expected CUDA devices for nccl, found none")
+    return backend
 
 
 def _fresh_store(rank: int, size: int, timeout: timedelta) -> Store:
