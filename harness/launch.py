@@ -60,11 +60,11 @@ def launch(torchrun_options: Sequence[str], arguments: Sequence[str]) -> int:
         hopeless, stopped_time = False, math.inf
         while agent.poll() is None:
             time.sleep(_POLL_SECONDS)
-            codes = {found.exit_code for found in outcome.read(directory)}
-            if not hopeless and codes & outcome.FINAL_EXIT_CODES:
+            found = outcome.read(directory)
+            if not hopeless and any(each.is_final for each in found):
                 hopeless = True
                 agent.terminate()  # once: a second one would start the agent's grace anew
-            if Stopped.exit_code in codes:
+            if any(each.exit_code == Stopped.exit_code for each in found):
                 stopped_time = min(stopped_time, time.monotonic())
             if time.monotonic() > stopped_time + _LEAVING_SECONDS:
                 agent.kill()  # while it waits for other machines it hears no other signal

@@ -31,10 +31,19 @@ FINAL_EXIT_CODES = frozenset(
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a rank: its exit code as ``harness.errors`` defines them, and one line for people."""
+    """The end of a rank: its exit code as ``harness.errors`` defines them, and one line for people.
+
+    A ``verdict`` is what the doctor says of a run, by ranks that are all well and end with 0.
+    """
 
     exit_code: int
     message: str = ""
+    verdict: bool = False
+
+    @property
+    def is_final(self) -> bool:
+        """Whether this ends the launch."""
+        return self.exit_code in FINAL_EXIT_CODES and not self.verdict
 
 
 def record(outcome: Outcome) -> None:
@@ -47,6 +56,11 @@ def record(outcome: Outcome) -> None:
         partial.replace(path)
     except OSError:
         pass
+
+
+def is_wanted() -> bool:
+    """Whether a launcher reads the record of this rank."""
+    return DIRECTORY_VARIABLE in os.environ
 
 
 def forget() -> None:
@@ -79,10 +93,13 @@ def exit_code(launcher: int, outcomes: Iterable[Outcome], *, asked_to_stop: bool
     What no restart can mend comes first, then a stop (torchrun says 1 even when all workers stopped well; ranks that were
     asked before they had begun leave no record), then torchrun's own word.
     """
+    outcomes = list(outcomes)
     codes = [outcome.exit_code for outcome in outcomes]
-    final = [code for code in codes if code in FINAL_EXIT_CODES]
+    final = [outcome.exit_code for outcome in outcomes if outcome.is_final]
     if final:
         return final[0]
+    if not launcher and any(outcome.verdict for outcome in outcomes):
+        return codes[0]
     if errors.Stopped.exit_code in codes or (asked_to_stop and launcher):
         return errors.Stopped.exit_code
     return 1 if launcher else 0

@@ -59,3 +59,12 @@ def test_exit_code_of_a_launch_that_was_asked_to_stop(launcher, codes, expected)
 def test_exit_code(launcher, codes, expected):
     """What no restart can mend comes first, then a stop that was saved, then torchrun's own word."""
     assert outcome.exit_code(launcher, map(Outcome, codes)) == expected
+
+
+def test_the_exit_code_of_a_verdict():
+    """Ranks that end well and say that a run would not: theirs counts, and it ends nothing early."""
+    verdicts = [Outcome(74, verdict=True)] * 2
+    assert outcome.exit_code(0, verdicts) == 74
+    assert outcome.exit_code(1, verdicts) == 1, "one of them did not come to its end"
+    assert not Outcome(2, verdict=True).is_final
+    assert Outcome(2).is_final
