@@ -6,22 +6,25 @@ The verbs that read a run's URL import neither torch nor the user's code, and ne
 import dataclasses
 import json
 import logging
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 import harness
 from harness import outcome
-from harness.environment import is_first_of_node, is_under_torchrun
+from harness.environment import is_first_of_node, is_under_torchrun, rank, restarts
 from harness.errors import Corrupt, HarnessError, NoCheckpoint, RankFailure, Stopped
+from harness.outcome import Outcome
 
 if TYPE_CHECKING:
     from harness.checkpoint.catalog import Catalog, Entry
     from harness.config import Config
+    from harness.doctor.findings import Finding
     from harness.signals import StopRequest
     from harness.task import Task
 
@@ -146,18 +149,60 @@ def _train(config: "Config", task: "Task", stop: "StopRequest", *, fresh: bool) 
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def launch(arguments: tuple[str, ...]) -> None:
-    """Run `harness train` under torchrun: harness launch [torchrun options] -- train CONFIG.yaml ...
+    """Run `harness train` or `harness doctor` under torchrun: harness launch [torchrun options] -- train CONFIG.yaml ...
 
     Sets what torchrun needs to restart well and ends it when starting again cannot help. Exit codes: 0 done, 75 stopped and
     saved: start it again, 1 failed, starting again may help; 2, 65, 66, 70, 77 as for train: somebody has to act first.
     """
     from harness.launch import launch  # noqa: PLC0415  # see the module's docstring
 
-    if "train" not in arguments:
-        raise click.UsageError("expected: harness launch [torchrun options] -- train CONFIG.yaml ...")
     # click takes the "--" away; the verb divides the two halves as well
-    start = arguments.index("train")
+    start = next((index for index, word in enumerate(arguments) if word in ("train", "doctor")), None)
+    if start is None:
+        raise click.UsageError("expected: harness launch [torchrun options] -- train CONFIG.yaml ... (or doctor for train)")
     sys.exit(launch(arguments[:start], arguments[start:]))
+
+
+@cli.command()
+@click.argument("config_file", metavar="CONFIG.yaml")
+@click.argument("overrides", metavar="[dotted.key=value]...", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(config_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Say what will bite on this machine and with this launcher, before a run is started.
+
+    Start it as the training will be started: harness launch [torchrun options] -- doctor CONFIG.yaml ... It tries what it
+    can, and leaves nothing behind. Exit codes: 0 nothing would keep the run from working (warnings do not count), else that
+    with which the run would end: 2 the configuration, the task or the machine, 66 no checkpoint is whole, 74 the storage
+    fails, 76 the ranks do not meet.
+    """
+    from harness.doctor import examine  # noqa: PLC0415  # see the module's docstring
+    from harness.signals import STOP_SIGNALS, die_with_parent  # noqa: PLC0415
+
+    if restarts():
+        raise RankFailure("the doctor has spoken, and torchrun starts it again: see above, or use harness launch")
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler)  # each ends it as ^C does, with everything cleaned up
+    if is_under_torchrun():
+        die_with_parent()
+    outcome.forget()
+    code = examine(config_file, overrides, lambda found: _tell(found, as_json=as_json))
+    if is_under_torchrun():
+        from harness.world import leave_at_once  # noqa: PLC0415
+
+        sys.stdout.flush()
+        outcome.record(Outcome(code, verdict=True))
+        leave_at_once(0 if outcome.is_wanted() else code)  # torchrun would start again what ends with anything else
+    sys.exit(code)
+
+
+def _tell(found: "Sequence[Finding]", *, as_json: bool) -> None:
+    if rank():
+        return
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(finding) for finding in found], indent=1))
+        return
+    for finding in found:
+        click.echo(str(finding))
 
 
 # --- reading a run ---------------------------------------------------------------------------------------------------

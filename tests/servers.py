@@ -170,19 +170,20 @@ def azurite(folder: Path) -> Iterator[Azure]:
 
 
 @contextlib.contextmanager
-def sshd(folder: Path) -> Iterator[Sftp]:
-    """An SFTP server for this user, with a key of its own."""
+def sshd(folder: Path, *, denied: str = "") -> Iterator[Sftp]:
+    """An SFTP server for this user, with a key of its own; ``denied`` are requests that it refuses (``remove,rmdir``)."""
     program = _program("sshd", "apt-get install openssh-server")
     keygen = _program("ssh-keygen", "apt-get install openssh-client")
     for key in ("hostkey", "userkey"):
         if not (folder / key).exists():
             subprocess.run([keygen, "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
+    sftp = f"internal-sftp -P {denied}" if denied else "internal-sftp"
     if os.geteuid() == 0:
         os.makedirs("/run/sshd", exist_ok=True)  # root's sshd does not start without it
 
     def command(port: int) -> list[str]:
         lines = [
-            *(f"ListenAddress {HOST}", f"Port {port}", "PidFile none", "UsePAM no", "Subsystem sftp internal-sftp"),
+            *(f"ListenAddress {HOST}", f"Port {port}", "PidFile none", "UsePAM no", f"Subsystem sftp {sftp}"),
             *(f"HostKey {folder}/hostkey", f"AuthorizedKeysFile {folder}/userkey.pub", "StrictModes no"),
             *("PasswordAuthentication no", "PermitRootLogin prohibit-password", "MaxStartups 64"),
         ]

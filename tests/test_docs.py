@@ -19,12 +19,14 @@ from pydantic import BaseModel
 from harness import errors
 from harness.cli import cli
 from harness.config import Config
+from harness.doctor import examination
 
 REPOSITORY = Path(__file__).parents[1]
 README = REPOSITORY / "README.md"
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 PAGES = {page.name: page.read_text() for page in (README, *DOCS)}
 EVERYTHING = "\n".join(PAGES.values())
+PACKAGES = ("tasks", "interchange", "doctor")  # of several small modules each, with one row on the map
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -218,8 +220,8 @@ def test_every_module_is_on_the_map():
     """The README's map has a row for each module, and for no other."""
     listed = {re.match(r"\| `([\w./]+)`", row)[1] for row in rows("README.md", "module")}
     modules = {path.relative_to(REPOSITORY / "harness") for path in (REPOSITORY / "harness").rglob("*.py")}
-    expected = {str(path) for path in modules if path.parent.name not in ("tasks", "interchange") and "__" not in path.name}
-    assert listed == expected | {"tasks/", "interchange/"}
+    expected = {str(path) for path in modules if path.parent.name not in PACKAGES and "__" not in path.name}
+    assert listed == expected | {f"{name}/" for name in PACKAGES}
 
 
 # --- what is named ---------------------------------------------------------------------------------------------------
@@ -256,3 +258,10 @@ def test_make_targets_that_are_named_exist():
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
         assert f"'make {target} " in makefile, target
+
+
+def test_every_check_of_the_doctor_is_documented():
+    """Each has its place in the table, and there is no other."""
+    listed = {name for row in rows("recovery.md", "check") for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    checks = [*examination.FIRST, *examination.TOGETHER, *examination.ALONE]
+    assert listed == {check.__name__ for check in checks} | {"configuration", "ranks", "versions"}

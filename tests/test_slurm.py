@@ -150,3 +150,24 @@ def test_a_cancelled_job_is_saved_and_does_not_come_back(cluster, tmp_path):
     wait_until(job.stops, f"the stop\n{job.output()}", 30)
     assert newest(job.place / "run")["step"] == job.stops()[0]
     assert cluster.job(job.number)["Restarts"] == "0"
+
+
+def test_the_doctor_asks_slurm(cluster, tmp_path):
+    """Within a job it compares the grace with what the cluster's configuration grants."""
+    (tmp_path / "config.yaml").write_text(json.dumps({**config(tmp_path), "args": {}}))
+    script = tmp_path / "doctor.sh"
+    script.write_text(f"#!/bin/sh\nharness doctor {tmp_path}/config.yaml stop.grace_seconds=$GRACE\n")
+    for grace_seconds in (15, 25):
+        log = tmp_path / f"{grace_seconds}.txt"
+        number = cluster.submit(script, options=(f"--export=ALL,GRACE={grace_seconds}",), log=log)
+        assert cluster.wait(number, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", log.read_text()
+    assert re.search(
+        r"^ok +grace .*: 15 s; Slurm's KillWait 20; GraceTime of Slurm's partition low 60;", *said(tmp_path / "15.txt")
+    )
+    assert re.search(
+        r"^warn +grace .*: stop.grace_seconds is 25, Slurm's KillWait 20: the kill comes first;", *said(tmp_path / "25.txt")
+    )
+
+
+def said(log: Path) -> tuple[str, int]:
+    return log.read_text(), re.MULTILINE

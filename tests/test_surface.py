@@ -23,7 +23,7 @@ ORDER = [
     *("world", "data", "metrics", "notices"),
     *("checkpoint.__init__", "checkpoint.format", "checkpoint.unbuffered", "checkpoint.store", "checkpoint.tree"),
     *("checkpoint.commit", "checkpoint.catalog", "checkpoint.load", "checkpoint.staging", "checkpoint.saver"),
-    *("state", "crashes", "interchange", "resume", "nonfinite", "stragglers", "loop", "launch", "cli", "__main__"),
+    *("state", "crashes", "interchange", "resume", "nonfinite", "stragglers", "loop", "doctor", "launch", "cli", "__main__"),
 ]
 
 
@@ -101,7 +101,7 @@ def test_everything_in_the_drawing_exists():
 
 
 @pytest.mark.parametrize(
-    "module", ["harness", "harness.cli", "harness.config", "harness.checkpoint.catalog", "harness.launch"]
+    "module", ["harness", "harness.cli", "harness.config", "harness.checkpoint.catalog", "harness.launch", "harness.doctor"]
 )
 def test_importing_is_cheap(module):
     """No torch for those who only look, configure, or launch."""
@@ -132,7 +132,7 @@ def verbs(group: click.Group = cli, path: str = "") -> dict[str, click.Command]:
 
 def test_the_verbs():
     """A verb that comes or goes is a decision, too."""
-    assert {"train", "launch", "ls", "inspect", "verify", "prune"} <= set(verbs())
+    assert {"train", "launch", "doctor", "ls", "inspect", "verify", "prune"} <= set(verbs())
 
 
 @pytest.mark.parametrize("verb", sorted(verbs()))

@@ -1,0 +1,46 @@
+"""``harness doctor``: what will bite on this machine and with this launcher, said before a run is started.
+
+It tries what it can: it builds the task, writes below the run's URL and reads that on every rank, starts loader workers and
+sends them the signal that torchrun would, has the ranks meet and compare clocks and versions. What it cannot try (what a
+reboot leaves, how long a scheduler waits) it reads from the machine and from the launcher, and says so.
+
+Started as the training is (``harness launch ... -- doctor CONFIG.yaml``, or torchrun), it looks at all ranks; as one plain
+process, at what one process can see. It leaves nothing behind.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+
+from harness.config import Config, load_config
+from harness.doctor.findings import Finding, error, exit_code, named, ok
+from harness.errors import ConfigError
+
+Tell = Callable[[Sequence[Finding]], None]
+
+
+def examine(config_file: str, overrides: Sequence[str], tell: Tell) -> int:
+    """Looks at everything, together with the other ranks, has what was found told (by rank 0: ``tell`` has to see to that),
+    and returns the exit code for it, which is the same on every rank that has come to the end.
+
+    What is wrong is a finding, and no exception.
+    """
+    config, found = _read(config_file, overrides)
+    found = named("configuration", found)
+    if config is None and "WORLD_SIZE" not in os.environ:  # torch, which takes seconds to import, could add nothing
+        tell(found)
+        return exit_code(found)
+    from harness.doctor.examination import examine_together  # noqa: PLC0415
+
+    return examine_together(config, found, tell)
+
+
+def _read(config_file: str, overrides: Sequence[str]) -> tuple[Config | None, list[Finding]]:
+    """The configuration, None where it is wrong, with a finding for each mistake."""
+    tried = f"read {config_file}"
+    try:
+        config = load_config(config_file, overrides)
+    except ConfigError as mistakes:
+        return None, [error(tried, line) for line in str(mistakes).splitlines()]
+    length = f"{config.train.steps} steps" if config.train.steps else f"{config.train.epochs} epochs"
+    what = f"{config.task}, {length} of {config.train.global_batch_size} samples, digest {config.digest()}"
+    return config, [ok(tried, what)]
