@@ -138,14 +138,15 @@ def launch(
     env: Mapping[str, str] | None = None,
 ) -> Iterator[Run]:
     """Starts ``harness train`` with a configuration and further arguments, in ``directory``: on ``ranks`` processes under
-    torchrun, or as one plain process. The configuration gets a ``log`` section where it has none. With another
-    ``command`` and no configuration, starts that."""
+    torchrun, or as one plain process. The configuration gets a ``log`` section where it has none, and each snapshot of
+    its state is checked. With another ``command`` and no configuration, starts that."""
     directory.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex
     log = directory / "log.jsonl"
     if config is not None:
         path = directory / f"config-{token[:8]}.yaml"
-        path.write_text(json.dumps({"log": {"every_steps": 1, "jsonl": str(log)}, **config}, indent=1))
+        checked = {"checkpoint": {"check_snapshots": True, **config["checkpoint"]}} if "checkpoint" in config else {}
+        path.write_text(json.dumps({"log": {"every_steps": 1, "jsonl": str(log)}, **config, **checked}, indent=1))
         arguments = (str(path), *arguments)
     torchrun = [*TORCHRUN, f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}"] if ranks else []
     temporary = tempfile.mkdtemp(prefix="h-")  # not in pytest's: sockets lie here, and their names must be short
@@ -315,7 +316,7 @@ def train_here(task: Any, world: Any = None, *, fresh: bool = False, **config: A
     from harness.world import SoloWorld
 
     url = config.pop("url", None)
-    checkpoint = {**config.pop("checkpoint", {}), **({"url": str(url)} if url else {})}
+    checkpoint = {"check_snapshots": True, **config.pop("checkpoint", {}), **({"url": str(url)} if url else {})}
     torch.set_num_threads(1)  # as under torchrun; on a busy machine, several threads mostly wait for each other
     log = {"every_steps": None, **config.pop("log", {})}
     whole = Config.model_validate({"task": "here:build", "checkpoint": checkpoint, "log": log, **config})

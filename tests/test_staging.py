@@ -1,0 +1,231 @@
+"""Saving beside the training: what is written is the state of one step boundary, whatever the training does meanwhile."""
+
+import contextlib
+import threading
+import time
+
+import pytest
+import torch
+from cluster import newest, train_here
+from test_saver import TOO_LARGE, failed_lines, parts, saver, small_files
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from harness import Task
+from harness.checkpoint import load, staging
+from harness.checkpoint.saver import Saver
+from harness.checkpoint.staging import HostMemory, Snapshot
+from harness.checkpoint.tree import encode
+from harness.errors import StoreError, Unsupported
+
+OPTIMIZERS = {
+    "plain": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, foreach=False),
+    "foreach": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, foreach=True),
+    "fused": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, fused=True),
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True),
+    "Adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=0.1),
+}
+STEPS = 6
+
+
+class Net(nn.Module):
+    """Running averages that the forward pass changes, and an average of the weights that follows each optimizer step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 1))
+        self.average = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 1)).requires_grad_(
+            False
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+    def follow(self) -> None:
+        with torch.no_grad():
+            for mine, other in zip(self.average.parameters(), self.body.parameters(), strict=True):
+                mine.lerp_(other, 0.1)
+
+
+def build(optimizer: str, edit: bool = False) -> Task:
+    net = Net()
+    optimizer = OPTIMIZERS[optimizer](net.body.parameters())
+    optimizer.register_step_post_hook(lambda *_: net.follow())
+
+    def loss(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
+        if edit:
+            net.body[0].weight.data.clamp_(-0.1, 0.1)
+        return F.mse_loss(model(batch[0]), batch[1])
+
+    x = torch.randn(30, 3)
+    return Task(net, TensorDataset(x, x.sum(1, keepdim=True)), optimizer, loss)
+
+
+def train(url, optimizer: str, *, edit: bool = False, **checkpoint):
+    """Saves after every step; the digests of all checkpoints."""
+    settings = {"every_steps": 1, "check_snapshots": True, **checkpoint}
+    sections = {"train": {"steps": STEPS, "global_batch_size": 6}, "checkpoint": settings}
+    train_here(lambda: build(optimizer, edit), url=url, **sections)
+    catalog = saver(str(url)).catalog
+    return [(entry.step, {name: part.digest for name, part in entry.manifest.parts.items()}) for entry in catalog.entries()]
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Copies that take so long that each optimizer step has to wait for them."""
+    copy = staging._copy
+
+    def slowly(place: torch.Tensor, tensor: torch.Tensor) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.005)
+        copy(place, tensor)
+
+    monkeypatch.setattr(staging, "_copy", slowly)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_checkpoint_is_of_one_step(tmp_path, slow, optimizer):
+    """Each has the bits that a save has for which the training waits: of the weights, the moments, the running averages of a
+    batch norm, an average of the weights, and the random states."""
+    beside = train(tmp_path / "beside", optimizer)
+    waiting = train(tmp_path / "waiting", optimizer, mode="sync")
+    assert [step for step, _ in beside] == list(range(STEPS, 0, -1))
+    assert beside == waiting
+
+
+def test_without_the_fence_they_are_not(tmp_path, slow, monkeypatch):
+    """The check that compares a snapshot with the step boundary finds an optimizer that did not wait, by names."""
+    monkeypatch.setattr(Saver, "fence", lambda saver: None)
+    with pytest.raises(
+        Unsupported, match=r"(model|optimizer): .*weight.* changed between the step boundary and the optimizer's"
+    ):
+        train(tmp_path, "fused")
+
+
+def test_parameters_that_are_edited_by_hand(tmp_path, slow):
+    """An edit before the optimizer's step is found by the check, and is safe without the overlap."""
+    with pytest.raises(Unsupported, match=r"body\.0\.weight"):
+        train(tmp_path / "overlapping", "plain", edit=True)
+    assert train(tmp_path / "at once", "plain", edit=True, overlap=False) == train(
+        tmp_path / "waiting", "plain", edit=True, mode="sync"
+    )
+
+
+def test_a_state_beyond_the_limit_is_saved_while_the_training_waits(tmp_path):
+    """No copy is made, and the checkpoint is the same."""
+    limited = train(tmp_path / "limited", "plain", memory_limit_bytes=100)
+    assert limited == train(tmp_path / "waiting", "plain", mode="sync")
+
+
+# --- the saver -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def held_up(monkeypatch):
+    """While the block lasts, no copy beside the training gets further."""
+    gate, copy = threading.Event(), staging._copy
+
+    def waiting(place: torch.Tensor, tensor: torch.Tensor) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            assert gate.wait(30)
+        copy(place, tensor)
+
+    monkeypatch.setattr(staging, "_copy", waiting)
+    try:
+        yield gate
+    finally:
+        gate.set()
+
+
+def test_begin_does_not_wait_and_the_fence_does(tmp_path, monkeypatch):
+    """What is steady is copied later, everything else at once; the fence holds until the copy is whole."""
+    writer = saver(str(tmp_path))
+    weight, buffer = torch.zeros(1000), torch.zeros(1000)
+    state = {"model": {"weight": weight, "buffer": buffer}}
+    with held_up(monkeypatch) as gate:
+        writer.begin(state, step=1, meta={}, is_steady=lambda tensor: tensor is weight)
+        buffer.fill_(7)
+        assert writer.poll() is None
+        assert writer.is_busy
+        threading.Timer(0.2, gate.set).start()
+        writer.fence()
+        weight.fill_(7)
+    saved = writer.wait()
+    assert 0.15 < saved.blocked_seconds < saved.seconds
+    entry = writer.catalog.newest()
+    read = load.read(writer.catalog.store, entry.directory, entry.manifest)["model"]
+    assert read["weight"].eq(0).all()
+    assert read["buffer"].eq(0).all()
+    assert not writer.is_busy
+    assert writer.poll() is writer.wait() is None
+
+
+def test_a_failure_is_told_of_when_it_is_asked_for(tmp_path, caplog):
+    """A save that fails beside the training is counted as any other, and the one too many is raised."""
+    writer = saver(str(tmp_path), failures_allowed=1)
+    with small_files():
+        writer.begin(parts(1, TOO_LARGE), step=1, meta={})
+        assert writer.wait() is None
+        assert (writer.failures, len(failed_lines(caplog))) == (1, 1)
+        writer.begin(parts(2, TOO_LARGE), step=2, meta={})
+        while writer._under_way.is_alive():
+            time.sleep(0.01)
+        with pytest.raises(StoreError, match="File too large"):
+            writer.poll()
+    writer.begin(parts(3), step=3, meta={})
+    assert writer.wait().step == 3
+    assert writer.failures == 0
+
+
+def test_a_save_that_does_not_end_is_given_up(tmp_path, monkeypatch, caplog):
+    """The end of a training waits so long and no longer, and raises nothing."""
+    writer = saver(str(tmp_path))
+    with held_up(monkeypatch):
+        writer.begin(parts(1), step=1, meta={}, is_steady=lambda tensor: True)
+        assert writer.give_up_after(0.1) is None
+        assert "save of step 1 given up" in caplog.text
+    writer.begin(parts(2), step=2, meta={})
+    assert writer.give_up_after(30).step == 2
+
+
+def test_memory_is_used_again():
+    """The second snapshot lies where the first one lay; a larger one gets more."""
+    memory = HostMemory(pinned=False)
+    small, large = ({"model": encode({"weight": torch.rand(count)}, "model")} for count in (1000, 2000))
+    places = [
+        Snapshot(state, memory, lambda tensor: True).parts["model"].tensors["weight"] for state in (small, small, large)
+    ]
+    assert places[0].data_ptr() == places[1].data_ptr()
+    assert memory.block.numel() >= 8000
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64, torch.bool, torch.float8_e4m3fn, torch.int64])
+def test_a_snapshot_has_the_same_bytes(dtype):
+    """Of every dtype, of views with strides, of conjugates, of empty tensors and of scalars."""
+    tensor = torch.randn(40, 30).to(dtype)
+    values = {"whole": tensor, "columns": tensor.t(), "every": tensor[::3, 1:], "none": tensor[:0], "one": tensor[2, 3]}
+    if dtype.is_complex:
+        values["conjugate"] = tensor.conj()
+    snapshot = Snapshot({"model": encode(values, "model")}, HostMemory(pinned=False), lambda tensor: tensor.numel() > 100)
+    snapshot.drain()
+    for name, place in snapshot.parts["model"].tensors.items():
+        expected = values[name].resolve_conj().contiguous()
+        assert (place.dtype, place.shape) == (expected.dtype, expected.shape)
+        assert place.reshape(-1).view(torch.uint8).equal(expected.reshape(-1).view(torch.uint8)), name
+
+
+def test_a_busy_saver_makes_the_next_save_wait_or_be_skipped(tmp_path, monkeypatch):
+    """``checkpoint.when_busy``: either all are there in the end, or some are not and the log says which."""
+    write = Saver._commit
+
+    def slowly(*arguments):
+        time.sleep(0.15)
+        return write(*arguments)
+
+    monkeypatch.setattr(Saver, "_commit", slowly)
+    assert [step for step, _ in train(tmp_path / "wait", "plain")] == list(range(STEPS, 0, -1))
+    skipping = [step for step, _ in train(tmp_path / "skip", "plain", when_busy="skip")]
+    assert STEPS in skipping, "the last one is not skipped"
+    assert len(skipping) < STEPS
+    assert newest(tmp_path / "skip")["digests"] == newest(tmp_path / "wait")["digests"]
