@@ -92,8 +92,10 @@ class CheckpointConfig(_Section):
     """How large the copy may be; a larger state is saved while the training waits. None: as large as the state."""
     check_snapshots: bool = False
     """Compare what is written with the state at the step boundary, at the cost of a pass over it."""
-    shard_bytes: int = Field(default=1 << 30, ge=1 << 10)
-    """The largest size of a shard."""
+    shard_bytes: int | None = Field(default=None, ge=1 << 10)
+    """The largest size of a shard. None: 1 GiB on a disk, 128 MiB on an object store."""
+    streams: int | None = Field(default=None, ge=1)
+    """So many shards are sent at once. None: 1 to a disk, 8 to an object store."""
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
     """Passed to the fsspec filesystem. May hold secrets; it is never logged or saved."""
 

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -182,8 +183,8 @@ def test_the_manifest_is_last(tmp_path):
     store = Observed.at(tmp_path)
     _, manifest = write(store, shard_bytes=2000)
     names = [file.name for file in manifest.files]
-    assert store.calls == [
-        *(("put", name) for name in names),
+    assert sorted(store.calls[: len(names)]) == sorted(("put", name) for name in names)
+    assert store.calls[len(names) :] == [
         *(("stat", name) for name in names),
         ("put", "manifest.json"),
         ("stat", "manifest.json"),
@@ -260,3 +261,36 @@ def test_tries_of_an_upload_send_the_same_bytes(tmp_path):
     assert next(failures, None) is None
     assert len(sent) == 3
     assert bits(load.read(store, directory, manifest)) == bits(parts())
+
+
+def test_so_many_shards_are_on_their_way_at_once(tmp_path):
+    """With three streams three shards meet in the middle of their ``put``; the checkpoint is the one of a single stream."""
+    meeting = threading.Barrier(3, timeout=20)
+
+    def meet(operation: str, name: str) -> None:
+        if operation == "put" and "-of-" in name:
+            meeting.wait()
+
+    store = Observed.at(tmp_path / "three", meet)
+    encoded = {"model": commit.encode(parts())["model"]}  # six shards
+    options = {"step": 40, "attempt": ATTEMPT, "lineage": [], "meta": {}, "shard_bytes": 100}
+    directory, manifest = commit.write_encoded(store, encoded, streams=3, **options)
+    assert len(manifest.parts["model"].files) == 6
+    assert bits(load.read(store, directory, manifest)) == bits({"model": parts()["model"]})
+    _, alone = commit.write_encoded(open_store(str(tmp_path / "one")), encoded, **options)
+    assert (alone.files, alone.parts) == (manifest.files, manifest.parts)
+
+
+def test_a_shard_that_fails_beside_others_leaves_no_commit(tmp_path):
+    """The error is the failed shard's, and those that had not begun are not sent."""
+
+    def refuse(operation: str, name: str) -> None:
+        if name.endswith("model-00002-of-00006.safetensors"):
+            raise StoreError("refused")
+
+    store = Observed.at(tmp_path, refuse)
+    encoded = {"model": commit.encode(parts())["model"]}
+    with pytest.raises(StoreError, match="refused"):
+        commit.write_encoded(store, encoded, step=40, attempt=ATTEMPT, lineage=[], meta={}, shard_bytes=100, streams=2)
+    assert {entry.state for entry in Catalog(store).entries()} <= {"unfinished"}
+    assert len([name for operation, name in store.calls if operation == "put"]) < 6

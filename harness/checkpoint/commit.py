@@ -8,6 +8,7 @@ into a directory that nobody else uses.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
@@ -80,18 +81,29 @@ def write_encoded(
     lineage: Sequence[Ancestor],
     meta: Mapping[str, Any] | None,
     shard_bytes: int,
+    streams: int = 1,
     expected: Mapping[str, Mapping[str, str]] | None = None,
 ) -> tuple[str, Manifest]:
-    """As ``write``, for parts that were taken apart. ``expected`` are checksums that the tensors must have, as by
-    ``checksums``: raises ``Unsupported`` before the commit when they were changed since."""
+    """As ``write``, for parts that were taken apart, with so many shards on their way at once.
+
+    ``expected`` are checksums that the tensors must have, as by ``checksums``: raises ``Unsupported`` before the commit when
+    they were changed since.
+    """
     directory = new_directory(step, attempt)
+    plans = {name: _PartPlan(name, part, shard_bytes) for name, part in encoded.items()}
+    _put_shards(store, directory, [shard for plan in plans.values() for shard in plan.shards], streams)
     files: list[FileInfo] = []
     written = {}
-    for name, part in encoded.items():
-        written[name], hashes = _write_part(store, directory, name, part, shard_bytes, files)
+    for name, plan in plans.items():
+        hashes = plan.checksums()
         if expected is not None and hashes != expected[name]:
             torn = sorted(path for path in hashes if hashes[path] != expected[name][path])
             raise Unsupported(f"{name}: {', '.join(torn[:10])} changed between the step boundary and the optimizer's step")
+        files += [FileInfo(shard.name, shard.size_bytes, shard.checksum) for shard in plan.shards]
+        if index := plan.index():
+            files.append(FileInfo(f"{name}{INDEX_SUFFIX}", len(index), checksum(index)))
+            _put_bytes(store, f"{directory}/{name}{INDEX_SUFFIX}", index)
+        written[name] = plan.written(hashes)
     manifest = Manifest(
         step=step,
         attempt=attempt.id,
@@ -115,34 +127,43 @@ def digest_of(part: Mapping[str, Any], name: str) -> str:
     return _digest(encoded, checksums({name: encoded})[name])
 
 
-def _write_part(
-    store: Store, directory: str, name: str, part: tree.Encoded, shard_bytes: int, files: list[FileInfo]
-) -> tuple[Part, dict[str, str]]:
-    """Writes the shards of a part, and an index where there are several; adds them to ``files``. Besides the part, the
-    checksums of its tensors."""
-    shards = plan_shards((tree.info(path, tensor) for path, tensor in part.tensors.items()), shard_bytes)
-    hashes: dict[str, str] = {}
-    names = [shard_name(name, index, len(shards)) for index in range(len(shards))]
-    for file_name, shard in zip(names, shards, strict=True):
-        stream = _ShardStream(part.tensors, shard)
-        store.put(f"{directory}/{file_name}", stream, stream.size_bytes)
-        files.append(FileInfo(file_name, stream.size_bytes, stream.checksum))
-        hashes |= stream.tensor_checksums
-    if len(shards) > 1:
-        index = _index(names, shards)
-        files.append(FileInfo(f"{name}{INDEX_SUFFIX}", len(index), checksum(index)))
-        _put_bytes(store, f"{directory}/{name}{INDEX_SUFFIX}", index)
-    return Part(files=names, tree=part.tree, aliases=part.aliases, digest=_digest(part, hashes)), hashes
+class _PartPlan:
+    """The shards that a part is divided into."""
+
+    def __init__(self, name: str, part: tree.Encoded, shard_bytes: int) -> None:
+        self.part = part
+        shards = plan_shards((tree.info(path, tensor) for path, tensor in part.tensors.items()), shard_bytes)
+        self.shards = [
+            _Shard(shard_name(name, index, len(shards)), part.tensors, shard) for index, shard in enumerate(shards)
+        ]
+
+    def checksums(self) -> dict[str, str]:
+        """Those of the tensors, by path, once the shards are written."""
+        return {path: found for shard in self.shards for path, found in shard.tensor_checksums.items()}
+
+    def index(self) -> bytes:
+        """What Hugging Face's loaders expect beside several shards; nothing beside one."""
+        if len(self.shards) < 2:
+            return b""
+        total_bytes = sum(tensor.nbytes for shard in self.shards for tensor in shard.tensors)
+        places = {tensor.path: shard.name for shard in self.shards for tensor in shard.tensors}
+        return json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": places}, indent=1).encode()
+
+    def written(self, hashes: Mapping[str, str]) -> Part:
+        """The manifest's entry."""
+        names = [shard.name for shard in self.shards]
+        return Part(files=names, tree=self.part.tree, aliases=self.part.aliases, digest=_digest(self.part, hashes))
 
 
-class _ShardStream:
+class _Shard:
     """A shard's bytes, hashed while they stream out: called once for each try of the upload."""
 
-    def __init__(self, tensors: Mapping[str, Any], shard: Sequence[TensorInfo]) -> None:
+    def __init__(self, name: str, values: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> None:
+        self.name = name
+        self.values = values
         self.tensors = tensors
-        self.shard = shard
-        self.header = encode_header(shard)
-        self.size_bytes = len(self.header) + sum(tensor.nbytes for tensor in shard)
+        self.header = encode_header(tensors)
+        self.size_bytes = len(self.header) + sum(tensor.nbytes for tensor in tensors)
         self.checksum = ""
         self.tensor_checksums: dict[str, str] = {}
 
@@ -150,9 +171,9 @@ class _ShardStream:
         whole = hasher()
         whole.update(self.header)
         yield self.header
-        for tensor in self.shard:
+        for tensor in self.tensors:
             own = hasher()
-            for chunk in tree.raw_bytes(self.tensors[tensor.path]):
+            for chunk in tree.raw_bytes(self.values[tensor.path]):
                 whole.update(chunk)
                 own.update(chunk)
                 yield chunk
@@ -160,11 +181,23 @@ class _ShardStream:
         self.checksum = f"{CHECKSUM}:{whole.hexdigest()}"
 
 
-def _index(names: Sequence[str], shards: Sequence[Sequence[TensorInfo]]) -> bytes:
-    """The index that Hugging Face's loaders expect beside several shards."""
-    total_bytes = sum(tensor.nbytes for shard in shards for tensor in shard)
-    places = {tensor.path: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-    return json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": places}, indent=1).encode()
+def _put_shards(store: Store, directory: str, shards: Sequence[_Shard], streams: int) -> None:
+    """Writes all shards, so many at once. After an error no further one is begun."""
+
+    def put(shard: _Shard) -> None:
+        store.put(f"{directory}/{shard.name}", shard, shard.size_bytes)
+
+    if streams == 1:
+        for shard in shards:
+            put(shard)
+        return
+    with ThreadPoolExecutor(streams, thread_name_prefix="harness-put") as pool:
+        try:
+            for _ in pool.map(put, shards):
+                pass
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _digest(part: tree.Encoded, hashes: Mapping[str, str]) -> str:

@@ -68,6 +68,7 @@ class Saver:
     retention: Retention
     shard_bytes: int
     failures_allowed: int
+    streams: int = 1
     memory: HostMemory = field(default_factory=lambda: HostMemory(pinned=False))
     memory_limit_bytes: int | None = None
     failures: int = 0
@@ -195,6 +196,7 @@ class Saver:
             lineage=self.lineage,
             meta=order.meta,
             shard_bytes=self.shard_bytes,
+            streams=self.streams,
             expected=order.expected,
         )
         try:

@@ -62,8 +62,12 @@ class Store:
     """The objects under one URL. Made by ``open_store``.
 
     ``attempts`` and ``deadline_seconds`` bound each call: so many tries, and so many seconds for each try besides the
-    time that its bytes may take.
+    time that its bytes may take. ``streams`` and ``shard_bytes`` are what suits it: how many shards to send at once, and how
+    large they should be. One connection to an object store is far slower than the store.
     """
+
+    streams: ClassVar[int] = 8
+    shard_bytes: ClassVar[int] = 128 << 20
 
     has_directories: ClassVar[bool] = False  # of its own, which somebody has to make and may remove
 
@@ -210,6 +214,8 @@ class _LocalStore(Store):
     """A local filesystem, where ``put`` needs care of its own."""
 
     has_directories = True
+    streams = 1  # a disk is fastest at one thing after the other
+    shard_bytes = 1 << 30
 
     def _put(self, path: str, chunks: Iterable[Buffer], size_bytes: int) -> None:
         directory = os.path.dirname(path)
@@ -234,6 +240,8 @@ class _SftpStore(Store):
     """SFTP, where others see a file while it is being written."""
 
     has_directories = True
+    streams = 1  # one connection, whatever is asked of it
+    shard_bytes = 1 << 30
 
     def _open(self, path: str) -> Any:
         file = super()._open(path)
