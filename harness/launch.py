@@ -12,6 +12,7 @@ agent is ended at once. And when they say that the ranks have stopped, the agent
 would wait five minutes for that of the machine which was asked to stop, and which has left without a word.
 """
 
+import functools
 import math
 import os
 import signal
@@ -32,8 +33,12 @@ _DEFAULTS = {"--max-restarts": "3", "--shutdown-timeout": "60"}
 
 
 def command(torchrun_options: Sequence[str], arguments: Sequence[str]) -> list[str]:
-    """The torchrun command line for ``harness`` with these arguments."""
+    """The torchrun command line for ``harness`` with these arguments.
+
+    What stands in torchrun's own variables (PET_NNODES for --nnodes; Kubeflow sets them) counts as given.
+    """
     given = {option.partition("=")[0].replace("_", "-") for option in torchrun_options if option.startswith("--")}
+    given |= {f"--{name[4:].lower().replace('_', '-')}" for name in os.environ if name.startswith("PET_")}
     options = [f"{name}={value}" for name, value in _DEFAULTS.items() if name not in given]
     if not given & {"--nnodes", "--rdzv-endpoint", "--rdzv-backend", "--master-addr", "--standalone"}:
         options.append("--standalone")
@@ -54,7 +59,7 @@ def launch(torchrun_options: Sequence[str], arguments: Sequence[str]) -> int:
             command(torchrun_options, arguments),
             env=environment,
             start_new_session=True,  # so that a terminal's ^C comes through here, and only once
-            preexec_fn=_prepare_agent,  # noqa: PLW1509  # no threads have been started here
+            preexec_fn=functools.partial(_prepare_agent, os.getpid()),  # noqa: PLW1509  # no threads have been started here
         )
         received = _forward_signals(agent)
         hopeless, stopped_time = False, math.inf
@@ -74,12 +79,12 @@ def launch(torchrun_options: Sequence[str], arguments: Sequence[str]) -> int:
         )
 
 
-def _prepare_agent() -> None:
+def _prepare_agent(launcher: int) -> None:
     """Between fork and exec. Slurm sends its notice to every process of a job step; torchrun would die of it and leave its
     workers behind. They hear it all the same: they have handlers of their own."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    die_with_parent()
+    die_with_parent(launcher)
 
 
 def _forward_signals(agent: "subprocess.Popen[bytes]") -> list[int]:

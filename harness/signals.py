@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 from harness.environment import is_under_torchrun
@@ -73,14 +74,25 @@ def ignore_stop_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int = 0) -> None:
     """Has the kernel SIGKILL this process when its parent ends (Linux): a launcher that is killed leaves no orphans.
 
-    Without it the workers of a killed torchrun train on, and nobody knows of them.
+    Without it the workers of a killed torchrun train on, and nobody knows of them. ``parent`` is the parent's process id,
+    where the caller knows it: one that ended before it could be watched is told by it.
     """
     if not sys.platform.startswith("linux"):
         return
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1 and os.getpid() != 1:  # it ended before it could be watched
+    if os.getppid() != parent if parent else _is_orphan():
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_orphan() -> bool:
+    """Whether process 1 has taken this one over. In a container process 1 may be the launcher itself, which is Python."""
+    if os.getppid() != 1:
+        return False
+    try:
+        return b"python" not in Path("/proc/1/cmdline").read_bytes().partition(b"\0")[0]
+    except OSError:
+        return False

@@ -27,6 +27,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
+# Before a command: makes it process 1, as in a container. Needs root, or leave to be it.
+CONTAINER = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 POLL_SECONDS = 0.005
 PATIENCE_SECONDS = 90.0  # for what takes a few seconds on an idle machine
 

@@ -1,13 +1,15 @@
 """A signal is remembered, acted upon at a step boundary, and the process is gone in time."""
 
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 
 import pytest
-from cluster import PATIENCE_SECONDS, alive, wait_until
+from cluster import CONTAINER, PATIENCE_SECONDS, alive, wait_until
 
 from harness.signals import STOP_SIGNALS, StopRequest
 
@@ -97,8 +99,7 @@ print("ready", flush=True)
 time.sleep(1000)
 """
 process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE)
-process.stdout.readline()
-print(process.pid, flush=True)
+print(process.pid if process.stdout.readline() else 0, flush=True)
 time.sleep(1000)
 '''
 
@@ -111,3 +112,20 @@ def test_a_process_dies_with_its_parent():
         assert alive(child)
         process.kill()
         wait_until(lambda: not alive(child), "the child to die")
+
+
+def in_container(*command: str) -> int:
+    """The exit code of a command that is process 1."""
+    return subprocess.run([*CONTAINER, *command], check=False, capture_output=True).returncode
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None or in_container("true"), reason="needs unshare, and leave to make namespaces"
+)
+def test_process_1_of_a_container_is_a_parent_like_any_other():
+    """The launcher may be process 1. One whose parent is a process 1 that is no launcher has lost its own."""
+    with subprocess.Popen([*CONTAINER, sys.executable, "-c", PARENT], stdout=subprocess.PIPE) as process:
+        assert int(process.stdout.readline()) > 0
+        process.kill()
+    child = f"{shlex.quote(sys.executable)} -c 'from harness.signals import die_with_parent; die_with_parent()'; exit $?"
+    assert in_container("sh", "-c", child) == 128 + signal.SIGKILL
