@@ -152,7 +152,8 @@ def launch(arguments: tuple[str, ...]) -> None:
     """Run `harness train` or `harness doctor` under torchrun: harness launch [torchrun options] -- train CONFIG.yaml ...
 
     Sets what torchrun needs to restart well and ends it when starting again cannot help. Exit codes: 0 done, 75 stopped and
-    saved: start it again, 1 failed, starting again may help; 2, 65, 66, 70, 77 as for train: somebody has to act first.
+    saved: start it again, 1, 74, 76 failed, starting again may help; 2, 65, 66, 70, 77 as for train: somebody has to act
+    first.
     """
     from harness.launch import launch  # noqa: PLC0415  # see the module's docstring
 

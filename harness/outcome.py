@@ -29,6 +29,10 @@ FINAL_EXIT_CODES = frozenset(
 )
 
 
+# Nothing is wrong with the run itself: it may be started again, once the storage answers and all ranks can live.
+TRANSIENT_EXIT_CODES = frozenset({errors.StoreError.exit_code, errors.RankFailure.exit_code})
+
+
 @dataclass(frozen=True)
 class Outcome:
     """The end of a rank: its exit code as ``harness.errors`` defines them, and one line for people.
@@ -91,7 +95,7 @@ def exit_code(launcher: int, outcomes: Iterable[Outcome], *, asked_to_stop: bool
     """The exit code of a launch, from torchrun's own and the ranks' records.
 
     What no restart can mend comes first, then a stop (torchrun says 1 even when all workers stopped well; ranks that were
-    asked before they had begun leave no record), then torchrun's own word.
+    asked before they had begun leave no record), then what may pass, then torchrun's own word.
     """
     outcomes = list(outcomes)
     codes = [outcome.exit_code for outcome in outcomes]
@@ -102,4 +106,7 @@ def exit_code(launcher: int, outcomes: Iterable[Outcome], *, asked_to_stop: bool
         return codes[0]
     if errors.Stopped.exit_code in codes or (asked_to_stop and launcher):
         return errors.Stopped.exit_code
-    return 1 if launcher else 0
+    if not launcher:
+        return 0
+    found = {outcome.exit_code for outcome in outcomes if not outcome.verdict} - {0}
+    return min(found) if found and found <= TRANSIENT_EXIT_CODES else 1

@@ -54,10 +54,14 @@ def test_exit_code_of_a_launch_that_was_asked_to_stop(launcher, codes, expected)
         (1, [75, 66], 66),
         (1, [70, 1], 70),
         (1, [77], 77),
+        (1, [76, 76], 76),
+        (1, [74, 76], 74),
+        (1, [0, 76], 76),
+        (0, [76], 0),
     ],
 )
 def test_exit_code(launcher, codes, expected):
-    """What no restart can mend comes first, then a stop that was saved, then torchrun's own word."""
+    """What no restart can mend comes first, then a stop that was saved, then what may pass, then torchrun's own word."""
     assert outcome.exit_code(launcher, map(Outcome, codes)) == expected
 
 
