@@ -228,6 +228,7 @@ class _Run:
         self.stragglers = (
             Stragglers(hosts, config.factor, config.window_seconds) if config.factor and len(hosts) > 1 else None
         )
+        self.parameters = list(self.task.model.parameters())  # walking through the modules takes longer than many a step
         self.batches = self.fetch(self.plan(), workers=self.config.data.workers)
         self.last_saved_time = self.last_logged_time = time.monotonic()
         self.last_logged_step = self.state.progress.step
@@ -299,8 +300,7 @@ class _Run:
 
     def step(self, micro_batches: Step) -> bool:
         """One optimizer step; False where it was not taken, because the loss or the gradients are not finite."""
-        optimizer, scaler = self.task.optimizer, self.state.scaler
-        parameters = list(self.task.model.parameters())
+        optimizer, scaler, parameters = self.task.optimizer, self.state.scaler, self.parameters
         self.loss = self.accumulate(micro_batches)
         limit, looks = self.config.train.clip_grad_norm, self.config.nonfinite.policy != "ignore"
         bad = False
@@ -315,7 +315,8 @@ class _Run:
                 self.saver.fence()
             scaler.step(optimizer)
             scaler.update()
-        self.task.model.zero_grad(set_to_none=True)  # all of them: the optimizer may not own each, and none may pile up
+        for parameter in parameters:  # all of them: the optimizer may not own each, and none may pile up
+            parameter.grad = None
         return not bad
 
     def pass_over(self) -> None:
@@ -358,7 +359,7 @@ class _Run:
 
     def accumulate(self, micro_batches: Step) -> torch.Tensor:
         """Adds the gradients of the mean loss over the global batch up; the ranks meet in the last backward pass."""
-        total = torch.zeros((), device=self.world.device)
+        parts = []
         for index, (batch, weight) in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             with contextlib.nullcontext() if last else self.without_meeting():
@@ -368,17 +369,19 @@ class _Run:
                 # DDP divides by the number of ranks, as if their shares were equal; the weights know better.
                 scaled = self.state.scaler.scale(loss * (weight * self.world.size))
                 torch.autograd.backward(scaled, nonfinite.seed_of(scaled, loss))
-            total += loss.detach() * weight
-        return total
+            parts.append(loss.detach() * weight)
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
     def without_meeting(self) -> contextlib.AbstractContextManager[Any]:
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
             return self.model.no_sync()
         return contextlib.nullcontext()
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.config.train.precision == "fp32":
+            return contextlib.nullcontext()
         dtype = torch.float16 if self.config.train.precision == "fp16" else torch.bfloat16
-        return torch.autocast(self.world.device.type, dtype, enabled=self.config.train.precision != "fp32")
+        return torch.autocast(self.world.device.type, dtype)
 
     # --- at a step boundary ------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ _MOST_SAMPLES = 64  # in a message
 
 def seed_of(scaled_loss: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
     """What the backward pass of a scaled loss begins with: 1 as always, NaN where the loss itself is not finite."""
-    return torch.where(torch.isfinite(loss.detach()), 1.0, math.nan).to(scaled_loss.dtype)
+    return (loss.detach() * 0 + 1).to(scaled_loss.dtype)  # 0 times what is not finite is NaN
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:

@@ -124,7 +124,8 @@ def write_encoded(
 def digest_of(part: Mapping[str, Any], name: str) -> str:
     """The digest that a checkpoint of this part would have."""
     encoded = tree.encode(part, name)
-    return _digest(encoded, checksums({name: encoded})[name])
+    tensors = [tree.info(path, tensor) for path, tensor in encoded.tensors.items()]
+    return _digest(encoded, tensors, checksums({name: encoded})[name])
 
 
 class _PartPlan:
@@ -132,7 +133,8 @@ class _PartPlan:
 
     def __init__(self, name: str, part: tree.Encoded, shard_bytes: int) -> None:
         self.part = part
-        shards = plan_shards((tree.info(path, tensor) for path, tensor in part.tensors.items()), shard_bytes)
+        self.tensors = [tree.info(path, tensor) for path, tensor in part.tensors.items()]
+        shards = plan_shards(self.tensors, shard_bytes)
         self.shards = [
             _Shard(shard_name(name, index, len(shards)), part.tensors, shard) for index, shard in enumerate(shards)
         ]
@@ -152,7 +154,8 @@ class _PartPlan:
     def written(self, hashes: Mapping[str, str]) -> Part:
         """The manifest's entry."""
         names = [shard.name for shard in self.shards]
-        return Part(files=names, tree=self.part.tree, aliases=self.part.aliases, digest=_digest(self.part, hashes))
+        digest = _digest(self.part, self.tensors, hashes)
+        return Part(files=names, tree=self.part.tree, aliases=self.part.aliases, digest=digest)
 
 
 class _Shard:
@@ -200,9 +203,10 @@ def _put_shards(store: Store, directory: str, shards: Sequence[_Shard], streams:
             raise
 
 
-def _digest(part: tree.Encoded, hashes: Mapping[str, str]) -> str:
-    names = {path: path for path in part.tensors} | part.aliases
-    return digest({tree.info(path, part.tensors[stored]): hashes[stored] for path, stored in names.items()}, part.tree)
+def _digest(part: tree.Encoded, tensors: Sequence[TensorInfo], hashes: Mapping[str, str]) -> str:
+    aliases = [tree.info(path, part.tensors[stored]) for path, stored in part.aliases.items()]
+    stored = {tensor: hashes[part.aliases.get(tensor.path, tensor.path)] for tensor in [*tensors, *aliases]}
+    return digest(stored, part.tree)
 
 
 def _hash(chunks: Iterator[memoryview]) -> str:

@@ -35,6 +35,7 @@ last line with the part's ``tree`` as JSON with sorted keys and without spaces.
 took from each; the writer itself is not in it. A step that an attempt wrote beyond that belongs to a line that was left.
 """
 
+import functools
 import json
 import math
 import re
@@ -173,7 +174,7 @@ class TensorInfo:
     def itemsize(self) -> int:
         return DTYPES[self.dtype][1]
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.itemsize
 
@@ -258,8 +259,8 @@ def _decode_entry(path: str, entry: Mapping[str, Any], metadata: Mapping[str, st
 def digest(tensors: Mapping[TensorInfo, str], tree: Any) -> str:
     """The digest of a part: of its tensors, each with the checksum of its raw bytes, and of the rest of its value."""
     lines = [
-        f"{tensor.path} {tensor.dtype} {json.dumps(list(tensor.shape))} {tensors[tensor]}\n"
-        for tensor in sorted(tensors, key=lambda tensor: tensor.path)
+        f"{tensor.path} {tensor.dtype} {list(tensor.shape)} {checksum}\n"  # a list of numbers is JSON
+        for tensor, checksum in sorted(tensors.items(), key=lambda item: item[0].path)
     ]
     rest = json.dumps(tree, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return checksum("".join([*lines, rest]).encode())

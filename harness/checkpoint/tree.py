@@ -18,6 +18,7 @@ keys in another order.
 
 import base64
 import copy
+import functools
 import json
 import math
 import re
@@ -54,7 +55,13 @@ def encode(value: Mapping[str, Any], name: str) -> Encoded:
 
 def info(path: str, tensor: torch.Tensor) -> TensorInfo:
     """A tensor's path, dtype and shape."""
-    return TensorInfo(path, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+    return TensorInfo(path, dtype_name(tensor.dtype), tuple(tensor.shape))
+
+
+@functools.cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def raw_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
@@ -177,7 +184,7 @@ def _why_not(tensor: torch.Tensor) -> str | None:
         return "a tensor on the meta device, which has no bytes,"
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
         return f"a tensor of the subclass {_type_name(tensor)}"
-    if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
+    if dtype_name(tensor.dtype) not in DTYPES:
         return f"a tensor of dtype {tensor.dtype}"
     return None
 
