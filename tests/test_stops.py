@@ -144,12 +144,12 @@ class Chain:
 def disturbed(place: Path, ranks: int, trials: int, seed: int) -> None:
     chain = Chain(place, ranks, seed)
     for index in range(trials):
-        chain.trial("starting" if index % 4 == 3 else "training")
+        chain.trial("starting" if index % 4 == 1 else "training")
     chain.end()
 
 
 @pytest.mark.torchrun
-@pytest.mark.parametrize(("ranks", "trials"), [(2, 4), (3, 3)])
+@pytest.mark.parametrize(("ranks", "trials"), [(2, 2), (3, 2)])
 def test_a_stop_at_any_moment(tmp_path, ranks, trials):
     """A few moments; the many are drawn in the soak test."""
     disturbed(tmp_path, ranks, trials, seed=int(time.time()) // 86400)  # others every day

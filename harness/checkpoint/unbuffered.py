@@ -14,8 +14,6 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
 Buffer = bytes | bytearray | memoryview
 
 BUFFER_BYTES = 4 << 20  # a multiple of every device's block; smaller files are not worth it
@@ -24,6 +22,8 @@ _DIRECT = getattr(os, "O_DIRECT", 0)  # 0 where the system has none
 
 def write(file: Any, chunks: Iterable[Buffer]) -> None:
     """Writes chunks to a file that was opened without a buffer. It is not durable before its ``fsync``."""
+    import numpy as np  # noqa: PLC0415  # whoever only reads a run does without it
+
     buffer = np.frombuffer(mmap.mmap(-1, BUFFER_BYTES), dtype=np.uint8)  # begins on a page
     direct, filled = _switch(file, on=True), 0
     for chunk in chunks:
