@@ -96,6 +96,9 @@ class CheckpointConfig(_Section):
     """The largest size of a shard. None: 1 GiB on a disk, 128 MiB on an object store."""
     streams: int | None = Field(default=None, ge=1)
     """So many shards are sent at once. None: 1 to a disk, 8 to an object store."""
+    restore: Literal["auto", "each", "shared"] = "auto"
+    """``each``: every rank reads the whole checkpoint; ``shared``: each byte is read once, and handed on between the ranks;
+    ``auto``: shared where the storage is remote."""
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
     """Passed to the fsspec filesystem. May hold secrets; it is never logged or saved."""
 

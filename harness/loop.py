@@ -189,7 +189,8 @@ class _Run:
         attempt = resume.on_first(world, lambda: catalog.claim_attempt(about))
         self.reporter = Reporter(self.config.log, active=world.rank == 0, attempt=attempt.id)
         self.record_crash = functools.partial(crashes.record, catalog, attempt)
-        resumed = resume.resume(world, catalog, self.state, self.identity(), pass_over_newest=pass_over_newest)
+        how = checkpoint.restore
+        resumed = resume.resume(world, catalog, self.state, self.identity(), how=how, pass_over_newest=pass_over_newest)
         if resumed is None:
             self.initialize()
         else:

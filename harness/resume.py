@@ -1,15 +1,15 @@
 """Resuming: the newest checkpoint that every rank can read.
 
-Rank 0 lists and chooses, once; the others follow. Every rank verifies every byte that it reads before a live tensor is
-touched; if any rank cannot, all fall back together to the checkpoint before, and say so. A run whose checkpoints are all
-damaged stops: training from scratch over it is for its owner to decide. Random states come last, and nothing is trained
-until all ranks have shown that they hold the same state.
+Rank 0 lists and chooses, once; the others follow. Every rank verifies every byte before a live tensor is touched, whether
+it has read it itself or was given it by the rank whose share it was; if any rank cannot, all fall back together to the
+checkpoint before, and say so. A run whose checkpoints are all damaged stops: training from scratch over it is for its
+owner to decide. Random states come last, and nothing is trained until all ranks have shown that they hold the same state.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -45,22 +45,30 @@ class Resumed:
 
 
 def resume(
-    world: World, catalog: Catalog, state: TrainingState, run: Mapping[str, Any], *, pass_over_newest: bool = False
+    world: World,
+    catalog: Catalog,
+    state: TrainingState,
+    run: Mapping[str, Any],
+    *,
+    how: Literal["auto", "each", "shared"] = "each",
+    pass_over_newest: bool = False,
 ) -> Resumed | None:
     """Restores the newest checkpoint that all ranks can read; None when the run has none at all.
 
     ``run`` holds what must be the same as when the checkpoint was written (seed, size of the data set); a difference is a
-    ``Mismatch``, as is a checkpoint that does not fit the model. ``pass_over_newest`` takes the checkpoint before the newest
-    whole one, if there is one. Raises ``NoCheckpoint`` when there are checkpoints and none is whole.
+    ``Mismatch``, as is a checkpoint that does not fit the model. ``how`` it is read is ``checkpoint.restore`` of the
+    configuration. ``pass_over_newest`` takes the checkpoint before the newest whole one, if there is one. Raises
+    ``NoCheckpoint`` when there are checkpoints and none is whole.
     """
     entries: list[Entry] = on_first(world, catalog.candidates)
     whole = [entry for entry in entries if entry.state == "whole"]
     if pass_over_newest and len(whole) > 1:
         log.error("NOT resuming from %s: the attempts before this one all failed in the same way", whole[0].directory)
         entries.remove(whole[0])
+    shared = world.size > 1 and (how == "shared" or (how == "auto" and not catalog.store.is_local))
     storage_failed = False
     for entry in entries:
-        parts, problems, was_storage = _read_together(world, catalog, entry)
+        parts, problems, was_storage = _read_together(world, catalog, entry, shared=shared)
         if problems:
             storage_failed = storage_failed or was_storage
             log.error("NOT resuming from %s: %s", entry.directory, "; ".join(problems))
@@ -118,16 +126,20 @@ def on_first(world: World, function: Any) -> Any:
     return result
 
 
-def _read_together(world: World, catalog: Catalog, entry: Entry) -> tuple[dict[str, Any] | None, Sequence[str], bool]:
+def _read_together(
+    world: World, catalog: Catalog, entry: Entry, *, shared: bool
+) -> tuple[dict[str, Any] | None, Sequence[str], bool]:
     """What this rank read, the problems of all ranks, and whether one is the storage's: where there are any, nobody uses
     anything."""
     parts, problem, is_storage = None, entry.problem, False
     if entry.manifest is not None and not problem:
         try:
-            parts = load.read(catalog.store, entry.directory, entry.manifest)
+            parts = load.read(catalog.store, entry.directory, entry.manifest, peers=world if shared else None)
             _check_meta(entry.directory, entry.manifest.meta)
         except (CheckpointError, StoreError) as error:
             problem, is_storage = f"{error} (rank {world.rank})", isinstance(error, StoreError)
+        except RankFailure:  # the rank that has failed says why
+            pass
     found = world.all_gather((problem, is_storage))
     return parts, sorted({problem for problem, _ in found if problem}), any(is_storage for _, is_storage in found)
 

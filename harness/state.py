@@ -71,8 +71,8 @@ class TrainingState:
         state = check_optimizer(self.optimizer, self.model, parts["optimizer"])
         if bool(training["scaler"]) != self.scaler.is_enabled():
             raise Mismatch("train.precision: one of the checkpoint and the configuration has a gradient scaler for fp16")
-        restore_model(self.model, parts["model"], training["module_versions"])
-        restore_optimizer(self.optimizer, state)
+        restore_model(self.model, sent(parts["model"], self.device), training["module_versions"])
+        restore_optimizer(self.optimizer, {**state, "state": sent(state["state"], self.device)})
         if self.scheduler is not None:
             self.scheduler.load_state_dict(dict(training["scheduler"]["state"]))
         if training["scaler"]:
@@ -378,6 +378,44 @@ def _class_of(scheduler: LRScheduler) -> str:
     """``StepLR``, or ``SequentialLR(LinearLR, StepLR)``."""
     inner = ", ".join(_class_of(each) for each in getattr(scheduler, "_schedulers", ()))
     return f"{type(scheduler).__name__}({inner})" if inner else type(scheduler).__name__
+
+
+# --- to the device ---------------------------------------------------------------------------------------------------
+
+_LARGE_BYTES = 1 << 20  # smaller tensors go where torch puts them, if anywhere: an optimizer's count of steps stays here
+_STAGE_BYTES = 16 << 20
+
+
+def sent(value: Any, device: torch.device) -> Any:
+    """A value with its large tensors on a CUDA device. On the CPU they are left where they are."""
+    return value if device.type != "cuda" else _sent(value, _Stage(device))
+
+
+def _sent(value: Any, stage: "_Stage") -> Any:
+    if isinstance(value, dict):
+        return {key: _sent(item, stage) for key, item in value.items()}
+    is_large = isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.nbytes >= _LARGE_BYTES
+    return stage.send(value) if is_large else value
+
+
+class _Stage:
+    """Two pieces of pinned memory: one is filled while the other travels. What is not pinned travels at half the speed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.halves = [torch.empty(_STAGE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self.arrived = [torch.cuda.Event() for _ in self.halves]  # type: ignore[no-untyped-call]
+
+    def send(self, tensor: torch.Tensor) -> torch.Tensor:
+        target = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+        pieces = (torch.split(each.view(-1).view(torch.uint8), _STAGE_BYTES) for each in (tensor, target))
+        for number, (here, there) in enumerate(zip(*pieces, strict=True)):
+            half, arrived = self.halves[number % 2][: len(here)], self.arrived[number % 2]
+            arrived.synchronize()  # at once, where nothing is on its way
+            half.copy_(here)
+            there.copy_(half, non_blocking=True)
+            arrived.record()
+        return target
 
 
 # --- random states ---------------------------------------------------------------------------------------------------

@@ -51,6 +51,9 @@ class World(Protocol):
     def broadcast_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         """Copies rank 0's tensors over everyone's, on the device."""
 
+    def exchange(self, own: torch.Tensor, found: Sequence[torch.Tensor]) -> None:
+        """Fills ``found`` with every rank's bytes, by rank: flat tensors of bytes on the CPU, all of the same size."""
+
     def begin_max(self, values: Sequence[int]) -> "PendingMax":
         """Begins to find the largest of each value over the ranks, and does not wait."""
 
@@ -92,6 +95,9 @@ class SoloWorld:
 
     def broadcast_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         pass
+
+    def exchange(self, own: torch.Tensor, found: Sequence[torch.Tensor]) -> None:
+        found[0].copy_(own)
 
     def begin_max(self, values: Sequence[int]) -> PendingMax:
         return _Known(list(values))
@@ -156,6 +162,9 @@ class TorchrunWorld:
             raw = tensor.detach().contiguous().view(-1).view(torch.uint8)  # gloo knows few dtypes, and all know bytes
             dist.broadcast(raw, src=0)
             tensor.detach().copy_(raw.view(tensor.dtype).view(tensor.shape))
+
+    def exchange(self, own: torch.Tensor, found: Sequence[torch.Tensor]) -> None:
+        dist.all_gather(list(found), own, group=self._control)
 
     def begin_max(self, values: Sequence[int]) -> PendingMax:
         tensor = torch.tensor(values, dtype=torch.int64)

@@ -1,4 +1,5 @@
-"""A TCP proxy that disturbs the connections to a server as it is told: refuses, cuts, delays, swallows the answer."""
+"""A TCP proxy that disturbs the connections to a server as it is told: refuses, cuts, delays, swallows the answer. It counts
+what the server sends."""
 
 import contextlib
 import socket
@@ -23,6 +24,7 @@ class Proxy:
         self.lost_after_bytes = 0  # … to one that has sent more than this
         self.delay_seconds = 0.0  # of each piece
         self.disturbances = 0  # resets so far
+        self.served_bytes = 0  # sent by the server so far
         self._lock = threading.Lock()
         self._ends: set[socket.socket] = set()
         self._listener = socket.create_server((HOST, 0))
@@ -91,6 +93,8 @@ class _Connection:
         while data := self._receive(self.server):
             if self.sent_bytes > self.proxy.lost_after_bytes and self.proxy._take("lost_answers"):
                 break
+            with self.proxy._lock:
+                self.proxy.served_bytes += len(data)
             self._send(self.client, data)
         self._end()
 

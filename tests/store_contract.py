@@ -225,6 +225,21 @@ class StoreContract:
         assert store.read("large", consume, len(data)) == 0
         assert buffer == data
 
+    def test_ranges_of_an_object(self, place):
+        """Any range has exactly its bytes, and fewer at the end; many come in order; a reader may stop in the middle."""
+        store, data = place.open(), content(SEVERAL_BLOCKS)
+        put(store, "large", data)
+        ranges = [(start, 3 * MIB) for start in range(0, len(data), 3 * MIB)]
+        found = list(store.pieces(("large", start, size) for start, size in ranges))
+        assert found == [data[start : start + size] for start, size in ranges]
+        assert store.read_range("large", len(data) - 10, 11) == data[-10:]
+        assert store.read_range("large", 5, 0) == b""
+        assert store.read("large", lambda file: file.read(100), len(data)) == data[:100]
+        with pytest.raises(FileNotFoundError):
+            store.read_range("nothing", 0, 1)
+        with pytest.raises(FileNotFoundError):
+            list(store.pieces([("large", 0, 1), ("nothing", 0, 1)]))
+
     def test_get_is_cut_at_its_limit(self, place):
         """A hostile object cannot ask for more memory than its reader grants."""
         place.raw.write("file.bin", content(5000))

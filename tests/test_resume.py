@@ -331,7 +331,7 @@ fsspec.register_implementation("cataract", Cataract, clobber=True)
 def one_rank_cannot_read(world, place: Path):
     train_here(build, world, url=place / "run", train=TRAIN, checkpoint=CHECKPOINT)
     log = {"jsonl": str(place / "log.jsonl")}
-    task_here = {"train": {**TRAIN, "steps": 8}, "checkpoint": CHECKPOINT, "log": log}
+    task_here = {"train": {**TRAIN, "steps": 8}, "checkpoint": {**CHECKPOINT, "restore": "each"}, "log": log}
     return train_here(build, world, url=f"cataract://{place}/run", **task_here).step
 
 

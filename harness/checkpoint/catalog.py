@@ -1,10 +1,10 @@
 """What lies in a run's URL: list, open, verify, prune. Only what is committed counts. No torch."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, TypeVar
 
 from harness.checkpoint.format import (
     MANIFEST,
@@ -17,6 +17,8 @@ from harness.checkpoint.format import (
 )
 from harness.checkpoint.store import Store
 from harness.errors import CheckpointError, Corrupt, NoCheckpoint
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -219,19 +221,27 @@ def _check_size(file: FileInfo, found_bytes: int | None) -> None:
 
 def verify_file(store: Store, name: str, file: FileInfo) -> None:
     """Reads every byte of an object and compares it with the manifest's entry. Raises ``Corrupt``."""
-    algorithm = file.checksum.partition(":")[0]
+    read_file(store, name, file, lambda stream: check_bytes(stream, file))
 
-    def consume(stream: BinaryIO) -> tuple[int, str]:
-        whole, count = hasher(algorithm), 0
-        while chunk := stream.read(1 << 20):
-            whole.update(chunk)
-            count += len(chunk)
-        return count, f"{algorithm}:{whole.hexdigest()}"
 
+def read_file(store: Store, name: str, file: FileInfo, consume: Callable[[BinaryIO], T]) -> T:
+    """What ``consume`` makes of an object of a checkpoint. Its ``Corrupt`` gets the object's name."""
     try:
-        found_bytes, found = store.read(name, consume, file.bytes)
+        return store.read(name, consume, file.bytes)
     except FileNotFoundError:
         raise Corrupt(f"{name}: missing; expected {file.bytes} bytes") from None
-    if (found_bytes, found) != (file.bytes, file.checksum):
+    except Corrupt as error:
+        raise Corrupt(f"{name}: {error}") from None
+
+
+def check_bytes(stream: BinaryIO, file: FileInfo) -> None:
+    """Reads a stream to its end. Raises ``Corrupt`` unless it has the bytes of the manifest's entry."""
+    algorithm = file.checksum.partition(":")[0]
+    whole, count, buffer = hasher(algorithm), 0, memoryview(bytearray(1 << 20))
+    while found_bytes := stream.readinto(buffer):  # type: ignore[attr-defined]
+        whole.update(buffer[:found_bytes])
+        count += found_bytes
+    found = f"{algorithm}:{whole.hexdigest()}"
+    if (count, found) != (file.bytes, file.checksum):
         expected = f"{file.bytes} bytes with {file.checksum}"
-        raise Corrupt(f"{name}: expected {expected}, found {found_bytes} bytes with {found}")
+        raise Corrupt(f"expected {expected}, found {count} bytes with {found}")

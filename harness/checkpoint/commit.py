@@ -8,7 +8,6 @@ into a directory that nobody else uses.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
@@ -32,7 +31,7 @@ from harness.checkpoint.format import (
     plan_shards,
     shard_name,
 )
-from harness.checkpoint.store import Store
+from harness.checkpoint.store import Store, in_threads, threads_for
 from harness.checkpoint.unbuffered import Buffer
 from harness.errors import StoreError, Unsupported
 
@@ -66,10 +65,13 @@ def encode(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, tree.Encoded]:
 
 def checksums(encoded: Mapping[str, tree.Encoded]) -> dict[str, dict[str, str]]:
     """The checksum of each tensor's bytes, by part and path."""
-    return {
-        name: {path: _hash(tree.raw_bytes(tensor)) for path, tensor in part.tensors.items()}
-        for name, part in encoded.items()
-    }
+    return {name: _checksums(part) for name, part in encoded.items()}
+
+
+def _checksums(part: tree.Encoded) -> dict[str, str]:
+    tensors = part.tensors.values()
+    threads = threads_for(sum(tensor.nbytes for tensor in tensors))
+    return dict(zip(part.tensors, in_threads(threads, lambda tensor: _hash(tree.raw_bytes(tensor)), tensors), strict=True))
 
 
 def write_encoded(
@@ -125,7 +127,7 @@ def digest_of(part: Mapping[str, Any], name: str) -> str:
     """The digest that a checkpoint of this part would have."""
     encoded = tree.encode(part, name)
     tensors = [tree.info(path, tensor) for path, tensor in encoded.tensors.items()]
-    return _digest(encoded, tensors, checksums({name: encoded})[name])
+    return _digest(encoded, tensors, _checksums(encoded))
 
 
 class _PartPlan:
@@ -190,17 +192,7 @@ def _put_shards(store: Store, directory: str, shards: Sequence[_Shard], streams:
     def put(shard: _Shard) -> None:
         store.put(f"{directory}/{shard.name}", shard, shard.size_bytes)
 
-    if streams == 1:
-        for shard in shards:
-            put(shard)
-        return
-    with ThreadPoolExecutor(streams, thread_name_prefix="harness-put") as pool:
-        try:
-            for _ in pool.map(put, shards):
-                pass
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    in_threads(streams, put, shards)
 
 
 def _digest(part: tree.Encoded, tensors: Sequence[TensorInfo], hashes: Mapping[str, str]) -> str:

@@ -1,17 +1,29 @@
 """Reading a checkpoint back: every byte is verified before a value leaves this module.
 
-A shard is read once, front to back: its header is parsed under bounds, each tensor's bytes go straight to their place in
-memory, and the checksum of the file is computed on the way. Only when it agrees with the manifest are the tensors handed
-out. Nothing is executed: there is no pickle on this path.
+A file is read once, front to back: a shard's header is parsed under bounds, each tensor's bytes go straight to their place
+in fresh memory, and both checksums, the file's and the tensor's, are computed a piece at a time, while the piece is still
+in the processor's cache. Only when they agree with the manifest are the tensors handed out. Nothing is executed: there is
+no pickle on this path.
+
+Fresh memory is what costs: the kernel clears each page of 4 KiB when it is first touched, and that takes several times
+as long as copying into it. So the large tensors of a shard lie in one region of huge pages, where the system has them.
+
+Ranks that read together (``peers``) read each byte once between them: of every round of pieces each rank reads one, and
+gets all. Each computes the checksums of all that it was given.
 """
 
-from collections.abc import Iterable
-from typing import Any, BinaryIO
+import contextlib
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, islice
+from typing import Any, BinaryIO, Protocol
 
+import numpy as np
 import torch
 
 from harness.checkpoint import tree
-from harness.checkpoint.catalog import verify_file
+from harness.checkpoint.catalog import check_bytes, read_file
 from harness.checkpoint.format import (
     HEADER_LIMIT_BYTES,
     INDEX_SUFFIX,
@@ -24,35 +36,56 @@ from harness.checkpoint.format import (
     digest,
     hasher,
 )
-from harness.checkpoint.store import Store
-from harness.errors import Corrupt
+from harness.checkpoint.store import Store, in_threads, joined, threads_for
+from harness.checkpoint.unbuffered import Buffer
+from harness.errors import CheckpointError, Corrupt, HarnessError, RankFailure, StoreError
 
 _READ_BYTES = 1 << 20  # read, then hashed while it is still in the processor's cache
+_LARGE_BYTES = 64 << 10  # smaller tensors own their memory, like any other
+_ALIGNED_BYTES = 64  # as torch's own memory: some kernels give other bits where it is not
+_ROUND_BYTES = 4 << 20  # what ranks that read together hand on at a time, all of them
+_LARGEST_PIECE_BYTES, _SMALLEST_PIECE_BYTES = 4 << 20, 64 << 10  # however few or many they are
+
+Shard = tuple[dict[str, torch.Tensor], dict[str, str]]  # tensors and the checksums of their bytes, by path
 
 
-def read(store: Store, directory: str, manifest: Manifest, parts: Iterable[str] | None = None) -> dict[str, Any]:
+class Peers(Protocol):
+    """The ranks that read together; ``harness.world.World`` is one."""
+
+    rank: int
+    size: int
+
+    def exchange(self, own: torch.Tensor, found: Sequence[torch.Tensor]) -> None:
+        """Fills ``found`` with every rank's bytes, by rank. All have the same size."""
+
+
+def read(
+    store: Store, directory: str, manifest: Manifest, parts: Iterable[str] | None = None, *, peers: Peers | None = None
+) -> dict[str, Any]:
     """The parts of a checkpoint (all of them, or those named) as they were given to ``commit.write``, on the CPU.
 
-    Tensors are fresh and own their memory; tied ones are the same object. Raises ``Corrupt`` with the file's name, what was
-    expected and what was found, or ``StoreError``.
+    Tensors are fresh; tied ones are the same object. Large ones cannot be resized, and the memory of a shard's large ones
+    is freed with the last of them. Raises ``Corrupt`` with the file's name, what was expected and what was found, or
+    ``StoreError``. With ``peers`` all of them call this alike, and when one fails the others raise ``RankFailure``, unless
+    it has failed after the last byte.
     """
     wanted = manifest.parts if parts is None else {name: manifest.parts[name] for name in parts}
     files = {file.name: file for file in manifest.files}
-    for name in wanted:
-        if index := files.get(f"{name}{INDEX_SUFFIX}"):  # not needed here, but what is damaged is not called whole
-            verify_file(store, f"{directory}/{index.name}", index)
-    return {
-        name: _read_part(store, directory, name, part, [files[file] for file in part.files]) for name, part in wanted.items()
-    }
+    # An index is not needed here, but what is damaged is not called whole.
+    names = [file for name, part in wanted.items() for file in (f"{name}{INDEX_SUFFIX}", *part.files) if file in files]
+    needed = [files[name] for name in names]
+    shards = _read_apart(store, directory, needed) if peers is None else _read_together(store, directory, needed, peers)
+    return {name: _assemble(directory, name, part, shards) for name, part in wanted.items()}
 
 
-def _read_part(store: Store, directory: str, name: str, part: Part, files: list[FileInfo]) -> Any:
+def _assemble(directory: str, name: str, part: Part, shards: dict[str, Shard]) -> Any:
+    """The value of a part whose shards have been read."""
     tensors: dict[str, torch.Tensor] = {}
     hashes: dict[str, str] = {}
-    for file in files:
-        found, found_hashes = read_shard(store, f"{directory}/{file.name}", file)
+    for file in part.files:
+        found, found_hashes = shards[file]
         if twice := tensors.keys() & found.keys():
-            raise Corrupt(f"{directory}/{file.name}: {min(twice)} is in another shard too")
+            raise Corrupt(f"{directory}/{file}: {min(twice)} is in another shard too")
         tensors |= found
         hashes |= found_hashes
     try:
@@ -73,39 +106,49 @@ def _read_part(store: Store, directory: str, name: str, part: Part, files: list[
     return tree.decode(part.tree, tensors)
 
 
-def read_shard(store: Store, name: str, file: FileInfo) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a shard and the checksums of their bytes, verified against the manifest's entry for the file."""
-    algorithm = file.checksum.partition(":")[0]
+# --- each rank for itself --------------------------------------------------------------------------------------------
 
-    def consume(stream: BinaryIO) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        return _Reader(stream, hasher(algorithm), file.bytes).tensors(algorithm, file.checksum)
 
-    try:
-        return store.read(name, consume, file.bytes)
-    except FileNotFoundError:
-        raise Corrupt(f"{name}: missing; expected {file.bytes} bytes") from None
-    except Corrupt as error:
-        raise Corrupt(f"{name}: {error}") from None
+def _read_apart(store: Store, directory: str, files: Sequence[FileInfo]) -> dict[str, Shard]:
+    """Reads files: local ones, which come from memory in the best case, by several threads."""
+    threads = threads_for(sum(file.bytes for file in files)) if store.is_local else 1
+    shards = in_threads(threads, lambda file: read_shard(store, f"{directory}/{file.name}", file), files)
+    return {file.name: shard for file, shard in zip(files, shards, strict=True)}
+
+
+def read_shard(store: Store, name: str, file: FileInfo) -> Shard:
+    """What is in a file, verified against the manifest's entry for it. An index has no tensors."""
+    return read_file(store, name, file, lambda stream: _consume(stream, file))
+
+
+def _consume(stream: BinaryIO, file: FileInfo) -> Shard:
+    if file.name.endswith(INDEX_SUFFIX):
+        check_bytes(stream, file)
+        return {}, {}
+    return _Reader(stream, file).tensors()
 
 
 class _Reader:
     """A shard on its way in: counts and hashes what it reads."""
 
-    def __init__(self, stream: BinaryIO, whole: Hasher, size_bytes: int) -> None:
+    def __init__(self, stream: BinaryIO, file: FileInfo) -> None:
         self.stream = stream
-        self.whole = whole
-        self.size_bytes = size_bytes
+        self.size_bytes, self.expected = file.bytes, file.checksum
+        self.algorithm = file.checksum.partition(":")[0]
+        self.whole = hasher(self.algorithm)
         self.done_bytes = 0
 
-    def tensors(self, algorithm: str, expected: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    def tensors(self) -> Shard:
         infos = self.header()
         tensors, hashes = {}, {}
-        for info in infos:
-            tensors[info.path], hashes[info.path] = self.tensor(info, algorithm)
+        for info, (tensor, place) in zip(infos, _memory_for(infos), strict=True):
+            own = hasher(self.algorithm)
+            self.fill(place, own)
+            tensors[info.path], hashes[info.path] = tensor, f"{self.algorithm}:{own.hexdigest()}"
         if self.stream.read(1):
             raise Corrupt(f"expected {self.size_bytes} bytes, found more")
-        if (found := f"{algorithm}:{self.whole.hexdigest()}") != expected:
-            raise Corrupt(f"expected {expected}, found {found}")
+        if (found := f"{self.algorithm}:{self.whole.hexdigest()}") != self.expected:
+            raise Corrupt(f"expected {self.expected}, found {found}")
         return tensors, hashes
 
     def header(self) -> list[TensorInfo]:
@@ -118,13 +161,6 @@ class _Reader:
         self.fill(memoryview(text))
         return decode_header(bytes(text), self.size_bytes - self.done_bytes)
 
-    def tensor(self, info: TensorInfo, algorithm: str) -> tuple[torch.Tensor, str]:
-        tensor = torch.empty(info.shape, dtype=getattr(torch, info.dtype))
-        own = hasher(algorithm)
-        if tensor.numel():
-            self.fill(tensor.view(-1).view(torch.uint8).numpy().data, own)
-        return tensor, f"{algorithm}:{own.hexdigest()}"
-
     def fill(self, place: memoryview, own: Hasher | None = None) -> None:
         """Reads exactly as many bytes as there is room for."""
         while len(place):
@@ -136,3 +172,122 @@ class _Reader:
                 own.update(place[:count])
             self.done_bytes += count
             place = place[count:]
+
+
+def _memory_for(infos: Sequence[TensorInfo]) -> Iterator[tuple[torch.Tensor, memoryview]]:
+    """Fresh memory for each tensor of a shard, as a tensor and as its bytes."""
+    room = [-(-info.nbytes // _ALIGNED_BYTES) * _ALIGNED_BYTES if info.nbytes >= _LARGE_BYTES else 0 for info in infos]
+    *starts, size_bytes = accumulate(room, initial=0)
+    region = _fresh_region(size_bytes)
+    for info, start in zip(infos, starts, strict=True):
+        dtype = getattr(torch, info.dtype)
+        if info.nbytes >= _LARGE_BYTES:
+            raw = torch.frombuffer(region, dtype=torch.uint8, count=info.nbytes, offset=start)
+            yield raw.view(dtype).view(info.shape), memoryview(region)[start : start + info.nbytes]
+        else:
+            tensor = torch.empty(info.shape, dtype=dtype)
+            yield tensor, tensor.view(-1).view(torch.uint8).numpy().data if info.nbytes else memoryview(b"")
+
+
+def _fresh_region(size_bytes: int) -> mmap.mmap:
+    """Memory that belongs to nobody else, in huge pages where the system has them."""
+    region = mmap.mmap(-1, max(size_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(AttributeError, OSError):  # another system, or a kernel built without them
+        region.madvise(mmap.MADV_HUGEPAGE)
+    return region
+
+
+# --- ranks that read together ----------------------------------------------------------------------------------------
+
+
+def _read_together(store: Store, directory: str, files: Sequence[FileInfo], peers: Peers) -> dict[str, Shard]:
+    """Reads files, each byte once between all ranks. Whatever goes wrong on one of them, all stop after the same round."""
+    relay = _Relay(store, directory, files, peers)
+    pieces = relay.pieces()
+    found: dict[str, Shard] = {}
+    for file in files:
+        try:
+            found[file.name] = _consume(joined(islice(pieces, relay.count(file))), file)
+        except Corrupt as error:
+            relay.problem = relay.problem or Corrupt(f"{directory}/{file.name}: {error}")
+            for _ in pieces:  # the others learn of it with the next round, if there is one
+                pass
+            raise relay.problem from None
+    return found
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A piece of a file; the last one is read with one byte more, which must not be there."""
+
+    file: FileInfo
+    name: str
+    start: int
+    size_bytes: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.start + self.size_bytes == self.file.bytes
+
+    def check(self, data: bytes) -> None:
+        if len(data) != self.size_bytes:
+            found = "more" if len(data) > self.size_bytes else self.start + len(data)
+            raise Corrupt(f"{self.name}: expected {self.file.bytes} bytes, found {found}")
+
+
+class _Relay:
+    """Files in pieces, of which each rank reads its share and hands it on.
+
+    A round has a piece of each rank. What a rank sends begins with a byte that says whether anything has gone wrong there;
+    after a round in which it has, nobody goes on.
+    """
+
+    def __init__(self, store: Store, directory: str, files: Iterable[FileInfo], peers: Peers) -> None:
+        self.store = store
+        self.peers = peers
+        self.piece_bytes = max(min(_ROUND_BYTES // peers.size, _LARGEST_PIECE_BYTES), _SMALLEST_PIECE_BYTES)
+        self.schedule = [
+            _Piece(file, f"{directory}/{file.name}", start, min(self.piece_bytes, file.bytes - start))
+            for file in files
+            for start in range(0, file.bytes, self.piece_bytes)
+        ]
+        self.problem: HarnessError | None = None
+
+    def count(self, file: FileInfo) -> int:
+        """How many pieces a file has."""
+        return -(-file.bytes // self.piece_bytes)
+
+    def pieces(self) -> Iterator[Buffer]:
+        """All pieces of all files, in order. Raises what this rank has failed of, or ``RankFailure`` when another has."""
+        rank, size = self.peers.rank, self.peers.size
+        own = self._own(self.schedule[rank::size])
+        sent = torch.zeros(1 + self.piece_bytes, dtype=torch.uint8)
+        found = torch.empty((size, 1 + self.piece_bytes), dtype=torch.uint8)
+        for start in range(0, len(self.schedule), size):
+            pieces = self.schedule[start : start + size]
+            try:
+                if rank < len(pieces) and self.problem is None:
+                    data = next(own)
+                    sent.numpy()[1 : 1 + len(data)] = np.frombuffer(data, np.uint8)
+            except (CheckpointError, StoreError) as error:
+                self.problem = error
+            sent[0] = self.problem is not None
+            width = 1 + max(piece.size_bytes for piece in pieces)
+            self.peers.exchange(sent[:width], [row[:width] for row in found])
+            if self.problem is not None:
+                raise self.problem
+            if failed := found[:, 0].nonzero().flatten().tolist():
+                raise RankFailure(f"ranks {failed} could not read their share, or found damage")
+            for piece, row in zip(pieces, found, strict=False):
+                yield row[1 : 1 + piece.size_bytes].numpy().data
+
+    def _own(self, share: Sequence[_Piece]) -> Iterator[bytes]:
+        ranges = ((piece.name, piece.start, piece.size_bytes + piece.is_last) for piece in share)
+        found = self.store.pieces(ranges)
+        for piece in share:
+            try:
+                data = next(found)
+            except FileNotFoundError:
+                raise Corrupt(f"{piece.name}: missing; expected {piece.file.bytes} bytes") from None
+            piece.check(data)
+            yield data

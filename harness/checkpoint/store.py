@@ -14,17 +14,23 @@ The contract that everything above rests on:
   ``StoreError`` that names the operation and the object. A put that hung and wakes up later publishes nothing: the
   memory that it reads may hold the next step by then.
 * Nothing is answered from a cache, and what could not be listed is an error, not an empty directory.
+* Large objects come as fast as the storage gives them, in bounded memory: from an object store in several ranges at a time.
+  Local files are read, never mapped: a mapped file that is cut short, or a page of it that the disk cannot read, is a
+  SIGBUS that ends the process, and what was verified in a mapping may be other bytes when it is touched the next time.
 
 URLs are ``str``: ``pathlib`` eats a slash of ``s3://``.
 """
 
 import contextlib
 import errno
+import functools
+import io
 import os
 import re
 import secrets
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, ClassVar, Generic, TypeVar
 
@@ -40,9 +46,15 @@ from harness.checkpoint.unbuffered import Buffer
 from harness.errors import ConfigError, HarnessError, StoreError
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 _SMALL_BYTES = 4 << 20  # an object up to this size is sent in one request
 _BLOCK_BYTES = 16 << 20  # larger ones are streamed in parts of this size
+_RANGE_BYTES = 4 << 20  # what is read in ranges comes in pieces of this size,
+_RANGES_AHEAD = 8  # so many of them at a time
+_RANGED = {"s3", "s3a", "gs", "gcs", "abfs", "az"}  # their filesystems know ranges, and can be called by several threads
+_THREADS = min(4, os.cpu_count() or 1)  # more read and hash no faster than memory is
+_WORTH_THREADS_BYTES = 32 << 20
 _SLOWEST_BYTES_PER_SECOND = 1 << 20  # a transfer slower than this has failed
 _PERMANENT = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOENT,
@@ -68,7 +80,7 @@ class Store:
 
     streams: ClassVar[int] = 8
     shard_bytes: ClassVar[int] = 128 << 20
-
+    is_local: ClassVar[bool] = False
     has_directories: ClassVar[bool] = False  # of its own, which somebody has to make and may remove
 
     def __init__(self, fs: fsspec.AbstractFileSystem, root: str, url: str, attempts: int, deadline_seconds: float) -> None:
@@ -90,28 +102,51 @@ class Store:
         size_bytes = self.stat(name)  # the deadline depends on it
         if size_bytes is None:
             return None
-        size_bytes = min(size_bytes, limit_bytes)
         try:
-            return bytes(self.read(name, lambda file: file.read(size_bytes), size_bytes))
+            return self.read_range(name, 0, min(size_bytes, limit_bytes))
         except FileNotFoundError:
             return None
 
     def read(self, name: str, consume: Callable[[BinaryIO], T], size_bytes: int) -> T:
         """Opens an object and returns what ``consume`` makes of it; ``FileNotFoundError`` when there is none.
 
-        ``consume`` is called once for each try, in another thread, and reads from beginning to end.
+        ``consume`` reads from beginning to end. It may be called once for each try, and in another thread.
         """
+        if self._has_ranges():  # each range has its own tries and its own deadline
+            found_bytes = self.stat(name)
+            if found_bytes is None:
+                raise FileNotFoundError(f"{self.url}/{name}")
+            starts = range(0, found_bytes, _RANGE_BYTES)
+            ranges = ((name, start, min(_RANGE_BYTES, found_bytes - start)) for start in starts)
+            try:
+                return consume(joined(self.pieces(ranges)))
+            except FileNotFoundError:
+                raise
+            except OSError as error:  # what becomes of the bytes may fail, too: a full disk
+                reason = _in_words(error)
+                raise StoreError(f"read {self.url}/{name}: {reason}", transient=_is_transient(error)) from error
 
         def read() -> T:
             with self._open(self._path(name)) as file:
                 return consume(file)
 
-        try:
-            return self._call("read", name, read, size_bytes)
-        except StoreError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                raise FileNotFoundError(f"{self.url}/{name}") from None
-            raise
+        return self._reading(name, read, size_bytes)
+
+    def read_range(self, name: str, start: int, size_bytes: int) -> bytes:
+        """So many bytes of an object from ``start`` on, fewer where it ends; ``FileNotFoundError`` when there is none."""
+        if not size_bytes:
+            return b""
+        return self._reading(name, lambda: self._read_range(self._path(name), start, size_bytes), size_bytes)
+
+    def pieces(self, ranges: Iterable[tuple[str, int, int]]) -> Iterator[bytes]:
+        """Each range (name, start, size in bytes) as ``read_range`` gives it, in order; the next few are on their way."""
+        coming: deque[Background[bytes]] = deque()
+        for each in ranges:
+            coming.append(Background(functools.partial(self.read_range, *each)))
+            if len(coming) == (_RANGES_AHEAD if self._has_ranges() else 1):
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
     def list(self, prefix: str = "") -> dict[str, int]:
         """All objects below a prefix (a directory's name), with their sizes in bytes. Directories do not count."""
@@ -177,8 +212,29 @@ class Store:
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
 
+    def _has_ranges(self) -> bool:
+        return not _RANGED.isdisjoint(_protocols(self.fs))
+
     def _open(self, path: str) -> Any:
         return self.fs.open(path, "rb", block_size=_BLOCK_BYTES)
+
+    def _read_range(self, path: str, start: int, size_bytes: int) -> bytes:
+        if not self._has_ranges():
+            with self._open(path) as file:
+                file.seek(start)
+                return bytes(file.read(size_bytes))
+        data = self.fs.cat_file(path, start=start, end=start + size_bytes)
+        if len(data) > size_bytes:
+            raise OSError(f"asked for {size_bytes} bytes from {start} on, got {len(data)}")
+        return bytes(data)
+
+    def _reading(self, name: str, function: Callable[[], T], size_bytes: int) -> T:
+        try:
+            return self._call("read", name, function, size_bytes)
+        except StoreError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise FileNotFoundError(f"{self.url}/{name}") from None
+            raise
 
     def _put(self, path: str, chunks: Iterable[Buffer], size_bytes: int) -> None:
         if size_bytes <= _SMALL_BYTES or isinstance(self.fs, MemoryFileSystem):  # memory: open() publishes at once
@@ -213,9 +269,13 @@ class Store:
 class _LocalStore(Store):
     """A local filesystem, where ``put`` needs care of its own."""
 
+    is_local = True
     has_directories = True
     streams = 1  # a disk is fastest at one thing after the other
     shard_bytes = 1 << 30
+
+    def _open(self, path: str) -> Any:
+        return open(path, "rb")  # fsspec's file has layers; this one reads straight to where the bytes are to be
 
     def _put(self, path: str, chunks: Iterable[Buffer], size_bytes: int) -> None:
         directory = os.path.dirname(path)
@@ -249,6 +309,13 @@ class _SftpStore(Store):
             file.prefetch(max_concurrent_requests=256)
         return file
 
+    def _read_range(self, path: str, start: int, size_bytes: int) -> bytes:
+        with super()._open(path) as file:
+            file.seek(start)
+            if hasattr(file, "prefetch"):
+                file.prefetch(min(start + size_bytes, file.stat().st_size), max_concurrent_requests=256)
+            return bytes(file.read(size_bytes))
+
     def _put(self, path: str, chunks: Iterable[Buffer], size_bytes: int) -> None:
         self.fs.makedirs(os.path.dirname(path), exist_ok=True)
         partial = _partial(path)
@@ -281,9 +348,12 @@ def open_store(
         fs, root = _insist(f"open {shown(url)}", connect, attempts, deadline_seconds)
     except (ValueError, ImportError, TypeError) as error:
         raise ConfigError(f"{shown(url)}: {error}") from None
-    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-    kind = _LocalStore if isinstance(fs, LocalFileSystem) else _SftpStore if "sftp" in protocols else Store
+    kind = _LocalStore if isinstance(fs, LocalFileSystem) else _SftpStore if "sftp" in _protocols(fs) else Store
     return kind(fs, root, shown(url), attempts, deadline_seconds)
+
+
+def _protocols(fs: AbstractFileSystem) -> set[str]:
+    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
 
 
 def shown(url: str) -> str:
@@ -321,15 +391,15 @@ def _insist(
     return retrying(attempt)
 
 
-class _Try(threading.Thread, Generic[T]):
-    """One try of a call. It cannot be cancelled; when it hangs, it is left behind."""
+class Background(threading.Thread, Generic[T]):
+    """A call in another thread, begun at once. It cannot be cancelled, and holds up nobody's exit."""
 
     def __init__(self, function: Callable[[], T]) -> None:
         super().__init__(name="harness-store", daemon=True)
         self.function = function
-        self.left_behind = False
         self.results: list[T] = []
         self.failure: BaseException | None = None
+        self.start()
 
     def run(self) -> None:
         try:
@@ -337,17 +407,85 @@ class _Try(threading.Thread, Generic[T]):
         except BaseException as error:  # handed to the caller below, whatever it is
             self.failure = error
 
+    def result(self) -> T:
+        """What the call returns, or raises."""
+        self.join()
+        if self.failure is not None:
+            raise self.failure
+        return self.results[0]
+
+
+def threads_for(size_bytes: int) -> int:
+    """How many threads are worth starting to read or hash so much."""
+    return _THREADS if size_bytes >= _WORTH_THREADS_BYTES else 1
+
+
+def in_threads(count: int, function: Callable[[Item], T], items: Iterable[Item]) -> list[T]:
+    """What a function makes of each item, in order, by so many threads. After an error no further item is begun."""
+    if count == 1:
+        return [function(item) for item in items]
+    every = list(items)
+    coming = iter(enumerate(every))
+    results: dict[int, T] = {}
+    failures: list[Item] = []
+
+    def work() -> None:
+        for index, item in coming:
+            if failures:
+                return
+            try:
+                results[index] = function(item)
+            except BaseException:
+                failures.append(item)
+                raise
+
+    workers = [Background(work) for _ in range(min(count, len(every)))]
+    for worker in workers:
+        worker.join()
+    for worker in workers:
+        worker.result()
+    return [results[index] for index in range(len(every))]
+
+
+class _Try(Background[T]):
+    """One try of a call. When it hangs, it is left behind."""
+
+    left_behind = False
+
     def result_within(self, seconds: float) -> T:
-        self.start()
         try:
             self.join(seconds)
         finally:  # also when the caller was interrupted
             self.left_behind = self.is_alive()
         if self.left_behind:
             raise TimeoutError(f"no answer within {seconds:.0f} s")
-        if self.failure is not None:
-            raise self.failure
-        return self.results[0]
+        return self.result()
+
+
+class _Joined(io.RawIOBase):
+    """Pieces as one file."""
+
+    def __init__(self, pieces: Iterable[Buffer]) -> None:
+        self.pieces = iter(pieces)
+        self.piece = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, place: Any) -> int:
+        while not self.piece:
+            if (piece := next(self.pieces, None)) is None:
+                return 0
+            self.piece = memoryview(piece)
+        count = min(len(place), len(self.piece))
+        place[:count] = self.piece[:count]
+        self.piece = self.piece[count:]
+        return count
+
+
+def joined(pieces: Iterable[Buffer]) -> BinaryIO:
+    """A file made of pieces, to be read once from beginning to end."""
+    return io.BufferedReader(_Joined(pieces))
 
 
 def _while_awaited(chunks: Iterable[Buffer]) -> Iterator[Buffer]:
