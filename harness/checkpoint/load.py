@@ -5,15 +5,12 @@ in fresh memory, and both checksums, the file's and the tensor's, are computed a
 in the processor's cache. Only when they agree with the manifest are the tensors handed out. Nothing is executed: there is
 no pickle on this path.
 
-Fresh memory is what costs: the kernel clears each page of 4 KiB when it is first touched, and that takes several times
-as long as copying into it. So the large tensors of a shard lie in one region of huge pages, where the system has them.
+Fresh memory is what costs (see ``harness.checkpoint.memory``). So the large tensors of a shard lie in one region of it.
 
 Ranks that read together (``peers``) read each byte once between them: of every round of pieces each rank reads one, and
 gets all. Each computes the checksums of all that it was given.
 """
 
-import contextlib
-import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
@@ -36,6 +33,7 @@ from harness.checkpoint.format import (
     digest,
     hasher,
 )
+from harness.checkpoint.memory import fresh_region
 from harness.checkpoint.store import Store, in_threads, joined, threads_for
 from harness.checkpoint.unbuffered import Buffer
 from harness.errors import CheckpointError, Corrupt, HarnessError, RankFailure, StoreError
@@ -178,7 +176,7 @@ def _memory_for(infos: Sequence[TensorInfo]) -> Iterator[tuple[torch.Tensor, mem
     """Fresh memory for each tensor of a shard, as a tensor and as its bytes."""
     room = [-(-info.nbytes // _ALIGNED_BYTES) * _ALIGNED_BYTES if info.nbytes >= _LARGE_BYTES else 0 for info in infos]
     *starts, size_bytes = accumulate(room, initial=0)
-    region = _fresh_region(size_bytes)
+    region = fresh_region(size_bytes)
     for info, start in zip(infos, starts, strict=True):
         dtype = getattr(torch, info.dtype)
         if info.nbytes >= _LARGE_BYTES:
@@ -187,14 +185,6 @@ def _memory_for(infos: Sequence[TensorInfo]) -> Iterator[tuple[torch.Tensor, mem
         else:
             tensor = torch.empty(info.shape, dtype=dtype)
             yield tensor, tensor.view(-1).view(torch.uint8).numpy().data if info.nbytes else memoryview(b"")
-
-
-def _fresh_region(size_bytes: int) -> mmap.mmap:
-    """Memory that belongs to nobody else, in huge pages where the system has them."""
-    region = mmap.mmap(-1, max(size_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(AttributeError, OSError):  # another system, or a kernel built without them
-        region.madvise(mmap.MADV_HUGEPAGE)
-    return region
 
 
 # --- ranks that read together ----------------------------------------------------------------------------------------
