@@ -21,7 +21,7 @@ demo: $(READY)
 	$(BIN)/python launch/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -m 'not soak' -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m 'not soak' -n 3 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff format --check

@@ -136,19 +136,18 @@ def test_one_process_killed_and_started_again(tmp_path, straight, workers):
 
 
 @pytest.mark.torchrun
-@pytest.mark.parametrize(("ranks", "victim", "workers"), [(2, 1, 0), (3, 0, 2)])
-def test_a_rank_killed_and_restarted_by_torchrun(tmp_path, straight, ranks, victim, workers):
+def test_a_rank_killed_and_restarted_by_torchrun(tmp_path, straight):
     """When a rank is SIGKILLed within an epoch, torchrun restarts all, and they end bit-identical; the uninterrupted run
     fetched without workers, so their number does not matter either."""
-    command = config("run", workers=workers, place=".", hold_at=KILLED_AT)
-    with launch(tmp_path, command, ranks=ranks, max_restarts=1) as run:
+    command = config("run", workers=2, place=".", hold_at=KILLED_AT)
+    with launch(tmp_path, command, ranks=3, max_restarts=1) as run:
         run.wait(lambda: held(tmp_path / "step"), "the step at which a rank is killed")
         run.wait(lambda: 6 in committed(tmp_path / "run"), "the save before it")
-        run.kill_rank(victim)
+        run.kill_rank(0)
         release(tmp_path / "step")
         assert run.wait_for("resume", attempt=2)["step"] == 6
         run.succeed()
-    assert digests(tmp_path / "run") == digests(straight(ranks) / "run")
+    assert digests(tmp_path / "run") == digests(straight(3) / "run")
 
 
 @pytest.mark.torchrun

@@ -184,7 +184,7 @@ def storm(directory: Path, kills: int, steps: int, seed: int, *, ranks: int = 2,
     with launch(directory, command, ranks=ranks, max_restarts=2 * kills) as run:
         attempt = 0  # the newest that has trained
         for number in range(kills):
-            if number % 5 == 4:
+            if number % 5 == 2:
                 longest_seconds = 3.0  # a start: imports, rendezvous, resume
                 run.wait(lambda: len(run.workers()) == ranks, "all ranks to have a process")
             else:
@@ -206,8 +206,8 @@ def events(directory: Path) -> list[dict]:
 
 @pytest.mark.torchrun
 def test_short_kill_storm(tmp_path, straight):
-    """Five SIGKILLs at random moments leave no trace in the bits of the result."""
-    assert storm(tmp_path, 5, STORM_STEPS, seed=random.randrange(10**6)) == straight[STORM_STEPS]
+    """Three SIGKILLs at random moments leave no trace in the bits of the result."""
+    assert storm(tmp_path, 3, STORM_STEPS, seed=random.randrange(10**6)) == straight[STORM_STEPS]
 
 
 @pytest.mark.torchrun

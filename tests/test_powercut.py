@@ -235,7 +235,8 @@ def test_a_power_cut_leaves_the_old_or_the_new_checkpoint(bench, every, capsys):
 @pytest.mark.parametrize("bug", [bug for bug in BUGS if bug])
 def test_a_missing_fsync_is_found(bench, bug):
     """The power cut is one: without the fsync of files, or of directories, a checkpoint that was committed is lost."""
-    assert bench.trial(bug=bug) is not None
+    # Now and then the kernel writes by itself what nobody has asked it to.
+    assert any(bench.trial(bug=bug) is not None for _ in range(3))
 
 
 if __name__ == "__main__":
