@@ -25,7 +25,7 @@ from harness.checkpoint.format import Attempt
 from harness.checkpoint.store import open_store
 from harness.data import Cursor
 from harness.errors import Mismatch, Unsupported
-from harness.state import TrainingState, check_optimizer, optimizer_state, restore_optimizer
+from harness.state import TrainingState, check_optimizer, optimizer_state, restore_optimizer, sent
 
 NEWEST = TorchVersion("2.13")  # the newest torch whose classes were all looked at
 
@@ -248,6 +248,22 @@ def test_counts_of_steps_keep_their_dtype(name, option, float64_by_default):
         group[option] = True  # the CPU refuses to step with `capturable`, not to keep state
     resumed(net, optimizer, twin, twins)
     assert {state["step"].dtype for state in twins.state.values()} == {torch.float64}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_large_tensors_are_sent_to_a_gpu():
+    """Bit for bit, in several pieces and a rest, whatever the dtype; small ones stay for torch to place."""
+    large = torch.arange(40_000_003, dtype=torch.int32)
+    value = {
+        "state": {0: {"exp_avg": large.view(torch.float32), "step": torch.tensor(3.0)}},
+        "half": large.to(torch.bfloat16),
+    }
+    found = sent(value, torch.device("cuda"))
+    assert found["state"][0]["exp_avg"].device.type == found["half"].device.type == "cuda"
+    assert found["state"][0]["step"] is value["state"][0]["step"]
+    assert torch.equal(found["state"][0]["exp_avg"].view(torch.int32).cpu(), large)
+    assert torch.equal(found["half"].cpu(), value["half"])
 
 
 @pytest.mark.gpu

@@ -313,6 +313,17 @@ def test_download_cut_once(proxied):
     assert proxy.disturbances == 1
 
 
+def test_download_of_several_ranges_at_a_time(s3):
+    """An object store that sends little on each connection is asked on several."""
+    first = save(open_store(s3.url("ranges"), s3.storage_options), 1, 32 * MIB)
+    with Proxy(s3.port) as proxy:
+        store = open_store(s3.url("ranges"), s3.at(proxy.port).storage_options)
+        proxy.delay_seconds = 0.01  # 6 MiB/s on each
+        began = time.monotonic()
+        assert_newest(store, first, 1, 32 * MIB)
+        assert time.monotonic() - began < 32 / 6 / 2
+
+
 def test_slow_server(proxied):
     """A server that takes longer than the deadline of a call is waited for as long as the bytes come at a bearable rate."""
     direct, store, proxy = proxied

@@ -39,6 +39,9 @@ def test_a_plain_process_agrees_with_itself(solo):
     assert solo.wrap(model) is model
     solo.broadcast_tensors([tensor])
     assert tensor.tolist() == [1, 1]
+    found = torch.zeros(1, 2, dtype=torch.uint8)
+    solo.exchange(torch.tensor([7, 8], dtype=torch.uint8), list(found))
+    assert found.tolist() == [[7, 8]]
     solo.close()
 
 
@@ -184,6 +187,12 @@ def tensors(world, place: Path):
     return [bool((tensor == 1).all()) for tensor in sent[:-1]] + [int(sent[-1])]
 
 
+def pieces(world, place: Path):
+    found = torch.zeros(RANKS, 5, dtype=torch.uint8)
+    world.exchange(torch.full((3,), world.rank + 1, dtype=torch.uint8), [row[1:4] for row in found])
+    return found.tolist()
+
+
 def wrapping(world, place: Path):
     learning, frozen = nn.Linear(1, 1), nn.Linear(1, 1).requires_grad_(requires_grad=False)
     return [type(world.wrap(model)).__name__ for model in (learning, frozen)]
@@ -243,6 +252,13 @@ def test_tensors_are_overwritten_by_rank_0s(results):
 
 
 @pytest.mark.torchrun
+def test_bytes_are_exchanged(results):
+    """Each rank's arrive on every rank, where they are wanted."""
+    rows = [[0, rank + 1, rank + 1, rank + 1, 0] for rank in range(RANKS)]
+    assert returned(results["pieces"]) == [rows] * RANKS
+
+
+@pytest.mark.torchrun
 def test_only_what_learns_is_wrapped(results):
     """DDP refuses a model without gradients."""
     assert returned(results["wrapping"]) == [["DistributedDataParallel", "Linear"]] * RANKS
@@ -288,4 +304,4 @@ def test_what_counts_as_a_lost_peer():
 
 
 if __name__ == "__main__":
-    play([objects, sums, tensors, wrapping, agreeing], Path(sys.argv[1]))
+    play([objects, sums, tensors, pieces, wrapping, agreeing], Path(sys.argv[1]))

@@ -198,8 +198,8 @@ def _read_together(store: Store, directory: str, files: Sequence[FileInfo], peer
     for file in files:
         try:
             found[file.name] = _consume(joined(islice(pieces, relay.count(file))), file)
-        except Corrupt as error:
-            relay.problem = relay.problem or Corrupt(f"{directory}/{file.name}: {error}")
+        except CheckpointError as error:
+            relay.problem = relay.problem or type(error)(f"{directory}/{file.name}: {error}")
             for _ in pieces:  # the others learn of it with the next round, if there is one
                 pass
             raise relay.problem from None
