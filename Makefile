@@ -9,12 +9,15 @@ READY := $(VENV)/ready
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: help check test soak demo clean
+BENCH := build/bench-venv
+
+.PHONY: help check test soak demo bench clean
 help:
 	@echo 'make demo    train a small GPT on 2 processes, kill one, and compare with the run that was not killed'
 	@echo 'make test    the test suite'
 	@echo 'make check   formatting, lint, types'
 	@echo 'make soak    the proofs that take long'
+	@echo 'make bench   what checkpoints cost, beside other systems: 40 minutes (BENCH_ARGS=--quick: 2)'
 	@echo 'make clean   delete what these make; runs/ stays'
 
 demo: $(READY)
@@ -31,15 +34,31 @@ check: $(READY)
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak
 
-# Written last, so that an installation that was interrupted is done again.
-$(READY): pyproject.toml constraints.txt
+# BENCH_ARGS=--quick for a look; without, the results, the tables in benchmarks/README.md and docs/stall.png are written anew.
+BENCH_ARGS ?= --publish
+bench: $(BENCH)/ready
+	$(BENCH)/bin/python benchmarks/checkpoint.py $(BENCH_ARGS)
+
+# A fresh virtual environment in a folder.
+define environment
 	@python='$(PYTHON)'; "$${python:-false}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "harness needs Python 3.11 or newer; found: $${python:-none}. Try: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo 'installing into $(VENV), which takes a minute or two'
-	@$(PYTHON) -m venv --clear $(VENV) || { echo 'python -m venv failed (on Debian: apt-get install python3-venv)' >&2; exit 1; }
+	@echo 'installing into $(1), which takes a minute or two'
+	@$(PYTHON) -m venv --clear $(1) || { echo 'python -m venv failed (on Debian: apt-get install python3-venv)' >&2; exit 1; }
+endef
+
+# Written last, so that an installation that was interrupted is done again.
+$(READY): pyproject.toml constraints.txt
+	$(call environment,$(VENV))
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# What harness is compared with is nothing that it needs, and has an environment of its own.
+$(BENCH)/ready: pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(call environment,$(BENCH))
+	$(BENCH)/bin/python -m pip install --quiet --constraint constraints.txt --requirement benchmarks/requirements.txt --editable '.[s3]'
 	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find harness tests launch -name __pycache__ -prune -exec rm -rf {} +
+	find harness tests launch benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -131,8 +131,8 @@ class Saver:
 
     def fence(self) -> None:
         """To be called before anything steady is changed: waits until the snapshot does not need it any more."""
-        if self._under_way is not None:
-            self._under_way.fence()
+        if (writing := self._under_way) is not None:  # another thread may wait for it, and take it away
+            writing.fence()
 
     @property
     def is_busy(self) -> bool:

@@ -1,0 +1,137 @@
+"""What the machine takes for the bytes of a state, with nothing around it: no contender can be faster, bar luck.
+
+Every floor is measured beside the contenders, in each round anew. All move as many bytes as the state has.
+"""
+
+import errno
+import mmap
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import xxhash
+
+PIECE_BYTES = 16 << 20
+PAGE_BYTES = 4096
+CONNECTIONS = 8
+
+# What each floor is called, and what it is.
+ON_DISK = {
+    "copy_reused": "copy in memory, into pages that are there",
+    "copy_fresh": "copy in memory, into fresh pages",
+    "hash": "xxh3_128 of the bytes in memory",
+    "write": "write and fsync, through the page cache",
+    "write_direct": "write and fsync, O_DIRECT",
+    "read_warm": "read from the page cache, into pages that are there",
+    "read_warm_fresh": "read from the page cache, into fresh pages",
+    "read_cold": "read from the disk, into pages that are there",
+}
+ON_S3 = {
+    "upload": f"upload of 16 MiB parts over {CONNECTIONS} connections (boto3)",
+    "download": f"download of 16 MiB ranges over {CONNECTIONS} connections (boto3)",
+}
+
+
+def seconds(function: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def disk_floors(folder: str, size_bytes: int) -> dict[str, float | None]:
+    """Seconds for each; None where the file system or the kernel has no such thing."""
+    whole = -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
+    source = torch.frombuffer(mmap.mmap(-1, whole), dtype=torch.uint8).fill_(7)  # begins at a page, as O_DIRECT wants
+    target = torch.ones_like(source)
+    found: dict[str, float | None] = {"copy_reused": seconds(lambda: target.copy_(source))}
+    found["copy_fresh"] = seconds(lambda: torch.empty(whole, dtype=torch.uint8).copy_(source))
+    found["hash"] = seconds(lambda: xxhash.xxh3_128(source.numpy()).digest())
+    path = f"{folder}/floor"
+    found["write_direct"] = _write(path, source, os.O_DIRECT)
+    found["write"] = _write(path, source, 0)
+    found["read_warm"] = seconds(lambda: _read(path, target))
+    found["read_warm_fresh"] = seconds(lambda: _read(path, torch.empty_like(target)))
+    forget_cached([path])
+    found["read_cold"] = seconds(lambda: _read(path, target))
+    assert target.equal(source)
+    os.unlink(path)
+    return found
+
+
+def _write(path: str, source: torch.Tensor, further_flags: int) -> float | None:
+    """To a new file, in pieces."""
+    os.sync()
+    view = memoryview(source.numpy())
+    began = time.perf_counter()
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | further_flags)
+        try:
+            for start in range(0, len(view), PIECE_BYTES):
+                piece = view[start : start + PIECE_BYTES]
+                while piece:
+                    piece = piece[os.write(file, piece) :]
+            os.fsync(file)
+        finally:
+            os.close(file)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return None
+        raise
+    return time.perf_counter() - began
+
+
+def _read(path: str, target: torch.Tensor) -> None:
+    view = memoryview(target.numpy())
+    with open(path, "rb", buffering=0) as file:
+        while view:
+            view = view[file.readinto(view[:PIECE_BYTES]) :]
+
+
+def forget_cached(paths: list[str]) -> None:
+    """Has the kernel drop its copy of what is in files."""
+    os.sync()  # only what is on the disk can be dropped
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+
+def s3_floors(url: str, size_bytes: int) -> dict[str, float | None]:
+    """Uploads and downloads with a client that does nothing else."""
+    import boto3
+    from botocore.config import Config
+
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    config = Config(max_pool_connections=CONNECTIONS, request_checksum_calculation="when_required")
+    client = boto3.client("s3", config=config)
+    data = bytearray(size_bytes)
+    upload = seconds(lambda: _upload(client, bucket, f"{prefix}/floor", memoryview(data)))
+    download = seconds(lambda: _download(client, bucket, f"{prefix}/floor", memoryview(data)))
+    client.delete_object(Bucket=bucket, Key=f"{prefix}/floor")
+    return {"upload": upload, "download": download}
+
+
+def _upload(client, bucket: str, key: str, data: memoryview) -> None:
+    place = {"Bucket": bucket, "Key": key}
+    upload = {**place, "UploadId": client.create_multipart_upload(**place)["UploadId"]}
+
+    def send(number: int) -> dict[str, object]:
+        start = (number - 1) * PIECE_BYTES
+        body = bytes(data[start : start + PIECE_BYTES])
+        return {"PartNumber": number, "ETag": client.upload_part(**upload, PartNumber=number, Body=body)["ETag"]}
+
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        parts = list(pool.map(send, range(1, -(-len(data) // PIECE_BYTES) + 1)))
+    client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
+
+
+def _download(client, bucket: str, key: str, data: memoryview) -> None:
+    def receive(start: int) -> None:
+        end = min(start + PIECE_BYTES, len(data))
+        reply = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")
+        data[start:end] = reply["Body"].read()
+
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        list(pool.map(receive, range(0, len(data), PIECE_BYTES)))

@@ -1,0 +1,264 @@
+"""The measurements. ``checkpoint.py`` makes each in a process of its own.
+
+torchrun measure.py CONTENDER STATE URL       what several ranks read, in JSON
+"""
+
+import ctypes
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import floors
+import torch
+from contenders import BY_NAME, Entry
+from contenders.protocol import Contender
+from torch import nn
+from workload import Training, calibrated_batch
+
+SAVED_STEP = 2  # the save that is measured; one before it where the contender keeps buffers
+LEAST_STEPS = 2  # so many follow a save, however soon it has ended
+QUIET_STEPS = 2  # so many are timed without a save, before and after it
+
+
+# --- memory and files ------------------------------------------------------------------------------------------------
+
+
+def memory_bytes(kind: str) -> int:
+    """``VmRSS`` is what the process has in memory, ``VmHWM`` the most that it had since it was asked to forget."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{kind}:"):
+            return int(line.split()[1]) << 10
+    raise AssertionError(f"no {kind}")
+
+
+def forget_the_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def io_bytes(kind: str) -> int:
+    """``rchar`` is what this process has read by system calls, ``read_bytes`` what the disk had to give it."""
+    for line in Path("/proc/self/io").read_text().splitlines():
+        if line.startswith(f"{kind}:"):
+            return int(line.split()[1])
+    raise AssertionError(f"no {kind}")
+
+
+def sizes(url: str) -> dict[str, int]:
+    """The files or objects below a URL, with their sizes in bytes."""
+    import fsspec
+
+    fs, root = fsspec.core.url_to_fs(url)
+    fs.invalidate_cache()
+    return {name: info["size"] for name, info in fs.find(root, detail=True).items()}
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+
+class Ending:
+    """Waits in a thread for the end of a save, and notes when it came."""
+
+    def __init__(self, contender: Contender) -> None:
+        self.contender = contender
+        self.time = 0.0
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._wait, daemon=True)
+        self.thread.start()
+
+    def _wait(self) -> None:
+        try:
+            self.contender.wait()
+        except BaseException as error:  # raised where it is looked for
+            self.error = error
+        self.time = time.perf_counter()
+
+    def has_come(self) -> bool:
+        if not self.time:
+            return False
+        if self.error is not None:
+            raise self.error
+        return True
+
+
+def save_among_steps(training: Training, contender: Contender, step: int) -> dict[str, float]:
+    """Saves, and trains on until the save has ended."""
+    began = time.perf_counter()
+    contender.save(step)
+    blocked_seconds = time.perf_counter() - began
+    ending, steps = Ending(contender), 0
+    while steps < LEAST_STEPS or not ending.has_come():
+        training.forward_backward()
+        fenced = time.perf_counter()
+        contender.fence()
+        blocked_seconds += time.perf_counter() - fenced
+        training.optimizer.step()
+        steps += 1
+    wall_seconds = time.perf_counter() - began
+    return {
+        "blocked_seconds": blocked_seconds,
+        "durable_seconds": ending.time - began,
+        "wall_seconds": wall_seconds,
+        "steps": steps,
+    }
+
+
+def quiet_steps(training: Training) -> float:
+    """The seconds that some steps take when nothing is saved and nothing is still being written."""
+    os.sync()
+    return floors.seconds(lambda: [training.step() for _ in range(QUIET_STEPS)])
+
+
+def measure_save(entry: Entry, state: str, url: str, batch: int) -> dict[str, Any]:
+    warm_up(entry)
+    training = Training(state, seed=1, batch=batch)
+    training.step()
+    forget_the_peak()
+    training.step()
+    training.step()
+    training_peak = memory_bytes("VmHWM")
+    contender = entry.make(url)
+    contender.prepare(training.model, training.optimizer)
+    if entry.keeps_buffers:
+        save_among_steps(training, contender, SAVED_STEP - 1)
+    quiet = quiet_steps(training)
+    digest, before = training.digest(), sizes(url)
+    os.sync()
+    found: dict[str, Any] = dict(save_among_steps(training, contender, SAVED_STEP))
+    peak = memory_bytes("VmHWM")
+    quiet += quiet_steps(training)
+    step_seconds = quiet / (2 * QUIET_STEPS)
+    contender.close()
+    after = sizes(url)
+    return {
+        **found,
+        "digest": digest,
+        "step_seconds": step_seconds,
+        "added_seconds": found["wall_seconds"] - found["steps"] * step_seconds,
+        "extra_memory_bytes": max(0, peak - training_peak),
+        "stored_bytes": sum(after.values()) - sum(before.values()),
+        "files": len(after) - len(before),
+        "payload_bytes": training.size_bytes(),
+        "tensors": sum(1 for _ in training.tensors()),
+    }
+
+
+def measure_write(entry: Entry, state: str, url: str) -> dict[str, Any]:
+    """No figures: only what is to be restored."""
+    training = Training(state, seed=1, batch=1)
+    training.step()
+    contender = entry.make(url)
+    contender.prepare(training.model, training.optimizer)
+    contender.save(SAVED_STEP)
+    contender.fence()
+    contender.wait()
+    contender.close()
+    return {"digest": training.digest(), "stored_bytes": sum(sizes(url).values())}
+
+
+def warm_up(entry: Entry) -> None:
+    """Saves and restores something small elsewhere: what is imported and started at the first time is there then."""
+    model = nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    with tempfile.TemporaryDirectory() as folder:
+        contender = entry.make(f"s3://{os.environ['BENCH_BUCKET']}/warm-up" if entry.s3 else folder)
+        contender.prepare(model, optimizer)
+        contender.save(1)
+        contender.fence()
+        contender.wait()
+        contender.restore(model, optimizer, 1)
+        contender.close()
+
+
+# --- restoring -------------------------------------------------------------------------------------------------------
+
+
+def restore_once(entry: Entry, training: Training, url: str) -> dict[str, Any]:
+    """Into a live model and a fresh optimizer, until all of it is in memory."""
+    contender = entry.make(url)
+    forget_the_peak()
+    before, read_before = memory_bytes("VmRSS"), io_bytes("read_bytes")
+
+    def restore() -> None:
+        contender.restore(training.model, training.optimizer, SAVED_STEP)
+        training.touch()
+
+    seconds = floors.seconds(restore)
+    peak, after = memory_bytes("VmHWM"), memory_bytes("VmRSS")
+    return {
+        "seconds": seconds,
+        "extra_memory_bytes": max(0, peak - max(before, after)),
+        "disk_read_bytes": io_bytes("read_bytes") - read_before,
+        "digest": training.digest(),
+    }
+
+
+def measure_restore(entry: Entry, state: str, url: str) -> dict[str, Any]:
+    """From the page cache, and then, where there are large files on a disk, from there."""
+    warm_up(entry)
+    training = Training(state, seed=2, batch=1)
+    found = {"warm": restore_once(entry, training, url)}
+    if not entry.s3 and not state.endswith("-tensors"):
+        training.forget()
+        ctypes.CDLL(None).malloc_trim(0)  # the memory of the first is not at hand for the second
+        floors.forget_cached(list(sizes(url)))
+        found["cold"] = restore_once(entry, training, url)
+    return found
+
+
+def restore_on_rank(entry: Entry, state: str, url: str) -> None:
+    """What the ranks read to restore, all together; rank 0 prints it."""
+    import torch.distributed as dist
+
+    training = Training(state, seed=2, batch=1)
+    contender = entry.make(url)
+    contender.join()
+    before = io_bytes("rchar")
+    contender.restore(training.model, training.optimizer, SAVED_STEP)
+    training.touch()
+    own = io_bytes("rchar") - before
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (own, training.digest()))
+    if dist.get_rank() == 0:
+        print(json.dumps({"read_bytes": sum(count for count, _ in found), "digests": sorted({each for _, each in found})}))
+        sys.stdout.flush()
+    dist.barrier()
+    os._exit(0)  # whatever threads a contender has left
+
+
+# --- without a contender ---------------------------------------------------------------------------------------------
+
+
+def measure_floors(state: str, url: str) -> dict[str, Any]:
+    training = Training(state, seed=0, batch=1)
+    training.step()
+    size_bytes = training.size_bytes()
+    del training
+    return floors.s3_floors(url, size_bytes) if url.startswith("s3://") else floors.disk_floors(url, size_bytes)
+
+
+def measure_calibrate(state: str) -> dict[str, Any]:
+    """The batch with which forward and backward last longer than a copy of the state in memory."""
+    training = Training(state, seed=0, batch=1)
+    training.step()
+    copy_seconds = copying_seconds(training.size_bytes())
+    del training
+    return {"batch": calibrated_batch(state, max(1.5 * copy_seconds, 0.1))}
+
+
+def copying_seconds(size_bytes: int) -> float:
+    source = torch.ones(size_bytes, dtype=torch.uint8)
+    target = torch.ones_like(source)
+    return min(floors.seconds(lambda: target.copy_(source)) for _ in range(3))
+
+
+if __name__ == "__main__":
+    restore_on_rank(BY_NAME[sys.argv[1]], *sys.argv[2:])
