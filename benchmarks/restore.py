@@ -41,6 +41,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from harness.checkpoint import commit, load
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Attempt
+from harness.checkpoint.memory import fresh_region
 from harness.checkpoint.store import open_store
 from harness.data import Cursor
 from harness.state import TrainingState
@@ -112,7 +113,7 @@ def by_dcp(place: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> N
 
 def floor(place: Path, model: nn.Module, _: torch.optim.Optimizer) -> None:
     """Is no restore, and leaves an optimizer without state: the least that one could do."""
-    regions = {path: load._fresh_region(path.stat().st_size) for path in place.glob("run/step-*/*.safetensors")}
+    regions = {path: fresh_region(path.stat().st_size) for path in place.glob("run/step-*/*.safetensors")}
 
     def read(number: int, count: int) -> None:
         for path, region in regions.items():
@@ -190,15 +191,15 @@ def warm(place: Path) -> None:
 
 def settle(size_bytes: int) -> None:
     """Takes memory and gives it back. Else whoever comes first waits until a virtual machine's host has found some."""
-    place = ctypes.c_char.from_buffer(load._fresh_region(size_bytes))
+    place = ctypes.c_char.from_buffer(fresh_region(size_bytes))
     ctypes.memset(ctypes.addressof(place), 1, size_bytes)
 
 
 def race(place: Path, layers: int, rounds: int, threads: int) -> None:
     times: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
     for number in range(rounds):
+        warm(place)
         for name in list(CONTENDERS)[:: 1 if number % 2 else -1]:
-            warm(place)
             in_a_child(settle, 2 * 12_600_000 * layers)
             times[name].append(measure(name, place, layers, threads))
     for what in ("restore", "to the step", "processor"):
