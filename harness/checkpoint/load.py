@@ -11,6 +11,8 @@ Ranks that read together (``peers``) read each byte once between them: of every 
 gets all. Each computes the checksums of all that it was given.
 """
 
+import contextlib
+import gc
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
@@ -41,8 +43,8 @@ from harness.errors import CheckpointError, Corrupt, HarnessError, RankFailure, 
 _READ_BYTES = 1 << 20  # read, then hashed while it is still in the processor's cache
 _LARGE_BYTES = 64 << 10  # smaller tensors own their memory, like any other
 _ALIGNED_BYTES = 64  # as torch's own memory: some kernels give other bits where it is not
-_ROUND_BYTES = 4 << 20  # what ranks that read together hand on at a time, all of them
-_LARGEST_PIECE_BYTES, _SMALLEST_PIECE_BYTES = 4 << 20, 64 << 10  # however few or many they are
+_ROUND_BYTES = 4 << 20  # a piece; ranks that read together share it
+_SMALLEST_PIECE_BYTES = 64 << 10  # however many they are
 
 Shard = tuple[dict[str, torch.Tensor], dict[str, str]]  # tensors and the checksums of their bytes, by path
 
@@ -72,8 +74,22 @@ def read(
     # An index is not needed here, but what is damaged is not called whole.
     names = [file for name, part in wanted.items() for file in (f"{name}{INDEX_SUFFIX}", *part.files) if file in files]
     needed = [files[name] for name in names]
-    shards = _read_apart(store, directory, needed) if peers is None else _read_together(store, directory, needed, peers)
-    return {name: _assemble(directory, name, part, shards) for name, part in wanted.items()}
+    whole = peers is None and not store.has_ranges
+    with _without_collections():
+        shards = _read_whole(store, directory, needed) if whole else _read_in_pieces(store, directory, needed, peers)
+        return {name: _assemble(directory, name, part, shards) for name, part in wanted.items()}
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """20,000 small tensors are a million objects, none of them garbage; looking for some would take longer than reading."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _assemble(directory: str, name: str, part: Part, shards: dict[str, Shard]) -> Any:
@@ -104,11 +120,11 @@ def _assemble(directory: str, name: str, part: Part, shards: dict[str, Shard]) -
     return tree.decode(part.tree, tensors)
 
 
-# --- each rank for itself --------------------------------------------------------------------------------------------
+# --- file by file ----------------------------------------------------------------------------------------------------
 
 
-def _read_apart(store: Store, directory: str, files: Sequence[FileInfo]) -> dict[str, Shard]:
-    """Reads files: local ones, which come from memory in the best case, by several threads."""
+def _read_whole(store: Store, directory: str, files: Sequence[FileInfo]) -> dict[str, Shard]:
+    """Reads files from beginning to end: local ones, which come from memory in the best case, by several threads."""
     threads = threads_for(sum(file.bytes for file in files)) if store.is_local else 1
     shards = in_threads(threads, lambda file: read_shard(store, f"{directory}/{file.name}", file), files)
     return {file.name: shard for file, shard in zip(files, shards, strict=True)}
@@ -187,11 +203,12 @@ def _memory_for(infos: Sequence[TensorInfo]) -> Iterator[tuple[torch.Tensor, mem
             yield tensor, tensor.view(-1).view(torch.uint8).numpy().data if info.nbytes else memoryview(b"")
 
 
-# --- ranks that read together ----------------------------------------------------------------------------------------
+# --- in pieces -------------------------------------------------------------------------------------------------------
 
 
-def _read_together(store: Store, directory: str, files: Sequence[FileInfo], peers: Peers) -> dict[str, Shard]:
-    """Reads files, each byte once between all ranks. Whatever goes wrong on one of them, all stop after the same round."""
+def _read_in_pieces(store: Store, directory: str, files: Sequence[FileInfo], peers: Peers | None) -> dict[str, Shard]:
+    """Reads files, the next one's first pieces beside the last ones of the one before; with ``peers`` each byte once between
+    all ranks, and whatever goes wrong on one of them, all stop after the same round."""
     relay = _Relay(store, directory, files, peers)
     pieces = relay.pieces()
     found: dict[str, Shard] = {}
@@ -226,16 +243,16 @@ class _Piece:
 
 
 class _Relay:
-    """Files in pieces, of which each rank reads its share and hands it on.
+    """Files in pieces, of which each rank reads its share and hands it on; one rank alone reads them all.
 
     A round has a piece of each rank. What a rank sends begins with a byte that says whether anything has gone wrong there;
     after a round in which it has, nobody goes on.
     """
 
-    def __init__(self, store: Store, directory: str, files: Iterable[FileInfo], peers: Peers) -> None:
+    def __init__(self, store: Store, directory: str, files: Iterable[FileInfo], peers: Peers | None) -> None:
         self.store = store
         self.peers = peers
-        self.piece_bytes = max(min(_ROUND_BYTES // peers.size, _LARGEST_PIECE_BYTES), _SMALLEST_PIECE_BYTES)
+        self.piece_bytes = max(_ROUND_BYTES // (peers.size if peers else 1), _SMALLEST_PIECE_BYTES)
         self.schedule = [
             _Piece(file, f"{directory}/{file.name}", start, min(self.piece_bytes, file.bytes - start))
             for file in files
@@ -249,6 +266,9 @@ class _Relay:
 
     def pieces(self) -> Iterator[Buffer]:
         """All pieces of all files, in order. Raises what this rank has failed of, or ``RankFailure`` when another has."""
+        if self.peers is None:
+            yield from self._own(self.schedule)
+            return
         rank, size = self.peers.rank, self.peers.size
         own = self._own(self.schedule[rank::size])
         sent = torch.zeros(1 + self.piece_bytes, dtype=torch.uint8)

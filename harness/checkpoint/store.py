@@ -52,7 +52,7 @@ _SMALL_BYTES = 4 << 20  # an object up to this size is sent in one request
 _BLOCK_BYTES = 16 << 20  # larger ones are streamed in parts of this size
 _RANGE_BYTES = 4 << 20  # what is read in ranges comes in pieces of this size,
 _RANGES_AHEAD = 8  # so many of them at a time
-_RANGED = {"s3", "s3a", "gs", "gcs", "abfs", "az"}  # their filesystems know ranges, and can be called by several threads
+_RANGED = {"s3", "s3a", "gs", "gcs", "abfs", "az"}
 _THREADS = min(4, os.cpu_count() or 1)  # more read and hash no faster than memory is
 _WORTH_THREADS_BYTES = 32 << 20
 _SLOWEST_BYTES_PER_SECOND = 1 << 20  # a transfer slower than this has failed
@@ -81,6 +81,7 @@ class Store:
     streams: ClassVar[int] = 8
     shard_bytes: ClassVar[int] = 128 << 20
     is_local: ClassVar[bool] = False
+    has_ranges: ClassVar[bool] = False  # that can be read several at a time, each by a request of its own
     has_directories: ClassVar[bool] = False  # of its own, which somebody has to make and may remove
 
     def __init__(self, fs: fsspec.AbstractFileSystem, root: str, url: str, attempts: int, deadline_seconds: float) -> None:
@@ -112,7 +113,7 @@ class Store:
 
         ``consume`` reads from beginning to end. It may be called once for each try, and in another thread.
         """
-        if self._has_ranges():  # each range has its own tries and its own deadline
+        if self.has_ranges:  # each range has its own tries and its own deadline
             found_bytes = self.stat(name)
             if found_bytes is None:
                 raise FileNotFoundError(f"{self.url}/{name}")
@@ -143,7 +144,7 @@ class Store:
         coming: deque[Background[bytes]] = deque()
         for each in ranges:
             coming.append(Background(functools.partial(self.read_range, *each)))
-            if len(coming) == (_RANGES_AHEAD if self._has_ranges() else 1):
+            if len(coming) == (_RANGES_AHEAD if self.has_ranges else 1):
                 yield coming.popleft().result()
         while coming:
             yield coming.popleft().result()
@@ -212,21 +213,13 @@ class Store:
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
 
-    def _has_ranges(self) -> bool:
-        return not _RANGED.isdisjoint(_protocols(self.fs))
-
     def _open(self, path: str) -> Any:
         return self.fs.open(path, "rb", block_size=_BLOCK_BYTES)
 
     def _read_range(self, path: str, start: int, size_bytes: int) -> bytes:
-        if not self._has_ranges():
-            with self._open(path) as file:
-                file.seek(start)
-                return bytes(file.read(size_bytes))
-        data = self.fs.cat_file(path, start=start, end=start + size_bytes)
-        if len(data) > size_bytes:
-            raise OSError(f"asked for {size_bytes} bytes from {start} on, got {len(data)}")
-        return bytes(data)
+        with self._open(path) as file:
+            file.seek(start)
+            return bytes(file.read(size_bytes))
 
     def _reading(self, name: str, function: Callable[[], T], size_bytes: int) -> T:
         try:
@@ -264,6 +257,23 @@ class Store:
 
         limit_seconds = self.deadline_seconds + size_bytes / _SLOWEST_BYTES_PER_SECOND
         return _insist(f"{operation} {self.url}/{name}".rstrip("/"), run, self.attempts, limit_seconds, suspect)
+
+
+class _RangedStore(Store):
+    """An object store whose filesystem knows ranges, and can be called by several threads."""
+
+    has_ranges = True
+
+    def _read_range(self, path: str, start: int, size_bytes: int) -> bytes:
+        try:
+            data = self.fs.cat_file(path, start=start, end=start + size_bytes)
+        except Exception:  # how a store refuses a range beyond the end is its own affair
+            if self.fs.info(path)["size"] > start:
+                raise
+            return b""
+        if len(data) > size_bytes:
+            raise OSError(f"asked for {size_bytes} bytes from {start} on, got {len(data)}")
+        return bytes(data)
 
 
 class _LocalStore(Store):
@@ -348,12 +358,14 @@ def open_store(
         fs, root = _insist(f"open {shown(url)}", connect, attempts, deadline_seconds)
     except (ValueError, ImportError, TypeError) as error:
         raise ConfigError(f"{shown(url)}: {error}") from None
-    kind = _LocalStore if isinstance(fs, LocalFileSystem) else _SftpStore if "sftp" in _protocols(fs) else Store
-    return kind(fs, root, shown(url), attempts, deadline_seconds)
+    return _kind_of(fs)(fs, root, shown(url), attempts, deadline_seconds)
 
 
-def _protocols(fs: AbstractFileSystem) -> set[str]:
-    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+def _kind_of(fs: AbstractFileSystem) -> type[Store]:
+    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    if isinstance(fs, LocalFileSystem):
+        return _LocalStore
+    return _SftpStore if "sftp" in protocols else Store if _RANGED.isdisjoint(protocols) else _RangedStore
 
 
 def shown(url: str) -> str:
