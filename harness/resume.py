@@ -86,8 +86,7 @@ def resume(
         ancestor = Ancestor(entry.manifest.attempt, entry.step)
         lineage = [*entry.manifest.lineage, ancestor]
         passed_over = [Cursor(**position) for position in meta.get("passed_over", [])]
-        seconds = meta.get("save_seconds")
-        return Resumed(entry.directory, entry.step, lineage, passed_over, seconds if isinstance(seconds, float) else None)
+        return Resumed(entry.directory, entry.step, lineage, passed_over, save_seconds(meta))
     if storage_failed:  # what cannot be read today is not damaged
         raise StoreError(f"{catalog.store.url}: no checkpoint could be read: {'; '.join(problems)}", transient=True)
     if entries:
@@ -151,6 +150,12 @@ def _check_meta(directory: str, meta: Mapping[str, Any]) -> None:
         counts = cursor.values() if type(cursor) is dict and set(cursor) == {"epoch", "offset"} else [None]
         if not all(type(count) is int and count >= 0 for count in counts):
             raise Corrupt(f"{directory}: impossible position in the data {cursor!r}")
+
+
+def save_seconds(meta: Mapping[str, Any]) -> float | None:
+    """What the save before this checkpoint took; None where that is not known."""
+    seconds = meta.get("save_seconds")
+    return seconds if isinstance(seconds, float) else None
 
 
 def conditions(world: World) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class TrainingState:
     def is_steady(self) -> Callable[[torch.Tensor], bool]:
         """Tells the tensors that nothing changes but the optimizer's step: its parameters, and its own state."""
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        places = {tensor.data_ptr() for tensor in _tensors_in([parameters, *self.optimizer.state.values()])}
+        places = {tensor.data_ptr() for tensor in tensors_in([parameters, *self.optimizer.state.values()])}
         return lambda tensor: tensor.data_ptr() in places
 
     def digests(self) -> dict[str, Any]:
@@ -92,13 +92,13 @@ class TrainingState:
         return {"step": self.progress.step, **asdict(self.progress.cursor), **states}
 
 
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """The tensors within lists, tuples and dictionaries."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, list | tuple | dict):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(item)
+            yield from tensors_in(item)
 
 
 # --- the model -------------------------------------------------------------------------------------------------------

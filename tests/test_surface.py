@@ -21,8 +21,8 @@ LONGEST_FUNCTION_LINES = 70
 ORDER = [
     *("errors", "environment", "config", "outcome", "signals", "watchdog", "task", "__init__", "tasks"),
     *("world", "data", "metrics", "notices"),
-    *("checkpoint.__init__", "checkpoint.format", "checkpoint.memory", "checkpoint.unbuffered", "checkpoint.store"),
-    *("checkpoint.tree", "checkpoint.commit", "checkpoint.catalog", "checkpoint.load"),
+    *("checkpoint.__init__", "checkpoint.format", "checkpoint.memory", "checkpoint.threads", "checkpoint.unbuffered"),
+    *("checkpoint.store", "checkpoint.tree", "checkpoint.commit", "checkpoint.catalog", "checkpoint.load"),
     *("checkpoint.staging", "checkpoint.saver"),
     *("state", "crashes", "interchange", "resume", "nonfinite", "stragglers", "loop", "doctor", "launch", "cli", "__main__"),
 ]

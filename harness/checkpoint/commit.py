@@ -31,7 +31,8 @@ from harness.checkpoint.format import (
     plan_shards,
     shard_name,
 )
-from harness.checkpoint.store import Store, in_threads, threads_for
+from harness.checkpoint.store import Store
+from harness.checkpoint.threads import in_threads, threads_for
 from harness.checkpoint.unbuffered import Buffer
 from harness.errors import StoreError, Unsupported
 

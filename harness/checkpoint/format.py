@@ -259,8 +259,8 @@ def _decode_entry(path: str, entry: Mapping[str, Any], metadata: Mapping[str, st
 def digest(tensors: Mapping[TensorInfo, str], tree: Any) -> str:
     """The digest of a part: of its tensors, each with the checksum of its raw bytes, and of the rest of its value."""
     lines = [
-        f"{tensor.path} {tensor.dtype} {list(tensor.shape)} {checksum}\n"  # a list of numbers is JSON
-        for tensor, checksum in sorted(tensors.items(), key=lambda item: item[0].path)
+        f"{tensor.path} {tensor.dtype} {list(tensor.shape)} {found}\n"  # a list of numbers is JSON
+        for tensor, found in sorted(tensors.items(), key=lambda item: item[0].path)
     ]
     rest = json.dumps(tree, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return checksum("".join([*lines, rest]).encode())

@@ -36,7 +36,8 @@ from harness.checkpoint.format import (
     hasher,
 )
 from harness.checkpoint.memory import fresh_region
-from harness.checkpoint.store import Store, in_threads, joined, threads_for
+from harness.checkpoint.store import Store, joined
+from harness.checkpoint.threads import in_threads, threads_for
 from harness.checkpoint.unbuffered import Buffer
 from harness.errors import CheckpointError, Corrupt, HarnessError, RankFailure, StoreError
 

@@ -25,6 +25,7 @@ from harness.checkpoint import commit, staging
 from harness.checkpoint.catalog import Catalog, Retention
 from harness.checkpoint.format import Ancestor, Attempt
 from harness.checkpoint.staging import HostMemory, Snapshot
+from harness.checkpoint.threads import Background
 from harness.checkpoint.tree import Encoded
 from harness.errors import HarnessError, StoreError, Superseded
 
@@ -90,14 +91,13 @@ class Saver:
         """
         assert self._under_way is None, "the result of the save before this one comes first"
         began = time.monotonic()
-        try:
-            directory, size_bytes = self._commit(commit.encode(parts), _Order(step, meta, best_step))
-        except StoreError as error:
-            self._count(step, error, must_succeed=must_succeed)
-            return None
-        self.failures = 0
+
+        def write() -> tuple[str, int]:
+            return self._commit(commit.encode(parts), _Order(step, meta, best_step))
+
+        committed = self._committed(step, write, must_succeed=must_succeed)
         seconds = time.monotonic() - began
-        return Saved(step, directory, size_bytes, seconds, seconds)
+        return Saved(step, *committed, seconds, seconds) if committed else None
 
     def begin(
         self,
@@ -124,7 +124,6 @@ class Saver:
         source = encoded if snapshot is None else snapshot.parts
         order = _Order(step, meta, best_step, expected)
         self._under_way = _Writing(snapshot, lambda: self._commit(source, order), step, began)
-        self._under_way.start()
         if snapshot is None:
             self._under_way.join()
         self._under_way.blocked_seconds = time.monotonic() - began
@@ -154,13 +153,8 @@ class Saver:
         writing.join()
         writing.blocked_seconds += time.monotonic() - began
         self._under_way = None
-        try:
-            directory, size_bytes = writing.result()
-        except StoreError as error:
-            self._count(writing.step, error, must_succeed=False)
-            return None
-        self.failures = 0
-        return Saved(writing.step, directory, size_bytes, writing.seconds, writing.blocked_seconds)
+        committed = self._committed(writing.step, writing.result)
+        return Saved(writing.step, *committed, writing.seconds, writing.blocked_seconds) if committed else None
 
     def give_up_after(self, seconds: float) -> Saved | None:
         """Leaves a save that is under way some time to end, whatever comes of it: the training is over. Raises nothing."""
@@ -206,47 +200,47 @@ class Saver:
             log.warning("could not delete old checkpoints: %s", error)
         return directory, manifest.bytes
 
-    def _count(self, step: int, error: StoreError, *, must_succeed: bool) -> None:
-        self.failures += 1
-        log.error("save of step %s FAILED (%s in a row): %s", step, self.failures, error)
-        if must_succeed or self.failures > self.failures_allowed:
-            raise error
+    def _committed(
+        self, step: int, write: Callable[[], tuple[str, int]], *, must_succeed: bool = False
+    ) -> tuple[str, int] | None:
+        """What ``_commit`` says; None when it failed, which is told of and counted, and training may go on."""
+        try:
+            committed = write()
+        except StoreError as error:
+            self.failures += 1
+            what = f"save of step {step} FAILED ({self.failures} in a row)"
+            log.error("%s: %s", what, error)  # noqa: TRY400  # a full disk needs no traceback
+            if must_succeed or self.failures > self.failures_allowed:
+                raise
+            return None
+        self.failures = 0
+        return committed
 
 
-class _Writing(threading.Thread):
-    """A save that is under way."""
+class _Writing(Background[tuple[str, int]]):
+    """A save that is under way; its result is that of ``write``."""
 
     def __init__(self, snapshot: Snapshot | None, write: Callable[[], tuple[str, int]], step: int, began: float) -> None:
-        super().__init__(name="harness-saver", daemon=True)
         self.step = step
         self.blocked_seconds = 0.0
         self.seconds = 0.0
         self._began = began
         self._snapshot = snapshot
         self._write = write
-        self._result: tuple[str, int] | None = None
-        self._error: BaseException | None = None
+        super().__init__(self._work, "harness-saver")
 
-    def run(self) -> None:
+    def _work(self) -> tuple[str, int]:
         with contextlib.suppress(OSError, AttributeError):  # Linux has a niceness for each thread; its children inherit it
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         try:
             if self._snapshot is not None:
                 self._snapshot.drain()
-            self._result = self._write()
-        except BaseException as error:  # handed to whoever asks for the result
-            self._error = error
-        self.seconds = time.monotonic() - self._began
+            return self._write()
+        finally:
+            self.seconds = time.monotonic() - self._began
 
     def fence(self) -> None:
         if self._snapshot is not None:
             began = time.monotonic()
             self._snapshot.fence()
             self.blocked_seconds += time.monotonic() - began
-
-    def result(self) -> tuple[str, int]:
-        """The directory and its bytes; raises what went wrong."""
-        if self._error is not None:
-            raise self._error
-        assert self._result is not None
-        return self._result

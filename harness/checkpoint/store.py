@@ -32,7 +32,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, BinaryIO, ClassVar, Generic, TypeVar
+from typing import Any, BinaryIO, ClassVar, TypeVar
 
 import fsspec
 import tenacity
@@ -42,19 +42,18 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from harness.checkpoint import unbuffered
+from harness.checkpoint.threads import Background
 from harness.checkpoint.unbuffered import Buffer
 from harness.errors import ConfigError, HarnessError, StoreError
 
 T = TypeVar("T")
-Item = TypeVar("Item")
 
+_THREAD = "harness-store"
 _SMALL_BYTES = 4 << 20  # an object up to this size is sent in one request
 _BLOCK_BYTES = 16 << 20  # larger ones are streamed in parts of this size
 _RANGE_BYTES = 4 << 20  # what is read in ranges comes in pieces of this size,
 _RANGES_AHEAD = 8  # so many of them at a time
 _RANGED = {"s3", "s3a", "gs", "gcs", "abfs", "az"}
-_THREADS = min(4, os.cpu_count() or 1)  # more read and hash no faster than memory is
-_WORTH_THREADS_BYTES = 32 << 20
 _SLOWEST_BYTES_PER_SECOND = 1 << 20  # a transfer slower than this has failed
 _PERMANENT = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOENT,
@@ -113,19 +112,6 @@ class Store:
 
         ``consume`` reads from beginning to end. It may be called once for each try, and in another thread.
         """
-        if self.has_ranges:  # each range has its own tries and its own deadline
-            found_bytes = self.stat(name)
-            if found_bytes is None:
-                raise FileNotFoundError(f"{self.url}/{name}")
-            starts = range(0, found_bytes, _RANGE_BYTES)
-            ranges = ((name, start, min(_RANGE_BYTES, found_bytes - start)) for start in starts)
-            try:
-                return consume(joined(self.pieces(ranges)))
-            except FileNotFoundError:
-                raise
-            except OSError as error:  # what becomes of the bytes may fail, too: a full disk
-                reason = _in_words(error)
-                raise StoreError(f"read {self.url}/{name}: {reason}", transient=_is_transient(error)) from error
 
         def read() -> T:
             with self._open(self._path(name)) as file:
@@ -143,7 +129,7 @@ class Store:
         """Each range (name, start, size in bytes) as ``read_range`` gives it, in order; the next few are on their way."""
         coming: deque[Background[bytes]] = deque()
         for each in ranges:
-            coming.append(Background(functools.partial(self.read_range, *each)))
+            coming.append(Background(functools.partial(self.read_range, *each), _THREAD))
             if len(coming) == (_RANGES_AHEAD if self.has_ranges else 1):
                 yield coming.popleft().result()
         while coming:
@@ -264,6 +250,20 @@ class _RangedStore(Store):
 
     has_ranges = True
 
+    def read(self, name: str, consume: Callable[[BinaryIO], T], size_bytes: int) -> T:  # noqa: ARG002  # each range has a deadline
+        found_bytes = self.stat(name)
+        if found_bytes is None:
+            raise FileNotFoundError(f"{self.url}/{name}")
+        starts = range(0, found_bytes, _RANGE_BYTES)
+        ranges = ((name, start, min(_RANGE_BYTES, found_bytes - start)) for start in starts)
+        try:
+            return consume(joined(self.pieces(ranges)))
+        except FileNotFoundError:
+            raise
+        except OSError as error:  # what becomes of the bytes may fail, too: a full disk
+            reason = _in_words(error)
+            raise StoreError(f"read {self.url}/{name}: {reason}", transient=_is_transient(error)) from error
+
     def _read_range(self, path: str, start: int, size_bytes: int) -> bytes:
         try:
             data = self.fs.cat_file(path, start=start, end=start + size_bytes)
@@ -382,7 +382,7 @@ def _insist(
 
     def attempt() -> T:
         try:
-            return _Try(function).result_within(limit_seconds)
+            return _Try(function, _THREAD).result_within(limit_seconds)
         except HarnessError:
             raise
         except Exception as error:
@@ -401,62 +401,6 @@ def _insist(
         reraise=True,
     )
     return retrying(attempt)
-
-
-class Background(threading.Thread, Generic[T]):
-    """A call in another thread, begun at once. It cannot be cancelled, and holds up nobody's exit."""
-
-    def __init__(self, function: Callable[[], T]) -> None:
-        super().__init__(name="harness-store", daemon=True)
-        self.function = function
-        self.results: list[T] = []
-        self.failure: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.results.append(self.function())
-        except BaseException as error:  # handed to the caller below, whatever it is
-            self.failure = error
-
-    def result(self) -> T:
-        """What the call returns, or raises."""
-        self.join()
-        if self.failure is not None:
-            raise self.failure
-        return self.results[0]
-
-
-def threads_for(size_bytes: int) -> int:
-    """How many threads are worth starting to read or hash so much."""
-    return _THREADS if size_bytes >= _WORTH_THREADS_BYTES else 1
-
-
-def in_threads(count: int, function: Callable[[Item], T], items: Iterable[Item]) -> list[T]:
-    """What a function makes of each item, in order, by so many threads. After an error no further item is begun."""
-    if count == 1:
-        return [function(item) for item in items]
-    every = list(items)
-    coming = iter(enumerate(every))
-    results: dict[int, T] = {}
-    failures: list[Item] = []
-
-    def work() -> None:
-        for index, item in coming:
-            if failures:
-                return
-            try:
-                results[index] = function(item)
-            except BaseException:
-                failures.append(item)
-                raise
-
-    workers = [Background(work) for _ in range(min(count, len(every)))]
-    for worker in workers:
-        worker.join()
-    for worker in workers:
-        worker.result()
-    return [results[index] for index in range(len(every))]
 
 
 class _Try(Background[T]):

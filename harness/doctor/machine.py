@@ -17,6 +17,7 @@ from harness.doctor.case import Case
 from harness.doctor.findings import Finding, error, ok, warn
 from harness.environment import is_first_of_node
 from harness.errors import ConfigError
+from harness.state import tensors_in
 from harness.world import choose_backend, choose_device
 
 _BATCH_SECONDS = 120.0  # a loader that takes longer for a few batches does not work
@@ -53,7 +54,7 @@ def batch(case: Case) -> list[Finding]:
     found, problem = attempt(lambda: next(fetched), _BATCH_SECONDS)
     if found is None:
         return [error(tried, problem, "mend the data set or its collate: no run would come further")]
-    case.micro_batch_bytes = max(_tensor_bytes(values) for values, _ in found)
+    case.micro_batch_bytes = max(sum(tensor.nbytes for tensor in tensors_in(values)) for values, _ in found)
     return [ok(tried, f"{case.micro_batch_bytes / 1e6:.1f} MB at once")]
 
 
@@ -64,13 +65,6 @@ def _batches(case: Case, workers: int) -> Generator[list[tuple[Any, float]]]:
     schedule = Schedule(len(case.task.dataset), seed, train.global_batch_size, train.micro_batch_size)  # type: ignore[arg-type]
     plan = schedule.steps(Cursor(), case.world.rank, case.world.size)
     return data.batches(case.task.dataset, plan, seed=seed, workers=workers, collate=case.task.collate)
-
-
-def _tensor_bytes(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return sum(map(_tensor_bytes, items))
 
 
 def memory(case: Case) -> list[Finding]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from harness.checkpoint.catalog import Catalog
@@ -24,7 +23,7 @@ from harness.doctor.case import Case
 from harness.doctor.findings import Finding, error, ok, places, warn
 from harness.environment import nodes
 from harness.errors import ConfigError, HarnessError, NoCheckpoint, StoreError
-from harness.resume import on_first
+from harness.resume import on_first, save_seconds
 
 _PROBE_BYTES = 8 << 20  # large enough to be streamed as the shards are
 _APPEARS_WITHIN_SECONDS = 5.0  # NFS may take a moment to show what another machine wrote
@@ -193,8 +192,7 @@ def run(case: Case) -> list[Finding]:
         return [error(tried, f"none of {len(entries)} is whole: {entries[0].problem}", advice, NoCheckpoint)]
     case.saves = len(whole)
     assert whole[0].manifest is not None
-    seconds = whole[0].manifest.meta.get("save_seconds")
-    case.last_save_seconds = seconds if isinstance(seconds, float) else None
+    case.last_save_seconds = save_seconds(whole[0].manifest.meta)
     newest = f"the newest whole one is of step {whole[0].step}"
     if entries[0] is not whole[0]:
         return [warn(tried, f"{newest}; a newer one is not: {entries[0].problem}", "know that a run goes back to that step")]
@@ -210,7 +208,7 @@ def place(case: Case) -> list[Finding]:
         return []
     if isinstance(case.store.fs, MemoryFileSystem):
         return [warn("looked at checkpoint.url", "it is this process's memory, and ends with it", "choose another one")]
-    if not isinstance(case.store.fs, LocalFileSystem):
+    if not case.store.is_local:
         return []
     kind = _kind_of_filesystem(case.store.root)
     tried = f"looked at the file system of {case.store.root}"
@@ -241,7 +239,7 @@ def _kind_of_filesystem(path: str) -> str:
 
 def space(case: Case) -> list[Finding]:
     """The free space of a local disk, and what the checkpoints will take."""
-    if case.store is None or case.state_bytes is None or not isinstance(case.store.fs, LocalFileSystem):
+    if case.store is None or case.state_bytes is None or not case.store.is_local:
         return []
     disk = next(above for above in _upwards(case.store.root) if os.path.isdir(above))
     free_bytes = shutil.disk_usage(disk).free
