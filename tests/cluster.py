@@ -47,6 +47,27 @@ def wait_until(found: Callable[[], T | None], what: str, seconds: float = PATIEN
     return value
 
 
+def records(log: Path, event: str | None = None, *, start: int = 0) -> list[dict[str, Any]]:
+    """What a JSON log tells from a byte on, in order, of one event or of all; a last line that is still being written is
+    left out."""
+    if not log.exists():
+        return []
+    with log.open("rb") as file:
+        file.seek(start)
+        lines = file.read().split(b"\n")[:-1]
+    found = [json.loads(line) for line in lines]
+    return [record for record in found if event in (None, record["event"])]
+
+
+def path_with_harness(folder: Path) -> str:
+    """A PATH on which ``harness`` is that of this interpreter, as after an installation; its program lies in a folder."""
+    folder.mkdir(exist_ok=True)
+    program = folder / "harness"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m harness "$@"\n')
+    program.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
 @dataclass
 class Run:
     """A run that was launched: its processes and what they tell."""
@@ -59,13 +80,7 @@ class Run:
 
     def events(self, name: str | None = None) -> list[dict[str, Any]]:
         """What this launch has told so far, in order; a last line that is still being written is left out."""
-        if not self.log.exists():
-            return []
-        with self.log.open("rb") as file:
-            file.seek(self.log_start)
-            lines = file.read().split(b"\n")[:-1]
-        records = [json.loads(line) for line in lines]
-        return [record for record in records if name in (None, record["event"])]
+        return records(self.log, name, start=self.log_start)
 
     def wait(self, found: Callable[[], T | None], what: str, seconds: float = PATIENCE_SECONDS) -> T:
         """As ``wait_until``, and gives up at once when the run ends without it."""

@@ -10,6 +10,12 @@ import pytest
 import servers
 
 
+def pytest_collection_modifyitems(items):
+    """The files that start processes come first: they take the longest, and the short ones fill what is left at the end."""
+    starting = {item.path for item in items if item.get_closest_marker("torchrun")}
+    items.sort(key=lambda item: item.path not in starting)
+
+
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory):
     """A real S3 server: ``url(name)``, ``storage_options``, ``env``. Its program comes with the development extras."""

@@ -11,7 +11,7 @@ and xfs keep: what was written to a file is safe once the file was fsynced, a na
 directory was, and of everything else any part may be there.
 
 ``Objects`` is a store that is a dictionary. ``Bucket`` is an object store as fsspec sees one: whole objects, uploads in
-parts, and requests that get lost on the way there or back.
+parts, and requests that get lost on the way there or back. ``Flawed`` is a filesystem whose files can come back altered.
 """
 
 import builtins
@@ -22,12 +22,14 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import fsspec
 import pytest
 import torch
-from fsspec.spec import AbstractBufferedFile
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 import harness.checkpoint.store
 from harness import resume
@@ -626,3 +628,33 @@ class _Upload(AbstractBufferedFile):
 
     def discard(self) -> None:
         self.fs.request(f"ABORT {self.path}", lambda: self.fs.contents.uploads.pop(self.number, None))
+
+
+# --- files that fail while they are read -----------------------------------------------------------------------------
+
+Flaw = Callable[[str, bytes], bytes]
+
+
+class Flawed(AbstractFileSystem):
+    """Local files, and what becomes of those of step 6 when they are read."""
+
+    protocol = "flawed"
+    flaw: Flaw = staticmethod(lambda path, data: data)
+
+    def ls(self, path, detail=True, **kwargs):
+        return LocalFileSystem().ls(path, detail)
+
+    def info(self, path, **kwargs):
+        return LocalFileSystem().info(path)
+
+    def pipe_file(self, path, value, mode="overwrite", **kwargs):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        Path(path).write_bytes(value)
+
+    def _open(self, path, mode="rb", **kwargs):
+        data = Path(path).read_bytes()
+        is_flawed = "step-000000000006" in path and path.endswith(".safetensors")
+        return io.BytesIO(Flawed.flaw(path, data) if is_flawed else data)
+
+
+fsspec.register_implementation("flawed", Flawed, clobber=True)

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -140,6 +139,3 @@ def hosts(names: list[str]) -> Iterator[dict[str, Host]]:
             # A connection whose other end is silent is given up after seconds, not after a quarter of an hour.
             _run("ip", "netns", "exec", host.namespace, "sysctl", "-qw", "net.ipv4.tcp_retries2=4")
         yield made
-
-
-HARNESS = f'#!/bin/sh\nexec {sys.executable} -m harness "$@"\n'  # what a user's PATH holds after an installation

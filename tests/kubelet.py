@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from cluster import CONTAINER, Run
-from hosts import HARNESS, Host, hosts
+from cluster import CONTAINER, Run, path_with_harness
+from hosts import Host, hosts
 
 DIRECTORY = Path(__file__).parent.parent / "launch" / "kubernetes"
 FILES = ("job.yaml", "jobset.yaml", "trainjob.yaml")
@@ -135,12 +135,8 @@ def _know_by(machines: Mapping[str, Host], name: str, index: int) -> None:
 
 def start(machine: Host, place: Path, words: list[str], env: Mapping[str, str]) -> Run:
     """Runs a command on a host, for which ``harness`` is the one of this interpreter."""
-    program, token, log = place / "bin" / "harness", uuid.uuid4().hex, place / "log.jsonl"
-    program.parent.mkdir(exist_ok=True)
-    program.write_text(HARNESS)
-    program.chmod(0o755)
-    path = f"{program.parent}:{os.environ['PATH']}"
-    process = machine.start(*words, env={**env, "PATH": path, "HARNESS_TEST_TOKEN": token})
+    token, log = uuid.uuid4().hex, place / "log.jsonl"
+    process = machine.start(*words, env={**env, "PATH": path_with_harness(place / "bin"), "HARNESS_TEST_TOKEN": token})
     return Run(process, token, log, log.stat().st_size if log.exists() else 0, machine.output_path)
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import test_stops
 import torch
-from cluster import Impatient, launch, newest, wait_until
-from hosts import HARNESS, Host, hosts, what_is_missing
+from cluster import Impatient, launch, newest, path_with_harness, records, wait_until
+from hosts import Host, hosts, what_is_missing
 from test_stops import MOST_STEPS
 from torch import nn
 
@@ -71,9 +71,7 @@ class Cluster:
         self.place, self.hosts = place, made
         self.url, self.log, self.path = place / "run", place / "log.jsonl", place / "config.json"
         self.path.write_text(json.dumps(config(self.url, self.log)))
-        program = place / "harness"
-        program.write_text(HARNESS)
-        program.chmod(0o755)
+        self.path_variable = path_with_harness(place)
         self.training: dict[str, subprocess.Popen[bytes]] = {}
 
     def join(
@@ -87,16 +85,14 @@ class Cluster:
             "NODES": nodes,
             "NPROC_PER_NODE": "1",
             "GLOO_SOCKET_IFNAME": "eth0",
-            "PATH": f"{self.place}:{os.environ['PATH']}",
+            "PATH": self.path_variable,
         }
         for name in names:
             command = ["bash", str(LAUNCH / "multinode.sh"), str(self.path), *overrides]
             self.training[name] = self.hosts[name].start(*command, env=env)
 
     def events(self, name: str) -> list[dict]:
-        lines = self.log.read_text().splitlines(keepends=True) if self.log.exists() else []
-        records = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [record for record in records if record["event"] == name]
+        return records(self.log, name)
 
     def position(self) -> tuple[str, int]:
         """The attempt and the step that trained last."""

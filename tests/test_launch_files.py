@@ -7,7 +7,6 @@ names, and its command lines run as processes, with what the cluster would do to
 import contextlib
 import importlib
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -21,8 +20,8 @@ import kubelet
 import kubernetes_validate
 import pytest
 import yaml
-from cluster import Run, environment, launch, newest
-from hosts import HARNESS, hosts, what_is_missing
+from cluster import Run, environment, launch, newest, path_with_harness
+from hosts import hosts, what_is_missing
 from kubeflow_trainer_api import models
 from kubelet import evict, job, only_container, pods, verdict
 from test_stops import MOST_STEPS
@@ -394,10 +393,8 @@ def test_torchx_runs_the_line_of_the_page(tmp_path):
     path.write_text(json.dumps(config(tmp_path, 20)))
     words = [str(path) if word == kubelet.CONFIG else word for word in shlex.split(line)]
     assert str(path) in words
-    (tmp_path / "harness").write_text(HARNESS)
-    (tmp_path / "harness").chmod(0o755)
     execute = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    env = {"PATH": path_with_harness(tmp_path)}
     with launch(tmp_path, None, command=("-c", execute, str(TORCHX), *words), env=env) as run:
         run.succeed()
     assert newest(tmp_path / "run")["step"] == 20

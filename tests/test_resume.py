@@ -6,12 +6,10 @@ import shutil
 import sys
 from pathlib import Path
 
-import fsspec
 import pytest
 import torch
 from cluster import harness, newest, play, played, read_json, returned, train_here
-from fsspec.implementations.local import LocalFileSystem
-from fsspec.spec import AbstractFileSystem
+from faults import Flawed
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -301,38 +299,17 @@ def test_fresh_lets_a_launch_restart_its_own_run(tmp_path, monkeypatch):
 # --- all ranks together ----------------------------------------------------------------------------------------------
 
 
-class Cataract(AbstractFileSystem):
-    """Local files, of which rank 1 sees the weights of step 6 with one bit flipped."""
-
-    protocol = "cataract"
-
-    def ls(self, path, detail=True, **kwargs):
-        return LocalFileSystem().ls(path, detail)
-
-    def info(self, path, **kwargs):
-        return LocalFileSystem().info(path)
-
-    def pipe_file(self, path, value, mode="overwrite", **kwargs):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        Path(path).write_bytes(value)
-
-    def _open(self, path, mode="rb", **kwargs):
-        import io
-
-        data = bytearray(Path(path).read_bytes())
-        if os.environ.get("RANK") == "1" and "step-000000000006" in path and path.endswith("model.safetensors"):
-            data[-1] ^= 1
-        return io.BytesIO(data)
-
-
-fsspec.register_implementation("cataract", Cataract, clobber=True)
-
-
 def one_rank_cannot_read(world, place: Path):
     train_here(build, world, url=place / "run", train=TRAIN, checkpoint=CHECKPOINT)
+
+    def flip_a_bit(path: str, data: bytes) -> bytes:
+        is_flawed = world.rank == 1 and path.endswith("model.safetensors")
+        return data[:-1] + bytes([data[-1] ^ 1]) if is_flawed else data
+
+    Flawed.flaw = staticmethod(flip_a_bit)
     log = {"jsonl": str(place / "log.jsonl")}
     task_here = {"train": {**TRAIN, "steps": 8}, "checkpoint": {**CHECKPOINT, "restore": "each"}, "log": log}
-    return train_here(build, world, url=f"cataract://{place}/run", **task_here).step
+    return train_here(build, world, url=f"flawed://{place}/run", **task_here).step
 
 
 def ranks_differ_in_an_option(world, place: Path):

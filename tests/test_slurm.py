@@ -1,13 +1,11 @@
 """``launch/slurm.sbatch`` in a real Slurm: what ends a job there, and how it comes back."""
 
 import json
-import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
-from cluster import launch, newest, wait_until
+from cluster import launch, newest, path_with_harness, records, wait_until
 from slurm import Slurm, slurm, what_is_missing
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.skipif(bool(what_is_missing()), reason=what_is_missing() or "-")]
@@ -40,10 +38,7 @@ class Job:
         )
 
     def events(self, name: str) -> list[dict]:
-        log = self.place / "log.jsonl"
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        records = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [record for record in records if record["event"] == name]
+        return records(self.place / "log.jsonl", name)
 
     def wait_for_step(self, step: int) -> None:
         def reached() -> bool:
@@ -71,11 +66,7 @@ class Job:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """Four nodes, on which ``harness`` is the one of this interpreter."""
-    folder = tmp_path_factory.mktemp("bin")
-    program = folder / "harness"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m harness "$@"\n')
-    program.chmod(0o755)
-    with slurm(4, f"{folder}:{os.environ['PATH']}") as cluster:
+    with slurm(4, path_with_harness(tmp_path_factory.mktemp("bin"))) as cluster:
         yield cluster
 
 

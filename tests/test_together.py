@@ -4,7 +4,6 @@ On a real S3 server the bytes that it sends are counted. On a disk, what goes wr
 reads, what reaches it, its life) becomes a matter of all.
 """
 
-import io
 import json
 import logging
 import os
@@ -13,16 +12,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 import torch
 from cluster import environment, play, played, returned, train_here, wait_until
-from fsspec.implementations.local import LocalFileSystem
-from fsspec.spec import AbstractFileSystem
+from faults import Flaw, Flawed
 from proxy import Proxy
 from test_memory import forget_the_peak, memory_bytes
 from torch import nn
@@ -116,32 +112,6 @@ def test_four_ranks_read_each_byte_once(s3, tmp_path, capsys):
 
 TRAIN = {"steps": 6, "global_batch_size": 3}
 CHECKPOINT = {"every_steps": 2, "shard_bytes": 4096}
-Flaw = Callable[[str, bytes], bytes]
-
-
-class Flawed(AbstractFileSystem):
-    """Local files, and what becomes of those of step 6 when they are read."""
-
-    protocol = "flawed"
-    flaw: Flaw = staticmethod(lambda path, data: data)
-
-    def ls(self, path, detail=True, **kwargs):
-        return LocalFileSystem().ls(path, detail)
-
-    def info(self, path, **kwargs):
-        return LocalFileSystem().info(path)
-
-    def pipe_file(self, path, value, mode="overwrite", **kwargs):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        Path(path).write_bytes(value)
-
-    def _open(self, path, mode="rb", **kwargs):
-        data = Path(path).read_bytes()
-        is_flawed = "step-000000000006" in path and path.endswith(".safetensors")
-        return io.BytesIO(Flawed.flaw(path, data) if is_flawed else data)
-
-
-fsspec.register_implementation("flawed", Flawed, clobber=True)
 
 
 def build() -> Task:
