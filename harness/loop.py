@@ -482,7 +482,7 @@ class _Run:
 
     def save_if_due(self, *, now: bool, must_succeed: bool) -> None:
         """Saves the state as it is at this step boundary. All ranks call it; rank 0 writes."""
-        checkpoint, progress = self.config.checkpoint, self.state.progress
+        checkpoint = self.config.checkpoint
         if self.saver is not None:
             self.tell_of(self.saver.poll())
         if checkpoint.url is None or not (now or self.is_due(checkpoint.every_steps, checkpoint.every_epochs)):
@@ -490,28 +490,31 @@ class _Run:
         self.note_loss()
         states = self.world.gather(random_state(self.world.device))
         self.last_saved_time = time.monotonic()
+        if must_succeed or self.is_over():  # no rank goes on before it is done, nor without knowing what has become of it
+            resume.on_first(self.world, lambda: self.save(states, must_succeed=True))
+        else:
+            self.save(states, must_succeed=False)
+
+    def save(self, states: list[Any] | None, *, must_succeed: bool) -> None:
+        """Saves beside the training, or, when this is to be the last thing to happen, before it goes on. Rank 0 alone has
+        anything to do, and the ranks' random states."""
         if self.saver is None or states is None:
             return
-        must_succeed = must_succeed or self.is_over()
+        checkpoint, progress = self.config.checkpoint, self.state.progress
         if self.saver.is_busy and checkpoint.when_busy == "skip" and not must_succeed:
             message = f"step {progress.step}/{self.total_steps}  NOT saved: the save before is still being written"
             self.reporter.event("skip", message, step=progress.step)
             return
         self.tell_of(self.saver.wait())
-        self.save(self.saver, {str(rank): state for rank, state in enumerate(states)}, must_succeed=must_succeed)
-
-    def save(self, saver: Saver, random_states: dict[str, Any], *, must_succeed: bool) -> None:
-        """Saves beside the training, or, when this is to be the last thing to happen, before it goes on."""
-        checkpoint, progress = self.config.checkpoint, self.state.progress
-        parts = {**self.state.capture(), "random": random_states}
+        parts = {**self.state.capture(), "random": {str(rank): state for rank, state in enumerate(states)}}
         best = int(progress.best["step"]) if checkpoint.keep_best and progress.best else None
         about: dict[str, Any] = {"step": progress.step, "meta": self.meta(), "best_step": best}
         if must_succeed or checkpoint.mode == "sync":
-            self.tell_of(saver.save(parts, **about, must_succeed=must_succeed))
+            self.tell_of(self.saver.save(parts, **about, must_succeed=must_succeed))
             return
         if checkpoint.overlap:
             about["is_steady"] = self.state.is_steady()
-        saver.begin(parts, **about, check=checkpoint.check_snapshots)
+        self.saver.begin(parts, **about, check=checkpoint.check_snapshots)
 
     def tell_of(self, saved: Saved | None) -> None:
         """Logs a save that has been committed."""

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 from harness import Evaluation, Task
+from harness.checkpoint.saver import Saver
 from harness.config import Config
 from harness.errors import ConfigError, StoreError
 from harness.loop import build_task
@@ -390,7 +391,6 @@ def evaluated(world, place: Path):
     for url, task in (("judged", judged), ("plain", make)):
         log = {"jsonl": str(place / f"{url}.jsonl"), "every_steps": None}
         train_here(task, world, url=place / url, train=TRAIN, evaluation={"every_steps": 3}, log=log)
-    world.all_gather(None)  # rank 0 has saved
     found = [newest(place / url)["digests"] for url in ("judged", "plain")]
     return [all(found[0][part] == found[1][part] for part in ("model", "optimizer", "random"))]
 
@@ -403,6 +403,29 @@ def empty_shares(world, place: Path):
         return make(evaluation=Evaluation(one, judged().evaluation.measure, "mse"))
 
     return train_here(task, world, train=TRAIN).last["x"]
+
+
+def saved_late(world, place: Path):
+    """Which step each rank finds saved when its training has returned, with a disk that takes a second."""
+    save = Saver.save
+
+    def slowly(*args, **options):
+        time.sleep(1)
+        return save(*args, **options)
+
+    Saver.save = slowly
+    try:
+        train_here(make, world, url=place, train=TRAIN)
+    finally:
+        Saver.save = save
+    return newest(place)["step"]
+
+
+def last_save_fails(world, place: Path):
+    """What becomes of a run whose folder is a file when its end is saved."""
+    full = place / f"run-{world.rank}"  # each rank obstructs one: rank 0's is the run's
+    full.mkdir()
+    train_here(lambda: build_full(str(full), room_at=50), world, url=place / "run-0", train=TRAIN)
 
 
 @pytest.fixture(scope="module")
@@ -427,6 +450,13 @@ def test_a_rank_without_a_share_of_the_evaluation(results):
     assert returned(results[1]["empty_shares"]) == [1.0, 1.0]
 
 
+@pytest.mark.torchrun
+def test_all_ranks_know_what_has_become_of_the_last_save(results):
+    """None returns before it is committed; where it fails, it is every rank's error."""
+    assert returned(results[1]["saved_late"]) == [12, 12]
+    assert [result["raised"] for result in results[1]["last_save_fails"]] == ["StoreError", "StoreError"]
+
+
 @pytest.mark.parametrize(("grace_seconds", "warnings"), [(1e-6, 1), (60.0, 0)])
 def test_a_save_that_outlasts_the_grace_is_warned_of_once(run, caplog, grace_seconds, warnings):
     """At the first save, not at the preemption; two saves are made here."""
@@ -443,4 +473,4 @@ def test_a_save_that_outlasts_the_grace_is_warned_of_at_the_next_start(run, capl
 
 
 if __name__ == "__main__":
-    play([evaluated, empty_shares], Path(sys.argv[1]))
+    play([evaluated, empty_shares, saved_late, last_save_fails], Path(sys.argv[1]))
