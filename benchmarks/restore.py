@@ -43,8 +43,7 @@ from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Attempt
 from harness.checkpoint.memory import fresh_region
 from harness.checkpoint.store import open_store
-from harness.data import Cursor
-from harness.state import TrainingState
+from harness.state import State
 
 WIDTH = 1024  # a layer has a million parameters: 4 MB, and 12 MB of state with AdamW's moments
 CPU = torch.device("cpu")
@@ -67,8 +66,8 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
     return time.perf_counter() - began
 
 
-def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
-    return TrainingState(model, optimizer, None, torch.amp.GradScaler("cpu", enabled=False), CPU)
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+    return State({"model": model, "optimizer": optimizer}, CPU)
 
 
 def save(place: Path, layers: int) -> None:
@@ -79,9 +78,8 @@ def save(place: Path, layers: int) -> None:
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, place / "checkpoint.pt")
     model_state, optimizer_state = get_state_dict(model, optimizer)
     dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=place / "dcp", no_dist=True)
-    meta = {"cursor": {"epoch": 0, "offset": 0}}
     parts = training_state(model, optimizer).capture()
-    commit.write(open_store(str(place / "run")), parts, step=1, attempt=Attempt.after([]), meta=meta)
+    commit.write(open_store(str(place / "run")), parts, step=1, attempt=Attempt.after([]))
 
 
 # --- the contenders --------------------------------------------------------------------------------------------------
@@ -91,7 +89,7 @@ def harness(place: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
     catalog = Catalog(open_store(str(place / "run")))
     entry = catalog.candidates()[0]
     parts = load.read(catalog.store, entry.directory, entry.manifest)
-    training_state(model, optimizer).restore(parts, entry.step, Cursor(**entry.manifest.meta["cursor"]))
+    training_state(model, optimizer).restore(parts, entry.step)
 
 
 def by_torch_load(place: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, mmap: bool = False) -> None:

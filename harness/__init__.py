@@ -4,8 +4,51 @@ It runs a model under ``torchrun`` (or in one plain process), writes checkpoints
 fsspec filesystem, and after any death goes on from the newest whole one, bit for bit.
 """
 
-from harness.task import Evaluation, Task
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Evaluation", "Task", "__version__"]
+if TYPE_CHECKING:  # see ``__getattr__``
+    from harness.checkpoint.direct import latest, load, save
+    from harness.data import Loader, Schedule
+    from harness.errors import HarnessError
+    from harness.run import Run
+    from harness.signals import StopRequest
+    from harness.task import Evaluation, Task
+    from harness.world import join_world
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Evaluation",
+    "HarnessError",
+    "Loader",
+    "Run",
+    "Schedule",
+    "StopRequest",
+    "Task",
+    "join_world",
+    "latest",
+    "load",
+    "save",
+]
+
+_HOMES = {
+    "Evaluation": "task",
+    "HarnessError": "errors",
+    "Loader": "data",
+    "Run": "run",
+    "Schedule": "data",
+    "StopRequest": "signals",
+    "Task": "task",
+    "join_world": "world",
+    "latest": "checkpoint.direct",
+    "load": "checkpoint.direct",
+    "save": "checkpoint.direct",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first asked for: the verbs that only read a URL must not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'harness' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"harness.{_HOMES[name]}"), name)

@@ -9,7 +9,6 @@ import logging
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -104,17 +103,11 @@ def _build_task(config: "Config") -> "Task":
 
 def _train(config: "Config", task: "Task", stop: "StopRequest", *, fresh: bool) -> None:
     """Joins the other ranks, trains, and leaves: in step with them after a success, at once after a failure."""
-    from harness import loop  # noqa: PLC0415  # see the module's docstring
+    from harness import loop, program  # noqa: PLC0415  # see the module's docstring
     from harness.signals import ignore_stop_signals  # noqa: PLC0415
-    from harness.world import has_lost_a_peer, join_world, leave_at_once  # noqa: PLC0415
+    from harness.world import join_world  # noqa: PLC0415
 
-    def leave_late() -> None:
-        late = Stopped(f"no step boundary within {config.stop.grace_seconds:.0f} s of the signal: the last commit stands")
-        outcome.record(outcome.of(late))
-        print(f"harness: {late}", file=sys.stderr, flush=True)
-        leave_at_once(late.exit_code)
-
-    stop.leave_in_time(config.stop.grace_seconds, leave_late)
+    program.leave_in_time(stop, config.stop.grace_seconds)
     world = join_world(config.world)
     others = logging.WARNING if is_first_of_node() else logging.ERROR  # a machine's own troubles are told once
     logging.getLogger().setLevel(logging.INFO if world.rank == 0 else others)
@@ -128,40 +121,35 @@ def _train(config: "Config", task: "Task", stop: "StopRequest", *, fresh: bool) 
             ignore_stop_signals()
             if not is_under_torchrun():
                 raise
-            outcome.record(outcome.of(stopped))  # torchrun would start a worker that says it in its exit code again
-            logging.getLogger("harness").info("%s", stopped)
+            program.record_stop(stopped)
     except BaseException as error:
         if world.size == 1 or isinstance(error, Stopped):
             raise
-        # The other ranks may wait for this one in a collective for minutes; torchrun frees them once this one is gone.
-        if has_lost_a_peer(error):
-            error = RankFailure(f"lost contact with another rank: {error}")
-        if isinstance(error, HarnessError):
-            click.echo(f"harness: rank {world.rank}: {error}", err=True)
-        else:
-            traceback.print_exc()
-        outcome.record(outcome.of(error))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        leave_at_once(error.exit_code if isinstance(error, HarnessError) else 1)
+        program.fail(error, world.rank)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def launch(arguments: tuple[str, ...]) -> None:
-    """Run `harness train` or `harness doctor` under torchrun: harness launch [torchrun options] -- train CONFIG.yaml ...
+    """Run `harness train`, `harness doctor` or a script with a harness.Run under torchrun.
 
-    Sets what torchrun needs to restart well and ends it when starting again cannot help. Exit codes: 0 done, 75 stopped and
-    saved: start it again, 1, 74, 76 failed, starting again may help; 2, 65, 66, 70, 77 as for train: somebody has to act
-    first.
+    harness launch [torchrun options] -- train CONFIG.yaml ... (or doctor CONFIG.yaml, SCRIPT.py, -m MODULE). Sets what
+    torchrun needs to restart well and ends it when starting again cannot help. Exit codes: 0 done, 75 stopped and saved:
+    start it again, 1, 74, 76 failed, starting again may help; 2, 65, 66, 70, 77 as for train: somebody has to act first.
     """
     from harness.launch import launch  # noqa: PLC0415  # see the module's docstring
 
     # click takes the "--" away; the verb divides the two halves as well
-    start = next((index for index, word in enumerate(arguments) if word in ("train", "doctor")), None)
+    start = next((index for index, word in enumerate(arguments) if _begins_program(word)), None)
     if start is None:
-        raise click.UsageError("expected: harness launch [torchrun options] -- train CONFIG.yaml ... (or doctor for train)")
+        raise click.UsageError(
+            "expected: harness launch [torchrun options] -- train CONFIG.yaml ... (or doctor, or SCRIPT.py)"
+        )
     sys.exit(launch(arguments[:start], arguments[start:]))
+
+
+def _begins_program(word: str) -> bool:
+    return word in ("train", "doctor", "-m") or word.endswith(".py")
 
 
 @cli.command()

@@ -10,13 +10,15 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from harness.errors import ConfigError
+
+C = TypeVar("C", bound=BaseModel)
 
 
 class _Section(BaseModel):
@@ -202,8 +204,21 @@ class WorldConfig(_Section):
         return self
 
 
-class Config(_Section):
-    """A run."""
+class RunConfig(_Section):
+    """What keeps a training alive, whoever has written its loop."""
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    world: WorldConfig = WorldConfig()
+    crash_loop: CrashLoopConfig = CrashLoopConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
+    stragglers: StragglersConfig = StragglersConfig()
+    preemption: PreemptionConfig = PreemptionConfig()
+    stop: StopConfig = StopConfig()
+
+
+class Config(RunConfig):
+    """A run of ``harness train``."""
 
     task: str = Field(min_length=1)
     """``package.module:function`` or ``path/to/file.py:function``: returns a ``harness.Task``."""
@@ -218,16 +233,8 @@ class Config(_Section):
     """Everything random derives from it."""
     train: TrainConfig
     data: DataConfig = DataConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    log: LogConfig = LogConfig()
-    world: WorldConfig = WorldConfig()
     nonfinite: NonFiniteConfig = NonFiniteConfig()
-    crash_loop: CrashLoopConfig = CrashLoopConfig()
-    watchdog: WatchdogConfig = WatchdogConfig()
-    stragglers: StragglersConfig = StragglersConfig()
-    preemption: PreemptionConfig = PreemptionConfig()
-    stop: StopConfig = StopConfig()
 
     @model_validator(mode="after")
     def _related(self) -> Self:
@@ -251,10 +258,19 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected keys and values, found {_shown(value)}")
     parse_overrides(overrides, value)
+    return _validated(Config, value, f"{path}: ")
+
+
+def run_config(sections: Mapping[str, Any]) -> RunConfig:
+    """The sections of a configuration that a run in a program's own loop has. Raises ``ConfigError``."""
+    return _validated(RunConfig, sections, "config: ")
+
+
+def _validated(model: type[C], value: Any, where: str) -> C:
     try:
-        return Config.model_validate(value)
+        return model.model_validate(value)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {line}" for line in map(_in_words, error.errors()))) from None
+        raise ConfigError("\n".join(f"{where}{line}" for line in map(_in_words, error.errors()))) from None
 
 
 def parse_overrides(overrides: Iterable[str], value: dict[str, Any] | None = None) -> dict[str, Any]:

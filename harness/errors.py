@@ -24,7 +24,7 @@ from typing import ClassVar
 
 
 class HarnessError(Exception):
-    """The base of all errors that harness raises on purpose."""
+    """The base of all errors that harness raises on purpose; ``exit_code`` is what the process ends with."""
 
     exit_code: ClassVar[int] = 1
 

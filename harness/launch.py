@@ -33,7 +33,7 @@ _DEFAULTS = {"--max-restarts": "3", "--shutdown-timeout": "60"}
 
 
 def command(torchrun_options: Sequence[str], arguments: Sequence[str]) -> list[str]:
-    """The torchrun command line for ``harness`` with these arguments.
+    """The torchrun command line for ``harness`` with these arguments, or for a script.
 
     What stands in torchrun's own variables (PET_NNODES for --nnodes; Kubeflow sets them) counts as given.
     """
@@ -44,11 +44,12 @@ def command(torchrun_options: Sequence[str], arguments: Sequence[str]) -> list[s
         options.append("--standalone")
     if "--nproc-per-node" not in given:
         options.append("--nproc-per-node=auto")  # one for each GPU, else one for each core
-    return [sys.executable, "-m", "torch.distributed.run", *options, *torchrun_options, "-m", "harness", *arguments]
+    program = ["-m", "harness", *arguments] if arguments[0] in ("train", "doctor") else arguments
+    return [sys.executable, "-m", "torch.distributed.run", *options, *torchrun_options, *program]
 
 
 def launch(torchrun_options: Sequence[str], arguments: Sequence[str]) -> int:
-    """Runs ``harness`` under torchrun and returns the exit code of the launch."""
+    """Runs ``harness``, or a script, under torchrun and returns the exit code of the launch."""
     with tempfile.TemporaryDirectory(prefix="harness-") as directory:
         environment = {
             **os.environ,

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from harness.data import Cursor, Schedule
+from harness.data import Loader
 from harness.world import World
 
 _MOST_SAMPLES = 64  # in a message
@@ -43,16 +43,14 @@ def ranks_with_bad_loss(world: World, loss: torch.Tensor) -> list[int]:
     return [rank for rank, is_finite in enumerate(world.all_gather(math.isfinite(float(loss)))) if not is_finite]
 
 
-def what_is_bad(world: World, loss: torch.Tensor, schedule: Schedule, cursor: Cursor) -> tuple[str, Sequence[int]]:
-    """What is not finite about the batch at a position, in words, and the samples that it comes from. All ranks call it."""
+def what_is_bad(world: World, loss: torch.Tensor, loader: Loader) -> tuple[str, Sequence[int]]:
+    """What is not finite about the batch that was just trained, in words, and the samples that it comes from. All ranks call
+    it."""
     ranks = ranks_with_bad_loss(world, loss)
-    samples: list[int] = []
-    for rank in ranks or range(world.size):
-        share = next(schedule.steps(cursor, rank, world.size))
-        samples += [index for micro_batch in share for index in micro_batch.indices]
+    samples = [index for rank in ranks or range(world.size) for index in loader.samples(rank)]
     what = f"the loss on rank {', '.join(map(str, ranks))} is" if ranks else "every loss is finite and the gradients are"
     more = f" and {len(samples) - _MOST_SAMPLES} more" if len(samples) > _MOST_SAMPLES else ""
-    return f"{what} not finite; epoch {cursor.epoch}, samples {samples[:_MOST_SAMPLES]}{more}", samples
+    return f"{what} not finite; epoch {loader.trained_epoch}, samples {samples[:_MOST_SAMPLES]}{more}", samples
 
 
 def buffers_with_nan(model: nn.Module) -> list[str]:

@@ -16,18 +16,16 @@ import torch
 from harness.checkpoint import load
 from harness.checkpoint.catalog import Catalog, Entry
 from harness.checkpoint.format import Ancestor
-from harness.data import Cursor
 from harness.errors import (
     CheckpointError,
     ConfigError,
-    Corrupt,
     HarnessError,
     Mismatch,
     NoCheckpoint,
     RankFailure,
     StoreError,
 )
-from harness.state import TrainingState, restore_random_state
+from harness.state import RANDOM, State
 from harness.world import World
 
 log = logging.getLogger(__name__)
@@ -40,23 +38,21 @@ class Resumed:
     directory: str
     step: int
     lineage: list[Ancestor]
-    passed_over: list[Cursor]  # batches that are not to be trained
+    random: Mapping[str, Any] | None  # this rank's random state, to be restored last; None where there is none for it
     save_seconds: float | None  # what a save took then, where that is known
 
 
 def resume(
     world: World,
     catalog: Catalog,
-    state: TrainingState,
-    run: Mapping[str, Any],
+    state: State,
     *,
     how: Literal["auto", "each", "shared"] = "each",
     pass_over_newest: bool = False,
 ) -> Resumed | None:
     """Restores the newest checkpoint that all ranks can read; None when the run has none at all.
 
-    ``run`` holds what must be the same as when the checkpoint was written (seed, size of the data set); a difference is a
-    ``Mismatch``, as is a checkpoint that does not fit the model. ``how`` it is read is ``checkpoint.restore`` of the
+    One that does not fit the live state is a ``Mismatch``. ``how`` it is read is ``checkpoint.restore`` of the
     configuration. ``pass_over_newest`` takes the checkpoint before the newest whole one, if there is one. Raises
     ``NoCheckpoint`` when there are checkpoints and none is whole.
     """
@@ -76,17 +72,14 @@ def resume(
         assert parts is not None, "no rank reported a problem"
         assert entry.manifest is not None
         meta = entry.manifest.meta
-        if "cursor" not in meta:
-            raise Mismatch(f"{entry.directory}: has no position in the data; start a run elsewhere with init_from it")
-        _check_run(meta, run)
-        state.restore(parts, entry.step, Cursor(**meta["cursor"]))
+        if RANDOM not in parts:
+            raise Mismatch(f"{entry.directory}: was not written by a run; start a run elsewhere with init_from it")
+        state.restore(parts, entry.step, world.rank)
         _warn_if_inexact(meta, conditions(world))
-        if meta.get("world_size") == world.size:  # else the streams start anew, from the seed and the rank
-            restore_random_state(parts["random"][str(world.rank)], state.device)
+        # With other ranks the random streams start anew, from the seed and the rank.
+        random = parts[RANDOM].get(str(world.rank)) if meta.get("world_size") == world.size else None
         ancestor = Ancestor(entry.manifest.attempt, entry.step)
-        lineage = [*entry.manifest.lineage, ancestor]
-        passed_over = [Cursor(**position) for position in meta.get("passed_over", [])]
-        return Resumed(entry.directory, entry.step, lineage, passed_over, save_seconds(meta))
+        return Resumed(entry.directory, entry.step, [*entry.manifest.lineage, ancestor], random, save_seconds(meta))
     if storage_failed:  # what cannot be read today is not damaged
         raise StoreError(f"{catalog.store.url}: no checkpoint could be read: {'; '.join(problems)}", transient=True)
     if entries:
@@ -97,12 +90,12 @@ def resume(
     return None
 
 
-def check_lockstep(world: World, state: TrainingState, run: Mapping[str, Any]) -> None:
-    """Raises ``RankFailure`` unless all ranks hold the same step, position, model and optimizer, bit for bit.
+def check_lockstep(world: World, state: State, about: Mapping[str, Any]) -> None:
+    """Raises ``RankFailure`` unless all ranks hold the same step and the same state, bit for bit.
 
-    ``run`` are further values that must be the same: what is trained, on which data.
+    ``about`` are further values that must be the same: what is trained.
     """
-    found = world.all_gather({**run, **state.digests()})
+    found = world.all_gather({**about, **state.digests()})
     different = [rank for rank in range(world.size) if found[rank] != found[0]]
     if different:
         first = found[different[0]]
@@ -134,22 +127,12 @@ def _read_together(
     if entry.manifest is not None and not problem:
         try:
             parts = load.read(catalog.store, entry.directory, entry.manifest, peers=world if shared else None)
-            _check_meta(entry.directory, entry.manifest.meta)
         except (CheckpointError, StoreError) as error:
             problem, is_storage = f"{error} (rank {world.rank})", isinstance(error, StoreError)
         except RankFailure:  # the rank that has failed says why
             pass
     found = world.all_gather((problem, is_storage))
     return parts, sorted({problem for problem, _ in found if problem}), any(is_storage for _, is_storage in found)
-
-
-def _check_meta(directory: str, meta: Mapping[str, Any]) -> None:
-    cursors = [meta["cursor"]] if "cursor" in meta else []  # one that has none is refused in other words
-    passed_over = meta.get("passed_over", [])
-    for cursor in [*cursors, *(passed_over if type(passed_over) is list else [passed_over])]:
-        counts = cursor.values() if type(cursor) is dict and set(cursor) == {"epoch", "offset"} else [None]
-        if not all(type(count) is int and count >= 0 for count in counts):
-            raise Corrupt(f"{directory}: impossible position in the data {cursor!r}")
 
 
 def save_seconds(meta: Mapping[str, Any]) -> float | None:
@@ -176,12 +159,6 @@ def _warn_if_inexact(meta: Mapping[str, Any], here: Mapping[str, Any]) -> None:
             "have the same bits",
             ", ".join(differences),
         )
-
-
-def _check_run(meta: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    for key, live in run.items():
-        if (saved := meta.get(key)) != live:
-            raise Mismatch(f"{key}: the checkpoint was written with {saved!r}, the configuration has {live!r}")
 
 
 def refuse_to_reuse(catalog: Catalog, launch: str | None) -> None:

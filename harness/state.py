@@ -1,4 +1,4 @@
-"""Capture and restore: model, optimizer, scheduler, scaler, random states, progress.
+"""Capture and restore: modules, optimizers, schedulers, whatever else has a state, random states, progress.
 
 Names are the plain module's. DDP wraps a model as ``module``, ``torch.compile`` as ``_orig_mod``, at the top or around any
 child; those steps are left out by looking at the wrappers, never by cutting strings: a model may own a child that is
@@ -13,7 +13,7 @@ import random
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,75 +21,264 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
+from harness.buckets import GradientOrder
 from harness.checkpoint import commit, tree
-from harness.data import Cursor
-from harness.errors import Mismatch, Unsupported
+from harness.checkpoint.format import check_part_name
+from harness.errors import ConfigError, Mismatch, Unsupported
 
 
 @dataclass
 class Progress:
     """How far a run is: what a checkpoint's manifest says about it."""
 
-    step: int = 0
-    cursor: Cursor = field(default_factory=Cursor)
+    step: int = 0  # optimizer steps: the global step
+    epoch: int = 0  # where no loader of ours counts them
     last: dict[str, float] = field(default_factory=dict)  # the newest metrics, the training loss among them
     best: dict[str, float] = field(default_factory=dict)  # the metrics and the step of the best evaluation
-    passed_over: list[Cursor] = field(default_factory=list)  # where the batches begin that were not trained: see nonfinite
 
 
-@dataclass
-class TrainingState:
-    """Everything that a step changes."""
+class State:
+    """Everything that a step changes: objects by name, each of which is a part of a checkpoint under that name.
 
-    model: nn.Module  # the plain one
-    optimizer: Optimizer
-    scheduler: LRScheduler | None
-    scaler: torch.amp.GradScaler
-    device: torch.device
-    progress: Progress = field(default_factory=Progress)
+    Modules, optimizers and schedulers are known, and checked against what is saved, name by name and shape by shape.
+    Anything else needs ``state_dict`` and ``load_state_dict``; where it has ``check_state_dict``, too, that is called
+    before anything is touched, and may raise ``Mismatch``. An object whose state differs between the ranks says so by
+    ``per_rank = True``; torch's ``DataLoader`` is taken for one (torchdata's ``StatefulDataLoader`` has a state). Two
+    further parts are made here: ``training`` has the versions of the modules, the order of DDP's gradients and the progress,
+    ``random`` each rank's generators.
+
+    Raises ``ConfigError`` for an object that has no state, ``Unsupported`` for an optimizer of foreign parameters.
+    """
+
+    def __init__(self, objects: Mapping[str, Any], device: torch.device) -> None:
+        self.device = device
+        self.progress = Progress()
+        self.modules = {name: each for name, each in objects.items() if isinstance(each, nn.Module)}
+        self.optimizers = {name: each for name, each in objects.items() if isinstance(each, Optimizer)}
+        self.gradients = {
+            name: GradientOrder(each)
+            for name, module in self.modules.items()
+            for each in module.modules()
+            if isinstance(each, nn.parallel.DistributedDataParallel)
+        }
+        self._parts = {name: self._part(name, each) for name, each in objects.items()}
+
+    def _part(self, name: str, each: Any) -> "_Part":
+        check_part_name(name)
+        if name in (TRAINING, RANDOM):
+            raise ConfigError(f"state: {name!r} is the name of a part that harness writes; choose another one")
+        if isinstance(each, nn.Module):
+            return _Module(name, each, self.device)
+        if isinstance(each, Optimizer):
+            return _Optimizer(name, each, self._owner(name, each), self.device)
+        if isinstance(each, LRScheduler):
+            return _Scheduler(name, each)
+        if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict")):
+            advice = "; harness.Loader and torchdata's StatefulDataLoader have one" if isinstance(each, DataLoader) else ""
+            raise ConfigError(f"state: {name} ({type(each).__name__}) has no state_dict and load_state_dict{advice}")
+        return _DataLoader(name, each) if isinstance(each, DataLoader) else _Other(name, each)
+
+    def _owner(self, name: str, optimizer: Optimizer) -> nn.Module:
+        """The module whose parameters an optimizer has; of several, all of them as children of one."""
+        wanted = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        having = {
+            key: unwrap(module)
+            for key, module in self.modules.items()
+            if any(id(parameter) in wanted for parameter in module.parameters())
+        }
+        for module in having.values():
+            if wanted <= {id(parameter) for parameter in module.parameters()}:
+                return module
+        if not having:
+            raise Unsupported(f"{name}: none of its parameters is one of a module in the state; put its model there, too")
+        return nn.ModuleDict(having)
+
+    # --- saving ---
 
     def capture(self) -> dict[str, dict[str, Any]]:
-        """The parts of a checkpoint, without the ranks' random states. Tensors are the live ones, not copies."""
+        """The parts that are the same on every rank. Tensors are the live ones, not copies."""
+        parts = {name: part.capture() for name, part in self._parts.items() if not part.per_rank}
+        return {**parts, TRAINING: self._training()}
+
+    def capture_rank(self) -> dict[str, Any]:
+        """What is this rank's own: the states of its generators, and of the objects that differ between ranks."""
+        own = {name: part.capture() for name, part in self._parts.items() if part.per_rank}
+        return {RANDOM: random_state(self.device), **own}
+
+    def _training(self) -> dict[str, Any]:
         return {
-            "model": model_state(self.model),
-            "optimizer": optimizer_state(self.optimizer, self.model),
-            "training": {
-                "scheduler": scheduler_state(self.scheduler),
-                "scaler": self.scaler.state_dict(),
-                "module_versions": module_versions(self.model),
-                "last": self.progress.last,
-                "best": self.progress.best,
-            },
+            "module_versions": {name: module_versions(module) for name, module in self.modules.items()},
+            "gradient_order": {name: gradients.order for name, gradients in self.gradients.items()},
+            "epoch": self.progress.epoch,
+            "last": self.progress.last,
+            "best": self.progress.best,
         }
 
-    def restore(self, parts: Mapping[str, Mapping[str, Any]], step: int, cursor: Cursor) -> None:
-        """Puts the parts of a checkpoint into the live objects. Raises ``Mismatch`` before it touches any of them."""
-        training = parts["training"]
-        check_model(self.model, parts["model"])
-        check_scheduler(self.scheduler, training["scheduler"])  # before the options that it adds to the optimizer's
-        state = check_optimizer(self.optimizer, self.model, parts["optimizer"])
-        if bool(training["scaler"]) != self.scaler.is_enabled():
-            raise Mismatch("train.precision: one of the checkpoint and the configuration has a gradient scaler for fp16")
-        restore_model(self.model, sent(parts["model"], self.device), training["module_versions"])
-        restore_optimizer(self.optimizer, {**state, "state": sent(state["state"], self.device)})
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(dict(training["scheduler"]["state"]))
-        if training["scaler"]:
-            self.scaler.load_state_dict(dict(training["scaler"]))
-        self.progress = Progress(step, cursor, dict(training["last"]), dict(training["best"]))
-
     def is_steady(self) -> Callable[[torch.Tensor], bool]:
-        """Tells the tensors that nothing changes but the optimizer's step: its parameters, and its own state."""
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        places = {tensor.data_ptr() for tensor in tensors_in([parameters, *self.optimizer.state.values()])}
+        """Tells the tensors that nothing changes but an optimizer's step: its parameters, and its own state."""
+        places = set()
+        for optimizer in self.optimizers.values():
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            places |= {tensor.data_ptr() for tensor in tensors_in([parameters, *optimizer.state.values()])}
         return lambda tensor: tensor.data_ptr() in places
 
     def digests(self) -> dict[str, Any]:
         """What must be the same on all ranks before they train together."""
-        parts = self.capture()
-        states = {name: commit.digest_of(parts[name], name) for name in ("model", "optimizer")}
-        return {"step": self.progress.step, **asdict(self.progress.cursor), **states}
+        parts = {name: part.capture() for name, part in self._parts.items() if not part.per_rank}
+        return {"step": self.progress.step, **{name: commit.digest_of(part, name) for name, part in parts.items()}}
+
+    # --- restoring ---
+
+    def restore(self, parts: Mapping[str, Mapping[str, Any]], step: int, rank: int = 0) -> None:
+        """Puts the parts of a checkpoint into the live objects. Raises ``Mismatch`` before it touches any of them.
+
+        The generators are not touched: see ``restore_random_state``.
+        """
+        saved = {name: part for name, part in parts.items() if name not in (TRAINING, RANDOM)}
+        lines = [
+            f"{name}: not in the checkpoint; the run has {part}" for name, part in self._parts.items() if name not in saved
+        ]
+        lines += [f"{name}: not in the run; the checkpoint has it" for name in saved if name not in self._parts]
+        if lines:
+            raise Mismatch(_listed("the checkpoint does not fit the run's state", lines))
+        for name, part in self._parts.items():
+            if part.per_rank and str(rank) not in saved[name]:
+                count = f"the checkpoint has it for {len(saved[name])} ranks, and none for rank {rank}"
+                raise Mismatch(f"{name}: its state is each rank's own; {count}; start with as many ranks as before")
+        own = {name: saved[name][str(rank)] if part.per_rank else saved[name] for name, part in self._parts.items()}
+        training = parts[TRAINING]
+        # Schedulers before optimizers, to whose options they add; modules first, whose differences explain the others.
+        for part in sorted(self._parts.values(), key=lambda part: part.checked):
+            part.check(own[part.name])
+        for part in sorted(self._parts.values(), key=lambda part: part.restored):
+            part.restore(own[part.name], training)
+        for name, gradients in self.gradients.items():
+            gradients.settle(list(training["gradient_order"].get(name, [])))
+        self.progress = Progress(step, int(training["epoch"]), dict(training["last"]), dict(training["best"]))
+
+
+TRAINING, RANDOM = "training", "random"
+
+
+class _Part:
+    """An object of the state. ``checked`` and ``restored`` order the parts."""
+
+    checked = restored = 3
+    per_rank = False
+
+    def __init__(self, name: str, live: Any) -> None:
+        self.name = name
+        self.live = live
+
+    def __str__(self) -> str:
+        return type(self.live).__name__
+
+    def capture(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def check(self, saved: Mapping[str, Any]) -> None:
+        """Raises ``Mismatch`` where a saved state does not fit; touches nothing."""
+
+    def restore(self, saved: Mapping[str, Any], training: Mapping[str, Any]) -> None:
+        """Puts in a saved state that was checked."""
+        raise NotImplementedError
+
+
+class _Module(_Part):
+    checked = restored = 0
+
+    def __init__(self, name: str, live: nn.Module, device: torch.device) -> None:
+        super().__init__(name, live)
+        self.device = device
+
+    def capture(self) -> dict[str, Any]:
+        return model_state(self.live)
+
+    def check(self, saved: Mapping[str, Any]) -> None:
+        check_model(self.live, saved, self.name)
+
+    def restore(self, saved: Mapping[str, Any], training: Mapping[str, Any]) -> None:
+        restore_model(self.live, sent(saved, self.device), training["module_versions"].get(self.name))
+
+
+class _Optimizer(_Part):
+    checked, restored = 2, 1
+
+    def __init__(self, name: str, live: Optimizer, owner: nn.Module, device: torch.device) -> None:
+        super().__init__(name, live)
+        self.owner = owner
+        self.device = device
+
+    def capture(self) -> dict[str, Any]:
+        return optimizer_state(self.live, self.owner)
+
+    def check(self, saved: Mapping[str, Any]) -> None:
+        check_optimizer(self.live, self.owner, saved)
+
+    def restore(self, saved: Mapping[str, Any], _training: Mapping[str, Any]) -> None:
+        state = check_optimizer(self.live, self.owner, saved)
+        restore_optimizer(self.live, {**state, "state": sent(state["state"], self.device)})
+
+
+class _Scheduler(_Part):
+    checked, restored = 1, 2
+
+    def capture(self) -> dict[str, Any]:
+        return scheduler_state(self.live)
+
+    def check(self, saved: Mapping[str, Any]) -> None:
+        check_scheduler(self.live, saved)
+
+    def restore(self, saved: Mapping[str, Any], _training: Mapping[str, Any]) -> None:
+        self.live.load_state_dict(dict(saved["state"]))
+
+
+class _Other(_Part):
+    """Anything that has ``state_dict`` and ``load_state_dict``."""
+
+    def __init__(self, name: str, live: Any) -> None:
+        super().__init__(name, live)
+        self.per_rank = bool(getattr(live, "per_rank", False))
+
+    def capture(self) -> dict[str, Any]:
+        return {"state": self.live.state_dict()}
+
+    def check(self, saved: Mapping[str, Any]) -> None:
+        if hasattr(self.live, "check_state_dict"):
+            self.live.check_state_dict(saved["state"])
+        if isinstance(self.live, torch.amp.GradScaler) and bool(saved["state"]) != self.live.is_enabled():
+            raise Mismatch(
+                f"{self.name}: one of the checkpoint and the run has a gradient scaler that is enabled (train.precision)"
+            )
+
+    def restore(self, saved: Mapping[str, Any], _training: Mapping[str, Any]) -> None:
+        if not isinstance(self.live, torch.amp.GradScaler) or saved["state"]:  # one that is not enabled takes no state
+            self.live.load_state_dict(saved["state"])
+
+
+class _DataLoader(_Part):
+    """A loader of torch's kind with a state, each rank its own.
+
+    An iterator of it draws a number when it is made: after a resume that is in the middle of an epoch, where the run that
+    never stopped drew none. So it gets a generator of its own to draw from.
+    """
+
+    per_rank = True
+
+    def __init__(self, name: str, live: Any) -> None:
+        super().__init__(name, live)
+        live.generator = live.generator or torch.Generator().manual_seed(torch.initial_seed())
+        if getattr(live.sampler, "generator", live.generator) is None:
+            live.sampler.generator = live.generator
+
+    def capture(self) -> dict[str, Any]:
+        return {"state": self.live.state_dict(), "generator": self.live.generator.get_state()}
+
+    def restore(self, saved: Mapping[str, Any], _training: Mapping[str, Any]) -> None:
+        self.live.load_state_dict(saved["state"])
+        self.live.generator.set_state(saved["generator"])
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -161,26 +350,26 @@ def module_versions(model: nn.Module) -> dict[str, int | None]:
     return {plain: module._version for module, _, plain in _prefixes(unwrap(model)) if module._version != 1}
 
 
-def check_model(model: nn.Module, saved: Mapping[str, Any]) -> None:
+def check_model(model: nn.Module, saved: Mapping[str, Any], what: str = "model") -> None:
     """Raises ``Mismatch`` with every name, shape and dtype that differs between a model and a saved state."""
     live = model_state(model)
     old = {name: _kind(name, value) for name, value in saved.items()}
     new = {name: _kind(name, value) for name, value in live.items()}
-    lines = [f"{name}: not in the checkpoint; the model has {new[name]}" for name in new if name not in old]
-    lines += [f"{name}: not in the model; the checkpoint has {old[name]}" for name in old if name not in new]
+    lines = [f"{name}: not in the checkpoint; the {what} has {new[name]}" for name in new if name not in old]
+    lines += [f"{name}: not in the {what}; the checkpoint has {old[name]}" for name in old if name not in new]
     lines += [
-        f"{name}: the checkpoint has {old[name]}, the model has {new[name]}"
+        f"{name}: the checkpoint has {old[name]}, the {what} has {new[name]}"
         for name in new
         if name in old and old[name] != new[name]
     ]
     if not lines:  # the model can hold one of two values that it ties, and would lose the other
         lines = [
-            f"{name}: one tensor with {first} in the model, two different ones in the checkpoint"
+            f"{name}: one tensor with {first} in the {what}, two different ones in the checkpoint"
             for first, name in _ties(live)
             if not _same_bytes(saved[first], saved[name])
         ]
     if lines:
-        raise Mismatch(_listed("the checkpoint does not fit the model", lines))
+        raise Mismatch(_listed(f"the checkpoint does not fit the {what}", lines))
 
 
 def restore_model(model: nn.Module, saved: Mapping[str, Any], versions: Mapping[str, int | None] | None = None) -> None:
@@ -357,21 +546,19 @@ def _as_saved(saved: Any, live: Any) -> Any:
 # --- the scheduler ---------------------------------------------------------------------------------------------------
 
 
-def scheduler_state(scheduler: LRScheduler | None) -> dict[str, Any] | None:
+def scheduler_state(scheduler: LRScheduler) -> dict[str, Any]:
     """The scheduler's ``state_dict()`` and what kind it is.
 
     Functions (of ``LambdaLR``, of ``CyclicLR``) are code, and torch leaves them out; the attributes of callable objects are
     state.
     """
-    return None if scheduler is None else {"class": _class_of(scheduler), "state": scheduler.state_dict()}
+    return {"class": _class_of(scheduler), "state": scheduler.state_dict()}
 
 
-def check_scheduler(scheduler: LRScheduler | None, saved: Mapping[str, Any] | None) -> None:
+def check_scheduler(scheduler: LRScheduler, saved: Mapping[str, Any]) -> None:
     """Raises ``Mismatch`` for a state of another kind of scheduler, which ``load_state_dict`` would take in silence."""
-    old = "none" if saved is None else saved["class"]
-    new = "none" if scheduler is None else _class_of(scheduler)
-    if old != new:
-        raise Mismatch(f"scheduler: the checkpoint has {old}, the task has {new}")
+    if saved["class"] != (live := _class_of(scheduler)):
+        raise Mismatch(f"scheduler: the checkpoint has {saved['class']}, the task has {live}")
 
 
 def _class_of(scheduler: LRScheduler) -> str:

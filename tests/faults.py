@@ -78,7 +78,7 @@ class Restored:
     step: int | None = None
     parts: Mapping[str, Any] | None = None
 
-    def restore(self, parts: Mapping[str, Any], step: int, cursor: Any) -> None:
+    def restore(self, parts: Mapping[str, Any], step: int, rank: int) -> None:
         self.parts, self.step = parts, step
 
     @property
@@ -96,7 +96,7 @@ class _World(SoloWorld):
 def resume_from(store: Store) -> tuple[resume.Resumed | None, Restored]:
     """Resumes as a training run does, with the same fallbacks, in one process."""
     restored = Restored()
-    return resume.resume(_World(Restored.device), Catalog(store), restored, {}), restored
+    return resume.resume(_World(Restored.device), Catalog(store), restored), restored
 
 
 class Life:
@@ -116,8 +116,7 @@ class Life:
         )
 
     def save(self, step: int, *, must_succeed: bool = True) -> Saved | None:
-        meta = {"cursor": {"epoch": 0, "offset": step}, "world_size": 2}
-        return self.saver.save(parts_at(step), step=step, meta=meta, must_succeed=must_succeed)
+        return self.saver.save(parts_at(step), step=step, meta={"world_size": 2}, must_succeed=must_succeed)
 
 
 def committed_step(name: str) -> int | None:

@@ -1,5 +1,6 @@
 """What the documentation says: its examples are run, its tables compared with the program, what it names must exist."""
 
+import difflib
 import importlib.util
 import json
 import re
@@ -18,7 +19,7 @@ from pydantic import BaseModel
 
 from harness import errors
 from harness.cli import cli
-from harness.config import Config
+from harness.config import Config, RunConfig
 from harness.doctor import examination
 
 REPOSITORY = Path(__file__).parents[1]
@@ -58,6 +59,22 @@ def load(path: Path):
 
 
 # --- the examples ----------------------------------------------------------------------------------------------------
+
+
+def test_the_diff_of_the_readme():
+    """It is that between the two scripts, which ``test_examples`` runs and kills."""
+    examples = REPOSITORY / "docs" / "examples"
+    before, after = ((examples / name).read_text().splitlines() for name in ("bare/plain.py", "plain.py"))
+    lines = list(difflib.unified_diff(before, after, n=1, lineterm=""))[2:]
+    (block,) = blocks("README.md", "diff")
+    assert block.splitlines() == ["@@" if line.startswith("@@") else line for line in lines]
+
+
+def test_the_pieces_alone(tmp_path, monkeypatch, capsys):
+    """Saved and loaded in a script without a process group."""
+    monkeypatch.chdir(tmp_path)
+    exec(blocks("loops.md", "python")[0], {})
+    assert capsys.readouterr().out == "100\n"
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +176,10 @@ def test_a_task_can_be_debugged_with_pdb(tmp_path):
 def config_rows(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     """The README's rows about the configuration, as the program's own descriptions make them."""
     found = []
-    for name, field in section.model_fields.items():
+    own_first = sorted(
+        section.model_fields.items(), key=lambda item: section is Config and item[0] in RunConfig.model_fields
+    )
+    for name, field in own_first:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             found += config_rows(field.annotation, f"{prefix}{name}.")
             continue

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from harness import Evaluation, Task
+from harness.buckets import GradientOrder
 from harness.data import Cursor, Schedule
 from harness.tasks import gpt
 
@@ -65,9 +66,7 @@ def build(place: str | None = None, hold_at: int | None = None, settle: bool = T
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     if not settle:
-        import harness.loop
-
-        harness.loop._Run.settle_gradient_order = lambda run: None
+        GradientOrder.settle = lambda gradients, order: None
 
     def loss(model: nn.Module, batch) -> torch.Tensor:
         images, labels, indices = batch

@@ -22,13 +22,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
+from values import Training
 
 from harness.checkpoint import commit
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.store import open_store
 from harness.errors import ConfigError, Corrupt, HarnessError, Mismatch, NoCheckpoint, StoreError, Unsupported
 from harness.interchange import Foreign, export_model, import_run, load_into, read_foreign
-from harness.state import TrainingState
 from harness.tasks import gpt
 
 
@@ -116,9 +116,7 @@ def same(found, expected):
 def checkpoint(url, model, optimizer=None, **options):
     """A run with one checkpoint of a model: its store, the checkpoint's directory, its manifest."""
     store = open_store(url)
-    state = TrainingState(
-        model, optimizer or adamw(model), None, torch.amp.GradScaler("cpu", enabled=False), torch.device("cpu")
-    )
+    state = Training(model, optimizer or adamw(model))
     meta = {"epoch": 4, "metrics": {"last": {"loss": 0.25}}}
     attempt = Catalog(store).claim_attempt({})
     return store, *commit.write(store, state.capture(), step=7, attempt=attempt, meta=meta, **options)

@@ -186,8 +186,8 @@ def test_the_exit_code_of_a_run_without_a_whole_checkpoint(url, tmp_path):
 
 
 CHANGES = {
-    "another seed": ({"seed": 5}, {}, "seed: the checkpoint was written with 0, the configuration has 5"),
-    "other data": ({}, {"samples": 11}, "samples: the checkpoint was written with 10, the configuration has 11"),
+    "another seed": ({"seed": 5}, {}, "seed: the checkpoint was written with 0, the loader has 5"),
+    "other data": ({}, {"samples": 11}, "samples: the checkpoint was written with 10, the loader has 11"),
     "another width": ({}, {"width": 5}, "0.weight: the checkpoint has float32[4, 2], the model has float32[5, 2]"),
     "another dtype": ({}, {"dtype": "float64"}, "1.bias: the checkpoint has float32[1], the model has float64[1]"),
     "a scaler": ({"train": {**TRAIN, "steps": 8, "precision": "fp16"}}, {}, "train.precision"),
@@ -240,10 +240,10 @@ def test_a_scheduler_that_comes_or_goes_is_refused(url):
         scheduler = torch.optim.lr_scheduler.StepLR(task.optimizer, 3)
         return Task(task.model, task.dataset, task.optimizer, task.loss, scheduler)
 
-    with pytest.raises(Mismatch, match="scheduler: the checkpoint has none, the task has"):
+    with pytest.raises(Mismatch, match="scheduler: not in the checkpoint; the run has"):
         prolong(url, scheduled)
     train_here(scheduled, url=url.with_name("scheduled"), train=TRAIN)
-    with pytest.raises(Mismatch, match=r"initial_lr|scheduler: the checkpoint has .*, the task has none"):
+    with pytest.raises(Mismatch, match=r"initial_lr|scheduler: not in the run; the checkpoint has it"):
         prolong(url.with_name("scheduled"))
 
 

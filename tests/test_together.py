@@ -23,6 +23,7 @@ from proxy import Proxy
 from test_memory import forget_the_peak, memory_bytes
 from torch import nn
 from torch.utils.data import TensorDataset
+from values import Training
 
 from harness import Task, resume
 from harness.checkpoint import commit, load
@@ -30,7 +31,6 @@ from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Attempt
 from harness.checkpoint.store import open_store
 from harness.config import WorldConfig
-from harness.state import TrainingState
 from harness.world import World, has_lost_a_peer, join_world
 
 MIB = 1 << 20
@@ -41,7 +41,7 @@ TIMEOUT_SECONDS = 3
 # --- on a real S3 server ---------------------------------------------------------------------------------------------
 
 
-def state_of(size_bytes: int, seed: int) -> TrainingState:
+def state_of(size_bytes: int, seed: int) -> Training:
     """A model with Adam's moments, of a size in all, after a step."""
     torch.manual_seed(seed)
     model = nn.Sequential(*(nn.Linear(256, 1024) for _ in range(size_bytes // (3 * MIB))))
@@ -50,8 +50,7 @@ def state_of(size_bytes: int, seed: int) -> TrainingState:
     for layer in model[1:]:
         layer.weight.grad, layer.bias.grad = model[0].weight.grad, model[0].bias.grad
     optimizer.step()
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return TrainingState(model, optimizer, None, scaler, torch.device("cpu"))
+    return Training(model, optimizer)
 
 
 def restored_from_s3(world: World, place: Path) -> dict[str, Any]:
@@ -60,7 +59,7 @@ def restored_from_s3(world: World, place: Path) -> dict[str, Any]:
     for how, (url, options, size_bytes) in json.loads((place.parent / "s3.json").read_text()).items():
         catalog, state = Catalog(open_store(url, options)), state_of(size_bytes, seed=1 + world.rank)
         before = forget_the_peak()
-        resumed = resume.resume(world, catalog, state, {}, how=how)
+        resumed = resume.resume(world, catalog, state, how=how)
         extra_bytes = memory_bytes("VmHWM") - before - size_bytes
         digests = {name: digest for name, digest in state.digests().items() if name in ("model", "optimizer")}
         found[how] = {"step": resumed.step, "digests": digests, "extra_bytes": extra_bytes}
@@ -74,9 +73,9 @@ class S3Runs:
         self.proxies, self.manifests, settings = {}, {}, {}
         for how, size_bytes in sizes_bytes.items():
             name = f"{directory.name}-{how}"
-            state, meta = state_of(size_bytes, seed=0), {"cursor": {"epoch": 0, "offset": 0}}
+            parts = {**state_of(size_bytes, seed=0).capture(), "random": {}}
             store = open_store(s3.url(name), s3.storage_options)
-            _, self.manifests[how] = commit.write(store, state.capture(), step=5, attempt=Attempt.after([]), meta=meta)
+            _, self.manifests[how] = commit.write(store, parts, step=5, attempt=Attempt.after([]))
             self.proxies[how] = Proxy(s3.port)
             settings[how] = (s3.url(name), s3.at(self.proxies[how].port).storage_options, size_bytes)
         (directory / "s3.json").write_text(json.dumps(settings))

@@ -1,4 +1,4 @@
-"""Comparing nested values by every bit of them."""
+"""Comparing nested values by every bit of them, and a state with its objects at hand."""
 
 import struct
 from collections import OrderedDict
@@ -8,6 +8,16 @@ import numpy as np
 import torch
 
 from harness.checkpoint.tree import raw_bytes
+from harness.state import State
+
+
+class Training(State):
+    """What a training usually has, as attributes and as a state on the CPU."""
+
+    def __init__(self, model, optimizer, scheduler=None, scaler=None) -> None:
+        self.model, self.optimizer, self.scheduler, self.scaler = model, optimizer, scheduler, scaler
+        objects = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+        super().__init__({name: each for name, each in objects.items() if each is not None}, torch.device("cpu"))
 
 
 def bits(value: Any) -> Any:

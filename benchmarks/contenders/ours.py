@@ -1,7 +1,5 @@
 """harness, as its own loop uses it."""
 
-from dataclasses import asdict
-
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -11,9 +9,8 @@ from harness.checkpoint.catalog import Catalog, Retention
 from harness.checkpoint.saver import Saver
 from harness.checkpoint.store import open_store
 from harness.config import WorldConfig
-from harness.data import Cursor
 from harness.resume import conditions, resume
-from harness.state import TrainingState, random_state
+from harness.state import State, random_state
 from harness.world import SoloWorld, World, join_world
 
 
@@ -39,9 +36,9 @@ class Harness(Contender):
         )
 
     def save(self, step: int) -> None:
+        self.state.progress.step = step
         parts = {**self.state.capture(), "random": {"0": random_state(self.world.device)}}
-        meta = {"cursor": asdict(Cursor(0, step)), **conditions(self.world)}
-        self.saver.begin(parts, step=step, meta=meta, is_steady=self.state.is_steady())
+        self.saver.begin(parts, step=step, meta=conditions(self.world), is_steady=self.state.is_steady())
 
     def fence(self) -> None:
         self.saver.fence()
@@ -50,10 +47,9 @@ class Harness(Contender):
         self.saver.wait()
 
     def restore(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
-        resumed = resume(self.world, Catalog(open_store(self.url)), self._state(model, optimizer), {})
+        resumed = resume(self.world, Catalog(open_store(self.url)), self._state(model, optimizer))
         assert resumed is not None
         assert resumed.step == step
 
-    def _state(self, model: nn.Module, optimizer: Optimizer) -> TrainingState:
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        return TrainingState(model, optimizer, None, scaler, self.world.device)
+    def _state(self, model: nn.Module, optimizer: Optimizer) -> State:
+        return State({"model": model, "optimizer": optimizer}, self.world.device)

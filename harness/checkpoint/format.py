@@ -320,7 +320,7 @@ class Manifest:
     parts: dict[str, Part]
     lineage: list[Ancestor] = field(default_factory=list)
     created: str = ""  # UTC, ISO 8601
-    meta: dict[str, Any] = field(default_factory=dict)  # what the trainer says: epoch, world size, cursor, metrics …
+    meta: dict[str, Any] = field(default_factory=dict)  # what the trainer says: epoch, world size, metrics …
 
     def encode(self) -> bytes:
         body = {"format": FORMAT, "version": VERSION, **asdict(self)}

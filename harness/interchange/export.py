@@ -67,7 +67,8 @@ def export_model(
     if name.endswith(".safetensors"):
         tensors = _tensors(model, out)
         return {name: _put_shard(target, name, tensors, _shards(tensors, _UNBOUNDED_BYTES)[0])}
-    return {name: _put_torch_file(target, name, _state_dict(model, parts.get("training", {}).get("module_versions")))}
+    versions = parts.get("training", {}).get("module_versions", {}).get("model")
+    return {name: _put_torch_file(target, name, _state_dict(model, versions))}
 
 
 # --- safetensors -----------------------------------------------------------------------------------------------------

@@ -91,12 +91,13 @@ def _from_checkpoint(store: Store, directory: str, manifest: Manifest) -> Foreig
     if not isinstance(parts["model"], Mapping):
         raise Mismatch(f"{source}: expected names in the part called model, found {type(parts['model']).__name__}")
     training, metrics = parts.get("training"), manifest.meta.get("metrics")
+    versions = training.get("module_versions") if isinstance(training, Mapping) else None
     last = metrics.get("last") if isinstance(metrics, Mapping) else None
     return Foreign(
         source=source,
         what=f"harness, step {manifest.step}",
         model=dict(parts["model"]),
-        versions=training.get("module_versions") if isinstance(training, Mapping) else None,
+        versions=versions.get("model") if isinstance(versions, Mapping) else None,
         optimizer=_optimizer(parts.get("optimizer"), str),
         epoch=_integer(manifest.meta.get("epoch")),
         loss=_number(last.get("loss")) if isinstance(last, Mapping) else None,

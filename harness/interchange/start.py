@@ -49,7 +49,7 @@ def import_run(
     if any(entry.state != "unfinished" for entry in catalog.entries()):
         raise ConfigError(f"{store.url}: expected an unused URL, found a run")
     foreign = read_foreign(src, trust=trust, storage_options=storage_options)
-    training = None if foreign.versions is None else {"module_versions": foreign.versions}
+    training = None if foreign.versions is None else {"module_versions": {"model": foreign.versions}}
     parts = {"model": foreign.model, "optimizer": foreign.optimizer, "training": training}
     about = {"source": foreign.source, "what": foreign.what}
     loss = {"loss": foreign.loss} if foreign.loss is not None and math.isfinite(foreign.loss) else {}

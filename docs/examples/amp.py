@@ -1,0 +1,45 @@
+"""Mixed precision with a gradient scaler, and gradients accumulated over four batches."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import TensorDataset
+
+import harness
+
+EPOCHS, ACCUMULATED = 8, 4
+
+
+def curve(samples: int = 4000) -> TensorDataset:
+    """A noisy curve."""
+    x = torch.rand(samples, 1) * 6 - 3
+    return TensorDataset(x, x.sin() + 0.1 * torch.randn(samples, 1))
+
+
+def main() -> None:
+    dist.init_process_group()
+    torch.manual_seed(0)
+    dataset = curve()
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(1, 128), nn.Tanh(), nn.BatchNorm1d(128), nn.Linear(128, 1)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
+    loader = harness.Loader(dataset, global_batch_size=8 * dist.get_world_size())
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler, "loader": loader}
+    run = harness.Run("runs/curve", state, every_steps=30)
+    for _ in run.epochs(EPOCHS):
+        for index, (x, y) in enumerate(loader):
+            model.require_backward_grad_sync = (index + 1) % ACCUMULATED == 0
+            with torch.autocast("cpu", torch.float16):
+                loss = nn.functional.mse_loss(model(x), y)
+            scaler.scale(loss / ACCUMULATED).backward()
+            if model.require_backward_grad_sync:
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                run.step(loss=loss)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

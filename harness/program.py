@@ -1,0 +1,97 @@
+"""How a program ends that trains: in words, in a record for the launcher, in an exit code, and in time."""
+
+import logging
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+from typing import NoReturn
+
+from harness import outcome
+from harness.environment import is_first_of_node, is_under_torchrun, rank
+from harness.errors import HarnessError, RankFailure, Stopped
+from harness.signals import StopRequest, die_with_parent, ignore_stop_signals
+from harness.world import has_lost_a_peer, leave_at_once
+
+log = logging.getLogger("harness")
+
+
+def leave_in_time(stop: StopRequest, grace_seconds: float) -> None:
+    """Sees to it that the process is gone so long after a stop signal, saved or not."""
+
+    def leave() -> None:
+        late = Stopped(f"no step boundary within {grace_seconds:.0f} s of the signal: the last commit stands")
+        outcome.record(outcome.of(late))
+        print(f"harness: {late}", file=sys.stderr, flush=True)
+        leave_at_once(late.exit_code)
+
+    stop.leave_in_time(grace_seconds, leave)
+
+
+def record_stop(stopped: Stopped) -> int:
+    """Says that all ranks have stopped well, and returns the exit code. torchrun would start a worker that says it in its
+    exit code again; under it the record says it alone."""
+    ignore_stop_signals()
+    outcome.record(outcome.of(stopped))
+    log.info("%s", stopped)
+    return 0 if is_under_torchrun() else stopped.exit_code
+
+
+def fail(error: BaseException, own_rank: int) -> NoReturn:
+    """Ends a rank at once, after an error. The others may wait for it in a collective for minutes; torchrun frees them once
+    this one is gone."""
+    if has_lost_a_peer(error):
+        error = RankFailure(f"lost contact with another rank: {error}")
+    if isinstance(error, HarnessError):
+        print("\n".join(f"harness: rank {own_rank}: {line}" for line in str(error).splitlines()), file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    outcome.record(outcome.of(error))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    leave_at_once(error.exit_code if isinstance(error, HarnessError) else 1)
+
+
+def take_charge(grace_seconds: float) -> StopRequest:
+    """What ``harness train`` does around a training, for a program that has a loop of its own. Once in its life.
+
+    Stop signals are remembered and not obeyed at once, a killed launcher takes the program along, and harness is heard.
+    """
+    if _stop is None:
+        _take_charge(grace_seconds)
+    assert _stop is not None
+    return _stop
+
+
+_stop: StopRequest | None = None
+
+
+def _take_charge(grace_seconds: float) -> None:
+    global _stop  # noqa: PLW0603  # a process has one set of signal handlers
+    _stop = StopRequest()
+    if threading.current_thread() is threading.main_thread():
+        _stop.listen()
+        leave_in_time(_stop, grace_seconds)
+    if is_under_torchrun():
+        die_with_parent()
+    outcome.forget()
+    if not logging.getLogger().handlers and not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        log.addHandler(handler)
+        others = logging.WARNING if is_first_of_node() else logging.ERROR  # a machine's own troubles are told once
+        log.setLevel(logging.INFO if rank() == 0 else others)
+
+
+def on_error(remember: Callable[[BaseException], None]) -> None:
+    """Has an error that nobody catches remembered, and told as ``harness train`` tells it."""
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        remember(error)
+        if isinstance(error, HarnessError) or (is_under_torchrun() and not isinstance(error, KeyboardInterrupt)):
+            fail(error, rank())
+        before(kind, error, trace)
+
+    sys.excepthook = hook

@@ -1,0 +1,102 @@
+"""The scripts of ``docs/examples``: loops of all kinds that became fault-tolerant with a few lines, and really are."""
+
+import difflib
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from cluster import committed, launch, newest
+
+EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
+URLS = {"plain": "rings", "amp": "curve", "compiled": "sums", "streamed": "stream", "gan": "circle", "bandit": "bandit"}
+MOST_LINES = 8
+
+
+def test_there_is_a_test_for_each():
+    """And for each the script that it was before."""
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == URLS.keys()
+    assert {path.stem for path in EXAMPLES.glob("bare/*.py")} == URLS.keys()
+
+
+@pytest.mark.parametrize("name", URLS)
+def test_it_took_a_few_lines(name):
+    """Added or changed, as ``diff`` counts them; the loop, the model and the optimizer are as they were."""
+    before, after = (path.read_text().splitlines() for path in (EXAMPLES / "bare" / f"{name}.py", EXAMPLES / f"{name}.py"))
+    lines = [line for line in difflib.unified_diff(before, after, n=0) if line.startswith("+") and line[1:].strip()][1:]
+    assert len(lines) <= MOST_LINES, lines
+
+
+def launching(name: str, ranks: int) -> tuple[str, ...]:
+    options = ("--max-restarts=1", f"--nproc-per-node={ranks}")
+    return ("-m", "harness", "launch", *options, "--", str(EXAMPLES / f"{name}.py"))
+
+
+def digests(directory: Path, name: str) -> dict[str, str]:
+    """Those of all parts at the end of a run, but for the random states: the scripts do not seed all generators that there
+    are, and those begin anywhere."""
+    found = newest(directory / "runs" / URLS[name])["digests"]
+    return {part: digest for part, digest in found.items() if part != "random"}
+
+
+@pytest.mark.torchrun
+@pytest.mark.parametrize(("name", "ranks"), [(name, 3 if name in ("plain", "gan") else 2) for name in URLS])
+def test_killed_it_ends_with_the_same_bits(tmp_path, name, ranks):
+    """A rank is SIGKILLed after a save, torchrun starts all again, and the end has every bit of the run that was left alone:
+    models, optimizers, what the script keeps for itself, and the ledger of the samples."""
+    command = launching(name, ranks)
+    if name == "streamed":
+        pytest.importorskip("torchdata.stateful_dataloader")
+    with launch(tmp_path / "straight", None, command=command) as run:
+        run.succeed()
+    url = tmp_path / "killed" / "runs" / URLS[name]
+    with launch(tmp_path / "killed", None, command=command) as run:
+        run.wait(lambda: url.exists() and committed(url), "the first save")
+        run.kill_rank(ranks - 1)
+        run.succeed()
+        assert "resuming from step-" in run.output()
+    assert digests(tmp_path / "killed", name) == digests(tmp_path / "straight", name)
+
+
+@pytest.mark.torchrun
+def test_a_script_that_is_asked_to_stop(tmp_path):
+    """Under ``harness launch`` all ranks save the same step, the exit code asks for a new start, and that one goes on."""
+    command = launching("plain", 2)
+    with launch(tmp_path, None, command=command) as run:
+        url = tmp_path / "runs" / "rings"
+        run.wait(lambda: url.exists() and committed(url), "the first save")
+        os.kill(run.process.pid, signal.SIGTERM)
+        assert run.finish() == 75, run.output()
+        stopped_at = newest(url)["step"]
+        assert f"asked to stop (SIGTERM) at step {stopped_at}, which is saved" in run.output()
+    with launch(tmp_path, None, command=command) as run:
+        run.succeed()
+        assert f"step {stopped_at}" in run.output()
+        assert newest(url)["step"] == 1000
+
+
+def test_one_process_needs_no_torchrun(tmp_path):
+    """A script without a process group is a run, too; a second start finds nothing left to do."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch, harness\n"
+        "torch.manual_seed(0)\n"
+        "model = torch.nn.Linear(2, 1)\n"
+        "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+        "run = harness.Run('run', {'model': model, 'optimizer': optimizer})\n"
+        "for step in run.steps(5):\n"
+        "    model(torch.ones(2)).square().backward()\n"
+        "    optimizer.step()\n"
+        "    optimizer.zero_grad()\n"
+        "    run.step()\n"
+        "print('trained', step)\n"
+    )
+    with launch(tmp_path, None, command=(str(script),)) as run:
+        run.succeed()
+        assert "trained 4" in run.output()
+    assert newest(tmp_path / "run")["step"] == 5
+    script.write_text(script.read_text().replace("print('trained', step)", "print('at', run.global_step)"))
+    with launch(tmp_path, None, command=(str(script),)) as run:
+        run.succeed()
+        assert "resuming from step-000000000005" in run.output()
+        assert "at 5" in run.output()

@@ -1,0 +1,301 @@
+"""A run around a loop that somebody else has written: what it saves, restores, says, and refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cluster import newest
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import harness
+from harness import Loader, Run, StopRequest
+from harness.errors import ConfigError, Mismatch, NoCheckpoint, Stopped, Unsupported
+
+SAMPLES, BATCH = 10, 4  # three steps an epoch
+
+
+class Script:
+    """A loop as a program has it: a model, an optimizer, a loader, in a run."""
+
+    def __init__(self, url: Path | None, *, extra: dict[str, Any] | None = None, every_steps: int | None = None, **options):
+        torch.manual_seed(3)
+        self.model = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.2), nn.Linear(4, 1))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.1)
+        self.loader = Loader(TensorDataset(torch.randn(SAMPLES, 2)), BATCH, seed=3)
+        self.seen: list[int] = []
+        self.stop = StopRequest()
+        state = {"model": self.model, "optimizer": self.optimizer, "loader": self.loader, **(extra or {})}
+        quiet = {"log": {"every_steps": None}, **options.pop("config", {})}
+        self.run = Run(url, state, every_steps=every_steps, config=quiet, stop=self.stop, **options)
+
+    def train(self, epochs: int, *, until: int | None = None) -> "Script":
+        """Trains; ``until`` is a step after which the program dies, as it were."""
+        for epoch in self.run.epochs(epochs):
+            for (x,) in self.loader:
+                self.step(x)
+                if self.run.global_step == until:
+                    self.run.close()
+                    return self
+                self.seen.append(epoch)
+        return self
+
+    def step(self, x: torch.Tensor) -> None:
+        loss = self.model(x).square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.run.step(loss=loss)
+
+
+def saved_steps(url: Path) -> list[int]:
+    return sorted(int(path.name.split("-")[1]) for path in url.glob("step-*"))
+
+
+# --- exactly ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("until", [1, 2, 3, 4, 6, 7])
+def test_it_goes_on_from_within_an_epoch_and_from_its_end(tmp_path, until):
+    """With the bits of the loop that was not interrupted, in the same epochs."""
+    straight = Script(tmp_path / "straight").train(3)
+    assert straight.seen == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    Script(tmp_path / "halves", every_steps=1).train(3, until=until)
+    resumed = Script(tmp_path / "halves").train(3)
+    assert resumed.seen == straight.seen[until:]
+    assert newest(tmp_path / "halves")["digests"] == newest(tmp_path / "straight")["digests"]
+
+
+def test_random_numbers_before_the_loop_do_not_count(tmp_path):
+    """They are restored when the loop begins, so a program may draw between its run and its loop."""
+    straight = Script(tmp_path / "straight").train(2)
+    Script(tmp_path / "halves", every_steps=1).train(2, until=4)
+    resumed = Script(tmp_path / "halves")
+    torch.randn(5)
+    resumed.train(2)
+    assert all(torch.equal(*pair) for pair in zip(straight.model.parameters(), resumed.model.parameters(), strict=True))
+
+
+def test_another_batch_size_goes_on_from_the_same_sample(tmp_path):
+    """The position is one of samples; the ledger agrees."""
+    Script(tmp_path, every_steps=1).train(2, until=1)
+    script = Script(tmp_path)
+    script.loader.schedule = harness.Schedule(SAMPLES, 3, 2, None)
+    script.train(1)
+    assert len(script.seen) == 3
+
+
+# --- intervals and ends ----------------------------------------------------------------------------------------------
+
+
+def test_when_it_saves(tmp_path):
+    """After so many steps or epochs, and at the end."""
+    Script(tmp_path / "steps", every_steps=2).train(2)
+    assert saved_steps(tmp_path / "steps") == [2, 4, 6]
+    Script(tmp_path / "epochs", every_epochs=1).train(3)
+    assert saved_steps(tmp_path / "epochs") == [3, 6, 9]
+    Script(tmp_path / "last", every_steps=1, keep_last=2).train(2)
+    assert saved_steps(tmp_path / "last") == [5, 6]
+    Script(tmp_path / "end").train(1)
+    assert saved_steps(tmp_path / "end") == [3]
+
+
+def test_an_epoch_that_is_left_early(tmp_path):
+    """The next one begins at its beginning, and a resume knows."""
+    script = Script(tmp_path)
+    for _ in script.run.epochs(2):
+        for (x,) in script.loader:
+            script.step(x)
+            break
+    assert (script.run.global_step, script.loader.cursor.epoch) == (2, 2)
+    assert Script(tmp_path).train(2).seen == []
+
+
+def test_a_loop_that_is_left_early_says_so(tmp_path):
+    """``finish`` saves its end."""
+    script = Script(tmp_path)
+    for _ in script.run.steps(100):
+        script.step(torch.ones(1, 2))
+        if script.run.global_step == 4:
+            break
+    script.run.finish()
+    assert newest(tmp_path)["step"] == 4
+
+
+def test_without_a_url_nothing_is_saved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Script(None).train(1).run.global_step == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_asked_to_stop_it_saves_and_raises(tmp_path):
+    """With a stop request of the program's own."""
+    script = Script(tmp_path)
+    script.stop.ask("a bell")
+    with pytest.raises(Stopped, match=r"asked to stop \(a bell\) at step 1, which is saved"):
+        script.train(1)
+    assert newest(tmp_path)["step"] == 1
+
+
+def test_the_best_is_kept(tmp_path):
+    """Where the loop tells of evaluations."""
+    script = Script(tmp_path, keep_last=1, config={"checkpoint": {"keep_best": True}})
+    for loss in (3.0, 1.0, 2.0, 5.0):
+        script.run.total_steps = None
+        for _ in script.run.steps(script.run.global_step + 1):
+            script.run.evaluated("loss", {"loss": loss})
+            script.step(torch.ones(1, 2))
+    assert saved_steps(tmp_path) == [2, 4]
+    assert Script(tmp_path).run.state.progress.best == {"loss": 1.0, "step": 2}
+
+
+def test_it_goes_back(tmp_path):
+    """All that is in the state is as it was at the newest checkpoint, in an attempt of its own."""
+    script = Script(tmp_path, every_steps=2)
+    for _ in script.run.steps(5):
+        script.step(torch.ones(1, 2))
+        if script.run.global_step == 3 and not script.seen:
+            script.seen.append(3)
+            script.run.roll_back()
+            assert script.run.global_step == 2
+    assert {path.name.split("-")[2] for path in tmp_path.glob("step-*")} == {"000001", "000002"}
+    fresh = Script(tmp_path / "other")
+    with pytest.raises(NoCheckpoint, match="no checkpoint yet to go back to"):
+        for _ in fresh.run.steps(5):
+            fresh.run.roll_back()
+
+
+def test_what_it_tells(tmp_path):
+    """A line for each event, with the metrics of the loop."""
+    log = {"log": {"every_steps": 2, "jsonl": str(tmp_path / "log.jsonl")}}
+    Script(tmp_path / "run", config=log).train(1)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [record["event"] for record in records] == ["start", "train", "save", "done"]
+    assert records[1]["step"] == 2
+    assert {"loss", "lr", "samples/s"} <= records[1].keys()
+
+
+def test_initialize_is_for_new_runs(tmp_path):
+    """It is not called where there is something to resume from."""
+    called: list[int] = []
+    Script(tmp_path, initialize=lambda: called.append(1)).train(1)
+    Script(tmp_path, initialize=lambda: called.append(2)).train(1)
+    assert called == [1]
+
+
+# --- the state -------------------------------------------------------------------------------------------------------
+
+
+class Counter:
+    """What a program may keep for itself."""
+
+    def __init__(self, count: int = 0) -> None:
+        self.count = count
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+
+
+def test_anything_with_a_state(tmp_path):
+    """A part of its own."""
+    Script(tmp_path, extra={"counter": Counter(7)}).train(1)
+    counter = Counter()
+    Script(tmp_path, extra={"counter": counter})
+    assert counter.count == 7
+
+
+def test_an_optimizer_of_two_modules(tmp_path):
+    """Its state is filed under the names of both."""
+    for _ in range(2):
+        torch.manual_seed(0)
+        one, two = nn.Linear(1, 1), nn.Linear(1, 1)
+        optimizer = torch.optim.Adam([*one.parameters(), *two.parameters()])
+        state = {"one": one, "two": two, "optimizer": optimizer}
+        run = Run(tmp_path, state, stop=StopRequest(), config={"log": {"every_steps": None}})
+        for _ in run.steps(1):
+            two(one(torch.ones(1))).backward()
+            optimizer.step()
+            run.step()
+    assert run.global_step == 1
+    assert set(newest(tmp_path)["parts"]["optimizer"]["state"]) == {"one.weight", "one.bias", "two.weight", "two.bias"}
+    assert optimizer.state[two.bias]["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "words"),
+    [
+        ({"thing": object()}, ConfigError, r"thing \(object\) has no state_dict and load_state_dict"),
+        (
+            {"loader": DataLoader([1])},
+            ConfigError,
+            "loader .* has no state_dict .*; harness.Loader and torchdata's StatefulDataLoader have one",
+        ),
+        ({"random": Counter()}, ConfigError, "'random' is the name of a part that harness writes"),
+        ({"o": torch.optim.SGD([nn.Parameter(torch.ones(1))])}, Unsupported, "none of its parameters is one of a module"),
+    ],
+)
+def test_what_cannot_be_a_state(state, error, words):
+    with pytest.raises(error, match=words):
+        Run(None, state, stop=StopRequest())
+
+
+def test_a_part_too_many_or_too_few(tmp_path):
+    """Both are told of, by name, before anything is touched."""
+    Script(tmp_path, extra={"counter": Counter()}).train(1)
+    with pytest.raises(Mismatch, match=r"(?s)other: not in the checkpoint; the run has Counter.*counter: not in the run"):
+        Script(tmp_path, extra={"other": Counter()})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"every_steps": 0}, "config: checkpoint.every_steps: expected greater than or equal to 1, found 0"),
+        ({"config": {"wachdog": {}}}, "config: wachdog: unknown key .* the nearest known key is watchdog"),
+        ({"config": {"log": {"every_steps": "x"}}}, "config: log.every_steps: expected a valid integer"),
+    ],
+)
+def test_settings_that_are_wrong(options, words):
+    """One line with the path, what was expected and what was found."""
+    with pytest.raises(ConfigError, match=words):
+        Run("somewhere", {"counter": Counter()}, stop=StopRequest(), **options)
+
+
+def test_boundaries_that_are_no_boundaries(tmp_path):
+    """A loop without steps, and a step without a loop."""
+    script = Script(None)
+    with pytest.raises(ConfigError, match="belongs into a loop"):
+        script.run.step()
+    with pytest.raises(ConfigError, match=r"step 1: the loop did not call run\.step\(\)"):
+        for _ in script.run.steps(2):
+            pass
+
+
+# --- without a run ---------------------------------------------------------------------------------------------------
+
+
+def test_save_load_latest(tmp_path):
+    """Any dictionaries of tensors, in a script without a process group."""
+    assert harness.latest(tmp_path) is None
+    tied = torch.randn(3)
+    harness.save(tmp_path, {"model": {"a": tied, "b": tied}, "other": {"lr": 0.1, "names": ["x"]}}, step=5)
+    harness.save(tmp_path, {"model": {"a": tied + 1}}, step=6, meta={"loss": 1.5})
+    assert harness.latest(tmp_path) == 6
+    assert torch.equal(harness.load(tmp_path)["model"]["a"], tied + 1)
+    found = harness.load(tmp_path, step=5)
+    assert found["model"]["a"] is found["model"]["b"]
+    assert found["other"] == {"lr": 0.1, "names": ["x"]}
+
+
+def test_what_save_refuses(tmp_path):
+    """With words, and nothing is committed."""
+    with pytest.raises(Unsupported, match=r"weight: expected a dictionary, as in .*, found Tensor"):
+        harness.save(tmp_path, nn.Linear(1, 1).state_dict())
+    with pytest.raises(Unsupported, match="a value of type"):
+        harness.save(tmp_path, {"model": {"function": print}})
+    with pytest.raises(NoCheckpoint):
+        harness.load(tmp_path)
