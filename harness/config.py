@@ -96,6 +96,9 @@ class CheckpointConfig(_Section):
     """Compare what is written with the state at the step boundary, at the cost of a pass over it."""
     shard_bytes: int | None = Field(default=None, ge=1 << 10)
     """The largest size of a shard. None: 1 GiB on a disk, 128 MiB on an object store."""
+    writers: Literal["rank0", "node", "all"] = "rank0"
+    """Who writes: rank 0 alone, or each its share: the first rank of each machine (``node``), or every rank (``all``). What
+    only the optimizer changes is divided, large tensors too, and must have the same bits on all ranks."""
     streams: int | None = Field(default=None, ge=1)
     """So many shards are sent at once. None: 1 to a disk, 8 to an object store."""
     restore: Literal["auto", "each", "shared"] = "auto"

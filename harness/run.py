@@ -22,6 +22,7 @@ import harness
 from harness import crashes, program, resume
 from harness.checkpoint.catalog import Catalog, Retention
 from harness.checkpoint.saver import Saved, Saver
+from harness.checkpoint.shares import Writers
 from harness.checkpoint.staging import HostMemory
 from harness.checkpoint.store import open_store
 from harness.config import RunConfig, run_config
@@ -97,7 +98,7 @@ class Run:
         self.total_steps: int | None = None
         self.total_epochs: int | None = None
         self._own_work = OwnWork(self.world.device, self.state.modules.values(), self.loader)
-        self._saver: Saver | None = None  # on rank 0, where the run has a URL
+        self._saver: Saver | None = None  # on the ranks that write, where the run has a URL
         self._host_memory = HostMemory(pinned=self.world.device.type == "cuda")
         self._record_crash: Callable[[Crash], None] | None = None  # on every rank, where the run has a URL
         self._random: Mapping[str, Any] | None = None  # this rank's, to be restored when the loop begins
@@ -251,7 +252,8 @@ class Run:
         self._random = resumed.random if resumed else None
         self._committed_step = resumed.step if resumed else None
         self._check_lockstep()
-        if world.rank == 0:
+        writers = _writers(world, self.config)
+        if world.rank in writers.ranks:
             self._saver = Saver(
                 catalog=catalog,
                 attempt=attempt,
@@ -259,6 +261,7 @@ class Run:
                 retention=Retention(checkpoint.keep_last, checkpoint.keep_every_steps),
                 shard_bytes=checkpoint.shard_bytes or catalog.store.shard_bytes,
                 streams=checkpoint.streams or catalog.store.streams,
+                writers=writers,
                 failures_allowed=checkpoint.failures_allowed,
                 memory=self._host_memory,
                 memory_limit_bytes=checkpoint.memory_limit_bytes,
@@ -421,7 +424,13 @@ class Run:
             self._save(must_succeed=must_succeed)
 
     def _wait_for_save(self) -> None:
-        resume.on_first(self.world, lambda: self._tell_of(self._saver.wait()) if self._saver else None)
+        self._on_writers(lambda saver: self._tell_of(saver.wait()))
+
+    def _on_writers(self, function: Callable[[Saver], None]) -> None:
+        """Calls it on each rank that writes. None goes on before rank 0 is done, nor without knowing its error."""
+        if self._saver is not None and self.world.rank != 0:
+            function(self._saver)
+        resume.on_first(self.world, lambda: function(self._saver) if self._saver else None)
 
     def _save(self, *, must_succeed: bool) -> None:
         if self.config.checkpoint.url is None:
@@ -429,32 +438,46 @@ class Run:
         self._note_metrics()
         ranks = self.world.gather(self.state.capture_rank())
         self._last_saved_time = time.monotonic()
-        if must_succeed:  # no rank goes on before it is done, nor without knowing what has become of it
-            resume.on_first(self.world, lambda: self._save_here(ranks, must_succeed=True))
-        else:
-            self._save_here(ranks, must_succeed=False)
+        directory = self._directory_of_save(must_succeed=must_succeed)
+        if directory is None:
+            return
+        if must_succeed:
+            self._on_writers(lambda saver: self._save_here(saver, directory, ranks, must_succeed=True))
+        elif self._saver is not None:
+            self._save_here(self._saver, directory, ranks, must_succeed=False)
 
-    def _save_here(self, ranks: list[Any] | None, *, must_succeed: bool) -> None:
-        """Saves beside the training, or, when this is to be the last thing to happen, before it goes on. Rank 0 alone has
-        anything to do, and what is each rank's own."""
-        if self._saver is None or ranks is None:
-            return
+    def _directory_of_save(self, *, must_succeed: bool) -> str | None:
+        """Where to save, as rank 0 says to all that need to know; None where this rank does not, or where the save before is
+        still being written, and is not to be waited for."""
+
+        def choose() -> str | None:
+            assert self._saver is not None, "rank 0 writes"
+            step = self.state.progress.step
+            if self._saver.is_busy and self.config.checkpoint.when_busy == "skip" and not must_succeed:
+                message = f"step {self._of_total(step)}  NOT saved: the save before is still being written"
+                self.tell("skip", message, step=step)
+                return None
+            return self._saver.new_directory(step)
+
+        if must_succeed or self.config.checkpoint.writers != "rank0":
+            return resume.on_first(self.world, choose)  # type: ignore[no-any-return]
+        return choose() if self.world.rank == 0 else None
+
+    def _save_here(self, saver: Saver, directory: str, ranks: list[Any] | None, *, must_succeed: bool) -> None:
+        """Saves this rank's share beside the training, or, when this is to be the last thing to happen, before it goes on.
+        What is each rank's own, rank 0 has of all ``ranks``."""
         checkpoint, progress = self.config.checkpoint, self.state.progress
-        if self._saver.is_busy and checkpoint.when_busy == "skip" and not must_succeed:
-            message = f"step {self._of_total(progress.step)}  NOT saved: the save before is still being written"
-            self.tell("skip", message, step=progress.step)
-            return
-        self._tell_of(self._saver.wait())
-        own = {name: {str(rank): each[name] for rank, each in enumerate(ranks)} for name in ranks[0]}
-        parts = {**self.state.capture(), **own}
+        self._tell_of(saver.wait())
+        parts = self.state.capture()
+        if ranks is not None:
+            parts |= {name: {str(rank): each[name] for rank, each in enumerate(ranks)} for name in ranks[0]}
         best = int(progress.best["step"]) if checkpoint.keep_best and progress.best else None
-        about: dict[str, Any] = {"step": progress.step, "meta": self._meta(), "best_step": best}
+        about: dict[str, Any] = {"step": progress.step, "meta": self._meta(), "best_step": best, "directory": directory}
+        about["is_steady"] = self.state.is_steady()
         if must_succeed or checkpoint.mode == "sync":
-            self._tell_of(self._saver.save(parts, **about, must_succeed=must_succeed))
-            return
-        if checkpoint.overlap:
-            about["is_steady"] = self.state.is_steady()
-        self._saver.begin(parts, **about, check=checkpoint.check_snapshots)
+            self._tell_of(saver.save(parts, **about, must_succeed=must_succeed))
+        else:
+            saver.begin(parts, **about, overlap=checkpoint.overlap, check=checkpoint.check_snapshots)
 
     def _tell_of(self, saved: Saved | None) -> None:
         """Logs a save that has been committed."""
@@ -504,6 +527,14 @@ def _settings(
     given = {key: value for key, value in checkpoint.items() if value is not None}
     sections["checkpoint"] = {"url": None if url is None else os.fspath(url), **sections.get("checkpoint", {}), **given}
     return run_config(sections)
+
+
+def _writers(world: World, config: RunConfig) -> Writers:
+    """The ranks that write, as ``checkpoint.writers`` has it. All ranks call it."""
+    which = config.checkpoint.writers
+    is_one = world.rank == 0 or which == "all" or (which == "node" and is_first_of_node())
+    ranks = tuple(rank for rank, writes in enumerate(world.all_gather(is_one)) if writes)
+    return Writers(ranks, world.rank, 0.9 * config.world.timeout_seconds)  # before those who wait for rank 0 give it up
 
 
 def _device(state: Mapping[str, Any]) -> torch.device:

@@ -20,9 +20,11 @@ import io
 import itertools
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, Self
 
 import fsspec
@@ -33,9 +35,11 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 import harness.checkpoint.store
 from harness import resume
+from harness.checkpoint import commit
 from harness.checkpoint.catalog import Catalog, Retention
 from harness.checkpoint.format import MANIFEST
 from harness.checkpoint.saver import Saved, Saver
+from harness.checkpoint.shares import Writers
 from harness.checkpoint.store import Store
 from harness.world import SoloWorld
 
@@ -117,6 +121,29 @@ class Life:
 
     def save(self, step: int, *, must_succeed: bool = True) -> Saved | None:
         return self.saver.save(parts_at(step), step=step, meta={"world_size": 2}, must_succeed=must_succeed)
+
+
+class Pair(Life):
+    """Two ranks that write together, in one thread: the second one writes its share when the first has written its own, and
+    waits. With ``SMALL_BLOCK_BYTES``, tensors lie in pieces."""
+
+    SMALL_BLOCK_BYTES: ClassVar = 32
+
+    def __init__(self, store: Store, second: Store, **options: Any) -> None:
+        super().__init__(store, **options)
+        self.saver.writers = Writers((0, 1), 0)
+        self.second = replace(self.saver, catalog=Catalog(second), writers=Writers((0, 1), 1))
+
+    def save(self, step: int, *, must_succeed: bool = True) -> Saved | None:
+        about = {"step": step, "meta": {"world_size": 2}, "directory": self.saver.new_directory(step)}
+        about |= {"is_steady": lambda tensor: True}
+
+        def share(_seconds: float) -> None:
+            self.second.save(parts_at(step), **about)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(commit, "time", SimpleNamespace(monotonic=time.monotonic, sleep=share))
+            return self.saver.save(parts_at(step), **about, must_succeed=must_succeed)
 
 
 def committed_step(name: str) -> int | None:
@@ -525,6 +552,9 @@ class Objects(Store):
         if name not in self.objects:
             raise FileNotFoundError(name)
         return consume(io.BytesIO(self.objects[name]))
+
+    def read_range(self, name: str, start: int, size_bytes: int) -> bytes:
+        return self.read(name, lambda file: file.read()[start : start + size_bytes], size_bytes)
 
     def list(self, prefix: str = "") -> dict[str, int]:
         self.before("list", prefix)

@@ -18,6 +18,9 @@ from cluster import PATIENCE_SECONDS, environment, harness, newest
 from pydantic import BaseModel
 
 from harness import errors
+from harness.checkpoint import commit
+from harness.checkpoint.format import Attempt
+from harness.checkpoint.store import open_store
 from harness.cli import cli
 from harness.config import Config, RunConfig
 from harness.doctor import examination
@@ -134,6 +137,20 @@ def test_the_formats_reader_reads_a_run(ring, tmp_path):
     }
     assert expected.keys() == tensors.keys()
     assert all((tensors[path] == tensor.numpy()).all() for path, tensor in expected.items())
+
+
+def test_the_formats_reader_puts_pieces_together(tmp_path, monkeypatch):
+    """The reader in docs/format.md reads tensors that lie in pieces."""
+    monkeypatch.setattr("harness.checkpoint.format.BLOCK_BYTES", 256)
+    write_files("format.md", tmp_path)
+    expected = {"large": torch.arange(800.0).view(20, 40), "tied": None, "small": torch.ones(3, dtype=torch.int16)}
+    expected["tied"] = expected["large"]
+    store = open_store(str(tmp_path / "run"))
+    directory, manifest = commit.write(store, {"model": expected}, step=7, attempt=Attempt.after([]), shard_bytes=600)
+    assert manifest.parts["model"].slices["large"].offsets == list(range(0, 3200, 512))
+    step, tensors = load(tmp_path / "reader.py").read(tmp_path / "run" / directory)
+    assert step == 7
+    assert all((tensors[f"model/{name}"] == tensor.numpy()).all() for name, tensor in expected.items())
 
 
 def test_the_formats_reader_notices_damage(ring, tmp_path):

@@ -42,13 +42,14 @@ def forget_the_peak() -> int:
 
 
 def measure(url: str, size_bytes: int) -> dict[str, float]:
-    """Saves and loads a state; how much memory each took beside it, and how long."""
+    """Saves and loads a state, the large tensor in pieces; how much memory each took beside it, and how long."""
     store, attempt = open_store(url), Attempt.after([])
     small = state_of(1 << 20, 1)
     load.read(store, *commit.write(store, small, step=1, attempt=attempt))  # everything is imported now
     state = state_of(size_bytes, TINY)
     before, began = forget_the_peak(), time.monotonic()
-    directory, manifest = commit.write(store, state, step=2, attempt=attempt)
+    directory, manifest = commit.write(store, state, step=2, attempt=attempt, shard_bytes=size_bytes // 4)
+    assert "large" in manifest.parts["model"].slices
     saving, saved = memory_bytes("VmHWM") - before, time.monotonic()
     expected = float(state["model"]["strided"][5, 7])
     del state

@@ -217,13 +217,13 @@ def test_a_snapshot_has_the_same_bytes(dtype):
 
 def test_a_busy_saver_makes_the_next_save_wait_or_be_skipped(tmp_path, monkeypatch):
     """``checkpoint.when_busy``: either all are there in the end, or some are not and the log says which."""
-    write = Saver._commit
+    write = Saver._write
 
     def slowly(*arguments):
         time.sleep(0.15)
         return write(*arguments)
 
-    monkeypatch.setattr(Saver, "_commit", slowly)
+    monkeypatch.setattr(Saver, "_write", slowly)
     assert [step for step, _ in train(tmp_path / "wait", "plain")] == list(range(STEPS, 0, -1))
     skipping = [step for step, _ in train(tmp_path / "skip", "plain", when_busy="skip")]
     assert STEPS in skipping, "the last one is not skipped"

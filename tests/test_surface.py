@@ -22,8 +22,8 @@ ORDER = [
     *("errors", "environment", "config", "outcome", "signals", "watchdog", "task", "__init__", "tasks"),
     *("world", "data", "metrics", "notices"),
     *("checkpoint.__init__", "checkpoint.format", "checkpoint.memory", "checkpoint.threads", "checkpoint.unbuffered"),
-    *("checkpoint.store", "checkpoint.tree", "checkpoint.commit", "checkpoint.catalog", "checkpoint.load"),
-    *("checkpoint.direct", "checkpoint.staging", "checkpoint.saver"),
+    *("checkpoint.store", "checkpoint.tree", "checkpoint.shares", "checkpoint.commit", "checkpoint.catalog"),
+    *("checkpoint.load", "checkpoint.direct", "checkpoint.staging", "checkpoint.saver"),
     *("buckets", "state", "crashes", "interchange", "resume", "nonfinite", "stragglers", "program", "run", "loop", "doctor"),
     *("launch", "cli", "__main__"),
 ]

@@ -4,37 +4,51 @@ The order is all there is to it. Until the manifest is published the save does n
 names is durable, because ``Store.put`` returned for each of them and the store has since confirmed each size. The directory
 is fresh, so that nothing that was committed before is touched, and a writer that was believed dead and wakes up writes
 into a directory that nobody else uses.
+
+Several ranks can write (see ``harness.checkpoint.shares``). The first of them then publishes the manifest when all others
+have left their *receipts* in the directory, each after its shards are durable: they meet nowhere but in the store.
 """
 
+import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
+
+import torch
 
 from harness.checkpoint import tree
 from harness.checkpoint.format import (
     CHECKSUM,
     INDEX_SUFFIX,
     MANIFEST,
+    MANIFEST_LIMIT_BYTES,
     Ancestor,
     Attempt,
+    BlockHasher,
+    Blocks,
     FileInfo,
     Manifest,
     Part,
+    Receipt,
     TensorInfo,
     check_part_name,
     checksum,
+    checksum_of_blocks,
     digest,
     encode_header,
     hasher,
     new_directory,
-    plan_shards,
+    receipt_name,
     shard_name,
 )
+from harness.checkpoint.shares import Found, Plan, Shard
 from harness.checkpoint.store import Store
 from harness.checkpoint.threads import in_threads, threads_for
 from harness.checkpoint.unbuffered import Buffer
-from harness.errors import StoreError, Unsupported
+from harness.errors import Corrupt, StoreError, Unsupported
 
 
 def write(
@@ -64,15 +78,22 @@ def encode(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, tree.Encoded]:
     return {name: tree.encode(part, name) for name, part in parts.items()}
 
 
-def checksums(encoded: Mapping[str, tree.Encoded]) -> dict[str, dict[str, str]]:
-    """The checksum of each tensor's bytes, by part and path."""
+def checksums(encoded: Mapping[str, tree.Encoded]) -> dict[str, dict[str, Blocks]]:
+    """The checksums of each tensor's blocks, by part and path."""
     return {name: _checksums(part) for name, part in encoded.items()}
 
 
-def _checksums(part: tree.Encoded) -> dict[str, str]:
+def _checksums(part: tree.Encoded) -> dict[str, Blocks]:
     tensors = part.tensors.values()
     threads = threads_for(sum(tensor.nbytes for tensor in tensors))
-    return dict(zip(part.tensors, in_threads(threads, lambda tensor: _hash(tree.raw_bytes(tensor)), tensors), strict=True))
+    return dict(zip(part.tensors, in_threads(threads, _blocks_of, tensors), strict=True))
+
+
+def _blocks_of(tensor: torch.Tensor) -> Blocks:
+    own = BlockHasher()
+    for chunk in tree.raw_bytes(tensor):
+        own.update(chunk)
+    return own.blocks()
 
 
 def write_encoded(
@@ -85,33 +106,112 @@ def write_encoded(
     meta: Mapping[str, Any] | None,
     shard_bytes: int,
     streams: int = 1,
-    expected: Mapping[str, Mapping[str, str]] | None = None,
 ) -> tuple[str, Manifest]:
-    """As ``write``, for parts that were taken apart, with so many shards on their way at once.
+    """As ``write``, for parts that were taken apart, with so many shards on their way at once."""
+    directory, plan = new_directory(step, attempt), Plan(encoded, shard_bytes)
+    own, _ = plan.own(encoded)
+    receipt = write_share(store, directory, plan, own, streams)
+    manifest = publish(store, directory, plan, own, [receipt], step=step, attempt=attempt, lineage=lineage, meta=meta)
+    return directory, manifest
+
+
+# --- one writer, or several ------------------------------------------------------------------------------------------
+
+
+def write_share(store: Store, directory: str, plan: Plan, own: Mapping[str, tree.Encoded], streams: int = 1) -> Receipt:
+    """Writes this rank's shards. ``own`` is what is in them, as by ``plan.own``. They are durable when it returns."""
+    rank = plan.writers.rank
+    shards = [_Shard(each, own[each.part].tensors) for each in plan.shards[rank]]
+    _put_shards(store, directory, shards, streams)
+    blocks: dict[str, dict[str, Blocks]] = {}
+    for shard in shards:
+        blocks.setdefault(shard.part, {}).update(shard.blocks)
+    files = [FileInfo(shard.name, shard.size_bytes, shard.checksum) for shard in shards]
+    return Receipt(rank, plan.checksum, files, blocks)
+
+
+def put_receipt(store: Store, directory: str, receipt: Receipt) -> None:
+    """Tells the first writer what has become of a share. The last thing that a writer does for a save."""
+    _put_bytes(store, f"{directory}/{receipt.name}", receipt.encode())
+
+
+def collect(store: Store, directory: str, plan: Plan, latest: Callable[[], float]) -> list[Receipt]:
+    """The receipts of the other writers, which are waited for while the (monotonic) time is not later than ``latest()``.
+
+    Raises ``StoreError`` where one has failed or does not come, ``Unsupported`` where one holds something else.
+    """
+    found: dict[int, Receipt] = {}
+    missing = {*plan.writers.ranks[1:]}
+    began, pause_seconds = time.monotonic(), 0.01
+    while missing:
+        is_late = time.monotonic() > latest()  # looked at first: what came before still counts
+        names = store.list(directory)
+        there = [rank for rank in missing if f"{directory}/{receipt_name(rank)}" in names]
+        found |= {rank: _receipt(store, directory, plan, rank) for rank in there}
+        missing -= {*there}
+        if missing and is_late:
+            what = f"after {time.monotonic() - began:.0f} s the ranks {sorted(missing)} have not written theirs"
+            raise StoreError(f"put {store.url}/{directory}: this share is there; {what}", transient=True)
+        if missing:
+            time.sleep(pause_seconds)
+            pause_seconds = min(1.5 * pause_seconds, 0.5)
+    return [found[rank] for rank in plan.writers.ranks[1:]]
+
+
+def _receipt(store: Store, directory: str, plan: Plan, rank: int) -> Receipt:
+    name = f"{directory}/{receipt_name(rank)}"
+    try:
+        receipt = Receipt.decode(receipt_name(rank), store.get(name, MANIFEST_LIMIT_BYTES) or b"")
+    except Corrupt as error:
+        raise StoreError(f"read {store.url}/{directory}/{error}", transient=True) from None
+    if receipt.problem:
+        raise (StoreError if receipt.is_of_storage else Unsupported)(f"rank {rank}: {receipt.problem}")
+    if receipt.rank != rank or not plan.fits(receipt):
+        advice = "they must be the same for checkpoint.writers to be anything but rank0"
+        raise Unsupported(f"rank {rank} has other parameters or optimizer states than rank 0, or other settings; {advice}")
+    return receipt
+
+
+def publish(
+    store: Store,
+    directory: str,
+    plan: Plan,
+    encoded: Mapping[str, tree.Encoded],
+    receipts: Sequence[Receipt],
+    *,
+    step: int,
+    attempt: Attempt,
+    lineage: Sequence[Ancestor],
+    meta: Mapping[str, Any] | None,
+    expected: Mapping[str, Mapping[str, Blocks]] | None = None,
+) -> Manifest:
+    """Makes a checkpoint of what all writers have written. The first of them does it.
 
     ``expected`` are checksums that the tensors must have, as by ``checksums``: raises ``Unsupported`` before the commit when
-    they were changed since.
+    they have others.
     """
-    directory = new_directory(step, attempt)
-    plans = {name: _PartPlan(name, part, shard_bytes) for name, part in encoded.items()}
-    _put_shards(store, directory, [shard for plan in plans.values() for shard in plan.shards], streams)
-    files: list[FileInfo] = []
-    written = {}
-    for name, plan in plans.items():
-        hashes = plan.checksums()
-        if expected is not None and hashes != expected[name]:
-            torn = sorted(path for path in hashes if hashes[path] != expected[name][path])
-            raise Unsupported(f"{name}: {', '.join(torn[:10])} changed between the step boundary and the optimizer's step")
-        files += [FileInfo(shard.name, shard.size_bytes, shard.checksum) for shard in plan.shards]
-        if index := plan.index():
+    found: dict[str, dict[str, Blocks]] = {name: {} for name in encoded}
+    for receipt in receipts:
+        for name, blocks in receipt.blocks.items():
+            found[name].update(blocks)
+    whole = plan.blocks(found)
+    if expected is not None:
+        _compare(plan, whole, expected)
+    files = [file for receipt in receipts for file in receipt.files]
+    parts = {}
+    for name, part in encoded.items():
+        shards = [shard for rank in plan.shards for shard in plan.shards[rank] if shard.part == name]
+        slices = plan.slices(name)
+        if not slices and (index := _index(name, shards)):
             files.append(FileInfo(f"{name}{INDEX_SUFFIX}", len(index), checksum(index)))
             _put_bytes(store, f"{directory}/{name}{INDEX_SUFFIX}", index)
-        written[name] = plan.written(hashes)
+        digest = _digest(part.tree, part.aliases, plan.tensors[name], whole[name])
+        parts[name] = Part([shard.name for shard in shards], part.tree, part.aliases, digest, slices)
     manifest = Manifest(
         step=step,
         attempt=attempt.id,
         files=files,
-        parts=written,
+        parts=parts,
         lineage=list(lineage),
         created=datetime.now(UTC).isoformat(timespec="milliseconds"),
         meta=dict(meta or {}),
@@ -121,69 +221,66 @@ def write_encoded(
         _confirm(store, f"{directory}/{file.name}", file.bytes)
     _put_bytes(store, f"{directory}/{MANIFEST}", text)
     _confirm(store, f"{directory}/{MANIFEST}", len(text))
-    return directory, manifest
+    for receipt in receipts[1:]:
+        with contextlib.suppress(StoreError):  # rubbish that is in nobody's way
+            store.delete(f"{directory}/{receipt.name}")
+    return manifest
+
+
+def _compare(plan: Plan, found: Found, expected: Found) -> None:
+    for name, blocks in found.items():
+        torn = sorted(path for path in blocks if blocks[path] != expected[name][path])
+        if torn:
+            what = "changed between the step boundary and the optimizer's step"
+            what += ", or are not the same on all ranks" if len(plan.writers.ranks) > 1 else ""
+            raise Unsupported(f"{name}: {', '.join(torn[:10])} {what}")
 
 
 def digest_of(part: Mapping[str, Any], name: str) -> str:
     """The digest that a checkpoint of this part would have."""
     encoded = tree.encode(part, name)
     tensors = [tree.info(path, tensor) for path, tensor in encoded.tensors.items()]
-    return _digest(encoded, tensors, _checksums(encoded))
+    return _digest(encoded.tree, encoded.aliases, tensors, _checksums(encoded))
 
 
-class _PartPlan:
-    """The shards that a part is divided into."""
+def _digest(rest: Any, aliases: Mapping[str, str], tensors: Sequence[TensorInfo], blocks: Mapping[str, Blocks]) -> str:
+    hashes = {tensor: checksum_of_blocks(blocks[tensor.path]) for tensor in tensors}
+    stored = {tensor.path: tensor for tensor in tensors}
+    same = {replace(stored[path], path=further): hashes[stored[path]] for further, path in aliases.items()}
+    return digest({**hashes, **same}, rest)
 
-    def __init__(self, name: str, part: tree.Encoded, shard_bytes: int) -> None:
-        self.part = part
-        self.tensors = [tree.info(path, tensor) for path, tensor in part.tensors.items()]
-        shards = plan_shards(self.tensors, shard_bytes)
-        self.shards = [
-            _Shard(shard_name(name, index, len(shards)), part.tensors, shard) for index, shard in enumerate(shards)
-        ]
 
-    def checksums(self) -> dict[str, str]:
-        """Those of the tensors, by path, once the shards are written."""
-        return {path: found for shard in self.shards for path, found in shard.tensor_checksums.items()}
-
-    def index(self) -> bytes:
-        """What Hugging Face's loaders expect beside several shards; nothing beside one."""
-        if len(self.shards) < 2:
-            return b""
-        total_bytes = sum(tensor.nbytes for shard in self.shards for tensor in shard.tensors)
-        places = {tensor.path: shard.name for shard in self.shards for tensor in shard.tensors}
-        return json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": places}, indent=1).encode()
-
-    def written(self, hashes: Mapping[str, str]) -> Part:
-        """The manifest's entry."""
-        names = [shard.name for shard in self.shards]
-        digest = _digest(self.part, self.tensors, hashes)
-        return Part(files=names, tree=self.part.tree, aliases=self.part.aliases, digest=digest)
+def _index(part: str, shards: Sequence[Shard]) -> bytes:
+    """What Hugging Face's loaders expect unless all is in one file of the part's name; nothing where it is."""
+    if [shard.name for shard in shards] in ([], [shard_name(part, 0, 1)]):
+        return b""
+    total_bytes = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
+    places = {tensor.path: shard.name for shard in shards for tensor in shard.tensors}
+    return json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": places}, indent=1).encode()
 
 
 class _Shard:
     """A shard's bytes, hashed while they stream out: called once for each try of the upload."""
 
-    def __init__(self, name: str, values: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> None:
-        self.name = name
+    def __init__(self, shard: Shard, values: Mapping[str, torch.Tensor]) -> None:
+        self.name, self.part, self.tensors = shard.name, shard.part, shard.tensors
         self.values = values
-        self.tensors = tensors
-        self.header = encode_header(tensors)
-        self.size_bytes = len(self.header) + sum(tensor.nbytes for tensor in tensors)
+        self.header = encode_header(self.tensors)
+        self.size_bytes = len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
         self.checksum = ""
-        self.tensor_checksums: dict[str, str] = {}
+        self.blocks: dict[str, Blocks] = {}
 
     def __call__(self) -> Iterator[Buffer]:
         whole = hasher()
         whole.update(self.header)
         yield self.header
         for tensor in self.tensors:
-            own = hasher()
+            own = BlockHasher()
             for chunk in tree.raw_bytes(self.values[tensor.path]):
                 whole.update(chunk)
                 own.update(chunk)
                 yield chunk
-            self.tensor_checksums[tensor.path] = f"{CHECKSUM}:{own.hexdigest()}"
+            self.blocks[tensor.path] = own.blocks()
         self.checksum = f"{CHECKSUM}:{whole.hexdigest()}"
 
 
@@ -194,19 +291,6 @@ def _put_shards(store: Store, directory: str, shards: Sequence[_Shard], streams:
         store.put(f"{directory}/{shard.name}", shard, shard.size_bytes)
 
     in_threads(streams, put, shards)
-
-
-def _digest(part: tree.Encoded, tensors: Sequence[TensorInfo], hashes: Mapping[str, str]) -> str:
-    aliases = [tree.info(path, part.tensors[stored]) for path, stored in part.aliases.items()]
-    stored = {tensor: hashes[part.aliases.get(tensor.path, tensor.path)] for tensor in [*tensors, *aliases]}
-    return digest(stored, part.tree)
-
-
-def _hash(chunks: Iterator[memoryview]) -> str:
-    own = hasher()
-    for chunk in chunks:
-        own.update(chunk)
-    return f"{CHECKSUM}:{own.hexdigest()}"
 
 
 def _put_bytes(store: Store, name: str, data: bytes) -> None:

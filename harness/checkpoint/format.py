@@ -8,6 +8,7 @@ One URL is one run. It holds::
         optimizer.safetensors                     one or more files for each part that has tensors
         random.safetensors
         manifest.json                             written last; valid = committed
+        receipt-3.json                            where several ranks write, until it is committed (see ``Receipt``)
 
 What else lies there (``attempts/*.crash-*.json``, ``hangs/``) is for people, and decides nothing about checkpoints.
 
@@ -24,18 +25,25 @@ header, raw bytes). Within a shard, tensors are sorted by falling item size, the
 dtype that safetensors cannot name is stored as ``U8`` with one more dimension, of the item's size; its real name is in
 the header's ``__metadata__`` under ``dtype:<path>``.
 
+**Slices.** A large tensor may lie in several *pieces*, ranges of its raw bytes in row-major order that follow each other and
+begin at multiples of ``BLOCK_BYTES``. Each is a ``U8`` tensor of one dimension in some shard of the part, under
+``<path>~2<offset>``, a name that no path can have; ``slices`` has the whole tensor's dtype and shape, and the offsets.
+
 **Checksums** are ``<algorithm>:<hex>``. ``files`` in the manifest has one per object, over all its bytes. The manifest's own
 is its last line and covers every byte before that line.
 
 **Digests** compare states whatever their shard layout. The digest of a part is the checksum of a text with one line for
 each tensor (aliases included), sorted by path — ``<path> <dtype> <shape as JSON> <checksum of the raw bytes>`` — and a
-last line with the part's ``tree`` as JSON with sorted keys and without spaces.
+last line with the part's ``tree`` as JSON with sorted keys and without spaces. Of raw bytes that are more than
+``BLOCK_BYTES``, it is the checksum of a text with one line for each block of so many of them (the last may be shorter): the
+checksum of the block. So it can be told by those who have each seen some of the blocks.
 
 **Lineage.** ``lineage`` lists, oldest first, every attempt whose steps this checkpoint stands on, with the last step it
 took from each; the writer itself is not in it. A step that an attempt wrote beyond that belongs to a line that was left.
 """
 
 import functools
+import itertools
 import json
 import math
 import re
@@ -55,6 +63,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 MANIFEST_LIMIT_BYTES = 256 << 20
 HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors reference implementation
 CHECKSUM = "xxh3_128"
+BLOCK_BYTES = 16 << 20
 
 # torch's name of a dtype → safetensors' name and the bytes of an item. None: no name there, stored as U8.
 DTYPES: Mapping[str, tuple[str | None, int]] = {
@@ -108,6 +117,41 @@ def checksum(data: bytes) -> str:
     return f"{CHECKSUM}:{digest.hexdigest()}"
 
 
+Blocks = tuple[str, ...]  # the checksums of the blocks of a tensor's raw bytes; an empty one has one block, too
+
+
+class BlockHasher:
+    """Takes the raw bytes of a tensor, or of a piece of one, and has the checksums of its blocks."""
+
+    def __init__(self, algorithm: str = CHECKSUM) -> None:
+        self._algorithm = algorithm
+        self._done: list[str] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self._block, self._room = hasher(self._algorithm), BLOCK_BYTES
+
+    def update(self, data: memoryview) -> None:
+        while len(data) > self._room:
+            self._block.update(data[: self._room])
+            data = data[self._room :]
+            self._done.append(self._found())
+            self._begin()
+        self._block.update(data)
+        self._room -= len(data)
+
+    def _found(self) -> str:
+        return f"{self._algorithm}:{self._block.hexdigest()}"
+
+    def blocks(self) -> Blocks:
+        return (*self._done, self._found())
+
+
+def checksum_of_blocks(blocks: Blocks) -> str:
+    """The checksum of a tensor's raw bytes."""
+    return blocks[0] if len(blocks) == 1 else checksum("".join(f"{block}\n" for block in blocks).encode())
+
+
 # --- names -----------------------------------------------------------------------------------------------------------
 
 _DIRECTORY = re.compile(r"step-([0-9]{12})-([0-9]{6}-[0-9a-f]{8})-([0-9a-f]{8})")
@@ -150,13 +194,21 @@ def parse_directory(name: str) -> tuple[int, Attempt] | None:
 
 def check_part_name(name: str) -> None:
     """Raises ``Unsupported`` for a name of a part that cannot be the beginning of a file's name."""
-    if not _FILE_NAME.fullmatch(shard_name(name, 99_998, 99_999)):
+    if not _FILE_NAME.fullmatch(shard_name(name, 99_998, 99_999, 99_999)):
         raise Unsupported(f"part {name!r}: expected letters, digits, '.', '_' and '-'")
 
 
-def shard_name(part: str, index: int, count: int) -> str:
-    """The name of a part's shard, in Hugging Face's layout; ``index`` counts from 0."""
-    return f"{part}.safetensors" if count == 1 else f"{part}-{index + 1:05}-of-{count:05}.safetensors"
+def shard_name(part: str, index: int, count: int, rank: int | None = None) -> str:
+    """The name of a part's shard, in Hugging Face's layout; ``index`` counts from 0. Where several ranks have shards of
+    the part, each counts its own."""
+    if rank is not None:
+        part = f"{part}-rank{rank}"
+    return f"{part}.safetensors" if count == 1 and rank is None else f"{part}-{index + 1:05}-of-{count:05}.safetensors"
+
+
+def piece_name(path: str, offset: int) -> str:
+    """The name of a piece of a tensor."""
+    return f"{path}~2{offset}"
 
 
 # --- shards ----------------------------------------------------------------------------------------------------------
@@ -242,15 +294,19 @@ def _decode_entry(path: str, entry: Mapping[str, Any], metadata: Mapping[str, st
     if (dtype := _NAME_OF_CODE.get(entry["dtype"])) is None:
         raise Corrupt(f"{path}: unknown dtype {entry['dtype']!r}")
     shape = entry["shape"]
-    if type(shape) is not list or not all(type(size) is int and size >= 0 for size in shape):
-        raise Corrupt(f"{path}: impossible shape {shape}")
-    if len(shape) > 64 or math.prod(size or 1 for size in shape) >= 1 << 48:  # an empty tensor, too, has strides
-        raise Corrupt(f"{path}: impossible shape {shape}")
+    _check_shape(path, shape)
     if (real := metadata.get(f"dtype:{path}")) is not None:
         if dtype != "uint8" or not shape or shape[-1] != DTYPES[real][1]:
             raise Corrupt(f"{path}: {real} cannot be stored as {entry['dtype']} {shape}")
         dtype, shape = real, shape[:-1]
     return TensorInfo(path, dtype, tuple(shape))
+
+
+def _check_shape(path: str, shape: Any) -> None:
+    if type(shape) is not list or not all(type(size) is int and size >= 0 for size in shape):
+        raise Corrupt(f"{path}: impossible shape {shape}")
+    if len(shape) > 64 or math.prod(size or 1 for size in shape) >= 1 << 48:  # an empty tensor, too, has strides
+        raise Corrupt(f"{path}: impossible shape {shape}")
 
 
 # --- digests ---------------------------------------------------------------------------------------------------------
@@ -287,19 +343,57 @@ class FileInfo:
 
 
 @dataclass(frozen=True)
+class Slices:
+    """A tensor that lies in pieces: what it is when they are put together, and where each of them begins."""
+
+    dtype: str
+    shape: list[int]
+    offsets: list[int]
+
+    @property
+    def nbytes(self) -> int:
+        return TensorInfo("", self.dtype, tuple(self.shape)).nbytes
+
+    def pieces(self, path: str) -> list[tuple[str, int, int]]:
+        """The name of each piece of the tensor at a path, and its first byte and the one after its last."""
+        ends = [*self.offsets[1:], self.nbytes]
+        return [(piece_name(path, start), start, stop) for start, stop in zip(self.offsets, ends, strict=True)]
+
+    def check(self, path: str) -> None:
+        if type(self.dtype) is not str or self.dtype not in DTYPES:
+            raise Corrupt(f"{path}: unknown dtype {self.dtype!r}")
+        _check_shape(path, self.shape)
+        offsets = self.offsets
+        if type(offsets) is not list or not offsets or not all(type(offset) is int for offset in offsets):
+            raise Corrupt(f"{path}: impossible offsets {offsets!r:.200}")
+        rises = all(one < other for one, other in itertools.pairwise([*offsets, self.nbytes]))
+        if offsets[0] != 0 or not rises or any(offset % BLOCK_BYTES for offset in offsets):
+            raise Corrupt(f"{path}: {self.nbytes} bytes cannot lie in pieces that begin at {offsets!r:.200}")
+
+
+@dataclass(frozen=True)
 class Part:
-    """A part: the names of its shards, the rest of its value, tensors that are others under a further name."""
+    """A part: the names of its shards, the rest of its value, tensors that are others under a further name, tensors that
+    lie in pieces."""
 
     files: list[str]
     tree: Any
     aliases: dict[str, str]
     digest: str
+    slices: dict[str, Slices] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, slices: Mapping[str, Any] | None = None, **values: Any) -> Self:
+        """The part that stands in a manifest."""
+        return cls(**values, slices={path: Slices(**each) for path, each in (slices or {}).items()})
 
     def check(self, name: str) -> None:
         if type(self.tree) is not dict or type(self.files) is not list or type(self.aliases) is not dict:
             raise Corrupt(f"{MANIFEST}: part {name!r}: impossible tree, files or aliases")
         if not all(type(text) is str for text in (*self.files, *self.aliases.values(), self.digest)):
             raise Corrupt(f"{MANIFEST}: part {name!r}: impossible files, aliases or digest")
+        for path, slices in self.slices.items():
+            slices.check(f"{MANIFEST}: {name}: {path}")
 
 
 @dataclass(frozen=True)
@@ -323,25 +417,17 @@ class Manifest:
     meta: dict[str, Any] = field(default_factory=dict)  # what the trainer says: epoch, world size, metrics …
 
     def encode(self) -> bytes:
-        body = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        text = json.dumps(body, indent=1, allow_nan=False).removesuffix("\n}").encode() + b",\n"
-        if len(text) + 100 > MANIFEST_LIMIT_BYTES:
-            raise Unsupported(f"{MANIFEST}: {len(text)} bytes of values that are no tensors, at most {MANIFEST_LIMIT_BYTES}")
-        return text + _last_line(text)
+        return _sealed(MANIFEST, {"format": FORMAT, "version": VERSION, **asdict(self)})
 
     @classmethod
     def decode(cls, text: bytes) -> Self:
         """Raises ``Corrupt`` for bytes that are not a whole manifest, ``UnknownFormat`` for one of another version."""
-        body, newline, last = text[:-2].rpartition(b"\n")
-        if not newline or not text.endswith(b"\n}") or last + b"\n}" != _last_line(body + newline):
-            raise Corrupt(f"{MANIFEST}: the checksum in its last line does not fit the {len(text)} bytes")
-        value = _strict_json(text)
+        value = _unsealed(MANIFEST, text)
         if value.pop("format", None) != FORMAT or value.pop("version", None) != VERSION:
             raise UnknownFormat(f"{MANIFEST}: expected {FORMAT} version {VERSION}")
-        del value["checksum"]
         try:
             value["files"] = [FileInfo(**file) for file in value["files"]]
-            value["parts"] = {name: Part(**part) for name, part in value["parts"].items()}
+            value["parts"] = {name: Part.of(**part) for name, part in value["parts"].items()}
             value["lineage"] = [Ancestor(**ancestor) for ancestor in value["lineage"]]
             manifest = cls(**value)
         except (TypeError, KeyError, AttributeError) as error:
@@ -380,6 +466,69 @@ def _is_step(value: Any) -> bool:
 
 def _is_attempt(value: Any) -> bool:
     return type(value) is str and Attempt.parse(value) is not None
+
+
+# --- receipts --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a writer leaves beside its shards when they are durable, or when it has failed, for the one who commits.
+
+    It is rubbish once that has read it, and tells no reader anything.
+    """
+
+    rank: int
+    plan: str = ""  # the checksum of the plan that it has followed
+    files: list[FileInfo] = field(default_factory=list)
+    blocks: dict[str, dict[str, Blocks]] = field(default_factory=dict)  # of each tensor or piece, by part and name
+    problem: str = ""  # why it has failed
+    is_of_storage: bool = False  # whether that is the storage's doing
+
+    @property
+    def name(self) -> str:
+        return receipt_name(self.rank)
+
+    def encode(self) -> bytes:
+        return _sealed(self.name, asdict(self))
+
+    @classmethod
+    def decode(cls, name: str, text: bytes) -> Self:
+        """Raises ``Corrupt``."""
+        value = _unsealed(name, text)
+        try:
+            value["files"] = [FileInfo(**file) for file in value["files"]]
+            value["blocks"] = {
+                part: {path: tuple(each) for path, each in found.items()} for part, found in value["blocks"].items()
+            }
+            return cls(**value)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise Corrupt(f"{name}: {error}") from None
+
+
+def receipt_name(rank: int) -> str:
+    """The name of a writer's receipt in the directory of a save."""
+    return f"receipt-{rank}.json"
+
+
+# --- JSON with a checksum --------------------------------------------------------------------------------------------
+
+
+def _sealed(name: str, body: Mapping[str, Any]) -> bytes:
+    """JSON whose last line is the checksum of what comes before it."""
+    text = json.dumps(body, indent=1, allow_nan=False).removesuffix("\n}").encode() + b",\n"
+    if len(text) + 100 > MANIFEST_LIMIT_BYTES:
+        raise Unsupported(f"{name}: {len(text)} bytes of values that are no tensors, at most {MANIFEST_LIMIT_BYTES}")
+    return text + _last_line(text)
+
+
+def _unsealed(name: str, text: bytes) -> dict[str, Any]:
+    body, newline, last = text[:-2].rpartition(b"\n")
+    if not newline or not text.endswith(b"\n}") or last + b"\n}" != _last_line(body + newline):
+        raise Corrupt(f"{name}: the checksum in its last line does not fit the {len(text)} bytes")
+    value = _strict_json(text)
+    value.pop("checksum", None)
+    return value
 
 
 def _last_line(text: bytes) -> bytes:

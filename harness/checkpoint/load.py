@@ -5,7 +5,8 @@ in fresh memory, and both checksums, the file's and the tensor's, are computed a
 in the processor's cache. Only when they agree with the manifest are the tensors handed out. Nothing is executed: there is
 no pickle on this path.
 
-Fresh memory is what costs (see ``harness.checkpoint.memory``). So the large tensors of a shard lie in one region of it.
+Fresh memory is what costs (see ``harness.checkpoint.memory``). So the large tensors of a shard lie in one region of it, and
+the pieces of a tensor that lies in several go to their places in the whole.
 
 Ranks that read together (``peers``) read each byte once between them: of every round of pieces each rank reads one, and
 gets all. Each computes the checksums of all that it was given.
@@ -13,7 +14,8 @@ gets all. Each computes the checksums of all that it was given.
 
 import contextlib
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import Any, BinaryIO, Protocol
@@ -26,11 +28,14 @@ from harness.checkpoint.catalog import check_bytes, read_file
 from harness.checkpoint.format import (
     HEADER_LIMIT_BYTES,
     INDEX_SUFFIX,
+    BlockHasher,
+    Blocks,
     FileInfo,
-    Hasher,
     Manifest,
     Part,
+    Slices,
     TensorInfo,
+    checksum_of_blocks,
     decode_header,
     digest,
     hasher,
@@ -47,7 +52,7 @@ _ALIGNED_BYTES = 64  # as torch's own memory: some kernels give other bits where
 _ROUND_BYTES = 4 << 20  # a piece; ranks that read together share it
 _SMALLEST_PIECE_BYTES = 64 << 10  # however many they are
 
-Shard = tuple[dict[str, torch.Tensor], dict[str, str]]  # tensors and the checksums of their bytes, by path
+Shard = tuple[dict[str, torch.Tensor], dict[str, Blocks]]  # whole tensors, and the checksums of all blocks, by name
 
 
 class Peers(Protocol):
@@ -75,10 +80,15 @@ def read(
     # An index is not needed here, but what is damaged is not called whole.
     names = [file for name, part in wanted.items() for file in (f"{name}{INDEX_SUFFIX}", *part.files) if file in files]
     needed = [files[name] for name in names]
-    whole = peers is None and not store.has_ranges
+    in_pieces = peers is not None or store.has_ranges
     with _without_collections():
-        shards = _read_whole(store, directory, needed) if whole else _read_in_pieces(store, directory, needed, peers)
-        return {name: _assemble(directory, name, part, shards) for name, part in wanted.items()}
+        wholes = {name: _Wholes(directory, name, part, files) for name, part in wanted.items()}
+        targets = {file: _Target(wholes[name].places) for name, part in wanted.items() for file in part.files}
+        if in_pieces:
+            shards = _read_in_pieces(store, directory, needed, targets, peers)
+        else:
+            shards = _read_whole(store, directory, needed, targets)
+        return {name: _assemble(directory, name, part, shards, wholes[name].tensors) for name, part in wanted.items()}
 
 
 @contextlib.contextmanager
@@ -93,27 +103,32 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _assemble(directory: str, name: str, part: Part, shards: dict[str, Shard]) -> Any:
-    """The value of a part whose shards have been read."""
+def _assemble(directory: str, name: str, part: Part, shards: dict[str, Shard], wholes: Mapping[str, torch.Tensor]) -> Any:
+    """The value of a part whose shards have been read, and with them the pieces of ``wholes``."""
     tensors: dict[str, torch.Tensor] = {}
-    hashes: dict[str, str] = {}
+    blocks: dict[str, Blocks] = {}
     for file in part.files:
-        found, found_hashes = shards[file]
-        if twice := tensors.keys() & found.keys():
+        found, found_blocks = shards[file]
+        if twice := blocks.keys() & found_blocks.keys():
             raise Corrupt(f"{directory}/{file}: {min(twice)} is in another shard too")
         tensors |= found
-        hashes |= found_hashes
+        blocks |= found_blocks
+    for path, slices in part.slices.items():
+        if path in tensors:
+            raise Corrupt(f"{directory}: {name}: {path} lies in pieces, and is a tensor of its own")
+        tensors[path], blocks[path] = wholes[path], _joined_blocks(directory, name, path, slices, blocks)
     try:
         for further, stored in part.aliases.items():
             if further in tensors:
                 raise Corrupt(
                     f"{directory}: {name}: {further!r} is to be the same as {stored!r}, and is a tensor of its own"
                 )
-            tensors[further], hashes[further] = tensors[stored], hashes[stored]
+            tensors[further], blocks[further] = tensors[stored], blocks[stored]
     except (KeyError, TypeError):
         raise Corrupt(f"{directory}: {name}: {further!r} is to be the same as {stored!r}, which is not there") from None
     try:
-        computed = digest({tree.info(path, tensor): hashes[path] for path, tensor in tensors.items()}, part.tree)
+        infos = {tree.info(path, tensor): checksum_of_blocks(blocks[path]) for path, tensor in tensors.items()}
+        computed = digest(infos, part.tree)
     except (ValueError, RecursionError) as error:  # text that is none, a number beyond all, too many levels
         raise Corrupt(f"{directory}: {name}: {type(error).__name__}: {error}") from None
     if computed != part.digest:
@@ -121,50 +136,117 @@ def _assemble(directory: str, name: str, part: Part, shards: dict[str, Shard]) -
     return tree.decode(part.tree, tensors)
 
 
+def _joined_blocks(directory: str, name: str, path: str, slices: Slices, blocks: dict[str, Blocks]) -> Blocks:
+    """The checksums of a whole tensor's blocks, of which each piece has some."""
+    found: list[str] = []
+    for piece, start, stop in slices.pieces(path):
+        if piece not in blocks:
+            raise Corrupt(f"{directory}: {name}: bytes {start} to {stop} of {path} are not there")
+        found += blocks.pop(piece)
+    return tuple(found)
+
+
+# --- tensors in pieces -----------------------------------------------------------------------------------------------
+
+
+class _Wholes:
+    """The tensors of a part that lie in pieces, and the place of each piece in them, by its name.
+
+    Raises ``Corrupt`` before it takes memory for more bytes than the part's files have.
+    """
+
+    def __init__(self, directory: str, name: str, part: Part, files: Mapping[str, FileInfo]) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.places: dict[str, memoryview] = {}
+        needed_bytes = sum(slices.nbytes for slices in part.slices.values())
+        if needed_bytes > (there_bytes := sum(files[file].bytes for file in part.files)):
+            raise Corrupt(f"{directory}: {name}: pieces of {needed_bytes} bytes in files of {there_bytes}")
+        for path, slices in part.slices.items():
+            region = fresh_region(slices.nbytes)
+            raw = torch.frombuffer(region, dtype=torch.uint8, count=slices.nbytes)
+            self.tensors[path] = raw.view(getattr(torch, slices.dtype)).view(slices.shape)
+            for piece, start, stop in slices.pieces(path):
+                self.places[piece] = memoryview(region)[start:stop]
+
+
+class _Target:
+    """Where the pieces in a file go: into memory that other files go to as well, and that stays when a try has failed.
+
+    A try that hung and was given up may wake up later. It must not write over what its successor has verified.
+    """
+
+    def __init__(self, places: Mapping[str, memoryview]) -> None:
+        self.places = places
+        self._lock = threading.Lock()
+        self._reader: object = None
+
+    def begin(self, reader: object) -> None:
+        """From here on only this reader may write."""
+        with self._lock:
+            self._reader = reader
+
+    def put(self, reader: object, place: memoryview, data: memoryview) -> None:
+        with self._lock:
+            if self._reader is not reader:
+                raise TimeoutError("nobody waits for this any more")
+            np.copyto(np.frombuffer(place, np.uint8), np.frombuffer(data, np.uint8))
+
+
 # --- file by file ----------------------------------------------------------------------------------------------------
 
 
-def _read_whole(store: Store, directory: str, files: Sequence[FileInfo]) -> dict[str, Shard]:
+def _read_whole(store: Store, directory: str, files: Sequence[FileInfo], targets: Mapping[str, _Target]) -> dict[str, Shard]:
     """Reads files from beginning to end: local ones, which come from memory in the best case, by several threads."""
     threads = threads_for(sum(file.bytes for file in files)) if store.is_local else 1
-    shards = in_threads(threads, lambda file: read_shard(store, f"{directory}/{file.name}", file), files)
-    return {file.name: shard for file, shard in zip(files, shards, strict=True)}
+
+    def read(file: FileInfo) -> Shard:
+        return read_shard(store, f"{directory}/{file.name}", file, targets.get(file.name))
+
+    return {file.name: shard for file, shard in zip(files, in_threads(threads, read, files), strict=True)}
 
 
-def read_shard(store: Store, name: str, file: FileInfo) -> Shard:
+def read_shard(store: Store, name: str, file: FileInfo, target: _Target | None = None) -> Shard:
     """What is in a file, verified against the manifest's entry for it. An index has no tensors."""
-    return read_file(store, name, file, lambda stream: _consume(stream, file))
+    return read_file(store, name, file, lambda stream: _consume(stream, file, target))
 
 
-def _consume(stream: BinaryIO, file: FileInfo) -> Shard:
+def _consume(stream: BinaryIO, file: FileInfo, target: _Target | None) -> Shard:
     if file.name.endswith(INDEX_SUFFIX):
         check_bytes(stream, file)
         return {}, {}
-    return _Reader(stream, file).tensors()
+    return _Reader(stream, file, target or _Target({})).tensors()
 
 
 class _Reader:
     """A shard on its way in: counts and hashes what it reads."""
 
-    def __init__(self, stream: BinaryIO, file: FileInfo) -> None:
+    def __init__(self, stream: BinaryIO, file: FileInfo, target: _Target) -> None:
         self.stream = stream
+        self.target = target
         self.size_bytes, self.expected = file.bytes, file.checksum
         self.algorithm = file.checksum.partition(":")[0]
         self.whole = hasher(self.algorithm)
         self.done_bytes = 0
 
     def tensors(self) -> Shard:
+        self.target.begin(self)
         infos = self.header()
-        tensors, hashes = {}, {}
-        for info, (tensor, place) in zip(infos, _memory_for(infos), strict=True):
-            own = hasher(self.algorithm)
-            self.fill(place, own)
-            tensors[info.path], hashes[info.path] = tensor, f"{self.algorithm}:{own.hexdigest()}"
+        tensors: dict[str, torch.Tensor] = {}
+        blocks: dict[str, Blocks] = {}
+        memory = _memory_for([info for info in infos if info.path not in self.target.places])
+        for info in infos:
+            own = BlockHasher(self.algorithm)
+            if (whole := self.target.places.get(info.path)) is not None:
+                self.fill_piece(info, whole, own)
+            else:
+                tensors[info.path], place = next(memory)
+                self.fill(place, own)
+            blocks[info.path] = own.blocks()
         if self.stream.read(1):
             raise Corrupt(f"expected {self.size_bytes} bytes, found more")
         if (found := f"{self.algorithm}:{self.whole.hexdigest()}") != self.expected:
             raise Corrupt(f"expected {self.expected}, found {found}")
-        return tensors, hashes
+        return tensors, blocks
 
     def header(self) -> list[TensorInfo]:
         length = bytearray(8)
@@ -176,7 +258,17 @@ class _Reader:
         self.fill(memoryview(text))
         return decode_header(bytes(text), self.size_bytes - self.done_bytes)
 
-    def fill(self, place: memoryview, own: Hasher | None = None) -> None:
+    def fill_piece(self, info: TensorInfo, place: memoryview, own: BlockHasher) -> None:
+        """Reads a piece to its place, by way of memory of this reader's own."""
+        if (info.dtype, info.shape) != ("uint8", (len(place),)):
+            raise Corrupt(f"{info.path}: expected {len(place)} bytes, found {info.dtype} {list(info.shape)}")
+        buffer = memoryview(bytearray(min(_READ_BYTES, len(place))))
+        for start in range(0, len(place), _READ_BYTES):
+            part = place[start : start + _READ_BYTES]
+            self.fill(buffer[: len(part)], own)
+            self.target.put(self, part, buffer[: len(part)])
+
+    def fill(self, place: memoryview, own: BlockHasher | None = None) -> None:
         """Reads exactly as many bytes as there is room for."""
         while len(place):
             count = self.stream.readinto(place[:_READ_BYTES])  # type: ignore[attr-defined]
@@ -207,7 +299,9 @@ def _memory_for(infos: Sequence[TensorInfo]) -> Iterator[tuple[torch.Tensor, mem
 # --- in pieces -------------------------------------------------------------------------------------------------------
 
 
-def _read_in_pieces(store: Store, directory: str, files: Sequence[FileInfo], peers: Peers | None) -> dict[str, Shard]:
+def _read_in_pieces(
+    store: Store, directory: str, files: Sequence[FileInfo], targets: Mapping[str, _Target], peers: Peers | None
+) -> dict[str, Shard]:
     """Reads files, the next one's first pieces beside the last ones of the one before; with ``peers`` each byte once between
     all ranks, and whatever goes wrong on one of them, all stop after the same round."""
     relay = _Relay(store, directory, files, peers)
@@ -215,7 +309,7 @@ def _read_in_pieces(store: Store, directory: str, files: Sequence[FileInfo], pee
     found: dict[str, Shard] = {}
     for file in files:
         try:
-            found[file.name] = _consume(joined(islice(pieces, relay.count(file))), file)
+            found[file.name] = _consume(joined(islice(pieces, relay.count(file))), file, targets.get(file.name))
         except CheckpointError as error:
             relay.problem = relay.problem or type(error)(f"{directory}/{file.name}: {error}")
             for _ in pieces:  # the others learn of it with the next round, if there is one

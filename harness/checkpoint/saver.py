@@ -1,13 +1,16 @@
 """Saving: what happens around a commit, beside the training, and what a failed save means.
 
-Only rank 0 has a ``Saver``. ``begin`` takes a snapshot of the state (see ``harness.checkpoint.staging``) and leaves the
-rest, copying, hashing and writing, to a thread of low priority, in calls that do without the interpreter lock. At most one
-save is under way. Its result is handed out by ``poll`` or ``wait``. ``save`` does everything before it returns, without a
-copy of the state.
+Each rank that writes has a ``Saver``: rank 0 alone, or several of which each writes its share (``Writers``). ``begin`` takes
+a snapshot of the state (see ``harness.checkpoint.staging``) and leaves the rest, copying, hashing and writing, to a thread
+of low priority, in calls that do without the interpreter lock. At most one save is under way. Its result is handed out by
+``poll`` or ``wait``. ``save`` does everything before it returns, without a copy of the state.
 
 A save that fails is told of each time and counted; training goes on, because the checkpoints that exist are untouched, and
 the disk may have room again at the next one. After ``failures_allowed`` in a row, or when the save was the last thing to
 do, the error is raised.
+
+Of several writers the first one commits, and judges: what fails on another it learns from that one's receipt, and the other
+goes on as if nothing had happened.
 """
 
 import contextlib
@@ -15,15 +18,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from harness.checkpoint import commit, staging
 from harness.checkpoint.catalog import Catalog, Retention
-from harness.checkpoint.format import Ancestor, Attempt
+from harness.checkpoint.format import Ancestor, Attempt, Receipt, new_directory
+from harness.checkpoint.shares import Found, IsSteady, Plan, Writers, nothing_is_steady
 from harness.checkpoint.staging import HostMemory, Snapshot
 from harness.checkpoint.threads import Background
 from harness.checkpoint.tree import Encoded
@@ -32,6 +34,7 @@ from harness.errors import HarnessError, StoreError, Superseded
 log = logging.getLogger(__name__)
 
 _NICENESS = 10  # of the writer's thread
+_SHORTEST_PATIENCE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -45,18 +48,16 @@ class Saved:
     blocked_seconds: float  # of these, how long the training waited for it
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Order:
     """What a save is to write, besides the state."""
 
+    directory: str
     step: int
     meta: Mapping[str, Any]
     best_step: int | None
-    expected: Mapping[str, Mapping[str, str]] | None = None  # checksums, where they are to be compared
-
-
-def _nothing_is_steady(_tensor: torch.Tensor) -> bool:
-    return False
+    latest: float  # until when the other writers are waited for
+    expected: Found | None = None  # checksums, where they are to be compared
 
 
 @dataclass
@@ -70,10 +71,15 @@ class Saver:
     shard_bytes: int
     failures_allowed: int
     streams: int = 1
+    writers: Writers = field(default_factory=Writers)
     memory: HostMemory = field(default_factory=lambda: HostMemory(pinned=False))
     memory_limit_bytes: int | None = None
     failures: int = 0
     _under_way: "_Writing | None" = None
+
+    def new_directory(self, step: int) -> str:
+        """A name for the directory of a save: the first writer chooses it, and all write there."""
+        return new_directory(step, self.attempt)
 
     def save(
         self,
@@ -82,18 +88,25 @@ class Saver:
         step: int,
         meta: Mapping[str, Any],
         best_step: int | None = None,
+        directory: str | None = None,
+        is_steady: IsSteady = nothing_is_steady,
         must_succeed: bool = False,
     ) -> Saved | None:
-        """Commits a checkpoint, then deletes what is not to be kept. None when it failed and training may go on.
+        """Commits a checkpoint, then deletes what is not to be kept. None when it failed and training may go on, and on
+        other writers than the first.
 
-        ``best_step`` is a step whose checkpoint is kept whatever its age. Raises ``Superseded`` when a newer attempt has
-        taken the run over, ``Unsupported`` for a state that cannot be written.
+        ``best_step`` is a step whose checkpoint is kept whatever its age; ``directory`` and ``is_steady`` are for several
+        writers: where, and what is the same on all of them. Raises ``Superseded`` when a newer attempt has taken the run
+        over, ``Unsupported`` for a state that cannot be written.
         """
         assert self._under_way is None, "the result of the save before this one comes first"
         began = time.monotonic()
+        order = self._order(directory, step, meta, best_step)
 
-        def write() -> tuple[str, int]:
-            return self._commit(commit.encode(parts), _Order(step, meta, best_step))
+        def write() -> tuple[str, int] | None:
+            with self._telling(order):
+                plan, own, _ = self._share(commit.encode(parts), is_steady)
+                return self._write(plan, own, order)
 
         committed = self._committed(step, write, must_succeed=must_succeed)
         seconds = time.monotonic() - began
@@ -106,27 +119,33 @@ class Saver:
         step: int,
         meta: Mapping[str, Any],
         best_step: int | None = None,
-        is_steady: Callable[[torch.Tensor], bool] = _nothing_is_steady,
+        directory: str | None = None,
+        is_steady: IsSteady = nothing_is_steady,
+        overlap: bool = True,
         check: bool = False,
     ) -> None:
-        """Begins to save what ``parts`` are now. Whoever changes a tensor for which ``is_steady`` calls ``fence`` first.
+        """Begins to save what ``parts`` are now; ``best_step`` and ``directory`` as for ``save``.
 
-        ``check`` compares what is written with the state as it is now, and raises ``Unsupported`` from ``poll`` or ``wait``
-        when something has changed it in between. It costs a pass over the state. A state that does not fit into
-        ``memory_limit_bytes`` is written before ``begin`` returns.
+        Whoever changes a tensor for which ``is_steady`` calls ``fence`` first; without ``overlap`` all is copied before
+        ``begin`` returns. ``check`` compares what is written with the state as it is now, and raises ``Unsupported`` from
+        ``poll`` or ``wait`` when something has changed it in between. It costs a pass over the state. A state that does not
+        fit into ``memory_limit_bytes`` is written before ``begin`` returns.
         """
         assert self._under_way is None, "the result of the save before this one comes first"
         began = time.monotonic()
-        encoded = commit.encode(parts)
-        expected = commit.checksums(encoded) if check else None
-        fits = self.memory_limit_bytes is None or staging.size_bytes(encoded) <= self.memory_limit_bytes
-        snapshot = Snapshot(encoded, self.memory, is_steady) if fits else None
-        source = encoded if snapshot is None else snapshot.parts
-        order = _Order(step, meta, best_step, expected)
-        self._under_way = _Writing(snapshot, lambda: self._commit(source, order), step, began)
-        if snapshot is None:
-            self._under_way.join()
-        self._under_way.blocked_seconds = time.monotonic() - began
+        order = self._order(directory, step, meta, best_step)
+        with self._telling(order):
+            encoded = commit.encode(parts)
+            if check and self.writers.is_first:
+                order.expected = commit.checksums(encoded)
+            plan, own, steady = self._share(encoded, is_steady)
+            fits = self.memory_limit_bytes is None or staging.size_bytes(own) <= self.memory_limit_bytes
+            snapshot = Snapshot(own, self.memory, steady if overlap else nothing_is_steady) if fits else None
+            source = own if snapshot is None else snapshot.parts
+            self._under_way = _Writing(snapshot, lambda: self._write(plan, source, order), order, began)
+            if snapshot is None:
+                self._under_way.join()
+            self._under_way.blocked_seconds = time.monotonic() - began
 
     def fence(self) -> None:
         """To be called before anything steady is changed: waits until the snapshot does not need it any more."""
@@ -153,16 +172,21 @@ class Saver:
         writing.join()
         writing.blocked_seconds += time.monotonic() - began
         self._under_way = None
-        committed = self._committed(writing.step, writing.result)
-        return Saved(writing.step, *committed, writing.seconds, writing.blocked_seconds) if committed else None
+        committed = self._committed(writing.order.step, writing.result)
+        return Saved(writing.order.step, *committed, writing.seconds, writing.blocked_seconds) if committed else None
 
     def give_up_after(self, seconds: float) -> Saved | None:
-        """Leaves a save that is under way some time to end, whatever comes of it: the training is over. Raises nothing."""
-        if self._under_way is None:
+        """Leaves a save that is under way some time to end, whatever comes of it: the training is over. Raises nothing.
+
+        Another writer may be what has ended it. One that is alive is done when it has had as long again.
+        """
+        if (writing := self._under_way) is None:
             return None
-        self._under_way.join(seconds)
-        if self._under_way.is_alive():
-            log.warning("save of step %s given up after another %.0f s", self._under_way.step, seconds)
+        now = time.monotonic()
+        writing.order.latest = min(writing.order.latest, now + max(now - writing.began, _SHORTEST_PATIENCE_SECONDS))
+        writing.join(seconds)
+        if writing.is_alive():
+            log.warning("save of step %s given up after another %.0f s", writing.order.step, seconds)
             self._under_way = None
             return None
         with contextlib.suppress(HarnessError):  # what ends the training matters more
@@ -180,30 +204,74 @@ class Saver:
             who = f"started {about.get('started')} on {about.get('host')}"
             raise Superseded(f"{self.catalog.store.url}: attempt {newest.number} trains this run now ({who})")
 
-    def _commit(self, encoded: Mapping[str, Encoded], order: _Order) -> tuple[str, int]:
-        """Writes, and then tidies up; the directory and its bytes."""
-        directory, manifest = commit.write_encoded(
-            self.catalog.store,
-            encoded,
-            step=order.step,
-            attempt=self.attempt,
-            lineage=self.lineage,
-            meta=order.meta,
-            shard_bytes=self.shard_bytes,
-            streams=self.streams,
-            expected=order.expected,
-        )
+    def _order(self, directory: str | None, step: int, meta: Mapping[str, Any], best_step: int | None) -> _Order:
+        assert directory or self.writers.is_first, "the first writer says where"
+        latest = time.monotonic() + self.writers.patience_seconds
+        return _Order(directory or self.new_directory(step), step, meta, best_step, latest)
+
+    def _share(
+        self, encoded: Mapping[str, Encoded], is_steady: IsSteady
+    ) -> tuple[Plan | None, Mapping[str, Encoded], IsSteady]:
+        """Who writes what, what of it is this one's to write, and what of that is steady. Where one writes alone, all is its
+        own, and the plan can be made beside the training."""
+        if len(self.writers.ranks) == 1:
+            return None, encoded, is_steady
+        plan = Plan(encoded, self.shard_bytes, self.writers, is_steady)
+        return plan, *plan.own(encoded, is_steady)
+
+    def _write(self, plan: Plan | None, own: Mapping[str, Encoded], order: _Order) -> tuple[str, int] | None:
+        """Writes this rank's share. The first writer commits, and then tidies up: the directory and its bytes."""
+        if plan is None:
+            plan = Plan(own, self.shard_bytes, self.writers)
+            own, _ = plan.own(own)
+        store, directory = self.catalog.store, order.directory
+        with self._telling(order):
+            receipt = commit.write_share(store, directory, plan, own, self.streams)
+            if not self.writers.is_first:
+                commit.put_receipt(store, directory, receipt)
+                return None
+            receipts = [receipt, *commit.collect(store, directory, plan, lambda: order.latest)]
+            manifest = commit.publish(
+                store,
+                directory,
+                plan,
+                own,
+                receipts,
+                step=order.step,
+                attempt=self.attempt,
+                lineage=self.lineage,
+                meta=order.meta,
+                expected=order.expected,
+            )
+            try:
+                self.step_aside()
+                self.catalog.prune(self.retention, order.best_step)
+            except StoreError as error:  # the commit stands; what is left over goes after the next one
+                log.warning("could not delete old checkpoints: %s", error)
+            return directory, manifest.bytes
+
+    @contextlib.contextmanager
+    def _telling(self, order: _Order) -> Iterator[None]:
+        """On another writer than the first, tells that one of an error: what follows from it is not decided here."""
         try:
-            self.step_aside()
-            self.catalog.prune(self.retention, order.best_step)
-        except StoreError as error:  # the commit stands; what is left over goes after the next one
-            log.warning("could not delete old checkpoints: %s", error)
-        return directory, manifest.bytes
+            yield
+        except Exception as error:
+            if self.writers.is_first:
+                raise
+            rank, is_ours = self.writers.rank, isinstance(error, HarnessError)
+            problem = str(error) if is_ours else f"{type(error).__name__}: {error}"
+            log.error("save of step %s: the share of rank %s FAILED: %s", order.step, rank, problem)  # noqa: TRY400
+            with contextlib.suppress(StoreError):  # then it is the silence that tells
+                is_of_storage = isinstance(error, StoreError)
+                receipt = Receipt(rank, problem=problem, is_of_storage=is_of_storage)
+                commit.put_receipt(self.catalog.store, order.directory, receipt)
+            if not is_ours:
+                raise
 
     def _committed(
-        self, step: int, write: Callable[[], tuple[str, int]], *, must_succeed: bool = False
+        self, step: int, write: Callable[[], tuple[str, int] | None], *, must_succeed: bool = False
     ) -> tuple[str, int] | None:
-        """What ``_commit`` says; None when it failed, which is told of and counted, and training may go on."""
+        """What ``_write`` says; None when it failed, which is told of and counted, and training may go on."""
         try:
             committed = write()
         except StoreError as error:
@@ -217,19 +285,21 @@ class Saver:
         return committed
 
 
-class _Writing(Background[tuple[str, int]]):
+class _Writing(Background[tuple[str, int] | None]):
     """A save that is under way; its result is that of ``write``."""
 
-    def __init__(self, snapshot: Snapshot | None, write: Callable[[], tuple[str, int]], step: int, began: float) -> None:
-        self.step = step
+    def __init__(
+        self, snapshot: Snapshot | None, write: Callable[[], tuple[str, int] | None], order: _Order, began: float
+    ) -> None:
+        self.order = order
+        self.began = began
         self.blocked_seconds = 0.0
         self.seconds = 0.0
-        self._began = began
         self._snapshot = snapshot
         self._write = write
         super().__init__(self._work, "harness-saver")
 
-    def _work(self) -> tuple[str, int]:
+    def _work(self) -> tuple[str, int] | None:
         with contextlib.suppress(OSError, AttributeError):  # Linux has a niceness for each thread; its children inherit it
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         try:
@@ -237,7 +307,7 @@ class _Writing(Background[tuple[str, int]]):
                 self._snapshot.drain()
             return self._write()
         finally:
-            self.seconds = time.monotonic() - self._began
+            self.seconds = time.monotonic() - self.began
 
     def fence(self) -> None:
         if self._snapshot is not None:

@@ -82,6 +82,16 @@ def raw_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
             yield from raw_bytes(piece if rows > 1 else piece[0])
 
 
+def is_flat(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's memory has its bytes in row-major order, and nothing else."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a flat tensor, seen as bytes."""
+    return tensor.detach().view(-1).view(torch.uint8)
+
+
 def _join(path: tuple[str, ...]) -> str:
     return "/".join(key.replace("~", "~0").replace("/", "~1") for key in path)
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Self
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
-from harness.checkpoint.format import HEADER_LIMIT_BYTES, MANIFEST_LIMIT_BYTES, decode_header
+from harness.checkpoint.format import HEADER_LIMIT_BYTES, MANIFEST, MANIFEST_LIMIT_BYTES, decode_header
 from harness.checkpoint.store import open_store
 from harness.errors import ConfigError, Corrupt, HarnessError, Mismatch, StoreError, Unsupported
 
@@ -197,6 +197,8 @@ def read_directory(place: Place) -> tuple[Any, str]:
     indexes = [name for name in names if name.endswith(".safetensors.index.json")]
     single = [name for name in names if name.endswith(".safetensors")]
     name = next((found[0] for found in (known[:1], indexes, single) if len(found) == 1), None)
+    if not known and MANIFEST in names:  # another part's index may be there
+        raise Mismatch(f"{place.url}: a checkpoint whose model other programs cannot read as it lies; name the run's URL")
     if name is None:
         found = ", ".join(names[:5]) + (", …" if len(names) > 5 else "") if names else "no files, only directories"
         raise Mismatch(

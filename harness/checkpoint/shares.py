@@ -1,0 +1,234 @@
+"""Who writes what: a state divided among the ranks that write it together, and into shards.
+
+Only what is the same on all ranks, bit for bit, may be divided, and only the caller knows what is. The rest, all JSON
+included, is the first writer's. Each writer computes the whole plan from names, dtypes and shapes, and asks nobody.
+
+A tensor of more than a block (see ``harness.checkpoint.format``) can be cut between its blocks. It is where one writer's
+share ends within it, and where it would be larger than a shard.
+"""
+
+import functools
+import heapq
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from harness.checkpoint import format as layout
+from harness.checkpoint import tree
+from harness.checkpoint.format import (
+    Blocks,
+    Receipt,
+    Slices,
+    TensorInfo,
+    checksum,
+    piece_name,
+    plan_shards,
+    shard_name,
+)
+from harness.checkpoint.tree import Encoded
+
+IsSteady = Callable[[torch.Tensor], bool]
+Found = Mapping[str, Mapping[str, Blocks]]  # the checksums of what lies in shards, by part and name
+
+
+def nothing_is_steady(_tensor: torch.Tensor) -> bool:
+    """Nobody vouches for any tensor."""
+    return False
+
+
+@dataclass(frozen=True)
+class Writers:
+    """The ranks that write a checkpoint together, and the one that this is. The first of them commits; it waits for the
+    others no longer than ``patience_seconds`` from the beginning of a save."""
+
+    ranks: tuple[int, ...] = (0,)
+    rank: int = 0
+    patience_seconds: float = 600
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == self.ranks[0]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor, or a range of its raw bytes, as it lies in one shard."""
+
+    part: str
+    tensor: TensorInfo
+    start: int
+    stop: int
+    can_be_cut: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    @functools.cached_property
+    def stored(self) -> TensorInfo:
+        """What the shard has."""
+        if self.nbytes == self.tensor.nbytes:
+            return self.tensor
+        return TensorInfo(piece_name(self.tensor.path, self.start), "uint8", (self.nbytes,))
+
+    def cut(self, size_bytes: int) -> list["Piece"]:
+        """The piece in pieces of at most such a size."""
+        starts = range(self.start, self.stop, size_bytes)
+        return [replace(self, start=start, stop=min(start + size_bytes, self.stop)) for start in starts]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file: its name, its part, and the tensors in it."""
+
+    name: str
+    part: str
+    tensors: list[TensorInfo]
+
+
+def divide(pieces: Iterable[Piece], count: int) -> list[list[Piece]]:
+    """So many shares of about as many bytes.
+
+    The large tensors, laid end to end, are cut between blocks into stretches of the same length, so that few are cut at all;
+    the others go, the largest first, to whoever has the least.
+    """
+    order = sorted(pieces, key=lambda piece: (-piece.nbytes, piece.part, piece.tensor.path))
+    shares: list[list[Piece]] = [[] for _ in range(count)]
+    large = [piece for piece in order if piece.can_be_cut]
+    total, done = sum(piece.nbytes for piece in large), 0
+    for piece in large:
+        for block in piece.cut(layout.BLOCK_BYTES):
+            share = shares[(2 * done + block.nbytes) * count // (2 * total)]  # where the middle of the block is
+            if share and share[-1].tensor is block.tensor:
+                share[-1] = replace(share[-1], stop=block.stop)
+            else:
+                share.append(block)
+            done += block.nbytes
+    least = [(sum(piece.nbytes for piece in share), index) for index, share in enumerate(shares)]
+    heapq.heapify(least)
+    for piece in order:
+        if not piece.can_be_cut:
+            size, index = least[0]
+            shares[index].append(piece)
+            heapq.heapreplace(least, (size + piece.nbytes, index))
+    return shares
+
+
+class Plan:
+    """What each writer puts into which shards.
+
+    It is the same on all of them as far as it concerns what may be divided: that for which ``is_steady``. What else there
+    is, only the first of them knows.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, Encoded],
+        shard_bytes: int,
+        writers: Writers | None = None,
+        is_steady: IsSteady = nothing_is_steady,
+    ) -> None:
+        self.writers = writers or Writers()
+        self.tensors = {name: [tree.info(*pair) for pair in part.tensors.items()] for name, part in parts.items()}
+        self._shard_bytes = shard_bytes
+        ranks = self.writers.ranks
+        several = len(ranks) > 1
+        undivided: list[Piece] = []
+        divided: list[Piece] = []
+        for name, infos in self.tensors.items():
+            for info, tensor in zip(infos, parts[name].tensors.values(), strict=True):
+                can_be_cut = info.nbytes > layout.BLOCK_BYTES and tree.is_flat(tensor)
+                may_be_divided = several and is_steady(tensor)
+                (divided if may_be_divided else undivided).append(Piece(name, info, 0, info.nbytes, can_be_cut))
+        shares = [self._fitting(share) for share in divide(divided, len(ranks))]
+        self._shared_parts = {piece.part for piece in divided}
+        self._agreed = dict(zip(ranks, shares, strict=True))
+        self.pieces = {**self._agreed, ranks[0]: [*self._fitting(undivided), *shares[0]]}
+
+    def _fitting(self, pieces: Iterable[Piece]) -> list[Piece]:
+        """The same, and none that can be cut is larger than a shard."""
+        limit = max(self._shard_bytes // layout.BLOCK_BYTES, 1) * layout.BLOCK_BYTES
+        whole = max(self._shard_bytes, layout.BLOCK_BYTES)
+        return [
+            fitting
+            for piece in pieces
+            for fitting in (piece.cut(limit) if piece.can_be_cut and piece.nbytes > whole else [piece])
+        ]
+
+    @functools.cached_property
+    def shards(self) -> dict[int, list[Shard]]:
+        """The shards of each writer."""
+        return {rank: self._shards_of(rank) for rank in self.pieces}
+
+    def _shards_of(self, rank: int) -> list[Shard]:
+        stored: dict[str, list[TensorInfo]] = {name: [] for name in self.tensors}
+        for piece in self.pieces[rank]:
+            stored[piece.part].append(piece.stored)
+        shards = []
+        for name, tensors in stored.items():
+            found = plan_shards(tensors, self._shard_bytes)
+            suffix = rank if name in self._shared_parts else None
+            shards += [Shard(shard_name(name, index, len(found), suffix), name, each) for index, each in enumerate(found)]
+        return shards
+
+    @functools.cached_property
+    def checksum(self) -> str:
+        """What the writers must agree on, in a word."""
+        lines = [
+            f"{rank} {piece.part} {piece.tensor} {piece.start} {piece.stop}\n"
+            for rank, pieces in self._agreed.items()
+            for piece in pieces
+        ]
+        return checksum("".join([*lines, f"{self._shard_bytes}"]).encode())
+
+    def fits(self, receipt: Receipt) -> bool:
+        """Whether a writer has followed this plan."""
+        shards = self.shards[receipt.rank]
+        expected = {(shard.part, info.path) for shard in shards for info in shard.tensors}
+        found = {(part, path) for part, blocks in receipt.blocks.items() for path in blocks}
+        names = [file.name for file in receipt.files]
+        return receipt.plan == self.checksum and names == [shard.name for shard in shards] and found == expected
+
+    def own(
+        self, parts: Mapping[str, Encoded], is_steady: IsSteady = nothing_is_steady
+    ) -> tuple[dict[str, Encoded], IsSteady]:
+        """What this rank writes of the parts, by the names that it has in the shards, and what of that is steady."""
+        tensors: dict[str, dict[str, torch.Tensor]] = {name: {} for name in parts}
+        cut_places = set()
+        for piece in self.pieces[self.writers.rank]:
+            tensor = parts[piece.part].tensors[piece.tensor.path]
+            if piece.stored is not piece.tensor:
+                whole, tensor = tensor, tree.flat_bytes(tensor)[piece.start : piece.stop]
+                if is_steady(whole):
+                    cut_places.add(tensor.data_ptr())
+            tensors[piece.part][piece.stored.path] = tensor
+        own = {name: replace(part, tensors=tensors[name]) for name, part in parts.items()}
+        return own, lambda tensor: is_steady(tensor) or tensor.data_ptr() in cut_places
+
+    # --- when all is written ---
+
+    @functools.cached_property
+    def _by_tensor(self) -> dict[tuple[str, str], list[Piece]]:
+        """The pieces of each tensor, in order."""
+        found: dict[tuple[str, str], list[Piece]] = {}
+        for pieces in self.pieces.values():
+            for piece in pieces:
+                found.setdefault((piece.part, piece.tensor.path), []).append(piece)
+        return {key: sorted(pieces, key=lambda piece: piece.start) for key, pieces in found.items()}
+
+    def blocks(self, found: Found) -> dict[str, dict[str, Blocks]]:
+        """The checksums of the whole tensors' blocks, by part and path, from those of what was written."""
+        whole: dict[str, dict[str, Blocks]] = {name: {} for name in self.tensors}
+        for (part, path), pieces in self._by_tensor.items():
+            each = [found[part][piece.stored.path] for piece in pieces]
+            whole[part][path] = each[0] if len(each) == 1 else tuple(block for blocks in each for block in blocks)
+        return whole
+
+    def slices(self, part: str) -> dict[str, Slices]:
+        """Where the pieces of the tensors are that lie in several."""
+        return {
+            path: Slices(pieces[0].tensor.dtype, list(pieces[0].tensor.shape), [piece.start for piece in pieces])
+            for (name, path), pieces in self._by_tensor.items()
+            if name == part and len(pieces) > 1
+        }
