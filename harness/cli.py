@@ -10,12 +10,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 import harness
 from harness import outcome
+from harness.console import Console
 from harness.environment import is_first_of_node, is_under_torchrun, rank, restarts
 from harness.errors import Corrupt, HarnessError, NoCheckpoint, RankFailure, Stopped
 from harness.outcome import Outcome
@@ -38,7 +40,7 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Runs the command line. What a user did wrong gets one line; what we did wrong, a traceback."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(level=logging.INFO, handlers=[Console()])
     try:
         cli.main(standalone_mode=False)
     except HarnessError as error:
@@ -344,6 +346,30 @@ def export(url: str, out: str, storage_options: tuple[str, ...], as_json: bool, 
         return
     for name, size_bytes in written.items():
         click.echo(f"{name}  {size_bytes / 1e6:.1f} MB  (step {entry.step})")
+
+
+@cli.command()
+@_reads_run
+@click.argument("out", required=False, metavar="[OUT.html]")
+@click.option("--metrics", is_flag=True, help="Print what was logged of each step instead, once, as JSON lines.")
+def report(url: str, out: str | None, storage_options: tuple[str, ...], as_json: bool, metrics: bool) -> None:
+    """Say what became of a run: goodput, deaths, recoveries, saves, fallbacks, stragglers.
+
+    In short on the terminal; OUT.html is a page with the loss curve and a time line, which needs no network.
+    """
+    from harness import journal  # noqa: PLC0415  # see the module's docstring
+    from harness.report import numbers, page, words  # noqa: PLC0415
+
+    catalog = _open_catalog(url, storage_options)
+    records = journal.read(catalog.store)
+    if metrics:
+        for record in journal.merged(records):
+            click.echo(json.dumps(record))
+        return
+    found = numbers.read(catalog, records, time.time())
+    if out is not None:
+        Path(out).write_text(page.page(found, records), encoding="utf-8")
+    click.echo(json.dumps(found.as_json(), indent=1) if as_json else words.short(found))
 
 
 @cli.command(name="import")

@@ -136,6 +136,21 @@ class LogConfig(_Section):
     """A line after so many epochs."""
     jsonl: str | None = None
     """A local file to which rank 0 appends the same records as JSON lines."""
+    format: Literal["text", "json"] = "text"
+    """``text``: lines for people, and on a terminal one live line; ``json``: each line of the console as JSON, with rank,
+    host, attempt and step."""
+
+
+class MetricsConfig(_Section):
+    """Where what is told of the progress is kept, and who else gets it."""
+
+    every_seconds: float | None = Field(default=10, gt=0)
+    """Put what was told beside the checkpoints after so many seconds (in a long attempt, after 1 % of its age), and with
+    each save. None: keep nothing there, and have no report."""
+    tensorboard: bool | str = False
+    """Write curves for TensorBoard into this directory, or (``true``) into ``tensorboard`` below a local checkpoint.url."""
+    prometheus: str | None = Field(default=None, min_length=1)
+    """Write the newest numbers into this file (``….prom``), for node_exporter's textfile collector."""
 
 
 class NonFiniteConfig(_Section):
@@ -212,6 +227,7 @@ class RunConfig(_Section):
 
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    metrics: MetricsConfig = MetricsConfig()
     world: WorldConfig = WorldConfig()
     crash_loop: CrashLoopConfig = CrashLoopConfig()
     watchdog: WatchdogConfig = WatchdogConfig()

@@ -42,9 +42,9 @@ def is_looping(catalog: Catalog, same_failures: int) -> bool:
 
     To be asked before this attempt claims its own number.
     """
-    names = catalog.store.list("attempts")
     newest = sorted(catalog.attempts(), reverse=True)[: same_failures + 1]
-    died = [_crashes(catalog, names, attempt) for attempt in newest]
+    known = read(catalog, newest)
+    died = [known.get(attempt, []) for attempt in newest]
     if not died or not died[0]:
         return False
     last = died[0][0]
@@ -60,6 +60,12 @@ def is_looping(catalog: Catalog, same_failures: int) -> bool:
             f"with crash_loop.same_failures={alike + 1}"
         )
     return alike == same_failures
+
+
+def read(catalog: Catalog, attempts: Sequence[Attempt]) -> dict[Attempt, list[Crash]]:
+    """What attempts died of, where they have left a record of it."""
+    names = catalog.store.list("attempts")
+    return {attempt: found for attempt in attempts if (found := _crashes(catalog, names, attempt))}
 
 
 def _crashes(catalog: Catalog, names: Sequence[str] | dict[str, int], attempt: Attempt) -> list[Crash]:

@@ -2,8 +2,11 @@
 
 import math
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
+
+_was_asked = False  # when this process began
 
 
 def is_under_torchrun() -> bool:
@@ -44,6 +47,22 @@ def max_restarts() -> int | None:
 def restarts() -> int:
     """How often torchrun has started this process's rank anew in this launch, as this machine counts."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def began() -> float:
+    """When this process was started, or for the first of a launch its torchrun: seconds since the epoch. Now, where the
+    system does not say, and when it is asked again: what begins then is not the first that the process does."""
+    global _was_asked  # noqa: PLW0603  # a process begins once
+    if _was_asked:
+        return time.time()
+    _was_asked = True
+    is_first = is_under_torchrun() and restarts() == 0
+    try:
+        ticks = Path(f"/proc/{os.getppid() if is_first else os.getpid()}/stat").read_text().rpartition(")")[2].split()[19]
+        age_seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, IndexError, ValueError):  # not Linux
+        age_seconds = 0.0
+    return time.time() - age_seconds
 
 
 def nodes() -> int:

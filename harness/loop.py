@@ -47,15 +47,15 @@ def train(config: Config, task: Task, world: World, stop: StopRequest, *, fresh:
         stop=stop,
         fresh=fresh,
     )
-    try:
-        with contextlib.closing(run):
+    with contextlib.closing(run):
+        try:
             for _ in run.steps(trainer.total_steps):
                 trainer.advance(run)
                 trainer.evaluate_if_due(run)
                 run.step(loss=trainer.mean_loss())
-    except Exception as error:
-        run.remember_crash(error)
-        raise
+        except Exception as error:
+            run.remember_crash(error)
+            raise
     progress, loader = run.state.progress, trainer.loader
     return Trained(progress.step, loader.cursor, progress.last, progress.best, loader.gaps)
 

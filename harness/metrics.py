@@ -1,4 +1,5 @@
-"""What a run tells about itself: one console line and, where asked for, one JSON line per event. Rank 0 only."""
+"""What a run tells about itself: each event one line on the console and one record for everything that keeps or draws it.
+Rank 0 only."""
 
 import json
 import logging
@@ -7,34 +8,115 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from harness.config import LogConfig
+from harness import console
+from harness.checkpoint.store import open_store
+from harness.config import RunConfig
+from harness.console import LiveLine, here
+from harness.dashboards import Prometheus, TensorBoard
 from harness.errors import ConfigError
+from harness.journal import Journal
 
 log = logging.getLogger("harness")
 
 
 class Reporter:
-    """Writes events. On other ranks than 0 it is made with ``active=False`` and writes nothing."""
+    """Writes the events of one attempt. On other ranks than 0 it is made with ``active=False`` and writes nothing.
 
-    def __init__(self, config: LogConfig, *, active: bool, attempt: str = "") -> None:
+    Where a place that is to keep them cannot, training goes on; that is told of once.
+    """
+
+    def __init__(self, config: RunConfig, *, active: bool, attempt: str = "") -> None:
+        here.attempt = attempt
+        console.speak(config.log.format)
         self._active = active
         self._attempt = attempt
-        self._jsonl = config.jsonl if active else None
-        if self._jsonl is not None:
-            try:
-                open(self._jsonl, "a", encoding="utf-8").close()
-            except OSError as error:
-                raise ConfigError(f"log.jsonl: cannot append to {config.jsonl}: {error.strerror}") from None
+        self._live: LiveLine | None = None
+        self._sinks: list[Any] = []
+        self._failed: set[Any] = set()
+        self._journal: Journal | None = None
+        if not active:
+            return
+        url, metrics = config.checkpoint.url, config.metrics
+        if config.log.jsonl is not None:
+            self._sinks.append(_JsonLines(config.log.jsonl))
+        if metrics.tensorboard:
+            self._sinks.append(TensorBoard(_directory(metrics.tensorboard, url)))
+        if metrics.prometheus is not None:
+            self._sinks.append(Prometheus(metrics.prometheus))
+        if url is not None and attempt and metrics.every_seconds is not None:
+            # Two short tries: a save waits for it, and the lines that it does not take are put later.
+            store = open_store(url, config.checkpoint.storage_options, attempts=2, deadline_seconds=5)
+            self._journal = Journal(store, attempt, metrics.every_seconds)
+            self._sinks.append(self._journal)
 
     def event(self, name: str, message: str, **values: Any) -> None:
-        """Tells of one event: ``message`` to the console, the values to the JSON lines."""
+        """Tells of one event: ``message`` to the console (none where it is empty), the values to all others."""
         if not self._active:
             return
-        log.info(message)
-        if self._jsonl is not None:
-            record = {"event": name, "time": time.time(), "attempt": self._attempt, **as_json(values)}
-            with open(self._jsonl, "a", encoding="utf-8") as file:  # closed each time: a line survives the process
-                file.write(json.dumps(record, allow_nan=False) + "\n")
+        record = {"event": name, "time": time.time(), "attempt": self._attempt, **as_json(values)}
+        if message and not (self._live and name in self._live.shows):
+            log.info(message, extra={"values": record})
+        for sink in self._sinks:
+            try:
+                sink.write(record)
+            except Exception as error:  # whatever it is: what draws a training does not end it
+                if sink not in self._failed:
+                    log.warning("%s: %s", type(sink).__name__.strip("_"), error)
+                self._failed.add(sink)
+
+    def reached(self, step: int, epoch: int) -> None:
+        """Takes note of a step boundary."""
+        here.step = step
+        if self._journal is not None:
+            self._journal.reached(step)
+        if self._live is not None:
+            self._live.reached(step, epoch)
+
+    def show(self, step: int, total: int | None) -> None:
+        """Begins the live line, where there is a terminal."""
+        if self._active and self._live is None and console.is_on_terminal():
+            self._live = LiveLine(step, total)
+            self._sinks.append(self._live)
+
+    def flush(self) -> None:
+        """Puts what was told until now beside the checkpoints."""
+        if self._journal is not None:
+            self._journal.flush()
+
+    def close(self) -> None:
+        """Ends what keeps and draws, when everything has been told."""
+        sinks, self._sinks, self._live = self._sinks, [], None
+        for sink in reversed(sinks):  # the live line first: others may have to say something
+            sink.close()
+
+
+class _JsonLines:
+    """A local file to which a line is appended for each event."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        try:
+            open(path, "a", encoding="utf-8").close()
+        except OSError as error:
+            raise ConfigError(f"log.jsonl: cannot append to {path}: {error.strerror}") from None
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        with open(self._path, "a", encoding="utf-8") as file:  # closed each time: a line survives the process
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _directory(wanted: bool | str, url: str | None) -> str:
+    """Where TensorBoard's files go."""
+    if isinstance(wanted, str):
+        return wanted
+    if url is None or "://" in url:
+        raise ConfigError(
+            f"metrics.tensorboard: expected a directory where checkpoint.url is not a local path, found {wanted}"
+        )
+    return f"{url}/tensorboard"
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:

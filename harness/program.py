@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from harness import outcome
+from harness.console import Console
 from harness.environment import is_first_of_node, is_under_torchrun, rank
 from harness.errors import HarnessError, RankFailure, Stopped
 from harness.signals import StopRequest, die_with_parent, ignore_stop_signals
@@ -77,9 +78,7 @@ def _take_charge(grace_seconds: float) -> None:
         die_with_parent()
     outcome.forget()
     if not logging.getLogger().handlers and not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-        log.addHandler(handler)
+        log.addHandler(Console())
         others = logging.WARNING if is_first_of_node() else logging.ERROR  # a machine's own troubles are told once
         log.setLevel(logging.INFO if rank() == 0 else others)
 

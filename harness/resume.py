@@ -40,6 +40,7 @@ class Resumed:
     lineage: list[Ancestor]
     random: Mapping[str, Any] | None  # this rank's random state, to be restored last; None where there is none for it
     save_seconds: float | None  # what a save took then, where that is known
+    passed_over: Mapping[str, str]  # newer checkpoints that it does not go on from, and why
 
 
 def resume(
@@ -58,8 +59,10 @@ def resume(
     """
     entries: list[Entry] = on_first(world, catalog.candidates)
     whole = [entry for entry in entries if entry.state == "whole"]
+    passed_over: dict[str, str] = {}
     if pass_over_newest and len(whole) > 1:
-        log.error("NOT resuming from %s: the attempts before this one all failed in the same way", whole[0].directory)
+        passed_over[whole[0].directory] = why = "the attempts before this one all failed in the same way"
+        log.error("NOT resuming from %s: %s", whole[0].directory, why)
         entries.remove(whole[0])
     shared = world.size > 1 and (how == "shared" or (how == "auto" and not catalog.store.is_local))
     storage_failed = False
@@ -67,7 +70,8 @@ def resume(
         parts, problems, was_storage = _read_together(world, catalog, entry, shared=shared)
         if problems:
             storage_failed = storage_failed or was_storage
-            log.error("NOT resuming from %s: %s", entry.directory, "; ".join(problems))
+            passed_over[entry.directory] = why = "; ".join(problems)
+            log.error("NOT resuming from %s: %s", entry.directory, why)
             continue
         assert parts is not None, "no rank reported a problem"
         assert entry.manifest is not None
@@ -79,7 +83,8 @@ def resume(
         # With other ranks the random streams start anew, from the seed and the rank.
         random = parts[RANDOM].get(str(world.rank)) if meta.get("world_size") == world.size else None
         ancestor = Ancestor(entry.manifest.attempt, entry.step)
-        return Resumed(entry.directory, entry.step, [*entry.manifest.lineage, ancestor], random, save_seconds(meta))
+        lineage = [*entry.manifest.lineage, ancestor]
+        return Resumed(entry.directory, entry.step, lineage, random, save_seconds(meta), passed_over)
     if storage_failed:  # what cannot be read today is not damaged
         raise StoreError(f"{catalog.store.url}: no checkpoint could be read: {'; '.join(problems)}", transient=True)
     if entries:

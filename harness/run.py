@@ -28,7 +28,7 @@ from harness.checkpoint.store import open_store
 from harness.config import RunConfig, run_config
 from harness.crashes import Crash
 from harness.data import Loader
-from harness.environment import is_first_of_node, launch_id, rank, shutdown_grace_seconds
+from harness.environment import began, is_first_of_node, launch_id, rank, shutdown_grace_seconds
 from harness.errors import ConfigError, HarnessError, NoCheckpoint, Stopped, StoreError
 from harness.metrics import Reporter, as_json, in_words
 from harness.notices import Watcher
@@ -112,7 +112,7 @@ class Run:
         with _watching(self.config):
             self._open(fresh=fresh)
         if stop is None:
-            atexit.register(self.close)
+            atexit.register(self._leave_program)
 
     # --- what the loop asks ------------------------------------------------------------------------------------------
 
@@ -162,6 +162,7 @@ class Run:
         if (notice := self._watcher.poll()) is not None and notice.kind == "stop":
             self.stop.ask(notice.text)
         stopping, save_is_due = self._agreement.exchange(bool(self.stop), self._seconds_are_over())
+        self._reporter.reached(self.global_step, self.epoch)
         self._log_if_due()
         self._save_if_due(now=bool(stopping or save_is_due or self._is_new_best()), must_succeed=bool(stopping))
         if self._boundaries == 1:
@@ -212,6 +213,8 @@ class Run:
             raise NoCheckpoint(f"{self.config.checkpoint.url}: there is no checkpoint yet to go back to")
         self._boundaries += 1  # the step is over, in its way
         resume.on_first(self.world, lambda: self._saver.step_aside() if self._saver else None)
+        self.tell("rollback", "", step=self.global_step)
+        self._reporter.close()
         self._begin_attempt()
         self._begin_here()
 
@@ -221,6 +224,11 @@ class Run:
             self.loader.close()
         if self._saver is not None:
             self._tell_of(self._saver.give_up_after(self.config.stop.grace_seconds))
+        self._reporter.close()
+
+    def _leave_program(self) -> None:
+        self.close()
+        self.world.let_go()
 
     # --- an attempt --------------------------------------------------------------------------------------------------
 
@@ -228,8 +236,8 @@ class Run:
         """Begins the run's next attempt, or its first."""
         checkpoint, world = self.config.checkpoint, self.world
         if checkpoint.url is None:
-            self._reporter = Reporter(self.config.log, active=world.rank == 0)
-            self.tell("start", "no checkpoint.url: this run is not saved")
+            self._reporter = Reporter(self.config, active=world.rank == 0)
+            self.tell("start", "no checkpoint.url: this run is not saved", step=self.global_step)
             self._start_anew()
             self._check_lockstep()
             return
@@ -242,9 +250,10 @@ class Run:
     def _begin_attempt(self, *, pass_over_newest: bool = False) -> None:
         """Claims an attempt, resumes, and makes sure that all ranks hold the same."""
         checkpoint, world, catalog = self.config.checkpoint, self.world, self._catalog
-        about = {"launch": launch_id(), "world_size": world.size, "host": platform.node(), "pid": os.getpid()}
+        about: dict[str, Any] = {"launch": launch_id(), "world_size": world.size, "host": platform.node()}
+        about |= {"pid": os.getpid(), "began": began()}
         attempt = resume.on_first(world, lambda: catalog.claim_attempt(about))
-        self._reporter = Reporter(self.config.log, active=world.rank == 0, attempt=attempt.id)
+        self._reporter = Reporter(self.config, active=world.rank == 0, attempt=attempt.id)
         self._record_crash = functools.partial(crashes.record, catalog, attempt)
         resumed = resume.resume(world, catalog, self.state, how=checkpoint.restore, pass_over_newest=pass_over_newest)
         if resumed is None:
@@ -265,7 +274,11 @@ class Run:
                 failures_allowed=checkpoint.failures_allowed,
                 memory=self._host_memory,
                 memory_limit_bytes=checkpoint.memory_limit_bytes,
+                before_commit=self._reporter.flush,
+                on_failure=lambda step, error: self.tell("save_failed", "", step=step, error=error),
             )
+        for directory, why in resumed.passed_over.items() if resumed else ():
+            self.tell("fallback", "", directory=directory, why=why)  # which was logged when it was found
         where = f"resuming from {resumed.directory}" if resumed else f"starting in {catalog.store.url}"
         what = f"{world.size} x {world.device.type} ({world.backend}), step {self.global_step}"
         self.tell(
@@ -273,6 +286,7 @@ class Run:
             f"attempt {attempt.number}: {where}, {what}",
             step=self.global_step,
             directory=resumed.directory if resumed else None,
+            lineage=[(ancestor.attempt, ancestor.until_step) for ancestor in resumed.lineage] if resumed else [],
             world_size=world.size,
         )
         if world.rank == 0 and resumed is not None:
@@ -313,6 +327,8 @@ class Run:
         )
         self._last_saved_time = self._last_logged_time = time.monotonic()
         self._last_logged_step = self.global_step
+        by_epochs = self.total_epochs * len(self.loader) if self.total_epochs and self.loader else None
+        self._reporter.show(self.global_step, self.total_steps or by_epochs)
         if self._random is not None:
             restore_random_state(self._random, self.world.device)
             self._random = None
@@ -343,7 +359,9 @@ class Run:
         assert self._agreement is not None
         self._agreement.finish()
         saved = "which is saved" if self.config.checkpoint.url else "and nothing is saved: there is no checkpoint.url"
-        stopped = Stopped(f"asked to stop ({self.stop.reason or 'on another rank'}) at step {self.global_step}, {saved}")
+        reason = self.stop.reason or "on another rank"
+        stopped = Stopped(f"asked to stop ({reason}) at step {self.global_step}, {saved}")
+        self.tell("stop", "", step=self.global_step, reason=reason)  # how the program ends is logged when it does
         if self._ends_program:
             self.close()
             sys.exit(program.record_stop(stopped))
@@ -357,11 +375,13 @@ class Run:
 
     def remember_crash(self, error: BaseException) -> None:
         """Leaves a record of an error in the training code, or in a sample, for the attempts to come."""
+        what = f"{type(error).__name__}: {error}".partition("\n")[0]
+        if not isinstance(error, Stopped) and hasattr(self, "_reporter"):
+            self.tell("error", "", step=self.global_step, error=what)
         is_theirs = isinstance(error, Exception) and not isinstance(error, HarnessError) and not has_lost_a_peer(error)
         if not is_theirs or getattr(self, "_record_crash", None) is None:
             return
         samples = self.loader.samples() if self.loader else []
-        what = f"{type(error).__name__}: {error}".partition("\n")[0]
         with contextlib.suppress(StoreError):  # the error that is under way matters more
             self._record_crash(Crash(self.global_step + 1, what, self.world.rank, samples))  # type: ignore[misc]
 
@@ -474,6 +494,7 @@ class Run:
         best = int(progress.best["step"]) if checkpoint.keep_best and progress.best else None
         about: dict[str, Any] = {"step": progress.step, "meta": self._meta(), "best_step": best, "directory": directory}
         about["is_steady"] = self.state.is_steady()
+        self.tell("saving", "", step=progress.step)
         if must_succeed or checkpoint.mode == "sync":
             self._tell_of(saver.save(parts, **about, must_succeed=must_succeed))
         else:

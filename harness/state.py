@@ -274,11 +274,10 @@ class _DataLoader(_Part):
             live.sampler.generator = live.generator
 
     def capture(self) -> dict[str, Any]:
-        return {"state": self.live.state_dict(), "generator": self.live.generator.get_state()}
+        return {"state": self.live.state_dict()}
 
     def restore(self, saved: Mapping[str, Any], _training: Mapping[str, Any]) -> None:
         self.live.load_state_dict(saved["state"])
-        self.live.generator.set_state(saved["generator"])
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

@@ -60,6 +60,10 @@ class World(Protocol):
     def close(self) -> None:
         """Waits for all ranks and takes the groups down."""
 
+    def let_go(self) -> None:
+        """Lets go of the groups, before Python ends. Their threads end here, then: one that ends while Python does, and has
+        a tensor to give back still, would take the process down with it."""
+
 
 class PendingMax(Protocol):
     """A maximum on its way."""
@@ -105,6 +109,9 @@ class SoloWorld:
     def close(self) -> None:
         pass
 
+    def let_go(self) -> None:
+        pass
+
 
 @dataclass(frozen=True)
 class _Known:
@@ -132,7 +139,7 @@ class TorchrunWorld:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.device = device
         self.backend = str(dist.get_backend())
-        self._control = dist.new_group(backend="gloo", timeout=timeout)
+        self._control: dist.ProcessGroup | None = dist.new_group(backend="gloo", timeout=timeout)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         if self.size == 1 or not any(parameter.requires_grad for parameter in model.parameters()):
@@ -180,6 +187,10 @@ class TorchrunWorld:
         # finished its last save.
         dist.barrier(group=self._control)
         dist.destroy_process_group()
+        self.let_go()
+
+    def let_go(self) -> None:
+        self._control = None
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ README = REPOSITORY / "README.md"
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 PAGES = {page.name: page.read_text() for page in (README, *DOCS)}
 EVERYTHING = "\n".join(PAGES.values())
-PACKAGES = ("tasks", "interchange", "doctor")  # of several small modules each, with one row on the map
+PACKAGES = ("tasks", "interchange", "doctor", "report")  # of several small modules each, with one row on the map
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -98,13 +98,13 @@ def test_a_run_looks_as_the_readme_says(ring):
     """The README's listing has the files of a run, and names directories as they are named."""
     listing = next(block for block in blocks("README.md", "") if block.startswith("$ ls -R"))
     places = {place.splitlines()[0]: place.splitlines()[1:] for place in listing.split("\n\n") if ":" in place}
-    saves = [path for path in (ring / "runs/ring").iterdir() if path.name != "attempts"]
+    saves = [path for path in (ring / "runs/ring").iterdir() if path.name not in ("attempts", "metrics")]
     assert saves
     step = next(names for place, names in places.items() if place.startswith("step-"))
     for save in saves:
         assert sorted(path.name for path in save.iterdir()) == step
     for name in [*places, *(save.name for save in saves)]:
-        assert re.fullmatch(r"\$ ls -R .*|attempts:?|step-\d{12}-\d{6}-[0-9a-f]{8}-[0-9a-f]{8}:?", name)
+        assert re.fullmatch(r"\$ ls -R .*|(attempts|metrics):?|step-\d{12}-\d{6}-[0-9a-f]{8}-[0-9a-f]{8}:?", name)
 
 
 def test_other_programs_read_a_model(ring, monkeypatch):

@@ -258,7 +258,7 @@ def test_nothing_is_left_and_nothing_touched(write, kept_path):
     code, found = examined(write(), f"checkpoint.url={url}")
     assert (code, one(found, "run").found) == (0, "the newest whole one is of step 2")
     assert state() == before
-    assert {path.name[:5] for path in url.iterdir()} == {"attem", "step-"}
+    assert {path.name[:5] for path in url.iterdir()} == {"attem", "metri", "step-"}
 
 
 def test_an_interrupted_doctor_says_so_and_leaves_nothing(tmp_path):

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from harness.config import LogConfig
+from harness.config import LogConfig, RunConfig
 from harness.errors import ConfigError
 from harness.metrics import Reporter, in_words
 
@@ -16,7 +16,7 @@ def told(tmp_path):
     path = tmp_path / "log.jsonl"
 
     def reporter(**options) -> Reporter:
-        return Reporter(LogConfig(jsonl=str(path)), **{"active": True, **options})
+        return Reporter(RunConfig(log=LogConfig(jsonl=str(path))), **{"active": True, **options})
 
     def read() -> list[dict]:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -65,7 +65,7 @@ def test_other_ranks_say_nothing(told, caplog):
 def test_the_file_is_optional(tmp_path, caplog):
     """Without ``log.jsonl`` there is the console."""
     with caplog.at_level(logging.INFO):
-        Reporter(LogConfig(), active=True).event("train", "hello")
+        Reporter(RunConfig(), active=True).event("train", "hello")
     assert caplog.messages == ["hello"]
     assert list(tmp_path.iterdir()) == []
 
@@ -73,7 +73,7 @@ def test_the_file_is_optional(tmp_path, caplog):
 def test_a_file_that_cannot_be_written(tmp_path):
     """One line that names the key and the path."""
     with pytest.raises(ConfigError, match=r"log\.jsonl: cannot append to .*missing/log\.jsonl: No such file or directory"):
-        Reporter(LogConfig(jsonl=str(tmp_path / "missing" / "log.jsonl")), active=True)
+        Reporter(RunConfig(log=LogConfig(jsonl=str(tmp_path / "missing" / "log.jsonl"))), active=True)
 
 
 def test_numbers_that_json_has_not(told, tmp_path):

@@ -172,7 +172,7 @@ def test_what_it_tells(tmp_path):
     log = {"log": {"every_steps": 2, "jsonl": str(tmp_path / "log.jsonl")}}
     Script(tmp_path / "run", config=log).train(1)
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [record["event"] for record in records] == ["start", "train", "save", "done"]
+    assert [record["event"] for record in records] == ["start", "train", "saving", "save", "done"]
     assert records[1]["step"] == 2
     assert {"loss", "lr", "samples/s"} <= records[1].keys()
 

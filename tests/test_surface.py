@@ -20,12 +20,12 @@ LONGEST_FUNCTION_LINES = 70
 # needs only for types, or within a function (the verbs of the command line do that), does not count.
 ORDER = [
     *("errors", "environment", "config", "outcome", "signals", "watchdog", "task", "__init__", "tasks"),
-    *("world", "data", "metrics", "notices"),
+    *("console", "dashboards", "world", "data", "notices"),
     *("checkpoint.__init__", "checkpoint.format", "checkpoint.memory", "checkpoint.threads", "checkpoint.unbuffered"),
     *("checkpoint.store", "checkpoint.tree", "checkpoint.shares", "checkpoint.commit", "checkpoint.catalog"),
     *("checkpoint.load", "checkpoint.direct", "checkpoint.staging", "checkpoint.saver"),
-    *("buckets", "state", "crashes", "interchange", "resume", "nonfinite", "stragglers", "program", "run", "loop", "doctor"),
-    *("launch", "cli", "__main__"),
+    *("buckets", "state", "crashes", "journal", "metrics", "interchange", "resume", "nonfinite", "stragglers", "program"),
+    *("run", "loop", "doctor", "report", "launch", "cli", "__main__"),
 ]
 
 
@@ -105,7 +105,11 @@ def test_everything_in_the_drawing_exists():
 
 
 @pytest.mark.parametrize(
-    "module", ["harness", "harness.cli", "harness.config", "harness.checkpoint.catalog", "harness.launch", "harness.doctor"]
+    "module",
+    [
+        *("harness", "harness.cli", "harness.config", "harness.checkpoint.catalog", "harness.launch", "harness.doctor"),
+        *("harness.journal", "harness.report.numbers", "harness.report.page"),
+    ],
 )
 def test_importing_is_cheap(module):
     """No torch for those who only look, configure, or launch."""

@@ -46,6 +46,7 @@ class Saved:
     bytes: int
     seconds: float  # until it was committed
     blocked_seconds: float  # of these, how long the training waited for it
+    retries: int = 0  # calls of the storage that had to be tried again, whoever made them
 
 
 @dataclass
@@ -74,8 +75,11 @@ class Saver:
     writers: Writers = field(default_factory=Writers)
     memory: HostMemory = field(default_factory=lambda: HostMemory(pinned=False))
     memory_limit_bytes: int | None = None
+    before_commit: Callable[[], None] = lambda: None  # called before a commit, in the thread that writes
+    on_failure: Callable[[int, str], None] = lambda _step, _error: None  # called with a save that failed
     failures: int = 0
     _under_way: "_Writing | None" = None
+    _retries: int = 0  # of the store, when that was begun
 
     def new_directory(self, step: int) -> str:
         """A name for the directory of a save: the first writer chooses it, and all write there."""
@@ -100,7 +104,7 @@ class Saver:
         over, ``Unsupported`` for a state that cannot be written.
         """
         assert self._under_way is None, "the result of the save before this one comes first"
-        began = time.monotonic()
+        began, retries = time.monotonic(), self.catalog.store.retries
         order = self._order(directory, step, meta, best_step)
 
         def write() -> tuple[str, int] | None:
@@ -110,7 +114,7 @@ class Saver:
 
         committed = self._committed(step, write, must_succeed=must_succeed)
         seconds = time.monotonic() - began
-        return Saved(step, *committed, seconds, seconds) if committed else None
+        return Saved(step, *committed, seconds, seconds, self.catalog.store.retries - retries) if committed else None
 
     def begin(
         self,
@@ -142,6 +146,7 @@ class Saver:
             fits = self.memory_limit_bytes is None or staging.size_bytes(own) <= self.memory_limit_bytes
             snapshot = Snapshot(own, self.memory, steady if overlap else nothing_is_steady) if fits else None
             source = own if snapshot is None else snapshot.parts
+            self._retries = self.catalog.store.retries
             self._under_way = _Writing(snapshot, lambda: self._write(plan, source, order), order, began)
             if snapshot is None:
                 self._under_way.join()
@@ -173,7 +178,10 @@ class Saver:
         writing.blocked_seconds += time.monotonic() - began
         self._under_way = None
         committed = self._committed(writing.order.step, writing.result)
-        return Saved(writing.order.step, *committed, writing.seconds, writing.blocked_seconds) if committed else None
+        retries = self.catalog.store.retries - self._retries
+        if committed is None:
+            return None
+        return Saved(writing.order.step, *committed, writing.seconds, writing.blocked_seconds, retries)
 
     def give_up_after(self, seconds: float) -> Saved | None:
         """Leaves a save that is under way some time to end, whatever comes of it: the training is over. Raises nothing.
@@ -230,6 +238,7 @@ class Saver:
             if not self.writers.is_first:
                 commit.put_receipt(store, directory, receipt)
                 return None
+            self.before_commit()
             receipts = [receipt, *commit.collect(store, directory, plan, lambda: order.latest)]
             manifest = commit.publish(
                 store,
@@ -278,6 +287,7 @@ class Saver:
             self.failures += 1
             what = f"save of step {step} FAILED ({self.failures} in a row)"
             log.error("%s: %s", what, error)  # noqa: TRY400  # a full disk needs no traceback
+            self.on_failure(step, str(error))
             if must_succeed or self.failures > self.failures_allowed:
                 raise
             return None

@@ -82,6 +82,7 @@ class Store:
     is_local: ClassVar[bool] = False
     has_ranges: ClassVar[bool] = False  # that can be read several at a time, each by a request of its own
     has_directories: ClassVar[bool] = False  # of its own, which somebody has to make and may remove
+    retries = 0  # calls so far that failed for the moment
 
     def __init__(self, fs: fsspec.AbstractFileSystem, root: str, url: str, attempts: int, deadline_seconds: float) -> None:
         self.fs = fs
@@ -240,6 +241,7 @@ class Store:
 
         def suspect() -> None:
             self._suspect = self.fs
+            self.retries += 1
 
         limit_seconds = self.deadline_seconds + size_bytes / _SLOWEST_BYTES_PER_SECOND
         return _insist(f"{operation} {self.url}/{name}".rstrip("/"), run, self.attempts, limit_seconds, suspect)

@@ -1,0 +1,110 @@
+"""A report as one HTML page that needs nothing else: no network, no script."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+
+from harness.checkpoint.format import Attempt
+from harness.errors import ConfigError
+from harness.journal import Record
+from harness.report import numbers, words
+from harness.report.numbers import KINDS, Report
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #333; background: #fff; }
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.3rem; margin: 0 0 .2rem; overflow-wrap: anywhere; } h2 { font-size: 1.05rem; margin: 2rem 0 .4rem; }
+p { margin: .2rem 0; color: #555; }
+.figures { display: flex; flex-wrap: wrap; gap: .8rem 2.5rem; margin: 1.2rem 0; }
+.figures b { display: block; font-size: 1.5rem; font-weight: 600; } .figures span { color: #666; font-size: .85rem; }
+table { border-collapse: collapse; width: 100%; font-size: .87rem; }
+th { text-align: left; font-weight: 600; }
+td, th { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #eee; vertical-align: top; }
+.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; } td.w { overflow-wrap: anywhere; }
+i { display: inline-block; width: .7rem; height: .7rem; margin-right: .4rem; border: 1px solid #0002; }
+svg { width: 100%; height: auto; display: block; }
+"""
+
+
+def page(report: Report, records: Mapping[Attempt, Sequence[Record]]) -> str:
+    """The page. Raises ``ConfigError`` where what draws it is not installed."""
+    try:
+        from harness.report import figures  # noqa: PLC0415  # an extra
+    except ImportError as error:
+        raise ConfigError(
+            f"the page of a report needs the extra 'report': pip install 'harness[report]' ({error})"
+        ) from None
+    name, curves = numbers.curves(records)
+    title = escape(f"{report.url}: {words.headline(report).removeprefix(report.url + ': ')}")
+    parts = [
+        f"<h1>{escape(report.url)}</h1><p>{escape(words.headline(report).removeprefix(report.url + ': '))}</p>",
+        _key_figures(report),
+        f"<h2>{escape(name)}</h2>{figures.losses(report, name, curves)}",
+        f"<h2>Attempts</h2>{figures.timeline(report)}{_attempts(report)}",
+        f"<h2>Where the time went</h2>{_times(report, figures.COLOURS)}",
+        f"<h2>Saves</h2>{figures.saves(report) if report.saves else ''}{_saves(report)}",
+        *_notes(report),
+    ]
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    head += f"<style>{_STYLE}</style>"
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+
+
+def _key_figures(report: Report) -> str:
+    found = report.as_json()
+    mean = found["mean_time_to_recovery_seconds"]
+    shown = {
+        "goodput": f"{report.goodput:.1%}",
+        "wall time": words.duration(report.wall_seconds),
+        "deaths": str(found["deaths"]),
+        "lost steps": str(found["lost_steps"]),
+        "mean time to recovery": "none" if mean is None else words.duration(mean),
+    }
+    cells = (f'<div id="{key.replace(" ", "-")}"><b>{value}</b><span>{key}</span></div>' for key, value in shown.items())
+    return f'<div class="figures">{"".join(cells)}</div>'
+
+
+def _attempts(report: Report) -> str:
+    rows = (
+        (life.number, life.host, life.ranks or "", words.steps(life), words.duration(life.ended - life.began), life.ending)
+        for life in report.lives
+    )
+    table = _table(("attempt", "host", "ranks", "trained", "#lived", "ended"), rows, "attempts")
+    many = len(report.lives) > words.MOST_LINES
+    return f"<details><summary>All {len(report.lives)} attempts</summary>{table}</details>" if many else table
+
+
+def _times(report: Report, colours: Mapping[numbers.Kind, str]) -> str:
+    wall = max(report.wall_seconds, 1e-9)
+    rows = "".join(
+        f'<tr><td><i style="background:{colours[kind]}"></i>{kind}</td><td class="n">{report.seconds(kind) / wall:.1%}</td>'
+        f'<td class="n">{words.duration(report.seconds(kind))}</td><td>{escape(words.MEANINGS[kind])}</td></tr>'
+        for kind in KINDS
+    )
+    return f'<table id="times">{rows}</table>'
+
+
+def _saves(report: Report) -> str:
+    return f"<p>{escape('; '.join(words.saves(report)))}</p>"
+
+
+def _notes(report: Report) -> Iterable[str]:
+    for event, title in numbers.NOTES.items():
+        if records := report.notes.get(event):
+            rows = ((int(str(record["attempt"])[:6]), words.note(record)) for record in records)
+            yield f"<h2>{escape(title.replace('_', ' ').capitalize())}</h2>{_table(('attempt', 'what'), rows, event)}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]], name: str) -> str:
+    """A table; columns whose head begins with # hold numbers."""
+    kinds = ["n" if title.startswith("#") else "w" for title in head]
+    top = "".join(
+        f'<th class="{kind}">{escape(title.removeprefix("#"))}</th>' for kind, title in zip(kinds, head, strict=True)
+    )
+    body = "".join(
+        "<tr>"
+        + "".join(f'<td class="{kind}">{escape(str(cell))}</td>' for kind, cell in zip(kinds, row, strict=True))
+        + "</tr>"
+        for row in rows
+    )
+    return f'<table id="{escape(name)}"><tr>{top}</tr>{body}</table>'

@@ -1,0 +1,121 @@
+"""A report for the terminal, and the words that the page uses, too."""
+
+from collections.abc import Iterable, Sequence
+
+from harness.journal import Record
+from harness.report.numbers import KINDS, Life, Report
+
+MEANINGS = {
+    "training": "steps that count",
+    "saving": "training waits for a save",
+    "loading": "from the attempt's claim to its first step: reading the checkpoint",
+    "starting": "from the process's start to the claim: imports, the ranks meet",
+    "lost": "steps that were trained again, or not at all",
+    "down": "no process that is known of",
+}
+MOST_LINES = 20  # of a list, on the terminal
+
+
+def short(report: Report) -> str:
+    """The report in half a page."""
+    return "\n".join(
+        [headline(report), "", *_times(report), "", *_save_lines(report), *_notes(report), "", *_attempts(report.lives)]
+    )
+
+
+def headline(report: Report) -> str:
+    """What became of the run, in a line."""
+    deaths = sum(life.is_dead for life in report.lives)
+    last = report.lives[-1]
+    ending = last.ending if last.ending in ("done", "stopped", "running") else f"not running ({last.ending})"
+    return f"{report.url}: step {report.step}, {ending}; {_count(len(report.lives), 'attempt')}, {_count(deaths, 'death')}"
+
+
+def _times(report: Report) -> Iterable[str]:
+    found = report.as_json()
+    again = _count(found["lost_steps"], "step")
+    yield f"goodput    {report.goodput:7.1%}  of {duration(report.wall_seconds)}; {again} lost"
+    for kind in KINDS:
+        share = report.seconds(kind) / max(report.wall_seconds, 1e-9)
+        yield f"  {kind:<9}{share:7.1%}  {duration(report.seconds(kind)):>10}  {MEANINGS[kind]}"
+    if (mean := found["mean_time_to_recovery_seconds"]) is not None:
+        count = len(report.recoveries_seconds)
+        yield f"recovery   {duration(mean):>8}  from a death until training went on, mean of {count}"
+
+
+def _save_lines(report: Report) -> Iterable[str]:
+    first, *more = saves(report)
+    yield f"saves      {first}"
+    yield from (f"           {line}" for line in more)
+
+
+def saves(report: Report) -> list[str]:
+    """What the saves took, in two lines; one where there were none."""
+    found = report.as_json()
+    if not report.saves:
+        return ["none"]
+    longest = max(save.blocked_seconds for save in report.saves)
+    size, speed = report.saves[-1].bytes, found["save_gigabytes_per_second_median"]
+    waited, lasted = duration(found["save_stall_seconds_median"]), duration(found["save_seconds_median"])
+    return [
+        f"{found['saves']} of {amount(size)}: training waited {waited} (median; at most {duration(longest)})",
+        f"durable after {lasted}, {speed:.2g} GB/s (medians), {_count(found['save_retries'], 'retry', 'retries')}",
+    ]
+
+
+def _notes(report: Report) -> Iterable[str]:
+    for event, records in report.notes.items():
+        lines = [f"{event:<11}{note(record)}" for record in records]
+        yield from lines[:MOST_LINES]
+        if len(lines) > MOST_LINES:
+            yield f"{event:<11}and {len(lines) - MOST_LINES} more"
+
+
+def note(record: Record) -> str:
+    """An event that is listed, in a line."""
+    match record["event"]:
+        case "save_failed":
+            return f"step {record['step']}: {record['error']}"
+        case "skip":
+            return f"step {record['step']}: the save before was still being written"
+        case "fallback":
+            return f"{record['directory']}: {record['why']}"
+        case "nonfinite":
+            return f"step {record['step']}: {record['policy']}, samples {str(record['samples'])[:60]}"
+    times = f"{record['seconds']:.3g} s of work in a step, others {record['median_seconds']:.3g} s"
+    return f"step {record['step']}: rank {record['rank']} on {record['host']}: {times}"
+
+
+def _attempts(lives: Sequence[Life]) -> Iterable[str]:
+    if len(lives) > MOST_LINES:
+        yield f"the last {MOST_LINES} of {len(lives)} attempts"
+    for life in lives[-MOST_LINES:]:
+        yield f"attempt {life.number:<3}{steps(life):<24}{duration(life.ended - life.began):>10}  {life.ending}"
+
+
+def steps(life: Life) -> str:
+    """Which steps an attempt trained."""
+    if life.from_step is None:
+        return "no step"
+    lost = f", {life.lost_steps} lost" if life.lost_steps else ""
+    return f"steps {life.from_step} to {life.last_step}{lost}"
+
+
+def amount(size_bytes: int) -> str:
+    """A size in units that suit it."""
+    unit, size = next((pair for pair in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if size_bytes >= pair[1]), ("B", 1))
+    return f"{size_bytes / size:.3g} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """A time in units that suit it: ``0.013 s``, ``41.2 s``, ``12 min 3 s``, ``7 h 5 min``, ``2 d 3 h``."""
+    if seconds < 60:
+        return f"{seconds:.3f} s" if seconds < 1 else f"{seconds:.1f} s"
+    for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit} {int(seconds % size // part)} {smaller}"
+    raise AssertionError("below a minute")
+
+
+def _count(number: int, what: str, several: str = "") -> str:
+    return f"{number} {what if number == 1 else several or what + 's'}"
