@@ -89,6 +89,7 @@ class Journal:
                 self.write({"event": "beat", "time": time.time(), "attempt": self._attempt, "step": self._step})
             self._wake.clear()
             self.flush()
+        self.flush()  # what came while it was putting the lines before
 
 
 def read(store: Store) -> dict[Attempt, list[Record]]:

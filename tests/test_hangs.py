@@ -87,13 +87,13 @@ def test_hangs_are_told_of_and_survived(tmp_path):
         run.wait(lambda: held(tmp_path / "sample"), "the loader's worker to hang")
         run.wait_for("resume", attempt=3)
         third, fourth = stacks(run)[2:]
-        assert ["in fetch" in third, "in fetch" in fourth].count(True) == 1, run.output()
+        assert ["in next_step" in third, "in next_step" in fourth].count(True) == 1, run.output()
         assert not alive(int((tmp_path / "sample.pid").read_text())), "the worker has ended with its rank"
 
         run.wait_for("save", attempt=3)
         with server.frozen():
             run.wait(lambda: len(stacks(run)) == 6, "two more reports")
-            assert any("in save_if_due" in text for text in stacks(run)[4:]), run.output()
+            assert any("in _save_if_due" in text for text in stacks(run)[4:]), run.output()
         resumed = run.wait_for("resume", attempt=4)
         run.wait_for("save", step=resumed["step"] + 1, attempt=4)
         run.kill()

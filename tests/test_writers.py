@@ -734,6 +734,7 @@ def test_a_slow_disk_on_one_rank_makes_all_skip(small_blocks, three):
     assert skipped and committed(directory / "a_disk_is_slow" / "run") == {1, 2, 3, 4, 5, 6} - skipped
 
 
+@pytest.mark.soak
 @pytest.mark.torchrun
 def test_a_writer_that_is_killed_leaves_no_commit(small_blocks, tmp_path):
     """Its shards are there and its receipt is not: the run goes on from the checkpoint before."""
