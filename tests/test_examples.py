@@ -21,7 +21,7 @@ def test_there_is_a_test_for_each():
     assert {path.stem for path in EXAMPLES.glob("bare/*.py")} == URLS.keys()
 
 
-@pytest.mark.parametrize("name", URLS)
+@pytest.mark.parametrize("name", list(URLS))
 def test_it_took_a_few_lines(name):
     """Added or changed, as ``diff`` counts them; the loop, the model and the optimizer are as they were."""
     before, after = (path.read_text().splitlines() for path in (EXAMPLES / "bare" / f"{name}.py", EXAMPLES / f"{name}.py"))
@@ -49,7 +49,7 @@ def each_with_ranks() -> Iterator[Any]:
 
 
 @pytest.mark.torchrun
-@pytest.mark.parametrize(("name", "ranks"), each_with_ranks())
+@pytest.mark.parametrize(("name", "ranks"), list(each_with_ranks()))
 def test_killed_it_ends_with_the_same_bits(tmp_path, name, ranks):
     """A rank is SIGKILLed after a save, torchrun starts all again, and the end has every bit of the run that was left alone:
     models, optimizers, what the script keeps for itself, and the ledger of the samples."""

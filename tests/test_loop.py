@@ -298,7 +298,8 @@ def build_full(place: str, room_at: int) -> Task:
     def obstructed(model: nn.Module, batch) -> torch.Tensor:
         step = next(steps)
         if step == 1:
-            shutil.rmtree(place)
+            while Path(place).exists():  # what the run tells is put there now and then
+                shutil.rmtree(place, ignore_errors=True)
             Path(place).touch()
         if step == room_at:
             os.unlink(place)

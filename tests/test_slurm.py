@@ -86,7 +86,7 @@ def jobs(cluster, tmp_path_factory):
     cluster.call("scontrol", "update", f"JobId={jobs['limited'].number}", "TimeLimit=1")
     jobs["lost"].wait_for_step(60)
     cluster.lose(cluster.job(jobs["lost"].number)["NodeList"])
-    wait_until(jobs["limited"].stops, f"the notice\n{jobs['limited'].output()}", 90)
+    wait_until(jobs["limited"].stops, "the notice", 150)
     cluster.call("scontrol", "update", f"JobId={jobs['limited'].number}", "TimeLimit=60")  # for the rest of it
     return jobs
 

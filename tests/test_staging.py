@@ -152,7 +152,7 @@ def test_begin_does_not_wait_and_the_fence_does(tmp_path, monkeypatch):
         writer.fence()
         weight.fill_(7)
     saved = writer.wait()
-    assert 0.15 < saved.blocked_seconds < saved.seconds
+    assert 0.15 < saved.blocked_seconds < saved.seconds + 0.05  # the thread's end is seen a moment later
     entry = writer.catalog.newest()
     read = load.read(writer.catalog.store, entry.directory, entry.manifest)["model"]
     assert read["weight"].eq(0).all()
