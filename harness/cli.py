@@ -17,7 +17,7 @@ import click
 
 import harness
 from harness import outcome
-from harness.console import Console
+from harness.console import Console, level
 from harness.environment import is_first_of_node, is_under_torchrun, rank, restarts
 from harness.errors import Corrupt, HarnessError, NoCheckpoint, RankFailure, Stopped
 from harness.outcome import Outcome
@@ -111,8 +111,7 @@ def _train(config: "Config", task: "Task", stop: "StopRequest", *, fresh: bool) 
 
     program.leave_in_time(stop, config.stop.grace_seconds)
     world = join_world(config.world)
-    others = logging.WARNING if is_first_of_node() else logging.ERROR  # a machine's own troubles are told once
-    logging.getLogger().setLevel(logging.INFO if world.rank == 0 else others)
+    logging.getLogger().setLevel(level())
     try:
         try:
             loop.train(config, task, world, stop, fresh=fresh)

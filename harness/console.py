@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TextIO
 
-from harness.environment import rank
+from harness.environment import is_first_of_node, rank
 
 
 @dataclass
@@ -69,6 +69,13 @@ def speak(form: Literal["text", "json"]) -> None:
     for handler in _handlers():
         if isinstance(handler, Console):
             handler.setFormatter(Lines(form))
+
+
+def level() -> int:
+    """What this rank says: rank 0 all; of the others one of each machine warnings, so that its troubles are told once."""
+    if here.rank == 0:
+        return logging.INFO
+    return logging.WARNING if is_first_of_node() else logging.ERROR
 
 
 def is_on_terminal() -> bool:

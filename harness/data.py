@@ -105,6 +105,13 @@ def _order(samples: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(samples, generator=generator)
 
 
+def is_due(step: int, cursor: Cursor | None, every_steps: int | None, every_epochs: int | None) -> bool:
+    """Whether an interval ends with a step, of this number, that leads to this position (None: nobody knows of epochs)."""
+    if every_steps is not None and step % every_steps == 0:
+        return True
+    return every_epochs is not None and cursor is not None and cursor.offset == 0 and cursor.epoch % every_epochs == 0
+
+
 def mix(*numbers: int) -> int:
     """A well-spread 63-bit seed from several numbers below 2^63: a hash of them (XXH3; a fifth of a microsecond)."""
     return xxhash.xxh3_64_intdigest(struct.pack(f"<{len(numbers)}q", *numbers)) >> 1
@@ -328,7 +335,7 @@ class Loader:
         if self.cursor.epoch == epoch:
             self._note()
             self.close()
-            self._ledger.skip_to(epoch + 1)
+            self._ledger.go_to(epoch + 1)
             self.cursor = Cursor(epoch + 1)
 
     def close(self) -> None:
@@ -353,25 +360,25 @@ class Loader:
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ``Mismatch`` where a saved position is not one in this data, ``Corrupt`` where it is none at all."""
+        self._checked(state)
+
+    def _checked(self, state: Mapping[str, Any]) -> "_Ledger":
         for key, live in (("seed", self.schedule.seed), ("samples", self.schedule.samples)):
             if (saved := state.get(key)) != live:
                 raise Mismatch(f"{key}: the checkpoint was written with {saved!r}, the loader has {live!r}")
         numbers = [state.get("epoch"), state.get("offset")]
         if not all(type(number) is int and number >= 0 for number in numbers) or state["offset"] >= self.schedule.samples:
             raise Corrupt(f"impossible position in the data: epoch {numbers[0]!r}, offset {numbers[1]!r}")
-        self._restored(state)
+        return _Ledger.restored(self.schedule, Cursor(state["epoch"], state["offset"]), state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to a saved position. Raises as ``check_state_dict`` does."""
-        self.check_state_dict(state)
+        ledger = self._checked(state)
         self.close()
-        self._ledger = self._restored(state)
+        self._ledger = ledger
         self._handed_out = None
         self.cursor = Cursor(state["epoch"], state["offset"])
         self.gaps = [Gap(*gap) for gap in state["gaps"]]
-
-    def _restored(self, state: Mapping[str, Any]) -> "_Ledger":
-        return _Ledger.restored(self.schedule, Cursor(state["epoch"], state["offset"]), state)
 
     def _note(self) -> None:
         """Puts the batch that was handed out last into the ledger: it has been trained."""
@@ -430,7 +437,7 @@ class _Ledger:
         return ledger
 
     def state_dict(self, cursor: Cursor) -> dict[str, Any]:
-        self._go_to(cursor.epoch)
+        self.go_to(cursor.epoch)
         return {"ledger": self._hasher.hexdigest(), "ledger_at_epoch": self._before, "left_out": self._left_out}
 
     def add(self, here: Cursor, is_gap: bool) -> None:
@@ -438,18 +445,15 @@ class _Ledger:
         if is_gap:
             self.pass_over(here)
             return
-        self._go_to(here.epoch)
+        self.go_to(here.epoch)
         self._hash(self._schedule.order(here.epoch)[here.offset : here.offset + self._schedule.size(here)])
 
     def pass_over(self, here: Cursor) -> None:
-        self._go_to(here.epoch)
+        self.go_to(here.epoch)
         self._left_out.append([here.offset, here.offset + self._schedule.size(here)])
 
-    def skip_to(self, epoch: int) -> None:
-        """The rest of the epoch is not trained."""
-        self._go_to(epoch)
-
-    def _go_to(self, epoch: int) -> None:
+    def go_to(self, epoch: int) -> None:
+        """What comes next is in this epoch; what is left of the one before is not trained."""
         if epoch != self._epoch:
             self._epoch, self._before, self._left_out = epoch, self._hasher.hexdigest(), []
             self._hasher = xxhash.xxh3_128(self._before.encode())

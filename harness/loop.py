@@ -88,8 +88,7 @@ class _Trainer:
 
     def state(self) -> dict[str, Any]:
         """What is saved and restored."""
-        state = {"model": self.model, "optimizer": self.task.optimizer, "scaler": self.scaler, "loader": self.loader}
-        return state if self.task.scheduler is None else {**state, "scheduler": self.task.scheduler}
+        return {**state_of(self.task, self.model, self.scaler), "loader": self.loader}
 
     def initialize(self) -> str | None:
         """Gives a new run the weights that ``init_from`` names."""
@@ -190,10 +189,8 @@ class _Trainer:
     def evaluate_if_due(self, run: Run) -> None:
         """Evaluates where an interval ends with the step that was just trained, or the run does."""
         every, step = self.config.evaluation, run.global_step + 1
-        by_steps = every.every_steps is not None and step % every.every_steps == 0
-        cursor = self.loader.cursor
-        by_epochs = every.every_epochs is not None and cursor.offset == 0 and cursor.epoch % every.every_epochs == 0
-        if self.task.evaluation is not None and (by_steps or by_epochs or step >= self.total_steps):
+        due = step >= self.total_steps or data.is_due(step, self.loader.cursor, every.every_steps, every.every_epochs)
+        if self.task.evaluation is not None and due:
             values = self.evaluate()
             run.evaluated(self.task.evaluation.metric, values, higher_is_better=self.task.evaluation.higher_is_better)
 
@@ -232,6 +229,12 @@ class _Trainer:
             for name, value in own.items():
                 totals[name] = totals.get(name, 0.0) + value
         return {name: value / size for name, value in totals.items()}
+
+
+def state_of(task: Task, model: nn.Module, scaler: torch.amp.GradScaler) -> dict[str, Any]:
+    """What a step changes of a task, and what is saved of it; ``model`` may be wrapped."""
+    state = {"model": model, "optimizer": task.optimizer, "scaler": scaler}
+    return state if task.scheduler is None else {**state, "scheduler": task.scheduler}
 
 
 def _be_deterministic(wanted: bool) -> None:

@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import NoReturn
 
 from harness import outcome
-from harness.console import Console
-from harness.environment import is_first_of_node, is_under_torchrun, rank
+from harness.console import Console, level
+from harness.environment import is_under_torchrun, rank
 from harness.errors import HarnessError, RankFailure, Stopped
 from harness.signals import StopRequest, die_with_parent, ignore_stop_signals
 from harness.world import has_lost_a_peer, leave_at_once
@@ -79,8 +79,7 @@ def _take_charge(grace_seconds: float) -> None:
     outcome.forget()
     if not logging.getLogger().handlers and not log.handlers:
         log.addHandler(Console())
-        others = logging.WARNING if is_first_of_node() else logging.ERROR  # a machine's own troubles are told once
-        log.setLevel(logging.INFO if rank() == 0 else others)
+        log.setLevel(level())
 
 
 def on_error(remember: Callable[[BaseException], None]) -> None:

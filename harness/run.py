@@ -27,7 +27,7 @@ from harness.checkpoint.staging import HostMemory
 from harness.checkpoint.store import open_store
 from harness.config import RunConfig, run_config
 from harness.crashes import Crash
-from harness.data import Loader
+from harness.data import Loader, is_due
 from harness.environment import began, is_first_of_node, launch_id, rank, shutdown_grace_seconds
 from harness.errors import ConfigError, HarnessError, NoCheckpoint, Stopped, StoreError
 from harness.metrics import Reporter, as_json, in_words
@@ -345,11 +345,7 @@ class Run:
 
     def _is_due(self, every_steps: int | None, every_epochs: int | None) -> bool:
         """Whether an interval ends with the step that was just finished."""
-        if every_steps is not None and self.global_step % every_steps == 0:
-            return True
-        if every_epochs is None or self.loader is None:
-            return False
-        return self.loader.cursor.offset == 0 and self.loader.epoch % every_epochs == 0
+        return is_due(self.global_step, self.loader.cursor if self.loader else None, every_steps, every_epochs)
 
     def _of_total(self, step: int) -> str:
         return str(step) if self.total_steps is None else f"{step}/{self.total_steps}"

@@ -78,6 +78,8 @@ class State:
         if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict")):
             advice = "; harness.Loader and torchdata's StatefulDataLoader have one" if isinstance(each, DataLoader) else ""
             raise ConfigError(f"state: {name} ({type(each).__name__}) has no state_dict and load_state_dict{advice}")
+        if isinstance(each, torch.amp.GradScaler):
+            return _Scaler(name, each)
         return _DataLoader(name, each) if isinstance(each, DataLoader) else _Other(name, each)
 
     def _owner(self, name: str, optimizer: Optimizer) -> nn.Module:
@@ -99,13 +101,14 @@ class State:
 
     def capture(self) -> dict[str, dict[str, Any]]:
         """The parts that are the same on every rank. Tensors are the live ones, not copies."""
-        parts = {name: part.capture() for name, part in self._parts.items() if not part.per_rank}
-        return {**parts, TRAINING: self._training()}
+        return {**self._captured(per_rank=False), TRAINING: self._training()}
 
     def capture_rank(self) -> dict[str, Any]:
         """What is this rank's own: the states of its generators, and of the objects that differ between ranks."""
-        own = {name: part.capture() for name, part in self._parts.items() if part.per_rank}
-        return {RANDOM: random_state(self.device), **own}
+        return {RANDOM: random_state(self.device), **self._captured(per_rank=True)}
+
+    def _captured(self, *, per_rank: bool) -> dict[str, dict[str, Any]]:
+        return {name: part.capture() for name, part in self._parts.items() if part.per_rank == per_rank}
 
     def _training(self) -> dict[str, Any]:
         return {
@@ -126,7 +129,7 @@ class State:
 
     def digests(self) -> dict[str, Any]:
         """What must be the same on all ranks before they train together."""
-        parts = {name: part.capture() for name, part in self._parts.items() if not part.per_rank}
+        parts = self._captured(per_rank=False)
         return {"step": self.progress.step, **{name: commit.digest_of(part, name) for name, part in parts.items()}}
 
     # --- restoring ---
@@ -150,10 +153,11 @@ class State:
         own = {name: saved[name][str(rank)] if part.per_rank else saved[name] for name, part in self._parts.items()}
         training = parts[TRAINING]
         # Schedulers before optimizers, to whose options they add; modules first, whose differences explain the others.
+        checked = {}
         for part in sorted(self._parts.values(), key=lambda part: part.checked):
-            part.check(own[part.name])
+            checked[part.name] = part.check(own[part.name])
         for part in sorted(self._parts.values(), key=lambda part: part.restored):
-            part.restore(own[part.name], training)
+            part.restore(checked[part.name], training)
         for name, gradients in self.gradients.items():
             gradients.settle(list(training["gradient_order"].get(name, [])))
         self.progress = Progress(step, int(training["epoch"]), dict(training["last"]), dict(training["best"]))
@@ -178,8 +182,9 @@ class _Part:
     def capture(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    def check(self, saved: Mapping[str, Any]) -> None:
-        """Raises ``Mismatch`` where a saved state does not fit; touches nothing."""
+    def check(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The saved state as ``restore`` takes it. Raises ``Mismatch`` where it does not fit; touches nothing."""
+        raise NotImplementedError
 
     def restore(self, saved: Mapping[str, Any], training: Mapping[str, Any]) -> None:
         """Puts in a saved state that was checked."""
@@ -196,8 +201,9 @@ class _Module(_Part):
     def capture(self) -> dict[str, Any]:
         return model_state(self.live)
 
-    def check(self, saved: Mapping[str, Any]) -> None:
+    def check(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         check_model(self.live, saved, self.name)
+        return saved
 
     def restore(self, saved: Mapping[str, Any], training: Mapping[str, Any]) -> None:
         restore_model(self.live, sent(saved, self.device), training["module_versions"].get(self.name))
@@ -214,12 +220,11 @@ class _Optimizer(_Part):
     def capture(self) -> dict[str, Any]:
         return optimizer_state(self.live, self.owner)
 
-    def check(self, saved: Mapping[str, Any]) -> None:
-        check_optimizer(self.live, self.owner, saved)
+    def check(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+        return check_optimizer(self.live, self.owner, saved)
 
     def restore(self, saved: Mapping[str, Any], _training: Mapping[str, Any]) -> None:
-        state = check_optimizer(self.live, self.owner, saved)
-        restore_optimizer(self.live, {**state, "state": sent(state["state"], self.device)})
+        restore_optimizer(self.live, {**saved, "state": sent(saved["state"], self.device)})
 
 
 class _Scheduler(_Part):
@@ -228,8 +233,9 @@ class _Scheduler(_Part):
     def capture(self) -> dict[str, Any]:
         return scheduler_state(self.live)
 
-    def check(self, saved: Mapping[str, Any]) -> None:
+    def check(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         check_scheduler(self.live, saved)
+        return saved
 
     def restore(self, saved: Mapping[str, Any], _training: Mapping[str, Any]) -> None:
         self.live.load_state_dict(dict(saved["state"]))
@@ -245,39 +251,41 @@ class _Other(_Part):
     def capture(self) -> dict[str, Any]:
         return {"state": self.live.state_dict()}
 
-    def check(self, saved: Mapping[str, Any]) -> None:
+    def check(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         if hasattr(self.live, "check_state_dict"):
             self.live.check_state_dict(saved["state"])
-        if isinstance(self.live, torch.amp.GradScaler) and bool(saved["state"]) != self.live.is_enabled():
+        return saved
+
+    def restore(self, saved: Mapping[str, Any], _training: Mapping[str, Any]) -> None:
+        self.live.load_state_dict(saved["state"])
+
+
+class _Scaler(_Other):
+    def check(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+        if bool(saved["state"]) != self.live.is_enabled():
             raise Mismatch(
                 f"{self.name}: one of the checkpoint and the run has a gradient scaler that is enabled (train.precision)"
             )
+        return saved
 
-    def restore(self, saved: Mapping[str, Any], _training: Mapping[str, Any]) -> None:
-        if not isinstance(self.live, torch.amp.GradScaler) or saved["state"]:  # one that is not enabled takes no state
-            self.live.load_state_dict(saved["state"])
+    def restore(self, saved: Mapping[str, Any], training: Mapping[str, Any]) -> None:
+        if saved["state"]:  # one that is not enabled takes no state
+            super().restore(saved, training)
 
 
-class _DataLoader(_Part):
+class _DataLoader(_Other):
     """A loader of torch's kind with a state, each rank its own.
 
     An iterator of it draws a number when it is made: after a resume that is in the middle of an epoch, where the run that
     never stopped drew none. So it gets a generator of its own to draw from.
     """
 
-    per_rank = True
-
     def __init__(self, name: str, live: Any) -> None:
         super().__init__(name, live)
+        self.per_rank = True
         live.generator = live.generator or torch.Generator().manual_seed(torch.initial_seed())
         if getattr(live.sampler, "generator", live.generator) is None:
             live.sampler.generator = live.generator
-
-    def capture(self) -> dict[str, Any]:
-        return {"state": self.live.state_dict()}
-
-    def restore(self, saved: Mapping[str, Any], _training: Mapping[str, Any]) -> None:
-        self.live.load_state_dict(saved["state"])
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

@@ -58,6 +58,7 @@ class _Order:
     meta: Mapping[str, Any]
     best_step: int | None
     latest: float  # until when the other writers are waited for
+    retries: int  # of the store, before it began
     expected: Found | None = None  # checksums, where they are to be compared
 
 
@@ -79,7 +80,6 @@ class Saver:
     on_failure: Callable[[int, str], None] = lambda _step, _error: None  # called with a save that failed
     failures: int = 0
     _under_way: "_Writing | None" = None
-    _retries: int = 0  # of the store, when that was begun
 
     def new_directory(self, step: int) -> str:
         """A name for the directory of a save: the first writer chooses it, and all write there."""
@@ -104,7 +104,7 @@ class Saver:
         over, ``Unsupported`` for a state that cannot be written.
         """
         assert self._under_way is None, "the result of the save before this one comes first"
-        began, retries = time.monotonic(), self.catalog.store.retries
+        began = time.monotonic()
         order = self._order(directory, step, meta, best_step)
 
         def write() -> tuple[str, int] | None:
@@ -114,7 +114,7 @@ class Saver:
 
         committed = self._committed(step, write, must_succeed=must_succeed)
         seconds = time.monotonic() - began
-        return Saved(step, *committed, seconds, seconds, self.catalog.store.retries - retries) if committed else None
+        return self._saved(order, committed, seconds, seconds)
 
     def begin(
         self,
@@ -146,7 +146,6 @@ class Saver:
             fits = self.memory_limit_bytes is None or staging.size_bytes(own) <= self.memory_limit_bytes
             snapshot = Snapshot(own, self.memory, steady if overlap else nothing_is_steady) if fits else None
             source = own if snapshot is None else snapshot.parts
-            self._retries = self.catalog.store.retries
             self._under_way = _Writing(snapshot, lambda: self._write(plan, source, order), order, began)
             if snapshot is None:
                 self._under_way.join()
@@ -178,10 +177,14 @@ class Saver:
         writing.blocked_seconds += time.monotonic() - began
         self._under_way = None
         committed = self._committed(writing.order.step, writing.result)
-        retries = self.catalog.store.retries - self._retries
+        return self._saved(writing.order, committed, writing.seconds, writing.blocked_seconds)
+
+    def _saved(
+        self, order: _Order, committed: tuple[str, int] | None, seconds: float, blocked_seconds: float
+    ) -> Saved | None:
         if committed is None:
             return None
-        return Saved(writing.order.step, *committed, writing.seconds, writing.blocked_seconds, retries)
+        return Saved(order.step, *committed, seconds, blocked_seconds, self.catalog.store.retries - order.retries)
 
     def give_up_after(self, seconds: float) -> Saved | None:
         """Leaves a save that is under way some time to end, whatever comes of it: the training is over. Raises nothing.
@@ -215,7 +218,8 @@ class Saver:
     def _order(self, directory: str | None, step: int, meta: Mapping[str, Any], best_step: int | None) -> _Order:
         assert directory or self.writers.is_first, "the first writer says where"
         latest = time.monotonic() + self.writers.patience_seconds
-        return _Order(directory or self.new_directory(step), step, meta, best_step, latest)
+        directory = directory or self.new_directory(step)
+        return _Order(directory, step, meta, best_step, latest, self.catalog.store.retries)
 
     def _share(
         self, encoded: Mapping[str, Encoded], is_steady: IsSteady

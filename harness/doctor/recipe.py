@@ -13,7 +13,7 @@ from harness.data import Schedule
 from harness.doctor.case import Case
 from harness.doctor.findings import Finding, error, in_words, ok, warn
 from harness.errors import HarnessError
-from harness.loop import build_task
+from harness.loop import build_task, state_of
 from harness.state import State
 from harness.task import Task, find_builder
 
@@ -53,11 +53,9 @@ def state(case: Case) -> list[Finding]:
     tried = "took the state apart as a save does"
     _fill(case.task)
     scaler = torch.amp.GradScaler("cpu", enabled=case.config.train.precision == "fp16")
-    objects = {"model": case.task.model, "optimizer": case.task.optimizer, "scaler": scaler}
-    if case.task.scheduler is not None:
-        objects["scheduler"] = case.task.scheduler
     try:
-        parts = {name: tree.encode(part, name) for name, part in State(objects, torch.device("cpu")).capture().items()}
+        training = State(state_of(case.task, case.task.model, scaler), torch.device("cpu"))
+        parts = {name: tree.encode(part, name) for name, part in training.capture().items()}
     except HarnessError as problem:
         return [
             error(tried, line, "make it something that can be written without pickle") for line in str(problem).splitlines()

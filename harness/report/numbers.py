@@ -14,6 +14,7 @@ from typing import Any, Literal
 from harness import crashes, journal
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Attempt
+from harness.dashboards import numbers_of
 from harness.errors import NoCheckpoint
 from harness.journal import Record
 
@@ -313,13 +314,9 @@ def curves(
         names = [key for told in trained.values() for key in (told[0] if told else ()) if key not in _NO_CURVE]
         name = "loss" if "loss" in names or not names else names[0]
     return name, {
-        attempt: [(each["step"], float(each[name])) for each in told if _is_number(each.get(name))]
+        attempt: [(each["step"], numbers[name]) for each in told if name in (numbers := numbers_of(each))]
         for attempt, told in trained.items()
     }
 
 
 _NO_CURVE = {"event", "time", "attempt", "step", "lr", "samples/s", "steps/s"}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float | int) or value in ("nan", "inf", "-inf")
