@@ -12,14 +12,14 @@ pytestmark = [pytest.mark.torchrun, pytest.mark.skipif(bool(what_is_missing()), 
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "slurm.sbatch"
 TASK = f"{Path(__file__).with_name('test_stops.py')}:build"
-STEPS = 900  # some twenty seconds
+STEPS = 900  # some forty seconds: Slurm looks every thirty whether the time of a job is over
 OPTIONS = ("--export=ALL,NPROC_PER_NODE=2", "--cpus-per-task=4")
 
 
 def config(place: Path) -> dict:
     return {
         "task": TASK,
-        "args": {"pause_seconds": 0.005},
+        "args": {"pause_seconds": 0.04},
         "train": {"steps": STEPS, "global_batch_size": 6},
         "checkpoint": {"url": str(place / "run"), "every_steps": 50, "keep_last": 2},
         "log": {"every_steps": 1, "jsonl": str(place / "log.jsonl")},
