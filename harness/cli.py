@@ -327,8 +327,13 @@ def prune(
 @_reads_run
 @click.argument("out")
 @click.option("--step", type=int, help="A certain step instead of the newest whole checkpoint.")
+@click.option(
+    "--part", default="model", help="What the model is called in the state of a loop of your own.", show_default=True
+)
 @click.option("--overwrite", is_flag=True, help="Replace what lies at OUT.")
-def export(url: str, out: str, storage_options: tuple[str, ...], as_json: bool, step: int | None, overwrite: bool) -> None:
+def export(
+    url: str, out: str, storage_options: tuple[str, ...], as_json: bool, step: int | None, part: str, overwrite: bool
+) -> None:
     """Write the model of a checkpoint alone, every byte verified.
 
     OUT is NAME.safetensors, or NAME.pth for model.load_state_dict(torch.load(OUT, weights_only=True)), or a directory
@@ -339,7 +344,7 @@ def export(url: str, out: str, storage_options: tuple[str, ...], as_json: bool, 
     catalog = _open_catalog(url, storage_options)
     entry = catalog.newest(step)
     assert entry.manifest is not None, "a whole checkpoint has a manifest"
-    written = export_model(catalog.store, entry.directory, entry.manifest, out, overwrite=overwrite)
+    written = export_model(catalog.store, entry.directory, entry.manifest, out, part=part, overwrite=overwrite)
     if as_json:
         click.echo(json.dumps({"directory": entry.directory, "step": entry.step, "files": written}, indent=1))
         return

@@ -75,9 +75,10 @@ def launch(torchrun_options: Sequence[str], arguments: Sequence[str]) -> int:
             if time.monotonic() > stopped_time + _LEAVING_SECONDS:
                 agent.kill()  # while it waits for other machines it hears no other signal
         ignore_stop_signals()
-        return outcome.exit_code(
-            agent.returncode, outcome.read(directory), asked_to_stop=bool(received) or stopped_time < math.inf
-        )
+        interrupted = signal.SIGINT in received[1:]
+        asked_to_stop = (bool(received) and not interrupted) or stopped_time < math.inf
+        code = outcome.exit_code(agent.returncode, outcome.read(directory), asked_to_stop=asked_to_stop)
+        return 130 if interrupted and code == 1 else code
 
 
 def _prepare_agent(launcher: int) -> None:
@@ -93,9 +94,12 @@ def _forward_signals(agent: "subprocess.Popen[bytes]") -> list[int]:
     received: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
-        # For a worker all of them mean the same. A second one would cut the agent's grace short; only ^C is meant to.
-        if number == signal.SIGINT or not received:
-            agent.send_signal(number if number == signal.SIGINT else signal.SIGTERM)
+        # For a worker all of them mean the same, and the first one goes on as SIGTERM: of that an agent which does not
+        # listen yet dies. A SIGINT would be an exception in the middle of its imports, some of which swallow it.
+        if not received:
+            agent.terminate()
+        elif number == signal.SIGINT:
+            agent.kill()  # and with it its workers; whatever else it hears now makes it grant them their grace anew
         received.append(number)
 
     for number in STOP_SIGNALS:

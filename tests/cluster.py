@@ -340,6 +340,14 @@ def train_here(task: Any, world: Any = None, *, fresh: bool = False, **config: A
     return train(whole, build_task(whole, task), world or SoloWorld(torch.device("cpu")), StopRequest(), fresh=fresh)
 
 
+def hears(pid: int) -> bool:
+    """Whether a process has its handlers by now. Before that nothing of ours runs in it."""
+    with contextlib.suppress(OSError):
+        caught = re.search(r"^SigCgt:\s+(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+        return caught is not None and bool(int(caught[1], 16) >> (signal.SIGUSR2 - 1) & 1)  # the last one
+    return False
+
+
 def committed(url: Path | str, storage_options: Mapping[str, Any] | None = None) -> set[int]:
     """The steps that are committed: a save goes on beside the training, so a test that is about to kill waits for it."""
     from harness.checkpoint.format import MANIFEST

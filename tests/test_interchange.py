@@ -20,6 +20,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
+from click.testing import CliRunner
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from values import Training
@@ -27,8 +28,10 @@ from values import Training
 from harness.checkpoint import commit
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.store import open_store
+from harness.cli import cli
 from harness.errors import ConfigError, Corrupt, HarnessError, Mismatch, NoCheckpoint, StoreError, Unsupported
 from harness.interchange import Foreign, export_model, import_run, load_into, read_foreign
+from harness.state import State
 from harness.tasks import gpt
 
 
@@ -276,6 +279,26 @@ def test_module_versions(tmp_path):
         fresh = nn.Sequential(nn.Sequential(Renamed(2, 2)))
         load_into(fresh, None, read_foreign(source))
         assert same(fresh.state_dict(), model.state_dict()), source
+
+
+def test_export_of_another_part(tmp_path):
+    """In a loop of one's own the model may be called anything; an optimizer is none, and what is there is told."""
+    generator, judge = nn.Linear(2, 3), nn.Linear(3, 1)
+    store = open_store(f"{tmp_path}/run")
+    state = State({"generator": generator, "judge": judge, "optimizer": adamw(generator)}, torch.device("cpu"))
+    attempt = Catalog(store).claim_attempt({})
+    run = store, *commit.write(store, state.capture(), step=7, attempt=attempt)
+    export_model(*run, f"{tmp_path}/judge.pth", part="judge")
+    exported = torch.load(f"{tmp_path}/judge.pth", weights_only=True)
+    assert same(exported, judge.state_dict())
+    assert exported._metadata == judge.state_dict()._metadata
+    with pytest.raises(Mismatch, match=r"expected a part called model, found generator, judge, .*\(--part says which\)"):
+        export_model(*run, f"{tmp_path}/model.pth")
+    with pytest.raises(Mismatch, match="expected a module, one of generator, judge; found optimizer"):
+        export_model(*run, f"{tmp_path}/optimizer.pth", part="optimizer")
+    done = CliRunner().invoke(cli, ["export", "--part", "generator", f"{tmp_path}/run", f"{tmp_path}/generator.pth"])
+    assert done.exit_code == 0, done.output
+    assert same(torch.load(f"{tmp_path}/generator.pth", weights_only=True), generator.state_dict())
 
 
 def test_export_verifies(tmp_path):

@@ -2,14 +2,40 @@
 
 import os
 import signal
+import time
 
 import pytest
-from cluster import launch, newest, wait_until
+from cluster import hears, launch, newest, wait_until
 from metadata_server import MetadataServer
 
 from harness.launch import command
 
 LAUNCH = ("-m", "harness", "launch", "--nproc-per-node=2", "--", "train")
+
+SLOW = """
+import time
+import harness.tasks.linear
+
+def build():
+    task = harness.tasks.linear.build()
+    loss = task.loss
+    def slow(model, batch):
+        print("in a step", flush=True)
+        time.sleep(60)
+        return loss(model, batch)
+    object.__setattr__(task, "loss", slow)
+    return task
+"""
+DEAF = """
+import time
+
+print("here", flush=True)
+while True:
+    try:
+        time.sleep(60)
+    except BaseException:
+        pass
+"""
 
 
 def config(steps: int) -> dict:
@@ -73,3 +99,28 @@ def test_a_notice_of_the_cloud_stops_the_run(tmp_path):
             server.set_gcp("preempted", "TRUE")
             assert run.finish() == 75
             assert f"at step {newest(tmp_path / 'run')['step']}, which is saved" in run.output()
+
+
+def test_an_interrupt_while_torchrun_starts(tmp_path):
+    """Python raises it in the middle of the imports, where it may be swallowed; it ends the launch all the same."""
+    replaced = f"harness.launch.command = lambda *_: [sys.executable, '-c', {DEAF!r}]"
+    script = f"import sys, harness.launch; {replaced}; sys.exit(harness.launch.launch([], []))"
+    with launch(tmp_path, None, command=("-c", script)) as run:
+        run.wait(lambda: "here" in run.output(), "the agent")
+        wait_until(lambda: hears(run.process.pid), "the launcher to listen")
+        os.kill(run.process.pid, signal.SIGINT)
+        assert run.finish(seconds=10) == 75
+
+
+@pytest.mark.torchrun
+def test_a_second_interrupt_does_not_wait(tmp_path):
+    """Of ^C and ^C again: the ranks are ended in the middle of a step, and nothing of it is saved."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    with launch(tmp_path, {**config(10), "task": "slow.py:build"}, command=LAUNCH) as run:
+        run.wait(lambda: run.output().count("in a step") == 2, "the first step")
+        os.kill(run.process.pid, signal.SIGINT)
+        time.sleep(1)
+        assert len(run.workers()) == 2
+        os.kill(run.process.pid, signal.SIGINT)
+        assert run.finish(seconds=10) == 130
+        wait_until(lambda: not run.processes(), "the end of all processes of the run", seconds=10)

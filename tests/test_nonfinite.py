@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from harness import Task, outcome
+from harness import Task, journal, outcome
+from harness.checkpoint.catalog import Catalog
+from harness.checkpoint.store import open_store
 from harness.config import Config
 from harness.data import Cursor, Gap, Schedule
 from harness.errors import NonFinite
+from harness.report import numbers
 
 SEED, SAMPLES, BATCH, BAD = 17, 10, 4, 7  # three steps an epoch; the bad sample is in steps 3, 6 and 8
 TRAIN = {"steps": 9, "global_batch_size": BATCH}
@@ -128,6 +132,17 @@ def test_rollback_goes_back_and_passes_over(tmp_path):
     ]
     assert [record["step"] for record in told if record["event"] == "resume"] == [2, 4, 6]
     assert len({record["attempt"] for record in told}) == 4
+    catalog = Catalog(open_store(str(tmp_path / "back")))
+    report = numbers.read(catalog, journal.read(catalog.store), time.time())
+    assert [life.ending for life in report.lives] == ["rolled back"] * 3 + ["done"]
+    assert [(life.from_step, life.last_step, life.lost_steps) for life in report.lives] == [
+        (0, 2, 0),
+        (2, 5, 1),
+        (4, 7, 1),
+        (6, 9, 0),
+    ]
+    assert report.as_json()["nonfinite_steps"] == 3
+    assert sum(report.seconds(kind) for kind in numbers.KINDS) == pytest.approx(report.wall_seconds)
 
 
 def normed() -> nn.Module:

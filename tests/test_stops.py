@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster import Run, launch, newest, wait_until
+from cluster import Run, hears, launch, newest, wait_until
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -62,14 +62,6 @@ def config(steps: int, url: str, **args) -> dict:
         "evaluation": {"every_steps": 5},
         "checkpoint": {"url": url, "every_steps": 7, "keep_last": 2},
     }
-
-
-def hears(pid: int) -> bool:
-    """Whether a process has its handlers by now. Before that nothing of ours runs in it."""
-    with contextlib.suppress(OSError):
-        caught = re.search(r"^SigCgt:\s+(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-        return caught is not None and bool(int(caught[1], 16) >> (signal.SIGUSR2 - 1) & 1)  # the last one
-    return False
 
 
 class Chain:

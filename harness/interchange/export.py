@@ -36,20 +36,22 @@ def export_model(
     manifest: Manifest,
     out: str,
     *,
+    part: str = "model",
     shard_bytes: int = 5 << 30,
     overwrite: bool = False,
     storage_options: Mapping[str, Any] | None = None,
 ) -> dict[str, int]:
     """Writes the model of a checkpoint, every byte verified, to ``out``; returns the sizes of the files by their names.
 
+    ``part`` is the model's name in the state: a module, or in a checkpoint without a run any flat dictionary of tensors.
     ``out`` is a path or URL: ``NAME.safetensors``; ``NAME.pth`` (or ``.pt``, ``.bin``), for
     ``model.load_state_dict(torch.load(out, weights_only=True))``; or a directory (``NAME/``, or a local one that exists),
     which gets Hugging Face's layout with shards of at most ``shard_bytes``. ``overwrite`` replaces a file in one step; in a
     directory, the model that is there goes first. ``storage_options`` are those of ``out``.
     """
-    if "model" not in manifest.parts:
+    if part not in manifest.parts:
         found = ", ".join(manifest.parts) or "none"
-        raise Mismatch(f"{store.url}/{directory}: expected a part called model, found {found}")
+        raise Mismatch(f"{store.url}/{directory}: expected a part called {part}, found {found} (--part says which)")
     target = open_store(out, storage_options)
     if is_directory := out.endswith("/") or os.path.isdir(out):
         name, old = "", [name for name in target.list() if _MODEL_FILE.fullmatch(name)]
@@ -60,15 +62,17 @@ def export_model(
         raise ConfigError(f"{out}: expected NAME.safetensors, NAME.pth or a directory (NAME/)")
     if old and not overwrite:
         raise ConfigError(f"{target.url}/{old[0]}: is there already; expected a name that is not used, or --overwrite")
-    parts = load.read(store, directory, manifest, manifest.parts.keys() & {"model", "training"})
-    model = parts["model"]
+    parts = load.read(store, directory, manifest, manifest.parts.keys() & {part, "training"})
+    versions = parts.get("training", {}).get("module_versions")
+    if versions is not None and part not in versions:
+        raise Mismatch(f"{store.url}/{directory}: expected a module, one of {', '.join(versions)}; found {part}")
+    model = parts[part]
     if is_directory:
         return _put_directory(target, _tensors(model, out), shard_bytes, old)
     if name.endswith(".safetensors"):
         tensors = _tensors(model, out)
         return {name: _put_shard(target, name, tensors, _shards(tensors, _UNBOUNDED_BYTES)[0])}
-    versions = parts.get("training", {}).get("module_versions", {}).get("model")
-    return {name: _put_torch_file(target, name, _state_dict(model, versions))}
+    return {name: _put_torch_file(target, name, _state_dict(model, (versions or {}).get(part)))}
 
 
 # --- safetensors -----------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ Kind = Literal["starting", "loading", "training", "saving", "lost", "down"]
 KINDS: tuple[Kind, ...] = ("training", "saving", "loading", "starting", "lost", "down")
 _ALIVE_SECONDS = 60.0  # an attempt that has said something since may still run,
 _ALIVE = 0.03  # and so may one for which this part of its age has passed
+_SAYS_STEP = ("train", "beat", "saving", "stop", "error", "rollback", "done")  # events that say which step was trained last
 _SAID = {"done": "done", "stop": "stopped", "rollback": "rolled back"}  # events that end an attempt, and no death
 
 
@@ -218,7 +219,7 @@ def _life(
         return Life(*about, None, None, None, spans)
     opened = min(opening["time"], ended)
     from_step = int(opening.get("step", 0))
-    last_step = max([from_step, *(record["step"] for record in told if record["event"] in ("train", "beat", "saving"))])
+    last_step = max([from_step, *(record["step"] for record in told if record["event"] in _SAYS_STEP and "step" in record)])
     kept_step = last_step if until_step is None else min(max(until_step, from_step), last_step)
     kept_time = ended if until_step is None else min(max(_reached(told, kept_step, opened), opened), ended)
     spans = [Span("starting", began, min(claimed, opened)), Span("loading", min(claimed, opened), opened)]
