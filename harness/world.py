@@ -138,7 +138,9 @@ class TorchrunWorld:
             )
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.device = device
-        self.backend = str(dist.get_backend())
+        # "cpu:gloo,cuda:nccl", or so; a group that was made without naming any calls itself "undefined".
+        backends = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
+        self.backend = backends.get(device.type, "none")
         self._control: dist.ProcessGroup | None = dist.new_group(backend="gloo", timeout=timeout)
 
     def wrap(self, model: nn.Module) -> nn.Module:

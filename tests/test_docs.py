@@ -167,24 +167,60 @@ def test_the_formats_reader_notices_damage(ring, tmp_path):
     reader.read(reader.newest(run))
 
 
-def test_a_task_can_be_debugged_with_pdb(tmp_path):
-    """The task in docs/tasks.md, under its command, stops at its breakpoint and trains to its end."""
-    write_files("tasks.md", tmp_path)
-    command = shlex.split(blocks("tasks.md", "sh")[0])
-    place = re.search(r"`(break [\w.:]+)`", PAGES["tasks.md"])[1]
-    done = subprocess.run(
-        [sys.executable, *command[1:]],
-        cwd=tmp_path,
-        env=environment(),
-        input=f"{place}\ncontinue\np 'lr is', lr\nclear 1\ncontinue\nquit\n",
+def debugged(command: str, commands: list[str], cwd: Path, **variables: str) -> subprocess.CompletedProcess:
+    """What a command says to somebody who types this into pdb, and then leaves."""
+    return subprocess.run(
+        [sys.executable, *shlex.split(command)[1:]],
+        cwd=cwd,
+        env=environment() | variables,
+        input="\n".join([*commands, "quit", ""]),
         capture_output=True,
         text=True,
         timeout=PATIENCE_SECONDS,
         check=False,
     )
+
+
+def test_a_task_can_be_debugged_with_pdb(tmp_path):
+    """The task in docs/tasks.md, under its command, stops at its breakpoint and trains to its end."""
+    write_files("tasks.md", tmp_path)
+    place = re.search(r"`(break [\w.:]+)`", PAGES["tasks.md"])[1]
+    steps = [place, "continue", "p 'lr is', lr", "clear 1", "continue"]
+    done = debugged(blocks("tasks.md", "sh")[0], steps, tmp_path)
     assert "('lr is', 0.01)" in done.stdout, done.stdout + done.stderr
     assert "done: step 80" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_script_can_be_debugged_with_pdb(tmp_path):
+    """The command in docs/loops.md: a script that joins a process group stops at a breakpoint in its loop, and trains on."""
+    words = shlex.split(next(block for block in blocks("loops.md", "sh") if "pdb" in block))
+    variables = dict(word.split("=") for word in words if "=" in word)
+    script = REPOSITORY / words[-1]
+    line = 1 + next(index for index, text in enumerate(script.read_text().splitlines()) if "run.step(" in text)
+    command = shlex.join([*(word for word in words[:-1] if "=" not in word), str(script)])
+    steps = [f"break {line}", "continue", "p 'loss', loss.item() > 0", "clear 1", "continue"]
+    done = debugged(command, steps, tmp_path, **variables | {"MASTER_PORT": "0"})
+    assert "('loss', True)" in done.stdout, done.stdout + done.stderr
+    assert "done: step 1000" in done.stderr
+
+
+def test_the_interval(tmp_path):
+    """What docs/tuning.md computes from a report is what it says in words, and no less than two saves take."""
+    write_files("tuning.md", tmp_path)
+
+    def interval(**run: float | None) -> str:
+        command = [sys.executable, "interval.py"]
+        return subprocess.run(
+            command, cwd=tmp_path, input=json.dumps(run), capture_output=True, text=True, check=True
+        ).stdout
+
+    lived = {"saves": 10, "wall_seconds": 2 * 4 * 3600, "deaths": 2}
+    assert interval(**lived, saving_seconds=1, save_seconds_median=2) == "checkpoint.every_seconds=54\n"
+    assert interval(**lived, saving_seconds=400, save_seconds_median=50) == "checkpoint.every_seconds=1073\n"
+    assert interval(**lived, saving_seconds=1, save_seconds_median=40) == "checkpoint.every_seconds=80\n"
+    young = {"saves": 0, "saving_seconds": 0, "save_seconds_median": None, "wall_seconds": 60, "deaths": 0}
+    assert interval(**young) == "checkpoint.every_seconds=0\n"
 
 
 # --- the tables ------------------------------------------------------------------------------------------------------
