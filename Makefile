@@ -24,7 +24,7 @@ demo: $(READY)
 	$(BIN)/python launch/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -m 'not soak' -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m 'not soak' -n 4 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
 	$(BIN)/ruff format --check

@@ -149,9 +149,10 @@ def test_a_rank_killed_and_restarted_by_torchrun(tmp_path, straight):
     assert digests(tmp_path / "run") == digests(straight(3) / "run")
 
 
+@pytest.mark.soak
 @pytest.mark.torchrun
 def test_without_settled_gradients_a_resume_differs(tmp_path, straight):
-    """The tests above can fail: on three ranks, a resume that skips the throw-away backward pass ends with other bits."""
+    """The tests above can fail: on three ranks, a resume in which DDP orders its gradients anew ends with other bits."""
     branch(straight(3) / "run", tmp_path / "run", 6)
     with launch(tmp_path, config("run", settle=False), ranks=3) as run:
         assert run.wait_for("resume")["step"] == 6

@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 
 import harness
 
-EPOCHS = 10
+EPOCHS = 5
 
 
 def rings(samples: int = 2000) -> TensorDataset:

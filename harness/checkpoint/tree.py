@@ -93,7 +93,10 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _join(path: tuple[str, ...]) -> str:
-    return "/".join(key.replace("~", "~0").replace("/", "~1") for key in path)
+    joined = "/".join(path)
+    if "~" in joined or joined.count("/") >= len(path):  # there is something to escape, which is rare
+        joined = "/".join(key.replace("~", "~0").replace("/", "~1") for key in path)
+    return joined
 
 
 _ARRAY_DTYPES = frozenset(f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)) | {"b1", "f2", "f4", "f8", "c8", "c16"}

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-EPOCHS = 10
+EPOCHS = 5
 
 
 def rings(samples: int = 2000) -> TensorDataset:
