@@ -21,7 +21,7 @@ LONGEST_FUNCTION_LINES = 70
 ORDER = [
     *("errors", "environment", "config", "outcome", "signals", "watchdog", "task", "__init__", "tasks"),
     *("console", "dashboards", "world", "data", "notices"),
-    *("checkpoint.__init__", "checkpoint.format", "checkpoint.memory", "checkpoint.threads", "checkpoint.unbuffered"),
+    *("checkpoint.__init__", "checkpoint.format", "checkpoint.threads", "checkpoint.unbuffered"),
     *("checkpoint.store", "checkpoint.tree", "checkpoint.shares", "checkpoint.commit", "checkpoint.catalog"),
     *("checkpoint.load", "checkpoint.direct", "checkpoint.staging", "checkpoint.saver"),
     *("buckets", "state", "crashes", "journal", "metrics", "interchange", "resume", "nonfinite", "stragglers", "program"),

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from harness.checkpoint import tree
-from harness.checkpoint.memory import fresh_region
 from harness.checkpoint.tree import Encoded
 
 _ALIGNMENT_BYTES = 64
@@ -35,11 +34,7 @@ class HostMemory:
         """The block, uint8, of this size or more; its content is whatever it was."""
         if self.block.numel() < size_bytes:
             self.block = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
-            self.block = (
-                torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
-                if self.pinned
-                else torch.frombuffer(fresh_region(size_bytes), dtype=torch.uint8)
-            )
+            self.block = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self.pinned)
         return self.block
 
 
