@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from cluster import newest, train_here, wait_until
+from cluster import newest, train_here
 from test_saver import TOO_LARGE, failed_lines, parts, saver, small_files
 from torch import nn
 from torch.nn import functional as F
@@ -189,25 +189,6 @@ def test_a_save_that_does_not_end_is_given_up(tmp_path, monkeypatch, caplog):
     assert writer.give_up_after(30).step == 2
 
 
-def test_a_part_is_written_while_the_next_one_is_copied(tmp_path, monkeypatch):
-    """And not before it is whole."""
-    writer = saver(str(tmp_path))
-    state = {"first": {"weight": torch.ones(1000)}, "second": {"weight": torch.ones(1000)}}
-    copied, copy = [], staging._copy
-
-    def waiting(place: torch.Tensor, tensor: torch.Tensor) -> None:
-        if copied:
-            wait_until(lambda: [*tmp_path.glob("step-*/first.safetensors")], "the first part")
-        assert len(copied) == len([*tmp_path.glob("step-*/*.safetensors")])
-        copy(place, tensor)
-        copied.append(place)
-
-    monkeypatch.setattr(staging, "_copy", waiting)
-    writer.begin(state, step=1, meta={}, is_steady=lambda tensor: True)
-    assert writer.wait().step == 1
-    assert len(copied) == 2
-
-
 def test_what_could_not_be_copied_is_not_committed(tmp_path, monkeypatch):
     """The error of the thread that copies is that of the save, and ends the training like any other of ours."""
     writer = saver(str(tmp_path))
@@ -242,7 +223,7 @@ def test_a_snapshot_has_the_same_bytes(dtype):
     if dtype.is_complex:
         values["conjugate"] = tensor.conj()
     snapshot = Snapshot({"model": encode(values, "model")}, HostMemory(pinned=False), lambda tensor: tensor.numel() > 100)
-    snapshot.wait_for("model")
+    snapshot.drain()
     for name, place in snapshot.parts["model"].tensors.items():
         expected = values[name].resolve_conj().contiguous()
         assert (place.dtype, place.shape) == (expected.dtype, expected.shape)

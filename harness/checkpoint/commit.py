@@ -118,19 +118,11 @@ def write_encoded(
 # --- one writer, or several ------------------------------------------------------------------------------------------
 
 
-def write_share(
-    store: Store,
-    directory: str,
-    plan: Plan,
-    own: Mapping[str, tree.Encoded],
-    streams: int = 1,
-    ready: Callable[[str], None] | None = None,
-) -> Receipt:
-    """Writes this rank's shards. ``own`` is what is in them, as by ``plan.own``; ``ready`` waits until the tensors of a part
-    have their values. The shards are durable when it returns."""
+def write_share(store: Store, directory: str, plan: Plan, own: Mapping[str, tree.Encoded], streams: int = 1) -> Receipt:
+    """Writes this rank's shards. ``own`` is what is in them, as by ``plan.own``. They are durable when it returns."""
     rank = plan.writers.rank
     shards = [_Shard(each, own[each.part].tensors) for each in plan.shards[rank]]
-    _put_shards(store, directory, shards, streams, ready or (lambda _part: None))
+    _put_shards(store, directory, shards, streams)
     blocks: dict[str, dict[str, Blocks]] = {}
     for shard in shards:
         blocks.setdefault(shard.part, {}).update(shard.blocks)
@@ -292,11 +284,10 @@ class _Shard:
         self.checksum = f"{CHECKSUM}:{whole.hexdigest()}"
 
 
-def _put_shards(store: Store, directory: str, shards: Sequence[_Shard], streams: int, ready: Callable[[str], None]) -> None:
+def _put_shards(store: Store, directory: str, shards: Sequence[_Shard], streams: int) -> None:
     """Writes all shards, so many at once. After an error no further one is begun."""
 
     def put(shard: _Shard) -> None:
-        ready(shard.part)
         store.put(f"{directory}/{shard.name}", shard, shard.size_bytes)
 
     in_threads(streams, put, shards)

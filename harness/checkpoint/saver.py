@@ -1,11 +1,11 @@
 """Saving: what happens around a commit, beside the training, and what a failed save means.
 
 Each rank that writes has a ``Saver``: rank 0 alone, or several of which each writes its share (``Writers``). ``begin`` takes
-a snapshot of the state (see ``harness.checkpoint.staging``) and leaves the rest, copying, hashing and writing, to threads,
+a snapshot of the state (see ``harness.checkpoint.staging``) and leaves the rest, copying, hashing and writing, to a thread,
 in calls that do without the interpreter lock. At most one save is under way. Its result is handed out by ``poll`` or
 ``wait``. ``save`` does everything before it returns, without a copy of the state.
 
-The threads have the priority of any other. With less of it they take as much from a training that keeps all cores busy, only
+The thread has the priority of any other. With less of it, it takes as much from a training that keeps all cores busy, only
 later: at a niceness of 10 a checkpoint of 0.5 GB was durable after 1.3 s instead of 0.4 s, and the steps lost no less.
 
 A save that fails is told of each time and counted; training goes on, because the checkpoints that exist are untouched, and
@@ -145,8 +145,8 @@ class Saver:
             plan, own, steady = self._share(encoded, is_steady)
             fits = self.memory_limit_bytes is None or staging.size_bytes(own) <= self.memory_limit_bytes
             snapshot = Snapshot(own, self.memory, steady if overlap else nothing_is_steady) if fits else None
-            source, ready = (own, None) if snapshot is None else (snapshot.parts, snapshot.wait_for)
-            self._under_way = _Writing(snapshot, lambda: self._write(plan, source, order, ready), order, began)
+            source = own if snapshot is None else snapshot.parts
+            self._under_way = _Writing(snapshot, lambda: self._write(plan, source, order), order, began)
             if snapshot is None:
                 self._under_way.join()
             self._under_way.blocked_seconds = time.monotonic() - began
@@ -231,17 +231,14 @@ class Saver:
         plan = Plan(encoded, self.shard_bytes, self.writers, is_steady)
         return plan, *plan.own(encoded, is_steady)
 
-    def _write(
-        self, plan: Plan | None, own: Mapping[str, Encoded], order: _Order, ready: Callable[[str], None] | None = None
-    ) -> tuple[str, int] | None:
-        """Writes this rank's share, each part when it is ``ready``. The first writer commits, and then tidies up: the
-        directory and its bytes."""
+    def _write(self, plan: Plan | None, own: Mapping[str, Encoded], order: _Order) -> tuple[str, int] | None:
+        """Writes this rank's share. The first writer commits, and then tidies up: the directory and its bytes."""
         if plan is None:
             plan = Plan(own, self.shard_bytes, self.writers)
             own, _ = plan.own(own)
         store, directory = self.catalog.store, order.directory
         with self._telling(order):
-            receipt = commit.write_share(store, directory, plan, own, self.streams, ready)
+            receipt = commit.write_share(store, directory, plan, own, self.streams)
             if not self.writers.is_first:
                 commit.put_receipt(store, directory, receipt)
                 return None
@@ -318,10 +315,10 @@ class _Writing(Background[tuple[str, int] | None]):
 
     def _work(self) -> tuple[str, int] | None:
         try:
+            if self._snapshot is not None:
+                self._snapshot.drain()
             return self._write()
         finally:
-            if self._snapshot is not None:
-                self._snapshot.join()
             self.seconds = time.monotonic() - self.began
 
     def fence(self) -> None:

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from harness.checkpoint import tree
-from harness.checkpoint.threads import Background
 from harness.checkpoint.tree import Encoded
 
 _ALIGNMENT_BYTES = 64
@@ -40,62 +39,47 @@ class HostMemory:
 
 
 class Snapshot:
-    """The encoded parts of a state, and the copy of their tensors, which a thread goes on to make."""
+    """The encoded parts of a state, and the copy of their tensors that is being made."""
 
     def __init__(self, parts: Mapping[str, Encoded], memory: HostMemory, is_steady: Callable[[torch.Tensor], bool]) -> None:
         block, offset = memory.at_least(size_bytes(parts)), 0
-        self.parts: dict[str, Encoded] = {}  # as given, on the host; each is whole once ``wait_for`` has returned
+        self.parts: dict[str, Encoded] = {}  # as given, on the host; whole once ``drain`` has returned
+        self._later: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._drained = threading.Event()
         self._stream = torch.cuda.Stream() if memory.pinned else None  # type: ignore[no-untyped-call]
-        self._over = {name: threading.Event() for name in parts}  # set when all copies of a part are made, or under way
-        self._arrivals: dict[str, torch.cuda.Event | None] = {}  # of the parts whose copies are, when the GPU has made them
+        self._copied: torch.cuda.Event | None = None
         now: list[tuple[torch.Tensor, torch.Tensor]] = []
-        later: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for name, part in parts.items():
-            places, later[name] = {}, []
+            places = {}
             for path, tensor in part.tensors.items():
                 places[path] = place = block[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
                 offset += _padded(tensor.nbytes)
-                (later[name] if is_steady(tensor) else now).append((place, tensor))
+                (self._later if is_steady(tensor) else now).append((place, tensor))
             self.parts[name] = replace(part, tensors=places)
         self._copy_now(now)
-        self._drain = Background(lambda: self._copy_later(later), "harness-snapshot")
 
-    def wait_for(self, part: str) -> None:
-        """Waits until a part is whole. Raises what keeps it from becoming so."""
-        self._over[part].wait()
-        if part not in self._arrivals:
-            self._drain.result()
-        if (arrival := self._arrivals[part]) is not None:
-            arrival.synchronize()
+    def drain(self) -> None:
+        """Makes the rest of the copy; called in the writer's thread."""
+        try:
+            if self._stream is None:
+                for place, tensor in self._later:
+                    _copy(place, tensor)
+                return
+            with torch.cuda.stream(self._stream):
+                for place, tensor in self._later:
+                    _copy(place, tensor)
+                self._copied = self._stream.record_event()
+            self._drained.set()  # the copies are under way, and what must wait for them can say so to the GPU
+            self._copied.synchronize()
+        finally:
+            self._drained.set()
+            self._later.clear()  # until now it kept the tensors' memory from being used for others
 
     def fence(self) -> None:
         """Waits until what was steady may change. On a GPU, it is the computing stream that waits."""
-        for over in self._over.values():
-            over.wait()
-        for arrival in self._arrivals.values():
-            if arrival is not None:
-                torch.cuda.current_stream().wait_event(arrival)
-
-    def join(self) -> None:
-        """Waits until nothing is copied any more, whatever has come of it: the memory may be used again."""
-        self._drain.join()
-        for arrival in self._arrivals.values():
-            if arrival is not None:
-                arrival.synchronize()
-
-    def _copy_later(self, later: dict[str, list[tuple[torch.Tensor, torch.Tensor]]]) -> None:
-        """Part by part, so that the first one can be written while the next one is copied."""
-        try:
-            for name, pairs in later.items():
-                with torch.cuda.stream(self._stream):  # does nothing where there is none
-                    for place, tensor in pairs:
-                        _copy(place, tensor)
-                self._arrivals[name] = None if self._stream is None else self._stream.record_event()
-                self._over[name].set()  # on a GPU the copies are under way, and what must wait for them can tell it so
-        finally:
-            for over in self._over.values():
-                over.set()
-            later.clear()  # until now it kept the tensors' memory from being used for others
+        self._drained.wait()
+        if self._copied is not None:
+            torch.cuda.current_stream().wait_event(self._copied)
 
     def _copy_now(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         if self._stream is None:

@@ -4,7 +4,7 @@ A file that is written in the usual way costs the processor a copy of every byte
 beside a training that would use the processor itself, and what it throws out of the cache is the training's data. With
 ``O_DIRECT`` the device fetches the bytes from our memory: on the machine of benchmarks/README.md a gigabyte took 0.04 s of
 processor time and was on the disk after 0.5 s, against 0.3 to 2.4 s and 0.9 to 3.6 s. It asks for whole blocks from
-aligned memory, so the chunks are gathered in buffers. Where the filesystem does not know it, the file is written as usual.
+aligned memory, so the chunks are gathered in a buffer. Where the filesystem does not know it, the file is written as usual.
 """
 
 import errno
@@ -12,7 +12,6 @@ import fcntl
 import mmap
 import os
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 Buffer = bytes | bytearray | memoryview
@@ -25,21 +24,17 @@ def write(file: Any, chunks: Iterable[Buffer]) -> None:
     """Writes chunks to a file that was opened without a buffer. It is not durable before its ``fsync``."""
     import numpy as np  # noqa: PLC0415  # whoever only reads a run does without it
 
-    buffer, other = (np.frombuffer(mmap.mmap(-1, BUFFER_BYTES), dtype=np.uint8) for _ in range(2))  # begin on a page
+    buffer = np.frombuffer(mmap.mmap(-1, BUFFER_BYTES), dtype=np.uint8)  # begins on a page
     direct, filled = _switch(file, on=True), 0
-    with ThreadPoolExecutor(1, "harness-disk") as disk:  # writes one buffer while the other one is filled
-        writing: Future[bool] | None = None
-        for chunk in chunks:
-            rest = np.frombuffer(chunk, dtype=np.uint8)
-            while len(rest):
-                count = min(len(rest), BUFFER_BYTES - filled)
-                np.copyto(buffer[filled : filled + count], rest[:count])  # unlike a slice's assignment, without the GIL
-                filled, rest = filled + count, rest[count:]
-                if filled == BUFFER_BYTES:
-                    direct = direct if writing is None else writing.result()
-                    writing = disk.submit(_write_whole, file, buffer.data, direct=direct)
-                    buffer, other, filled = other, buffer, 0
-        direct = direct if writing is None else writing.result()
+    for chunk in chunks:
+        rest = np.frombuffer(chunk, dtype=np.uint8)
+        while len(rest):
+            count = min(len(rest), BUFFER_BYTES - filled)
+            np.copyto(buffer[filled : filled + count], rest[:count])  # unlike a slice's assignment, without the GIL
+            filled, rest = filled + count, rest[count:]
+            if filled == BUFFER_BYTES:
+                direct = _write_whole(file, buffer.data, direct=direct)
+                filled = 0
     if direct:
         _switch(file, on=False)  # the end of the file is not a whole block
     write_all(file, buffer[:filled].data)
