@@ -266,7 +266,7 @@ def inspect(url: str, storage_options: tuple[str, ...], as_json: bool, step: int
             for item in value:
                 click.echo("  " + "  ".join(str(field) for field in item.values()))
         elif isinstance(value, dict):
-            click.echo(f"{key}: " + ", ".join(f"{name} {item}" for name, item in value.items()))
+            click.echo(f"{key}:" + "".join(f"\n  {name}  {item}" for name, item in value.items()))
         else:
             click.echo(f"{key}: {value}")
 

@@ -44,6 +44,11 @@ def max_restarts() -> int | None:
     return int(word) if word.isdecimal() else None
 
 
+def lends_its_store() -> bool:
+    """Whether the ranks meet in torchrun's own store, which outlives them. See ``harness.world._fresh_store``."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def restarts() -> int:
     """How often torchrun has started this process's rank anew in this launch, as this machine counts."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

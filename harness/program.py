@@ -1,6 +1,7 @@
 """How a program ends that trains: in words, in a record for the launcher, in an exit code, and in time."""
 
 import logging
+import re
 import sys
 import threading
 import traceback
@@ -43,7 +44,8 @@ def fail(error: BaseException, own_rank: int) -> NoReturn:
     """Ends a rank at once, after an error. The others may wait for it in a collective for minutes; torchrun frees them once
     this one is gone."""
     if has_lost_a_peer(error):
-        error = RankFailure(f"lost contact with another rank: {error}")
+        reason = re.sub(r"\[\S*\.cc:\d+\] ", "", str(error)).partition(". ")[0]  # without gloo's good wishes
+        error = RankFailure(f"lost contact with another rank: {reason}")
     if isinstance(error, HarnessError):
         print("\n".join(f"harness: rank {own_rank}: {line}" for line in str(error).splitlines()), file=sys.stderr)
     else:

@@ -371,10 +371,11 @@ class Run:
 
     def remember_crash(self, error: BaseException) -> None:
         """Leaves a record of an error in the training code, or in a sample, for the attempts to come."""
-        what = f"{type(error).__name__}: {error}".partition("\n")[0]
+        has_lost = has_lost_a_peer(error)  # what torch says of that has nothing to do with the training
+        what = "lost contact with another rank" if has_lost else f"{type(error).__name__}: {error}".partition("\n")[0]
         if not isinstance(error, Stopped) and hasattr(self, "_reporter"):
             self.tell("error", "", step=self.global_step, error=what)
-        is_theirs = isinstance(error, Exception) and not isinstance(error, HarnessError) and not has_lost_a_peer(error)
+        is_theirs = isinstance(error, Exception) and not isinstance(error, HarnessError) and not has_lost
         if not is_theirs or getattr(self, "_record_crash", None) is None:
             return
         samples = self.loader.samples() if self.loader else []

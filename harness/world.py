@@ -7,6 +7,7 @@ who resumes from what, random states for a checkpoint, whether to stop — goes 
 the CPU: it never waits for a GPU, and never stands in the way of a gradient.
 """
 
+import logging
 import os
 import time
 import uuid
@@ -22,7 +23,10 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is pu
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from harness.config import WorldConfig
+from harness.environment import lends_its_store, max_restarts
 from harness.errors import ConfigError, RankFailure
+
+log = logging.getLogger(__name__)
 
 
 class World(Protocol):
@@ -124,6 +128,8 @@ class _Known:
 class TorchrunWorld:
     """A process among those that torchrun started. Joins the others when it is made, where the program has not done so."""
 
+    has_joined = False  # a group that is there was made here
+
     def __init__(self, device: torch.device, backend: str, timeout_seconds: float) -> None:
         timeout = timedelta(seconds=timeout_seconds)
         if not dist.is_initialized():
@@ -135,6 +141,12 @@ class TorchrunWorld:
                 world_size=size,
                 timeout=timeout,
                 device_id=device if device.type == "cuda" else None,
+            )
+            TorchrunWorld.has_joined = True
+        elif not TorchrunWorld.has_joined and dist.get_rank() == 0 and lends_its_store() and max_restarts():
+            log.warning(
+                "torchrun may need several restarts for one (torch 2.13 lends its workers a store with old addresses): use "
+                "harness launch, or export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
             )
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.device = device
@@ -264,7 +276,7 @@ def _fresh_store(rank: int, size: int, timeout: timedelta) -> Store:
     every rank greets with a word of its own making, and rank 0's answer is filed under that word.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    lent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    lent = lends_its_store()
     hosts = rank == 0 and not lent
     store = TCPStore(address, port, size, is_master=hosts, timeout=timeout, wait_for_workers=False)
     if not lent or size == 1:

@@ -14,7 +14,7 @@ from torch.distributed import TCPStore
 
 from harness.config import WorldConfig
 from harness.errors import ConfigError, RankFailure
-from harness.world import Agreement, SoloWorld, _fresh_store, has_lost_a_peer, join_world
+from harness.world import Agreement, SoloWorld, TorchrunWorld, _fresh_store, has_lost_a_peer, join_world, world_of_program
 
 RANKS = 3
 HALF_A_MINUTE = timedelta(seconds=30)
@@ -292,6 +292,22 @@ def test_a_lost_peer_is_told_from_an_error_here(tmp_path):
     assert len(lines) == 1
     assert lines[0].startswith("harness: rank 0: lost contact with another rank: ")
     assert output.count("Traceback") == 1, "torchrun's own"
+
+
+def test_a_store_with_old_addresses_is_warned_of(tmp_path, monkeypatch, caplog):
+    """Where the program has joined by torch's own means, and torchrun may start it again."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(TorchrunWorld, "has_joined", False)
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+        world_of_program(torch.device("cpu"), 60)
+        assert caplog.text == ""
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+        world_of_program(torch.device("cpu"), 60)
+        assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in caplog.text
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_what_counts_as_a_lost_peer():
