@@ -16,7 +16,7 @@ from typing import Any
 
 Buffer = bytes | bytearray | memoryview
 
-BUFFER_BYTES = 4 << 20  # a multiple of every device's block; smaller files are not worth it
+BUFFER_BYTES = 2 << 20  # a multiple of every device's block, in the processor's cache; smaller files are not worth it
 _DIRECT = getattr(os, "O_DIRECT", 0)  # 0 where the system has none
 
 
