@@ -316,6 +316,7 @@ def test_links_lead_somewhere():
         base = README.parent if name == "README.md" else REPOSITORY / "docs"
         for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
             path, _, heading = target.partition("#")
+            path = path or name  # a heading of the page itself
             assert (base / path).exists(), f"{name}: {target}"
             if heading:
                 headings = re.findall(r"^#+ (.+)$", (base / path).read_text(), re.MULTILINE)
