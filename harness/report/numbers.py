@@ -22,8 +22,8 @@ Kind = Literal["starting", "loading", "training", "saving", "lost", "down"]
 KINDS: tuple[Kind, ...] = ("training", "saving", "loading", "starting", "lost", "down")
 _ALIVE_SECONDS = 60.0  # an attempt that has said something since may still run,
 _ALIVE = 0.03  # and so may one for which this part of its age has passed
-_SAYS_STEP = ("train", "beat", "saving", "stop", "error", "rollback", "done")  # events that say which step was trained last
 _SAID = {"done": "done", "stop": "stopped", "rollback": "rolled back"}  # events that end an attempt, and no death
+_SAYS_STEP = {"train", "beat", "saving", "error", *_SAID}  # events that say which step was trained last
 
 
 @dataclass(frozen=True)
