@@ -9,6 +9,7 @@ the CPU: it never waits for a GPU, and never stands in the way of a gradient.
 
 import logging
 import os
+import socket
 import time
 import uuid
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, Protocol
 
+import tenacity
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -278,6 +280,8 @@ def _fresh_store(rank: int, size: int, timeout: timedelta) -> Store:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     lent = lends_its_store()
     hosts = rank == 0 and not lent
+    if not hosts and not lent:
+        _wait_for_listener(address, port, timeout)
     store = TCPStore(address, port, size, is_master=hosts, timeout=timeout, wait_for_workers=False)
     if not lent or size == 1:
         return PrefixStore(uuid.uuid4().hex, store) if lent else store
@@ -288,6 +292,24 @@ def _fresh_store(rank: int, size: int, timeout: timedelta) -> Store:
     prefix = store.get(f"harness/answer/{word}").decode()
     store.set(f"harness/thanks/{prefix}/{rank}", "")
     return PrefixStore(prefix, store)
+
+
+def _wait_for_listener(address: str, port: int, timeout: timedelta) -> None:
+    """Returns when a connection would be taken. Raises ``RankFailure`` where that takes too long.
+
+    Half of all starts have a rank that is faster than rank 0. torch's own client (2.13) then sleeps for a quarter to three
+    quarters of a second before it tries again, and every rank waits with it.
+    """
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(OSError),
+        wait=tenacity.wait_random(0.01, 0.03),
+        stop=tenacity.stop_after_delay(timeout),
+    )
+    try:
+        retrying(socket.create_connection, (address, port), timeout=5).close()
+    except tenacity.RetryError as error:
+        seconds = timeout.total_seconds()
+        raise RankFailure(f"nobody listens at {address}:{port} for {seconds:.0f} s: rank 0 did not come") from error
 
 
 def _answer_greetings(store: Store, size: int, timeout: timedelta) -> str:

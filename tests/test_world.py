@@ -1,5 +1,6 @@
 """The processes of a run, and agreement between them."""
 
+import socket
 import sys
 import threading
 import time
@@ -162,6 +163,45 @@ def test_a_rank_that_does_not_come_is_named(lent):
     start(0, found, timedelta(seconds=0.5)).join(30)
     assert isinstance(found[0], RankFailure)
     assert "ranks [2] did not come" in str(found[0])
+
+
+@pytest.fixture
+def unlent(monkeypatch):
+    """Starts whose store rank 0 has to open, since torchrun lends none: what is called before each."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+
+    def prepare() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+
+    return prepare
+
+
+def test_ranks_that_are_faster_than_the_first_lose_no_time(unlent):
+    """They have found rank 0 as soon as it is there, where torch's own client sleeps for a quarter of a second or more."""
+    seconds = []
+    for _ in range(3):
+        unlent()
+        found: dict = {}
+        others = [start(rank, found) for rank in (1, 2)]
+        time.sleep(0.1)
+        begin = time.monotonic()
+        for thread in (start(0, found), *others):
+            thread.join(30)
+        seconds.append(time.monotonic() - begin)
+        found[0].set("address", "here")
+        assert [found[rank].get("address") for rank in (1, 2)] == [b"here"] * 2
+    assert min(seconds) < 0.2
+
+
+def test_a_first_rank_that_does_not_come_is_named(unlent):
+    """This wait is bounded, too."""
+    unlent()
+    found: dict = {}
+    start(1, found, timedelta(seconds=0.3)).join(30)
+    assert isinstance(found[1], RankFailure)
+    assert "rank 0 did not come" in str(found[1])
 
 
 # --- real ranks ------------------------------------------------------------------------------------------------------
