@@ -331,6 +331,21 @@ class StoreContract:
                 thread.join(30)
         assert (place.raw.names(), place.raw.uploads()) == (set(), 0)
 
+    def test_calls_that_are_made_together(self, place):
+        """They do what they do one by one, with the same errors, and what the function returns or raises is passed on."""
+        store = place.open(attempts=1)
+
+        def calls():
+            put(store, "directory/a", b"1")
+            put(store, "b", content(6 * MIB))
+            return store.list(), store.get("directory/a", MIB), store.stat("nowhere")
+
+        assert store.together(calls) == ({"directory/a": 1, "b": 6 * MIB}, b"1", None)
+        with pytest.raises(FileNotFoundError):
+            store.together(lambda: store.read_range("nowhere", 0, 1))
+        with pytest.raises(ZeroDivisionError):
+            store.together(lambda: 1 // 0)
+
     def test_delete(self, place):
         """Deleting takes one object away, and may be done twice."""
         store = place.open()

@@ -4,6 +4,8 @@ import errno
 import os
 import subprocess
 import sys
+import threading
+import time
 import uuid
 
 import pytest
@@ -85,6 +87,31 @@ for url in sys.argv[1:]:
     subprocess.run([sys.executable, "-c", program, *urls], env=env, check=True, timeout=60)
     for server in (s3, azure, sftp):
         assert open_store(server.url("environment"), server.storage_options).get("file.bin", MIB) == b"from the environment"
+
+
+# --- many calls in one thread ------------------------------------------------------------------------------------------
+
+
+def test_a_call_that_hangs_among_others(tmp_path):
+    """It is named when its own time is over, and none of those that were to follow is made when it wakes up."""
+    store = open_store(str(tmp_path), attempts=3, deadline_seconds=0.5)
+    os.mkfifo(tmp_path / "pipe")  # who opens it waits for somebody who writes
+    put(store, "before", b"1")
+
+    def calls():
+        time.sleep(0.7)  # what is no call does not count
+        store.read_range("before", 0, 1)
+        store.read_range("pipe", 0, 1)
+        put(store, "after", b"1")
+
+    with pytest.raises(StoreError, match=r"^read .*/pipe: no answer within") as caught:
+        store.together(calls)
+    assert caught.value.transient
+    (tmp_path / "pipe").write_bytes(b"1")
+    for thread in threading.enumerate():
+        if thread.name == "harness-store":
+            thread.join(30)
+    assert store.list() == {"before": 1}
 
 
 # --- trying again ----------------------------------------------------------------------------------------------------

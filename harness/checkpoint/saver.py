@@ -17,6 +17,7 @@ goes on as if nothing had happened.
 """
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -110,7 +111,7 @@ class Saver:
         def write() -> tuple[str, int] | None:
             with self._telling(order):
                 plan, own, _ = self._share(commit.encode(parts), is_steady)
-                return self._write(plan, own, order)
+                return self.catalog.store.together(lambda: self._write(plan, own, order))
 
         committed = self._committed(step, write, must_succeed=must_succeed)
         seconds = time.monotonic() - began
@@ -146,7 +147,8 @@ class Saver:
             fits = self.memory_limit_bytes is None or staging.size_bytes(own) <= self.memory_limit_bytes
             snapshot = Snapshot(own, self.memory, steady if overlap else nothing_is_steady) if fits else None
             source = own if snapshot is None else snapshot.parts
-            self._under_way = _Writing(snapshot, lambda: self._write(plan, source, order), order, began)
+            write = functools.partial(self._write, plan, source, order)
+            self._under_way = _Writing(snapshot, lambda: self.catalog.store.together(write), order, began)
             if snapshot is None:
                 self._under_way.join()
             self._under_way.blocked_seconds = time.monotonic() - began

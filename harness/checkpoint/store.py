@@ -9,10 +9,10 @@ The contract that everything above rests on:
   reaches the disk is the server's affair.
 * No operation but ``delete`` takes anything away, and nothing here renames one object over another's content or asks
   for exclusive creation: not every store has those, and the format does not need them.
-* Every call ends: it runs in a thread of its own under a deadline (a frozen S3 server holds s3fs for minutes whatever
-  its timeouts say), transient failures are tried again with backoff over a new connection, and what remains is a
-  ``StoreError`` that names the operation and the object. A put that hung and wakes up later publishes nothing: the
-  memory that it reads may hold the next step by then.
+* Every call ends: it runs in a thread of its own, or in one that several share (``together``), under a deadline (a frozen
+  S3 server holds s3fs for minutes whatever its timeouts say), transient failures are tried again with backoff over a new
+  connection, and what remains is a ``StoreError`` that names the operation and the object. A put that hung and wakes up
+  later publishes nothing: the memory that it reads may hold the next step by then.
 * Nothing is answered from a cache, and what could not be listed is an error, not an empty directory.
 * Large objects come as fast as the storage gives them, in bounded memory: from an object store in several ranges at a time.
   Local files are read, never mapped: a mapped file that is cut short, or a page of it that the disk cannot read, is a
@@ -25,10 +25,12 @@ import contextlib
 import errno
 import functools
 import io
+import math
 import os
 import re
 import secrets
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -47,8 +49,10 @@ from harness.checkpoint.unbuffered import Buffer
 from harness.errors import ConfigError, HarnessError, StoreError
 
 T = TypeVar("T")
+Called = TypeVar("Called")
 
 _THREAD = "harness-store"
+_NOBODY_WAITS = "nobody waits for this any more"
 _SMALL_BYTES = 4 << 20  # an object up to this size is sent in one request
 _BLOCK_BYTES = 16 << 20  # larger ones are streamed in parts of this size
 _RANGE_BYTES = 4 << 20  # what is read in ranges comes in pieces of this size,
@@ -93,6 +97,15 @@ class Store:
         # What failed may have been the connection: SFTP never makes another, and S3 has a few, which may all hang.
         self._suspect: AbstractFileSystem | None = None
         self._durable: set[str] = set()  # local directories whose names are on the disk
+
+    def together(self, function: Callable[[], T]) -> T:
+        """What a function returns that makes many calls, which on a local filesystem share a thread.
+
+        A thread for each makes two turns of the scheduler of each: eight milliseconds where a training keeps all cores
+        busy, and the call itself takes one. Each call keeps its deadline. One that hangs is not tried again, since there is
+        no connection that could be another.
+        """
+        return _Row(function).result_in_time() if self.is_local else function()
 
     def put(self, name: str, chunks: Callable[[], Iterable[Buffer]], size_bytes: int) -> None:
         """Publishes an object. ``chunks`` is called once for each try and yields its ``size_bytes`` bytes."""
@@ -384,6 +397,9 @@ def _insist(
 
     def attempt() -> T:
         try:
+            row = threading.current_thread()
+            if isinstance(row, _Row):
+                return row.call(where, function, limit_seconds)
             return _Try(function, _THREAD).result_within(limit_seconds)
         except HarnessError:
             raise
@@ -417,6 +433,39 @@ class _Try(Background[T]):
             self.left_behind = self.is_alive()
         if self.left_behind:
             raise TimeoutError(f"no answer within {seconds:.0f} s")
+        return self.result()
+
+
+class _Row(Background[T]):
+    """Calls that are made one after the other by a function. When one hangs, the function is left behind."""
+
+    left_behind = False
+    where = ""  # the call that is under way,
+    limit_seconds = math.inf  # how long it may take,
+    latest = math.inf  # and until when, in monotonic time
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        super().__init__(function, _THREAD)
+
+    def call(self, where: str, function: Callable[[], Called], limit_seconds: float) -> Called:
+        """Makes a call; called by the function, in this thread."""
+        if self.left_behind:
+            raise TimeoutError(_NOBODY_WAITS)
+        self.where, self.limit_seconds, self.latest = where, limit_seconds, time.monotonic() + limit_seconds
+        try:
+            return function()
+        finally:
+            self.latest = math.inf
+
+    def result_in_time(self) -> T:
+        """What the function returns, or raises; ``StoreError`` when a call takes too long."""
+        try:
+            while self.is_alive() and (left_seconds := self.latest - time.monotonic()) > 0:
+                self.join(min(left_seconds, 1.0))  # the deadline changes with each call
+        finally:  # also when the caller was interrupted
+            self.left_behind = self.is_alive()
+        if self.left_behind:
+            raise StoreError(f"{self.where}: no answer within {self.limit_seconds:.0f} s", transient=True)
         return self.result()
 
 
@@ -455,8 +504,8 @@ def _while_awaited(chunks: Iterable[Buffer]) -> Iterator[Buffer]:
     this = threading.current_thread()
     for chunk in chunks:
         yield chunk
-        if isinstance(this, _Try) and this.left_behind:
-            raise TimeoutError("nobody waits for this any more")
+        if isinstance(this, _Try | _Row) and this.left_behind:
+            raise TimeoutError(_NOBODY_WAITS)
 
 
 def _files(fs: AbstractFileSystem, place: str) -> Iterator[dict[str, Any]]:
