@@ -42,7 +42,6 @@ checksum of the block. So it can be told by those who have each seen some of the
 took from each; the writer itself is not in it. A step that an attempt wrote beyond that belongs to a line that was left.
 """
 
-import functools
 import itertools
 import json
 import math
@@ -214,21 +213,21 @@ def piece_name(path: str, offset: int) -> str:
 # --- shards ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """A tensor without its bytes: path, torch's name of the dtype, shape."""
 
     path: str
     dtype: str
     shape: tuple[int, ...]
+    nbytes: int = field(init=False, repr=False, compare=False)  # asked for ten times in a save
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nbytes", math.prod(self.shape) * self.itemsize)
 
     @property
     def itemsize(self) -> int:
         return DTYPES[self.dtype][1]
-
-    @functools.cached_property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.itemsize
 
 
 def plan_shards(tensors: Iterable[TensorInfo], limit_bytes: int) -> list[list[TensorInfo]]:
@@ -247,17 +246,19 @@ def plan_shards(tensors: Iterable[TensorInfo], limit_bytes: int) -> list[list[Te
 def encode_header(tensors: Sequence[TensorInfo]) -> bytes:
     """The first bytes of a shard, up to the first tensor's."""
     metadata = {"format": "pt"}
-    header: dict[str, Any] = {"__metadata__": metadata}
+    entries = []  # as text: a dictionary for each would keep the garbage collector busier than anything else in a save
     offset = 0
     for tensor in tensors:
         code, itemsize = DTYPES[tensor.dtype]
-        shape = list(tensor.shape)
+        shape, end = tensor.shape, offset + tensor.nbytes
         if code is None:
-            code, shape = "U8", [*shape, itemsize]
+            code, shape = "U8", (*shape, itemsize)
             metadata[f"dtype:{tensor.path}"] = tensor.dtype
-        header[tensor.path] = {"dtype": code, "shape": shape, "data_offsets": [offset, offset + tensor.nbytes]}
-        offset += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
+        sizes = ",".join(map(str, shape))
+        entries.append(f'{json.dumps(tensor.path)}:{{"dtype":"{code}","shape":[{sizes}],"data_offsets":[{offset},{end}]}}')
+        offset = end
+    first = f'"__metadata__":{json.dumps(metadata, separators=(",", ":"))}'
+    text = f"{{{','.join([first, *entries])}}}".encode()
     text += b" " * (-len(text) % 8)  # so that the data begins aligned
     if len(text) > HEADER_LIMIT_BYTES:
         raise Unsupported(f"{len(tensors)} tensors in a shard: their header has {len(text)} bytes; set smaller shards")

@@ -10,7 +10,7 @@ share ends within it, and where it would be larger than a shard.
 import functools
 import heapq
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -51,7 +51,7 @@ class Writers:
         return self.rank == self.ranks[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A tensor, or a range of its raw bytes, as it lies in one shard."""
 
@@ -60,17 +60,17 @@ class Piece:
     start: int
     stop: int
     can_be_cut: bool = False
+    stored: TensorInfo = field(init=False)  # what the shard has
+
+    def __post_init__(self) -> None:
+        stored = self.tensor
+        if self.nbytes < stored.nbytes:
+            stored = TensorInfo(piece_name(stored.path, self.start), "uint8", (self.nbytes,))
+        object.__setattr__(self, "stored", stored)
 
     @property
     def nbytes(self) -> int:
         return self.stop - self.start
-
-    @functools.cached_property
-    def stored(self) -> TensorInfo:
-        """What the shard has."""
-        if self.nbytes == self.tensor.nbytes:
-            return self.tensor
-        return TensorInfo(piece_name(self.tensor.path, self.start), "uint8", (self.nbytes,))
 
     def cut(self, size_bytes: int) -> list["Piece"]:
         """The piece in pieces of at most such a size."""
@@ -209,26 +209,29 @@ class Plan:
     # --- when all is written ---
 
     @functools.cached_property
-    def _by_tensor(self) -> dict[tuple[str, str], list[Piece]]:
-        """The pieces of each tensor, in order."""
+    def _cut(self) -> dict[tuple[str, str], list[Piece]]:
+        """The pieces of each tensor that lies in several, in order."""
         found: dict[tuple[str, str], list[Piece]] = {}
         for pieces in self.pieces.values():
             for piece in pieces:
-                found.setdefault((piece.part, piece.tensor.path), []).append(piece)
+                if piece.stored is not piece.tensor:
+                    found.setdefault((piece.part, piece.tensor.path), []).append(piece)
         return {key: sorted(pieces, key=lambda piece: piece.start) for key, pieces in found.items()}
 
     def blocks(self, found: Found) -> dict[str, dict[str, Blocks]]:
         """The checksums of the whole tensors' blocks, by part and path, from those of what was written."""
         whole: dict[str, dict[str, Blocks]] = {name: {} for name in self.tensors}
-        for (part, path), pieces in self._by_tensor.items():
-            each = [found[part][piece.stored.path] for piece in pieces]
-            whole[part][path] = each[0] if len(each) == 1 else tuple(block for blocks in each for block in blocks)
+        for name, tensors in self.tensors.items():
+            for path in (tensor.path for tensor in tensors):
+                pieces = self._cut.get((name, path), ())
+                joined = (block for piece in pieces for block in found[name][piece.stored.path])
+                whole[name][path] = tuple(joined) if pieces else found[name][path]
         return whole
 
     def slices(self, part: str) -> dict[str, Slices]:
         """Where the pieces of the tensors are that lie in several."""
         return {
             path: Slices(pieces[0].tensor.dtype, list(pieces[0].tensor.shape), [piece.start for piece in pieces])
-            for (name, path), pieces in self._by_tensor.items()
-            if name == part and len(pieces) > 1
+            for (name, path), pieces in self._cut.items()
+            if name == part
         }

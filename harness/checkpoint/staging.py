@@ -21,6 +21,7 @@ from harness.checkpoint import tree
 from harness.checkpoint.tree import Encoded
 
 _ALIGNMENT_BYTES = 64
+_SMALL_BYTES = 32 << 10  # torch copies so few in the calling thread
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Snapshot:
         for name, part in parts.items():
             places = {}
             for path, tensor in part.tensors.items():
-                places[path] = place = block[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+                places[path] = place = _place(block, offset, tensor)
                 offset += _padded(tensor.nbytes)
                 (self._later if is_steady(tensor) else now).append((place, tensor))
             self.parts[name] = replace(part, tensors=places)
@@ -98,13 +99,20 @@ def size_bytes(parts: Mapping[str, Encoded]) -> int:
     return sum(_padded(tensor.nbytes) for part in parts.values() for tensor in part.tensors.values())
 
 
+def _place(block: torch.Tensor, offset: int, tensor: torch.Tensor) -> torch.Tensor:
+    """Room for a tensor in the block, from an offset in bytes on."""
+    return block[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+
 def _padded(count: int) -> int:
     return -(-count // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
 def _copy(place: torch.Tensor, tensor: torch.Tensor) -> None:
     """Copies a tensor to its place on the host; from a GPU, in the current stream and without waiting."""
-    if tensor.device.type == "cpu":
+    if tensor.nbytes <= _SMALL_BYTES and tensor.device.type == "cpu":
+        place.copy_(tensor.detach())
+    elif tensor.device.type == "cpu":  # by NumPy, since torch would start as many threads as there are cores
         target, done = place.reshape(-1).view(torch.uint8).numpy(), 0
         for chunk in tree.raw_bytes(tensor):
             np.copyto(target[done : done + len(chunk)], np.frombuffer(chunk, dtype=np.uint8))
