@@ -208,9 +208,11 @@ def test_memory_is_used_again():
     """The second snapshot lies where the first one lay; a larger one gets more."""
     memory = HostMemory(pinned=False)
     small, large = ({"model": encode({"weight": torch.rand(count)}, "model")} for count in (1000, 2000))
-    places = [
-        Snapshot(state, memory, lambda tensor: True).parts["model"].tensors["weight"] for state in (small, small, large)
-    ]
+    places = []
+    for state in (small, small, large):
+        snapshot = Snapshot(state, memory, lambda tensor: True)
+        snapshot.drain()
+        places.append(snapshot.parts["model"].tensors["weight"])
     assert places[0].data_ptr() == places[1].data_ptr()
     assert memory.block.numel() >= 8000
 

@@ -13,6 +13,7 @@ fence then holds up the computing stream and not the processor.
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,31 +45,30 @@ class Snapshot:
 
     def __init__(self, parts: Mapping[str, Encoded], memory: HostMemory, is_steady: Callable[[torch.Tensor], bool]) -> None:
         block, offset = memory.at_least(size_bytes(parts)), 0
-        self.parts: dict[str, Encoded] = {}  # as given, on the host; whole once ``drain`` has returned
-        self._later: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.parts: dict[str, Encoded] = {}  # as given, on the host; there, and whole, once ``drain`` has returned
+        self._later: list[_Copy] = []
         self._drained = threading.Event()
         self._stream = torch.cuda.Stream() if memory.pinned else None  # type: ignore[no-untyped-call]
         self._copied: torch.cuda.Event | None = None
-        now: list[tuple[torch.Tensor, torch.Tensor]] = []
+        now: list[_Copy] = []
         for name, part in parts.items():
-            places = {}
+            self.parts[name] = replace(part, tensors={})
             for path, tensor in part.tensors.items():
-                places[path] = place = _place(block, offset, tensor)
+                copy = _Copy(tensor, self.parts[name].tensors, path, block, offset)
+                (self._later if is_steady(tensor) else now).append(copy)
                 offset += _padded(tensor.nbytes)
-                (self._later if is_steady(tensor) else now).append((place, tensor))
-            self.parts[name] = replace(part, tensors=places)
         self._copy_now(now)
 
     def drain(self) -> None:
         """Makes the rest of the copy; called in the writer's thread."""
         try:
             if self._stream is None:
-                for place, tensor in self._later:
-                    _copy(place, tensor)
+                for copy in self._later:
+                    copy.make()
                 return
             with torch.cuda.stream(self._stream):
-                for place, tensor in self._later:
-                    _copy(place, tensor)
+                for copy in self._later:
+                    copy.make()
                 self._copied = self._stream.record_event()
             self._drained.set()  # the copies are under way, and what must wait for them can say so to the GPU
             self._copied.synchronize()
@@ -82,26 +82,37 @@ class Snapshot:
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)
 
-    def _copy_now(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def _copy_now(self, copies: list["_Copy"]) -> None:
         if self._stream is None:
-            for place, tensor in pairs:
-                _copy(place, tensor)
+            for copy in copies:
+                copy.make()
             return
         self._stream.wait_stream(torch.cuda.current_stream())  # the step that has just been queued comes first
         with torch.cuda.stream(self._stream):
-            for place, tensor in pairs:
-                _copy(place, tensor)
+            for copy in copies:
+                copy.make()
         torch.cuda.current_stream().wait_stream(self._stream)  # these are few, and the next forward pass may change them
+
+
+class _Copy(NamedTuple):
+    """A tensor that is to be copied into the block, from an offset in bytes on, and filed under its path."""
+
+    tensor: torch.Tensor
+    places: dict[str, torch.Tensor]
+    path: str
+    block: torch.Tensor
+    offset: int
+
+    def make(self) -> None:
+        tensor = self.tensor
+        place = self.block[self.offset : self.offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        _copy(place, tensor)
+        self.places[self.path] = place
 
 
 def size_bytes(parts: Mapping[str, Encoded]) -> int:
     """How much memory a snapshot of these parts takes."""
     return sum(_padded(tensor.nbytes) for part in parts.values() for tensor in part.tensors.values())
-
-
-def _place(block: torch.Tensor, offset: int, tensor: torch.Tensor) -> torch.Tensor:
-    """Room for a tensor in the block, from an offset in bytes on."""
-    return block[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
 
 def _padded(count: int) -> int:
