@@ -43,7 +43,7 @@ def digests(directory: Path, name: str) -> dict[str, str]:
 
 def each_with_ranks_and_kills() -> Iterator[Any]:
     """Every time those in which there is something that the others have not, killed once; in ``make soak`` all, often."""
-    for name in ("plain", "streamed", "gan"):
+    for name in ("plain", "streamed"):
         yield pytest.param(name, 3 if name == "plain" else 2, 1, id=name)
     for name in URLS:
         yield pytest.param(name, 2 if name == "streamed" else 3, 3, id=f"{name}-often", marks=pytest.mark.soak)
