@@ -19,9 +19,10 @@ import random
 import signal
 import struct
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -243,6 +244,8 @@ class Loader:
     ``rank`` and ``world_size`` are by default those that torchrun has given this process.
     """
 
+    in_use: ClassVar[weakref.WeakSet["Loader"]] = weakref.WeakSet()  # those of this process that have handed out a batch
+
     def __init__(
         self,
         dataset: Dataset[Any],
@@ -398,6 +401,7 @@ class Loader:
 
     def _fetch(self, *, whole: bool) -> Generator[Step]:
         if self._fetched is None:
+            Loader.in_use.add(self)
             schedule = replace(self.schedule, micro_batch_size=None) if whole else self.schedule
             self._fetched = batches(
                 self.dataset,

@@ -77,7 +77,10 @@ def launch(torchrun_options: Sequence[str], arguments: Sequence[str]) -> int:
         ignore_stop_signals()
         interrupted = signal.SIGINT in received[1:]
         asked_to_stop = (bool(received) and not interrupted) or stopped_time < math.inf
-        code = outcome.exit_code(agent.returncode, outcome.read(directory), asked_to_stop=asked_to_stop)
+        outcomes = outcome.read(directory)
+        code = outcome.exit_code(agent.returncode, outcomes, asked_to_stop=asked_to_stop)
+        if code and (message := outcome.message(code, outcomes)):  # torchrun has its say after the ranks, and at length
+            print(f"harness launch: exit code {code}: {message}", file=sys.stderr)
         return 130 if interrupted and code == 1 else code
 
 

@@ -91,6 +91,11 @@ def of(error: BaseException) -> Outcome:
     return Outcome(1, f"{type(error).__name__}: {error}".partition("\n")[0])
 
 
+def message(code: int, outcomes: Iterable[Outcome]) -> str:
+    """What the first rank with an exit code says; empty where none has it."""
+    return next((outcome.message for outcome in outcomes if outcome.exit_code == code), "")
+
+
 def exit_code(launcher: int, outcomes: Iterable[Outcome], *, asked_to_stop: bool = False) -> int:
     """The exit code of a launch, from torchrun's own and the ranks' records.
 

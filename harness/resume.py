@@ -78,7 +78,11 @@ def resume(
         meta = entry.manifest.meta
         if RANDOM not in parts:
             raise Mismatch(f"{entry.directory}: was not written by a run; start a run elsewhere with init_from it")
-        state.restore(parts, entry.step, world.rank)
+        try:
+            state.restore(parts, entry.step, world.rank)
+        except Mismatch as error:
+            where = f"{catalog.store.url}/{entry.directory}"
+            raise Mismatch(f"{where}: {error}\nif that is meant, it is another run, and belongs to another URL") from None
         _warn_if_inexact(meta, conditions(world))
         # With other ranks the random streams start anew, from the seed and the rank.
         random = parts[RANDOM].get(str(world.rank)) if meta.get("world_size") == world.size else None
@@ -95,8 +99,9 @@ def resume(
     return None
 
 
-def check_lockstep(world: World, state: State, about: Mapping[str, Any]) -> None:
-    """Raises ``RankFailure`` unless all ranks hold the same step and the same state, bit for bit.
+def check_lockstep(world: World, state: State, about: Mapping[str, Any], *, resumed: bool) -> None:
+    """Raises unless all ranks hold the same step and the same state, bit for bit: ``RankFailure`` where they have resumed,
+    ``ConfigError`` where they have just been built, and would be built like that again.
 
     ``about`` are further values that must be the same: what is trained.
     """
@@ -106,7 +111,11 @@ def check_lockstep(world: World, state: State, about: Mapping[str, Any]) -> None
         first = found[different[0]]
         keys = [key for key in found[0] if found[0][key] != first[key]]
         values = "; ".join(f"{key}: {found[0][key]} on rank 0, {first[key]} on rank {different[0]}" for key in keys)
-        raise RankFailure(f"the ranks are not in lockstep: ranks {different} differ from rank 0 ({values})")
+        what = f"the ranks are not in lockstep: ranks {different} differ from rank 0 ({values})"
+        if resumed:
+            raise RankFailure(what)
+        hint = "; DistributedDataParallel, which makes models equal, comes before Run" if state.modules.keys() & keys else ""
+        raise ConfigError(f"{what}{hint}")
 
 
 def on_first(world: World, function: Any) -> Any:

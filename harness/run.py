@@ -130,8 +130,13 @@ class Run:
         """The epochs that are still to be trained, the one that was interrupted first. The end is saved."""
         self.total_epochs = total
         with self._under_way():
+            may_be_empty = self.loader is None  # what is left of an epoch, by a position that others keep
             while (epoch := self.epoch) < total:
+                boundaries = self._boundaries
                 yield epoch
+                if self._boundaries == boundaries and not may_be_empty:
+                    raise ConfigError(f"epoch {epoch}: the loop did not call run.step()")
+                may_be_empty = False
                 if self.loader:
                     self.loader.end_epoch(epoch)  # which the loop may have left early
                 else:
@@ -166,12 +171,20 @@ class Run:
         self._log_if_due()
         self._save_if_due(now=bool(stopping or save_is_due or self._is_new_best()), must_succeed=bool(stopping))
         if self._boundaries == 1:
-            for gradients in self.state.gradients.values():
-                gradients.stop_noting()
+            self._begin_to_count()
         if self._watchdog is not None:
             self._watchdog.step()
         if stopping and not self._is_over():
             self._leave()
+
+    def _begin_to_count(self) -> None:
+        """After the first step of this process."""
+        for gradients in self.state.gradients.values():
+            gradients.stop_noting()
+        if self.loader is None and Loader.in_use and self.world.rank == 0:
+            log.warning(
+                "a harness.Loader hands out batches and is not in the run's state: a resume would begin its epoch anew"
+            )
 
     def finish(self) -> None:
         """Saves the end, and waits for it: for a loop that is left early. ``epochs`` and ``steps`` do it at theirs."""
@@ -239,7 +252,7 @@ class Run:
             self._reporter = Reporter(self.config, active=world.rank == 0)
             self.tell("start", "no checkpoint.url: this run is not saved", step=self.global_step)
             self._start_anew()
-            self._check_lockstep()
+            resume.check_lockstep(world, self.state, self.about, resumed=False)
             return
         self._catalog = catalog = Catalog(open_store(checkpoint.url, checkpoint.storage_options))
         if fresh:
@@ -260,7 +273,7 @@ class Run:
             self._start_anew()
         self._random = resumed.random if resumed else None
         self._committed_step = resumed.step if resumed else None
-        self._check_lockstep()
+        resume.check_lockstep(world, self.state, self.about, resumed=resumed is not None)
         writers = _writers(world, self.config)
         if world.rank in writers.ranks:
             self._saver = Saver(
@@ -297,10 +310,6 @@ class Run:
         """Gives a new run what it is to begin with."""
         if self._initialize is not None and (what := self._initialize()):
             self.tell("init", what)
-
-    def _check_lockstep(self) -> None:
-        """Makes sure that all ranks hold the same state, and mean to train the same."""
-        resume.check_lockstep(self.world, self.state, self.about)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 

@@ -13,11 +13,12 @@ from faults import Flawed
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from harness import Task
+from harness import Run, StopRequest, Task
 from harness.config import Config
 from harness.errors import ConfigError, Mismatch, NoCheckpoint, StoreError
 from harness.loop import build_task
-from harness.resume import on_first
+from harness.resume import check_lockstep, on_first
+from harness.state import State
 
 TRAIN = {"steps": 6, "global_batch_size": 4}
 CHECKPOINT = {"every_steps": 2}
@@ -324,6 +325,16 @@ def ranks_differ_in_their_batches(world, place: Path):
     train_here(build, world, url=place / "run", train={"steps": 6, "global_batch_size": 4 + 2 * world.rank})
 
 
+def ranks_differ_in_their_models(world, place: Path):
+    torch.manual_seed(world.rank)
+    Run(place / "run", {"model": nn.Linear(2, 2)}, world=world, stop=StopRequest())
+
+
+def ranks_differ_after_a_resume(world, place: Path):
+    model = nn.Linear(2, 2)
+    check_lockstep(world, State({"model": model}, world.device), {"seen": world.rank}, resumed=True)
+
+
 def only_rank_0_fails(world, place: Path):
     def fail():
         assert world.rank == 0
@@ -349,6 +360,8 @@ SCENARIOS = [
     ranks_differ_in_an_option,
     ranks_differ_in_their_data,
     ranks_differ_in_their_batches,
+    ranks_differ_in_their_models,
+    ranks_differ_after_a_resume,
     only_rank_0_fails,
     only_rank_0_looks,
     refused_by_all,
@@ -373,17 +386,24 @@ def test_all_fall_back_when_one_rank_cannot_read(results):
 
 @pytest.mark.torchrun
 @pytest.mark.parametrize(
-    ("scenario", "words"),
+    ("scenario", "error", "words"),
     [
-        ("ranks_differ_in_an_option", "optimizer"),
-        ("ranks_differ_in_their_data", "samples"),
-        ("ranks_differ_in_their_batches", "config"),
+        ("ranks_differ_in_an_option", "ConfigError", "optimizer"),
+        ("ranks_differ_in_their_data", "ConfigError", "samples"),
+        ("ranks_differ_in_their_batches", "ConfigError", "config"),
+        (
+            "ranks_differ_in_their_models",
+            "ConfigError",
+            "DistributedDataParallel, which makes models equal, comes before Run",
+        ),
+        ("ranks_differ_after_a_resume", "RankFailure", "seen: 0 on rank 0, 1 on rank 1"),
     ],
 )
-def test_ranks_that_differ_do_not_train(results, scenario, words):
-    """Lockstep is verified before the first step: every rank refuses, and says in what they differ."""
+def test_ranks_that_differ_do_not_train(results, scenario, error, words):
+    """Lockstep is verified before the first step: every rank refuses, and says in what they differ. What was built like that
+    would be built like that by a restart."""
     for result in results[1][scenario]:
-        assert result.get("raised") == "RankFailure", result
+        assert result.get("raised") == error, result
         assert "not in lockstep: ranks [1] differ from rank 0" in result["message"]
         assert words in result["message"]
 

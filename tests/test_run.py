@@ -247,7 +247,8 @@ def test_what_cannot_be_a_state(state, error, words):
 def test_a_part_too_many_or_too_few(tmp_path):
     """Both are told of, by name, before anything is touched."""
     Script(tmp_path, extra={"counter": Counter()}).train(1)
-    with pytest.raises(Mismatch, match=r"(?s)other: not in the checkpoint; the run has Counter.*counter: not in the run"):
+    words = "other: not in the checkpoint; the run has Counter.*counter: not in the run.*another URL"
+    with pytest.raises(Mismatch, match=f"(?s)^{tmp_path}/step-.*{words}"):
         Script(tmp_path, extra={"other": Counter()})
 
 
@@ -273,6 +274,28 @@ def test_boundaries_that_are_no_boundaries(tmp_path):
     with pytest.raises(ConfigError, match=r"step 1: the loop did not call run\.step\(\)"):
         for _ in script.run.steps(2):
             pass
+    with pytest.raises(ConfigError, match=r"epoch 0: the loop did not call run\.step\(\)"):
+        for _ in script.run.epochs(2):
+            for _ in script.loader:
+                pass
+
+
+def test_epochs_of_somebody_elses_loader():
+    """What a resume finds of an epoch may be nothing, once; a whole epoch has steps."""
+    run = Run(None, {"counter": Counter()}, stop=StopRequest())
+    with pytest.raises(ConfigError, match=r"epoch 1: the loop did not call run\.step\(\)"):
+        for _ in run.epochs(3):
+            pass
+
+
+def test_a_loader_that_was_left_out(tmp_path, caplog):
+    """Nothing would tell a resume where it was."""
+    loader = Loader(TensorDataset(torch.arange(8.0)), 2)
+    run = Run(tmp_path, {"counter": Counter()}, stop=StopRequest())
+    for _ in run.epochs(1):
+        for _ in loader:
+            run.step()
+    assert caplog.text.count("a harness.Loader hands out batches and is not in the run's state") == 1
 
 
 # --- without a run ---------------------------------------------------------------------------------------------------
