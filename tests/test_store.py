@@ -9,7 +9,7 @@ import time
 import uuid
 
 import pytest
-from store_contract import MIB, Place, RawAzure, RawDirectory, RawMemory, RawS3, StoreContract, put
+from store_contract import MIB, Place, RawAzure, RawDirectory, RawMemory, RawS3, StoreContract, content, put
 
 from harness.checkpoint.store import open_store
 from harness.errors import ConfigError, StoreError
@@ -38,6 +38,20 @@ class TestS3(StoreContract):
     def place(self, s3, client):
         name = uuid.uuid4().hex
         return Place(s3.url(name), RawS3(s3, client, name), s3.storage_options)
+
+
+def test_the_parts_of_an_object_travel_together(s3):
+    """Four of them meet on the way."""
+    store = open_store(s3.url(uuid.uuid4().hex), s3.storage_options)
+    send, meeting = store._send, threading.Barrier(4)
+
+    def send_when_all_are_there(*part):
+        meeting.wait(30)
+        return send(*part)
+
+    store._send = send_when_all_are_there
+    put(store, "file.bin", content(32 * MIB))
+    assert store.get("file.bin", 32 * MIB) == content(32 * MIB)
 
 
 @pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # adlfs hands whole blocks to aiohttp

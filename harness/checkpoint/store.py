@@ -52,12 +52,15 @@ T = TypeVar("T")
 Called = TypeVar("Called")
 
 _THREAD = "harness-store"
-_NOBODY_WAITS = "nobody waits for this any more"
 _SMALL_BYTES = 4 << 20  # an object up to this size is sent in one request
 _BLOCK_BYTES = 16 << 20  # larger ones are streamed in parts of this size
+_S3_PART_BYTES = 8 << 20  # or, to S3, of this,
+_S3_PARTS_AT_ONCE = 4  # so many of an object at once
+_S3_MOST_PARTS = 10_000  # that S3 takes for an object
 _RANGE_BYTES = 4 << 20  # what is read in ranges comes in pieces of this size,
 _RANGES_AHEAD = 8  # so many of them at a time
-_RANGED = {"s3", "s3a", "gs", "gcs", "abfs", "az"}
+_S3 = {"s3", "s3a"}
+_RANGED = {"gs", "gcs", "abfs", "az"}
 _SLOWEST_BYTES_PER_SECOND = 1 << 20  # a transfer slower than this has failed
 _PERMANENT = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOENT,
@@ -291,6 +294,40 @@ class _RangedStore(Store):
         return bytes(data)
 
 
+class _S3Store(_RangedStore):
+    """S3, to which the parts of an object can be on their way at once: fsspec's own file sends one after the other."""
+
+    def _put(self, path: str, chunks: Iterable[Buffer], size_bytes: int) -> None:
+        if size_bytes <= _SMALL_BYTES:
+            super()._put(path, chunks, size_bytes)
+            return
+        bucket, key, _ = self.fs.split_path(path)
+        upload = {"Bucket": bucket, "Key": key}
+        upload["UploadId"] = self.fs.call_s3("create_multipart_upload", **upload)["UploadId"]
+        part_bytes = max(_S3_PART_BYTES, -(-size_bytes // _S3_MOST_PARTS))
+        parts: list[dict[str, Any]] = []
+        coming: deque[Background[dict[str, Any]]] = deque()
+        try:
+            for number, body in enumerate(_gathered(chunks, part_bytes), 1):
+                coming.append(Background(functools.partial(self._send, upload, number, body), _THREAD))
+                if len(coming) == _S3_PARTS_AT_ONCE:
+                    parts.append(coming.popleft().result())
+            parts += [part.result() for part in coming]
+            _check_awaited()
+            self.fs.call_s3("complete_multipart_upload", **upload, MultipartUpload={"Parts": parts})
+        except BaseException:
+            for part in coming:
+                part.join()  # one that arrives after the abort would stay, and cost money
+            with contextlib.suppress(Exception):
+                self.fs.call_s3("abort_multipart_upload", **upload)
+            raise
+
+    def _send(self, upload: Mapping[str, str], number: int, body: bytes) -> dict[str, Any]:
+        """What the completion has to say of a part."""
+        sent = self.fs.call_s3("upload_part", **upload, PartNumber=number, Body=body)
+        return {"PartNumber": number, "ETag": sent["ETag"]}
+
+
 class _LocalStore(Store):
     """A local filesystem, where ``put`` needs care of its own."""
 
@@ -380,7 +417,11 @@ def _kind_of(fs: AbstractFileSystem) -> type[Store]:
     protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
     if isinstance(fs, LocalFileSystem):
         return _LocalStore
-    return _SftpStore if "sftp" in protocols else Store if _RANGED.isdisjoint(protocols) else _RangedStore
+    if "sftp" in protocols:
+        return _SftpStore
+    if not _S3.isdisjoint(protocols):
+        return _S3Store
+    return Store if _RANGED.isdisjoint(protocols) else _RangedStore
 
 
 def shown(url: str) -> str:
@@ -449,8 +490,7 @@ class _Row(Background[T]):
 
     def call(self, where: str, function: Callable[[], Called], limit_seconds: float) -> Called:
         """Makes a call; called by the function, in this thread."""
-        if self.left_behind:
-            raise TimeoutError(_NOBODY_WAITS)
+        _check_awaited()
         self.where, self.limit_seconds, self.latest = where, limit_seconds, time.monotonic() + limit_seconds
         try:
             return function()
@@ -501,11 +541,23 @@ def _while_awaited(chunks: Iterable[Buffer]) -> Iterator[Buffer]:
     A put that hung and was given up may wake up when its object has long been sent by another try, and committed, and the
     memory that the chunks are views of holds other values. It must not come as far as to publish those.
     """
-    this = threading.current_thread()
     for chunk in chunks:
         yield chunk
-        if isinstance(this, _Try | _Row) and this.left_behind:
-            raise TimeoutError(_NOBODY_WAITS)
+        _check_awaited()
+
+
+def _check_awaited() -> None:
+    """Raises ``TimeoutError`` in a call that was given up."""
+    this = threading.current_thread()
+    if isinstance(this, _Try | _Row) and this.left_behind:
+        raise TimeoutError("nobody waits for this any more")
+
+
+def _gathered(chunks: Iterable[Buffer], size_bytes: int) -> Iterator[bytes]:
+    """The bytes of the chunks in pieces of one size, and what is left."""
+    file = joined(chunks)
+    while piece := file.read(size_bytes):
+        yield piece
 
 
 def _files(fs: AbstractFileSystem, place: str) -> Iterator[dict[str, Any]]:
