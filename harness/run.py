@@ -171,14 +171,14 @@ class Run:
         self._log_if_due()
         self._save_if_due(now=bool(stopping or save_is_due or self._is_new_best()), must_succeed=bool(stopping))
         if self._boundaries == 1:
-            self._begin_to_count()
+            self._after_first_step()
         if self._watchdog is not None:
             self._watchdog.step()
         if stopping and not self._is_over():
             self._leave()
 
-    def _begin_to_count(self) -> None:
-        """After the first step of this process."""
+    def _after_first_step(self) -> None:
+        """What the first step of this process has shown."""
         for gradients in self.state.gradients.values():
             gradients.stop_noting()
         if self.loader is None and Loader.in_use and self.world.rank == 0:

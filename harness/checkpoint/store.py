@@ -60,7 +60,7 @@ _S3_MOST_PARTS = 10_000  # that S3 takes for an object
 _RANGE_BYTES = 4 << 20  # what is read in ranges comes in pieces of this size,
 _RANGES_AHEAD = 8  # so many of them at a time
 _S3 = {"s3", "s3a"}
-_RANGED = {"gs", "gcs", "abfs", "az"}
+_RANGED = {*_S3, "gs", "gcs", "abfs", "az"}
 _SLOWEST_BYTES_PER_SECOND = 1 << 20  # a transfer slower than this has failed
 _PERMANENT = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOENT,
@@ -104,9 +104,9 @@ class Store:
     def together(self, function: Callable[[], T]) -> T:
         """What a function returns that makes many calls, which on a local filesystem share a thread.
 
-        A thread for each makes two turns of the scheduler of each: eight milliseconds where a training keeps all cores
-        busy, and the call itself takes one. Each call keeps its deadline. One that hangs is not tried again, since there is
-        no connection that could be another.
+        A thread for each call would have to wait twice for its turn, four milliseconds each time where a training keeps all
+        cores busy, and the call itself takes one. Each call keeps its deadline. One that hangs is not tried again, since
+        there is no connection that could be another.
         """
         return _Row(function).result_in_time() if self.is_local else function()
 
@@ -419,7 +419,7 @@ def _kind_of(fs: AbstractFileSystem) -> type[Store]:
         return _LocalStore
     if "sftp" in protocols:
         return _SftpStore
-    if not _S3.isdisjoint(protocols):
+    if not _S3.isdisjoint(protocols) and hasattr(fs, "call_s3"):  # it is s3fs
         return _S3Store
     return Store if _RANGED.isdisjoint(protocols) else _RangedStore
 
