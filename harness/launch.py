@@ -79,7 +79,8 @@ def launch(torchrun_options: Sequence[str], arguments: Sequence[str]) -> int:
         asked_to_stop = (bool(received) and not interrupted) or stopped_time < math.inf
         outcomes = outcome.read(directory)
         code = outcome.exit_code(agent.returncode, outcomes, asked_to_stop=asked_to_stop)
-        if code and (message := outcome.message(code, outcomes)):  # torchrun has its say after the ranks, and at length
+        failed = code not in (0, Stopped.exit_code)
+        if failed and (message := outcome.message(code, outcomes)):  # torchrun has its say after the ranks, and at length
             print(f"harness launch: exit code {code}: {message}", file=sys.stderr)
         return 130 if interrupted and code == 1 else code
 

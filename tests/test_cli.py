@@ -121,11 +121,13 @@ def test_a_checkpoint_that_does_not_fit_the_model(write, finished):
     """Exit code 2, and every name, shape and dtype that differs."""
     done = harness("train", write(checkpoint={"url": str(finished)}, args={"width": 4}), "train.steps=9")
     assert done.returncode == 2
+    (checkpoint,) = finished.glob("step-*04-*")
     assert done.stderr.splitlines() == [
-        "harness: the checkpoint does not fit the model (3 differences)",
+        f"harness: {checkpoint}: the checkpoint does not fit the model (3 differences)",
         "harness:   0.weight: the checkpoint has float32[3, 1], the model has float32[4, 1]",
         "harness:   0.bias: the checkpoint has float32[3], the model has float32[4]",
         "harness:   1.weight: the checkpoint has float32[1, 3], the model has float32[1, 4]",
+        "harness: if that is meant, it is another run, and belongs to another URL",
     ]
 
 
