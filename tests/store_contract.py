@@ -168,6 +168,14 @@ def put(store: Store, name: str, data: bytes) -> None:
     store.put(name, in_pieces(data), len(data))
 
 
+def wait_for_those_left_behind() -> None:
+    """Calls of a store that were given up end, too, when what they waited for has come."""
+    for thread in threading.enumerate():
+        if thread.name == "harness-store":
+            thread.join(30)
+            assert not thread.is_alive()
+
+
 class StoreContract:
     """The tests; a subclass has the fixture ``place``."""
 
@@ -326,9 +334,7 @@ class StoreContract:
         with pytest.raises(StoreError, match="no answer within"):
             store.put("file.bin", chunks, 100)
         released.set()
-        for thread in threading.enumerate():
-            if thread.name == "harness-store":
-                thread.join(30)
+        wait_for_those_left_behind()
         assert (place.raw.names(), place.raw.uploads()) == (set(), 0)
 
     def test_calls_that_are_made_together(self, place):

@@ -77,8 +77,8 @@ def test_a_mistake_is_not_tried_again(tmp_path):
     """A configuration that cannot work ends the launch with its own code, with restarts left and unused."""
     with launch(tmp_path, {**config(10), "seeed": 1}, command=LAUNCH) as run:
         assert run.finish() == 2
-        told, last = run.output().count("seeed: unknown key"), run.output().splitlines()[-1]
-        assert told <= 3  # torchrun may be quicker than the launcher, once
+        *said, last = run.output().splitlines()
+        assert "\n".join(said).count("seeed: unknown key") <= 2  # torchrun may be quicker than the launcher, once
         assert last.startswith("harness launch: exit code 2: ")
         assert "seeed: unknown key" in last
 

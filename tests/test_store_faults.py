@@ -10,7 +10,6 @@ import os
 import resource
 import shutil
 import subprocess
-import threading
 import time
 import traceback
 
@@ -18,7 +17,7 @@ import pytest
 import servers
 import torch
 from proxy import Proxy
-from store_contract import MIB
+from store_contract import MIB, wait_for_those_left_behind
 
 from harness.checkpoint import commit, load
 from harness.checkpoint.catalog import Catalog
@@ -220,10 +219,7 @@ def proxied(quick_server, request):
 
 
 def wait_for_left_behind() -> None:
-    for thread in threading.enumerate():
-        if thread.name == "harness-store":
-            thread.join(30)
-            assert not thread.is_alive()
+    wait_for_those_left_behind()
 
 
 def test_server_killed(tmp_path):

@@ -222,10 +222,9 @@ class Plan:
         """The checksums of the whole tensors' blocks, by part and path, from those of what was written."""
         whole: dict[str, dict[str, Blocks]] = {name: {} for name in self.tensors}
         for name, tensors in self.tensors.items():
-            for path in (tensor.path for tensor in tensors):
-                pieces = self._cut.get((name, path), ())
-                joined = (block for piece in pieces for block in found[name][piece.stored.path])
-                whole[name][path] = tuple(joined) if pieces else found[name][path]
+            for tensor in tensors:
+                paths = [piece.stored.path for piece in self._cut.get((name, tensor.path), ())] or [tensor.path]
+                whole[name][tensor.path] = tuple(block for path in paths for block in found[name][path])
         return whole
 
     def slices(self, part: str) -> dict[str, Slices]:

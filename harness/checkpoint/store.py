@@ -441,7 +441,7 @@ def _insist(
             row = threading.current_thread()
             if isinstance(row, _Row):
                 return row.call(where, function, limit_seconds)
-            return _Try(function, _THREAD).result_within(limit_seconds)
+            return _Try(function).result_within(limit_seconds)
         except HarnessError:
             raise
         except Exception as error:
@@ -467,6 +467,9 @@ class _Try(Background[T]):
 
     left_behind = False
 
+    def __init__(self, function: Callable[[], T]) -> None:
+        super().__init__(function, _THREAD)
+
     def result_within(self, seconds: float) -> T:
         try:
             self.join(seconds)
@@ -477,16 +480,12 @@ class _Try(Background[T]):
         return self.result()
 
 
-class _Row(Background[T]):
+class _Row(_Try[T]):
     """Calls that are made one after the other by a function. When one hangs, the function is left behind."""
 
-    left_behind = False
     where = ""  # the call that is under way,
     limit_seconds = math.inf  # how long it may take,
     latest = math.inf  # and until when, in monotonic time
-
-    def __init__(self, function: Callable[[], T]) -> None:
-        super().__init__(function, _THREAD)
 
     def call(self, where: str, function: Callable[[], Called], limit_seconds: float) -> Called:
         """Makes a call; called by the function, in this thread."""
@@ -549,7 +548,7 @@ def _while_awaited(chunks: Iterable[Buffer]) -> Iterator[Buffer]:
 def _check_awaited() -> None:
     """Raises ``TimeoutError`` in a call that was given up."""
     this = threading.current_thread()
-    if isinstance(this, _Try | _Row) and this.left_behind:
+    if isinstance(this, _Try) and this.left_behind:
         raise TimeoutError("nobody waits for this any more")
 
 
