@@ -137,7 +137,7 @@ def seaweedfs(folder: Path) -> Iterator[S3]:
     def command(port: int) -> list[str]:
         return [
             *(weed, "mini", f"-dir={folder}/data", f"-s3.config={config}", f"-s3.port={port}"),
-            *(f"-{name}.port={free_port()}" for name in ("master", "volume", "filer", "admin")),
+            *(f"-{name}.port={_free_port()}" for name in ("master", "volume", "filer", "admin")),
             *(f"-ip={HOST}", f"-ip.bind={HOST}", "-volume.max=64"),
             *("-master.telemetry=false", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"),
         ]
@@ -202,7 +202,7 @@ def _running(
     """A server's process and its port, as long as the block lasts; a port that someone else took is replaced."""
     (folder / "data").mkdir(exist_ok=True)
     for final in (False, False, True):
-        port = free_port()
+        port = _free_port()
         process = _start(folder, command(port), env or {})
         try:
             _until(lambda port=port: _accepts(port), f"port {port}", process, folder)
@@ -314,7 +314,7 @@ def _program(name: str, how_to_get: str) -> str:
     return found
 
 
-def free_port() -> int:
+def _free_port() -> int:
     """A port that is free, as is the one 10000 above: SeaweedFS takes both. They lie below those the kernel gives out."""
     while True:
         port = random.randrange(11000, 22000)

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,6 @@ import torch
 from cluster import environment, play, played, returned, train_here, wait_until
 from faults import Flaw, Flawed
 from proxy import Proxy
-from servers import free_port
 from test_memory import forget_the_peak, memory_bytes
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -285,7 +285,9 @@ def die_in_the_middle(directory: Path, number: int) -> None:
 def test_a_rank_that_dies_in_the_middle_holds_nobody_up(tmp_path, number):
     """The others learn of it at once where its connections end, else when ``world.timeout_seconds`` are over."""
     train_here(build, url=tmp_path / "run", train=TRAIN, checkpoint=CHECKPOINT)
-    shared = {**environment(), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {**environment(), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, __file__, str(tmp_path), str(int(number))]
     ranks = [subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(3)]
     try:

@@ -1,5 +1,6 @@
 """The processes of a run, and agreement between them."""
 
+import socket
 import sys
 import threading
 import time
@@ -9,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from cluster import launch, play, played, returned
-from servers import free_port
 from torch import nn
 from torch.distributed import TCPStore
 
@@ -172,7 +172,8 @@ def unlent(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
 
     def prepare() -> None:
-        monkeypatch.setenv("MASTER_PORT", str(free_port()))
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
 
     return prepare
 
