@@ -346,11 +346,11 @@ class StoreContract:
             put(store, "b", content(6 * MIB))
             return store.list(), store.get("directory/a", MIB), store.stat("nowhere")
 
-        assert store.together(calls) == ({"directory/a": 1, "b": 6 * MIB}, b"1", None)
+        assert store.together(calls).result() == ({"directory/a": 1, "b": 6 * MIB}, b"1", None)
         with pytest.raises(FileNotFoundError):
-            store.together(lambda: store.read_range("nowhere", 0, 1))
+            store.together(lambda: store.read_range("nowhere", 0, 1)).result()
         with pytest.raises(ZeroDivisionError):
-            store.together(lambda: 1 // 0)
+            store.together(lambda: 1 // 0).result()
 
     def test_delete(self, place):
         """Deleting takes one object away, and may be done twice."""

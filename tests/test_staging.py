@@ -4,6 +4,7 @@ import contextlib
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from cluster import newest, train_here
@@ -14,8 +15,13 @@ from torch.utils.data import TensorDataset
 
 from harness import Task
 from harness.checkpoint import load, staging
+from harness.checkpoint.commit import streamed as streamed_of
+from harness.checkpoint.format import checksum
 from harness.checkpoint.saver import Saver
+from harness.checkpoint.shares import Plan
 from harness.checkpoint.staging import HostMemory, Snapshot
+from harness.checkpoint.store import open_store
+from harness.checkpoint.threads import Background
 from harness.checkpoint.tree import encode
 from harness.errors import StoreError, Unsupported
 
@@ -76,10 +82,10 @@ def slow(monkeypatch):
     """Copies that take so long that each optimizer step has to wait for them."""
     copy = staging._copy
 
-    def slowly(place: torch.Tensor, tensor: torch.Tensor) -> None:
+    def slowly(*arguments):
         if threading.current_thread() is not threading.main_thread():
             time.sleep(0.005)
-        copy(place, tensor)
+        return copy(*arguments)
 
     monkeypatch.setattr(staging, "_copy", slowly)
 
@@ -126,10 +132,10 @@ def held_up(monkeypatch):
     """While the block lasts, no copy beside the training gets further."""
     gate, copy = threading.Event(), staging._copy
 
-    def waiting(place: torch.Tensor, tensor: torch.Tensor) -> None:
+    def waiting(*arguments):
         if threading.current_thread() is not threading.main_thread():
             assert gate.wait(30)
-        copy(place, tensor)
+        return copy(*arguments)
 
     monkeypatch.setattr(staging, "_copy", waiting)
     try:
@@ -193,7 +199,7 @@ def test_what_could_not_be_copied_is_not_committed(tmp_path, monkeypatch):
     """The error of the thread that copies is that of the save, and ends the training like any other of ours."""
     writer = saver(str(tmp_path))
 
-    def failing(place: torch.Tensor, tensor: torch.Tensor) -> None:
+    def failing(*_arguments):
         raise RuntimeError("no copy")
 
     monkeypatch.setattr(staging, "_copy", failing)
@@ -204,16 +210,26 @@ def test_what_could_not_be_copied_is_not_committed(tmp_path, monkeypatch):
     assert [entry for entry in writer.catalog.entries() if entry.state == "whole"] == []
 
 
+def snapshot_of(values: dict[str, torch.Tensor], memory: HostMemory, steady=lambda tensor: True) -> Snapshot:
+    """A snapshot of a part called ``model``."""
+    encoded = {"model": encode(values, "model")}
+    plan = Plan(encoded, 1 << 30)
+    own, _ = plan.own(encoded)
+    return Snapshot(plan.shards[0], own, memory, steady)
+
+
 def test_memory_is_used_again():
     """The second snapshot lies where the first one lay; a larger one gets more."""
     memory = HostMemory(pinned=False)
-    small, large = ({"model": encode({"weight": torch.rand(count)}, "model")} for count in (1000, 2000))
     places = []
-    for state in (small, small, large):
-        snapshot = Snapshot(state, memory, lambda tensor: True)
+    for count in (1000, 1000, 2000):
+        snapshot = snapshot_of({"weight": torch.rand(count)}, memory)
         snapshot.drain()
-        places.append(snapshot.parts["model"].tensors["weight"])
-    assert places[0].data_ptr() == places[1].data_ptr()
+        (image,) = snapshot.images
+        _header, data = image()
+        places.append(np.frombuffer(data, dtype=np.uint8).ctypes.data)
+    assert places[0] == places[1]
+    assert {place % 4096 for place in places} == {0}, "a disk can fetch it from there"
     assert memory.block.numel() >= 8000
 
 
@@ -224,12 +240,47 @@ def test_a_snapshot_has_the_same_bytes(dtype):
     values = {"whole": tensor, "columns": tensor.t(), "every": tensor[::3, 1:], "none": tensor[:0], "one": tensor[2, 3]}
     if dtype.is_complex:
         values["conjugate"] = tensor.conj()
-    snapshot = Snapshot({"model": encode(values, "model")}, HostMemory(pinned=False), lambda tensor: tensor.numel() > 100)
+    snapshot = snapshot_of(values, HostMemory(pinned=False), lambda tensor: tensor.numel() > 100)
     snapshot.drain()
-    for name, place in snapshot.parts["model"].tensors.items():
-        expected = values[name].resolve_conj().contiguous()
-        assert (place.dtype, place.shape) == (expected.dtype, expected.shape)
-        assert place.reshape(-1).view(torch.uint8).equal(expected.reshape(-1).view(torch.uint8)), name
+    encoded = {"model": encode(values, "model")}
+    (image,), (streamed,) = snapshot.images, streamed_of(Plan(encoded, 1 << 30), encoded)
+    assert b"".join(image()) == b"".join(streamed())
+    assert (image.checksum, image.blocks) == (streamed.checksum, streamed.blocks)
+    assert b"".join(image()) == b"".join(streamed()), "as often as an upload is tried"
+
+
+def test_an_image_is_written_while_it_is_filled(monkeypatch):
+    """The writer gets what is there, and waits for the rest; the checksums are there when it has everything."""
+    monkeypatch.setattr(staging, "_WINDOW_BYTES", 1 << 20)
+    values = {name: torch.rand(1 << 18) for name in "abc"}
+    with held_up(monkeypatch) as gate:
+        snapshot = snapshot_of(values, HostMemory(pinned=False), lambda tensor: tensor is not values["a"])
+        draining = Background(snapshot.drain)
+        (image,) = snapshot.images
+        coming = image()
+        assert bytes(next(coming)) == image.shard.header
+        assert bytes(next(coming)) == values["a"].numpy().tobytes()
+        rest = Background(lambda: [bytes(window) for window in coming])
+        rest.join(0.2)
+        assert rest.is_alive()
+        assert not image.checksum
+        gate.set()
+        assert rest.result() == [values[name].numpy().tobytes() for name in "bc"]
+        assert image.checksum
+    draining.result()
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 3 << 20, (8 << 20) + 4096, (20 << 20) + 5])
+def test_an_image_on_a_disk(tmp_path, size):
+    """What is written from where it lies, past the page cache where the disk has that, is the same to the last byte."""
+    values = {"whole": torch.randint(255, (size,), dtype=torch.uint8)}
+    snapshot = snapshot_of(values, HostMemory(pinned=False))
+    snapshot.drain()
+    (image,) = snapshot.images
+    open_store(str(tmp_path)).put("a", image, image.shard.size_bytes)
+    data = (tmp_path / "a").read_bytes()
+    assert data == b"".join(image())
+    assert image.checksum == checksum(data)
 
 
 def test_a_busy_saver_makes_the_next_save_wait_or_be_skipped(tmp_path, monkeypatch):

@@ -130,7 +130,7 @@ def test_a_call_that_hangs_among_others(tmp_path):
         put(store, "after", b"1")
 
     with pytest.raises(StoreError, match=r"^read .*/pipe: no answer within") as caught:
-        store.together(calls)
+        store.together(calls).result()
     assert caught.value.transient
     os.close(os.open(tmp_path / "pipe", os.O_WRONLY))  # now it may go on
     wait_for_those_left_behind()

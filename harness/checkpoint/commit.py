@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -38,7 +38,6 @@ from harness.checkpoint.format import (
     checksum,
     checksum_of_blocks,
     digest,
-    encode_header,
     hasher,
     new_directory,
     receipt_name,
@@ -109,25 +108,43 @@ def write_encoded(
 ) -> tuple[str, Manifest]:
     """As ``write``, for parts that were taken apart, with so many shards on their way at once."""
     directory, plan = new_directory(step, attempt), Plan(encoded, shard_bytes)
-    own, _ = plan.own(encoded)
-    receipt = write_share(store, directory, plan, own, streams)
-    manifest = publish(store, directory, plan, own, [receipt], step=step, attempt=attempt, lineage=lineage, meta=meta)
+    receipt = write_share(store, directory, plan, streamed(plan, encoded), streams)
+    manifest = publish(store, directory, plan, encoded, [receipt], step=step, attempt=attempt, lineage=lineage, meta=meta)
     return directory, manifest
 
 
 # --- one writer, or several ------------------------------------------------------------------------------------------
 
 
-def write_share(store: Store, directory: str, plan: Plan, own: Mapping[str, tree.Encoded], streams: int = 1) -> Receipt:
-    """Writes this rank's shards. ``own`` is what is in them, as by ``plan.own``. They are durable when it returns."""
-    rank = plan.writers.rank
-    shards = [_Shard(each, own[each.part].tensors) for each in plan.shards[rank]]
-    _put_shards(store, directory, shards, streams)
+class Content(Protocol):
+    """The bytes of a shard, and what is known of them when they are there."""
+
+    shard: Shard
+    checksum: str
+    blocks: dict[str, Blocks]
+
+    def __call__(self) -> Iterator[Buffer]:
+        """All bytes; called once for each try of the upload."""
+
+
+def write_share(store: Store, directory: str, plan: Plan, contents: Sequence[Content], streams: int = 1) -> Receipt:
+    """Writes this rank's shards, so many at once. They are durable when it returns."""
+
+    def put(content: Content) -> None:
+        store.put(f"{directory}/{content.shard.name}", content, content.shard.size_bytes)
+
+    in_threads(streams, put, contents)  # after an error no further one is begun
     blocks: dict[str, dict[str, Blocks]] = {}
-    for shard in shards:
-        blocks.setdefault(shard.part, {}).update(shard.blocks)
-    files = [FileInfo(shard.name, shard.size_bytes, shard.checksum) for shard in shards]
-    return Receipt(rank, plan.checksum, files, blocks)
+    for content in contents:
+        blocks.setdefault(content.shard.part, {}).update(content.blocks)
+    files = [FileInfo(content.shard.name, content.shard.size_bytes, content.checksum) for content in contents]
+    return Receipt(plan.writers.rank, plan.checksum, files, blocks)
+
+
+def streamed(plan: Plan, encoded: Mapping[str, tree.Encoded]) -> list[Content]:
+    """This rank's shards, straight from the tensors: nothing may change them until all is written."""
+    own, _ = plan.own(encoded)
+    return [_Streamed(shard, own[shard.part].tensors) for shard in plan.shards[plan.writers.rank]]
 
 
 def put_receipt(store: Store, directory: str, receipt: Receipt) -> None:
@@ -259,38 +276,27 @@ def _index(part: str, shards: Sequence[Shard]) -> bytes:
     return json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": places}, indent=1).encode()
 
 
-class _Shard:
-    """A shard's bytes, hashed while they stream out: called once for each try of the upload."""
+class _Streamed:
+    """A shard's bytes, hashed while they stream out."""
 
     def __init__(self, shard: Shard, values: Mapping[str, torch.Tensor]) -> None:
-        self.name, self.part, self.tensors = shard.name, shard.part, shard.tensors
-        self.values = values
-        self.header = encode_header(self.tensors)
-        self.size_bytes = len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+        self.shard = shard
         self.checksum = ""
         self.blocks: dict[str, Blocks] = {}
+        self._values = values
 
     def __call__(self) -> Iterator[Buffer]:
         whole = hasher()
-        whole.update(self.header)
-        yield self.header
-        for tensor in self.tensors:
+        whole.update(self.shard.header)
+        yield self.shard.header
+        for tensor in self.shard.tensors:
             own = BlockHasher()
-            for chunk in tree.raw_bytes(self.values[tensor.path]):
+            for chunk in tree.raw_bytes(self._values[tensor.path]):
                 whole.update(chunk)
                 own.update(chunk)
                 yield chunk
             self.blocks[tensor.path] = own.blocks()
         self.checksum = f"{CHECKSUM}:{whole.hexdigest()}"
-
-
-def _put_shards(store: Store, directory: str, shards: Sequence[_Shard], streams: int) -> None:
-    """Writes all shards, so many at once. After an error no further one is begun."""
-
-    def put(shard: _Shard) -> None:
-        store.put(f"{directory}/{shard.name}", shard, shard.size_bytes)
-
-    in_threads(streams, put, shards)
 
 
 def _put_bytes(store: Store, name: str, data: bytes) -> None:

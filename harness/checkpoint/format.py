@@ -21,9 +21,10 @@ shards under their *paths*: the keys on the way, joined with ``/`` (``~`` and ``
 Tensors that are the same memory are stored once; ``aliases`` maps each further path to the stored one.
 
 **Shards** are safetensors files (https://github.com/huggingface/safetensors: 8 bytes little-endian header length, JSON
-header, raw bytes). Within a shard, tensors are sorted by falling item size, then by path, so that each is aligned. A
-dtype that safetensors cannot name is stored as ``U8`` with one more dimension, of the item's size; its real name is in
-the header's ``__metadata__`` under ``dtype:<path>``.
+header, raw bytes). The header ends with so many spaces that the raw bytes begin at a multiple of ``DATA_ALIGNMENT_BYTES``:
+a disk can then fetch them from memory that begins on a page. Within a shard, tensors are sorted by falling item size, then
+by path, so that each is aligned. A dtype that safetensors cannot name is stored as ``U8`` with one more dimension, of the
+item's size; its real name is in the header's ``__metadata__`` under ``dtype:<path>``.
 
 **Slices.** A large tensor may lie in several *pieces*, ranges of its raw bytes in row-major order that follow each other and
 begin at multiples of ``BLOCK_BYTES``. Each is a ``U8`` tensor of one dimension in some shard of the part, under
@@ -63,6 +64,7 @@ MANIFEST_LIMIT_BYTES = 256 << 20
 HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors reference implementation
 CHECKSUM = "xxh3_128"
 BLOCK_BYTES = 16 << 20
+DATA_ALIGNMENT_BYTES = 4096  # of the first tensor in a shard: a page, and a block of every disk
 
 # torch's name of a dtype → safetensors' name and the bytes of an item. None: no name there, stored as U8.
 DTYPES: Mapping[str, tuple[str | None, int]] = {
@@ -259,7 +261,7 @@ def encode_header(tensors: Sequence[TensorInfo]) -> bytes:
         offset = end
     first = f'"__metadata__":{json.dumps(metadata, separators=(",", ":"))}'
     text = f"{{{','.join([first, *entries])}}}".encode()
-    text += b" " * (-len(text) % 8)  # so that the data begins aligned
+    text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT_BYTES)
     if len(text) > HEADER_LIMIT_BYTES:
         raise Unsupported(f"{len(tensors)} tensors in a shard: their header has {len(text)} bytes; set smaller shards")
     return len(text).to_bytes(8, "little") + text

@@ -22,6 +22,7 @@ from harness.checkpoint.format import (
     Slices,
     TensorInfo,
     checksum,
+    encode_header,
     piece_name,
     plan_shards,
     shard_name,
@@ -85,6 +86,21 @@ class Shard:
     name: str
     part: str
     tensors: list[TensorInfo]
+
+    @functools.cached_property
+    def header(self) -> bytes:
+        """The bytes before the first tensor's."""
+        return encode_header(self.tensors)
+
+    @functools.cached_property
+    def data_bytes(self) -> int:
+        """The bytes of the tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def size_bytes(self) -> int:
+        """Those of the file."""
+        return len(self.header) + self.data_bytes
 
 
 def divide(pieces: Iterable[Piece], count: int) -> list[list[Piece]]:

@@ -1,28 +1,32 @@
-"""A copy of the state at one step boundary, made while the training goes on.
+"""A copy of the state at one step boundary, made and written while the training goes on.
 
 What the next forward pass may change (the buffers of a batch norm, random states, whatever nobody vouches for) is copied
 before the step boundary is left. What only the optimizer's step changes, its parameters and its own state, is *steady*: it
 is copied beside the next forward and backward pass, and the optimizer's step waits (``fence``) in case that takes longer. A
 version counter would not do in place of the fence: fused optimizers and ``.data`` change tensors without counting.
 
-On the CPU one thread copies into memory that is used again for each save, so that only the first one pays for fresh pages.
+The copy of a shard is its file, byte for byte, in memory that begins on a page (``Image``), from where a disk can fetch it.
+One thread copies, and hashes each piece while that is still in the processor's cache; another one follows and writes. The
+memory is used again for each save, so that only the first one pays for fresh pages.
+
 From a GPU a stream of its own copies into pinned memory, after what the computing stream had been given until then; the
 fence then holds up the computing stream and not the processor.
 """
 
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from harness.checkpoint import tree
+from harness.checkpoint.format import CHECKSUM, DATA_ALIGNMENT_BYTES, BlockHasher, Blocks, hasher
+from harness.checkpoint.shares import Shard
 from harness.checkpoint.tree import Encoded
+from harness.checkpoint.unbuffered import Buffer
 
-_ALIGNMENT_BYTES = 64
-_SMALL_BYTES = 32 << 10  # torch copies so few in the calling thread
+_WINDOW_BYTES = 8 << 20  # that the writer is given at once
 
 
 @dataclass
@@ -33,48 +37,46 @@ class HostMemory:
     block: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
 
     def at_least(self, size_bytes: int) -> torch.Tensor:
-        """The block, uint8, of this size or more; its content is whatever it was."""
-        if self.block.numel() < size_bytes:
+        """The block, uint8, of this size or more, from the beginning of a page on; its content is whatever it was."""
+        if self.block.numel() < (needed_bytes := size_bytes + DATA_ALIGNMENT_BYTES):
             self.block = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
-            self.block = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self.pinned)
-        return self.block
+            self.block = torch.empty(needed_bytes, dtype=torch.uint8, pin_memory=self.pinned)
+        return self.block[-self.block.data_ptr() % DATA_ALIGNMENT_BYTES :]
 
 
 class Snapshot:
-    """The encoded parts of a state, and the copy of their tensors that is being made."""
+    """The shards of a state, of which a copy is being made."""
 
-    def __init__(self, parts: Mapping[str, Encoded], memory: HostMemory, is_steady: Callable[[torch.Tensor], bool]) -> None:
-        block, offset = memory.at_least(size_bytes(parts)), 0
-        self.parts: dict[str, Encoded] = {}  # as given, on the host; there, and whole, once ``drain`` has returned
-        self._later: list[_Copy] = []
+    def __init__(
+        self,
+        shards: Iterable[Shard],
+        parts: Mapping[str, Encoded],
+        memory: HostMemory,
+        is_steady: Callable[[torch.Tensor], bool],
+    ) -> None:
+        shards = list(shards)
+        block, offset = memory.at_least(size_bytes(shards)), 0
+        self.images: list[Image] = []
+        for shard in shards:
+            self.images.append(Image(shard, parts[shard.part].tensors, block[offset : offset + shard.data_bytes]))
+            offset += _padded(shard.data_bytes)
         self._drained = threading.Event()
         self._stream = torch.cuda.Stream() if memory.pinned else None  # type: ignore[no-untyped-call]
         self._copied: torch.cuda.Event | None = None
-        now: list[_Copy] = []
-        for name, part in parts.items():
-            self.parts[name] = replace(part, tensors={})
-            for path, tensor in part.tensors.items():
-                copy = _Copy(tensor, self.parts[name].tensors, path, block, offset)
-                (self._later if is_steady(tensor) else now).append(copy)
-                offset += _padded(tensor.nbytes)
-        self._copy_now(now)
+        self._copy_now(is_steady)
 
     def drain(self) -> None:
-        """Makes the rest of the copy; called in the writer's thread."""
+        """Makes the rest of the copy, beside the writer, who waits for it. What goes wrong is raised there."""
         try:
-            if self._stream is None:
-                for copy in self._later:
-                    copy.make()
-                return
-            with torch.cuda.stream(self._stream):
-                for copy in self._later:
-                    copy.make()
-                self._copied = self._stream.record_event()
-            self._drained.set()  # the copies are under way, and what must wait for them can say so to the GPU
-            self._copied.synchronize()
+            if self._stream is not None:
+                self._copy_from_gpu(self._stream)
+            for image in self.images:
+                image.fill()
+        except BaseException as error:
+            for image in self.images:
+                image.fail(error)
         finally:
             self._drained.set()
-            self._later.clear()  # until now it kept the tensors' memory from being used for others
 
     def fence(self) -> None:
         """Waits until what was steady may change. On a GPU, it is the computing stream that waits."""
@@ -82,52 +84,116 @@ class Snapshot:
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)
 
-    def _copy_now(self, copies: list["_Copy"]) -> None:
+    def _copy_now(self, is_steady: Callable[[torch.Tensor], bool]) -> None:
         if self._stream is None:
-            for copy in copies:
-                copy.make()
+            for image in self.images:
+                image.copy(lambda tensor: not is_steady(tensor))
             return
         self._stream.wait_stream(torch.cuda.current_stream())  # the step that has just been queued comes first
         with torch.cuda.stream(self._stream):
-            for copy in copies:
-                copy.make()
+            for image in self.images:
+                image.copy(lambda tensor: not is_steady(tensor))
         torch.cuda.current_stream().wait_stream(self._stream)  # these are few, and the next forward pass may change them
 
-
-class _Copy(NamedTuple):
-    """A tensor that is to be copied into the block, from an offset in bytes on, and filed under its path."""
-
-    tensor: torch.Tensor
-    places: dict[str, torch.Tensor]
-    path: str
-    block: torch.Tensor
-    offset: int
-
-    def make(self) -> None:
-        tensor = self.tensor
-        place = self.block[self.offset : self.offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        _copy(place, tensor)
-        self.places[self.path] = place
+    def _copy_from_gpu(self, stream: torch.cuda.Stream) -> None:
+        with torch.cuda.stream(stream):
+            for image in self.images:
+                image.copy(lambda _tensor: True)
+            self._copied = stream.record_event()
+        self._drained.set()  # the copies are under way, and what must wait for them can say so to the GPU
+        self._copied.synchronize()
 
 
-def size_bytes(parts: Mapping[str, Encoded]) -> int:
-    """How much memory a snapshot of these parts takes."""
-    return sum(_padded(tensor.nbytes) for part in parts.values() for tensor in part.tensors.values())
+class Image:
+    """A shard in the host's memory, as it lies in its file behind the header. It can be written while it is filled."""
+
+    def __init__(self, shard: Shard, tensors: Mapping[str, torch.Tensor], memory: torch.Tensor) -> None:
+        self.shard = shard
+        self.checksum = ""
+        self.blocks: dict[str, Blocks] = {}
+        self._memory = memory  # uint8, as many as the tensors have
+        self._missing = {info.path: tensors[info.path] for info in shard.tensors}  # those that are not copied yet
+        self._changed = threading.Condition()
+        self._ready_bytes = -1  # that the writer may have; all of them when the checksums are there, too
+        self._failure: BaseException | None = None
+
+    def __call__(self) -> Iterator[Buffer]:
+        """The bytes of the file, each when it is there. Raises what has kept the image from being filled."""
+        yield self.shard.header
+        view, done = self._memory.numpy().data, 0
+        while done < len(view):
+            window = view[done : done + _WINDOW_BYTES]
+            done += len(window)
+            self._wait_for(done)
+            yield window
+        self._wait_for(done)  # where there are no bytes, too
+
+    def copy(self, wanted: Callable[[torch.Tensor], bool]) -> None:
+        """Copies some of the tensors; from a GPU, in the current stream and without waiting."""
+        start = 0
+        for info in self.shard.tensors:
+            tensor = self._missing.get(info.path)
+            if tensor is not None and wanted(tensor):
+                for _piece in _copy(self._memory, start, tensor):
+                    pass
+                del self._missing[info.path]
+            start += info.nbytes
+
+    def fill(self) -> None:
+        """Copies what is still missing, and hashes everything."""
+        whole, start = hasher(), 0
+        whole.update(self.shard.header)
+        for info in self.shard.tensors:
+            own, tensor = BlockHasher(), self._missing.pop(info.path, None)
+            place = slice(start, start + info.nbytes)
+            for piece in tree.raw_bytes(self._memory[place]) if tensor is None else _copy(self._memory, start, tensor):
+                whole.update(piece)
+                own.update(piece)
+                start += len(piece)
+                if start // _WINDOW_BYTES > self._ready_bytes // _WINDOW_BYTES and start < self.shard.data_bytes:
+                    self._tell(start)
+            self.blocks[info.path] = own.blocks()
+        self.checksum = f"{CHECKSUM}:{whole.hexdigest()}"
+        self._tell(start)
+
+    def fail(self, error: BaseException) -> None:
+        """Lets the writer know that it waits in vain."""
+        with self._changed:
+            self._failure = error
+            self._missing.clear()
+            self._changed.notify_all()
+
+    def _tell(self, ready_bytes: int) -> None:
+        with self._changed:
+            self._ready_bytes = ready_bytes
+            self._changed.notify_all()
+
+    def _wait_for(self, ready_bytes: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None or self._ready_bytes >= ready_bytes)
+        if self._failure is not None:
+            raise self._failure
+
+
+def size_bytes(shards: Iterable[Shard]) -> int:
+    """How much memory a snapshot of these shards takes."""
+    return sum(_padded(shard.data_bytes) for shard in shards)
 
 
 def _padded(count: int) -> int:
-    return -(-count // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    return -(-count // DATA_ALIGNMENT_BYTES) * DATA_ALIGNMENT_BYTES
 
 
-def _copy(place: torch.Tensor, tensor: torch.Tensor) -> None:
-    """Copies a tensor to its place on the host; from a GPU, in the current stream and without waiting."""
-    if tensor.nbytes <= _SMALL_BYTES and tensor.device.type == "cpu":
-        place.copy_(tensor.detach())
-    elif tensor.device.type == "cpu":  # by NumPy, since torch would start as many threads as there are cores
-        target, done = place.reshape(-1).view(torch.uint8).numpy(), 0
+def _copy(memory: torch.Tensor, start: int, tensor: torch.Tensor) -> Iterator[memoryview]:
+    """Copies a tensor to its place, and gives each piece of it that is there. From a GPU it is copied in the current stream,
+    which is not waited for, and none is given."""
+    if tensor.device.type == "cpu":  # by NumPy, since torch would start as many threads as there are cores
+        place = memory.numpy()
         for chunk in tree.raw_bytes(tensor):
-            np.copyto(target[done : done + len(chunk)], np.frombuffer(chunk, dtype=np.uint8))
-            done += len(chunk)
+            piece = place[start : start + len(chunk)]
+            np.copyto(piece, np.frombuffer(chunk, dtype=np.uint8))
+            start += len(chunk)
+            yield piece.data
     elif tensor.numel():
         plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-        place.reshape(-1).view(torch.uint8).copy_(plain.reshape(-1).view(torch.uint8), non_blocking=True)
+        memory[start : start + tensor.nbytes].copy_(plain.reshape(-1).view(torch.uint8), non_blocking=True)

@@ -101,14 +101,14 @@ class Store:
         self._suspect: AbstractFileSystem | None = None
         self._durable: set[str] = set()  # local directories whose names are on the disk
 
-    def together(self, function: Callable[[], T]) -> T:
-        """What a function returns that makes many calls, which on a local filesystem share a thread.
+    def together(self, function: Callable[[], T]) -> Background[T]:
+        """Begins a function that makes many calls, which on a local filesystem share its thread.
 
         A thread for each call would have to wait twice for its turn, four milliseconds each time where a training keeps all
         cores busy, and the call itself takes one. Each call keeps its deadline. One that hangs is not tried again, since
         there is no connection that could be another.
         """
-        return _Row(function).result_in_time() if self.is_local else function()
+        return _Row(function) if self.is_local else Background(function, _THREAD)
 
     def put(self, name: str, chunks: Callable[[], Iterable[Buffer]], size_bytes: int) -> None:
         """Publishes an object. ``chunks`` is called once for each try and yields its ``size_bytes`` bytes."""
@@ -496,7 +496,7 @@ class _Row(_Try[T]):
         finally:
             self.latest = math.inf
 
-    def result_in_time(self) -> T:
+    def result(self) -> T:
         """What the function returns, or raises; ``StoreError`` when a call takes too long."""
         try:
             while self.is_alive() and (left_seconds := self.latest - time.monotonic()) > 0:
@@ -505,7 +505,7 @@ class _Row(_Try[T]):
             self.left_behind = self.is_alive()
         if self.left_behind:
             raise StoreError(f"{self.where}: no answer within {self.limit_seconds:.0f} s", transient=True)
-        return self.result()
+        return super().result()
 
 
 class _Joined(io.RawIOBase):
