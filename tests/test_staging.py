@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 from harness import Task
 from harness.checkpoint import load, staging
 from harness.checkpoint.commit import streamed as streamed_of
-from harness.checkpoint.format import checksum
+from harness.checkpoint.format import BlockHasher, checksum
 from harness.checkpoint.saver import Saver
 from harness.checkpoint.shares import Plan
 from harness.checkpoint.staging import HostMemory, Snapshot
@@ -268,6 +268,31 @@ def test_an_image_is_written_while_it_is_filled(monkeypatch):
         assert rest.result() == [values[name].numpy().tobytes() for name in "bc"]
         assert image.checksum
     draining.result()
+
+
+def test_the_fence_does_not_wait_for_checksums(monkeypatch):
+    """Once somebody waits, what is left is copied first and hashed afterwards."""
+
+    class Slow(BlockHasher):
+        def update(self, data: memoryview) -> None:
+            time.sleep(0.05)
+            super().update(data)
+
+    monkeypatch.setattr(staging, "BlockHasher", Slow)
+    values = {f"layer{index:02}": torch.full((10,), float(index)) for index in range(40)}
+    snapshot = snapshot_of(values, HostMemory(pinned=False))
+    began = time.monotonic()
+    draining = Background(snapshot.drain)
+    snapshot.fence()
+    assert time.monotonic() - began < 1
+    for tensor in values.values():
+        tensor.fill_(-1)
+    draining.result()
+    assert time.monotonic() - began > 2
+    (image,) = snapshot.images
+    _header, data = image()
+    assert torch.frombuffer(data, dtype=torch.float32).view(40, 10).eq(torch.arange(40.0)[:, None]).all()
+    assert image.checksum == checksum(b"".join(image()))
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, 3 << 20, (8 << 20) + 4096, (20 << 20) + 5])

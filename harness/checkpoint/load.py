@@ -68,10 +68,9 @@ def read(
 ) -> dict[str, Any]:
     """The parts of a checkpoint (all of them, or those named) as they were given to ``commit.write``, on the CPU.
 
-    Tensors are fresh; tied ones are the same object. Large ones cannot be resized, and the memory of a shard's large ones
-    is freed with the last of them. Raises ``Corrupt`` with the file's name, what was expected and what was found, or
-    ``StoreError``. With ``peers`` all of them call this alike, and when one fails the others raise ``RankFailure``, unless
-    it has failed after the last byte.
+    Tensors are fresh; tied ones are the same object. Raises ``Corrupt`` with the file's name, what was expected and what was
+    found, or ``StoreError``. With ``peers`` all of them call this alike, and when one fails the others raise
+    ``RankFailure``, unless it has failed after the last byte.
     """
     wanted = manifest.parts if parts is None else {name: manifest.parts[name] for name in parts}
     files = {file.name: file for file in manifest.files}

@@ -6,8 +6,8 @@ is copied beside the next forward and backward pass, and the optimizer's step wa
 version counter would not do in place of the fence: fused optimizers and ``.data`` change tensors without counting.
 
 The copy of a shard is its file, byte for byte, in memory that begins on a page (``Image``), from where a disk can fetch it.
-One thread copies, and hashes each piece while that is still in the processor's cache; another one follows and writes. The
-memory is used again for each save, so that only the first one pays for fresh pages.
+One thread copies, and hashes each piece while that is still in the processor's cache (later, when the optimizer waits);
+another one follows and writes. The memory is used again for each save, so that only the first one pays for fresh pages.
 
 From a GPU a stream of its own copies into pinned memory, after what the computing stream had been given until then; the
 fence then holds up the computing stream and not the processor.
@@ -60,6 +60,7 @@ class Snapshot:
         for shard in shards:
             self.images.append(Image(shard, parts[shard.part].tensors, block[offset : offset + shard.data_bytes]))
             offset += _padded(shard.data_bytes)
+        self._awaited = threading.Event()  # by the fence
         self._drained = threading.Event()
         self._stream = torch.cuda.Stream() if memory.pinned else None  # type: ignore[no-untyped-call]
         self._copied: torch.cuda.Event | None = None
@@ -71,7 +72,7 @@ class Snapshot:
             if self._stream is not None:
                 self._copy_from_gpu(self._stream)
             for image in self.images:
-                image.fill()
+                image.fill(self._hurry)
         except BaseException as error:
             for image in self.images:
                 image.fail(error)
@@ -80,9 +81,17 @@ class Snapshot:
 
     def fence(self) -> None:
         """Waits until what was steady may change. On a GPU, it is the computing stream that waits."""
+        self._awaited.set()
         self._drained.wait()
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)
+
+    def _hurry(self) -> None:
+        """Copies all that is missing, unhashed, when somebody waits for that."""
+        if self._awaited.is_set() and not self._drained.is_set():
+            for image in self.images:
+                image.copy(_everything)
+            self._drained.set()
 
     def _copy_now(self, is_steady: Callable[[torch.Tensor], bool]) -> None:
         if self._stream is None:
@@ -98,7 +107,7 @@ class Snapshot:
     def _copy_from_gpu(self, stream: torch.cuda.Stream) -> None:
         with torch.cuda.stream(stream):
             for image in self.images:
-                image.copy(lambda _tensor: True)
+                image.copy(_everything)
             self._copied = stream.record_event()
         self._drained.set()  # the copies are under way, and what must wait for them can say so to the GPU
         self._copied.synchronize()
@@ -139,11 +148,12 @@ class Image:
                 del self._missing[info.path]
             start += info.nbytes
 
-    def fill(self) -> None:
-        """Copies what is still missing, and hashes everything."""
+    def fill(self, before_each: Callable[[], None]) -> None:
+        """Copies what is still missing, and hashes everything, tensor by tensor."""
         whole, start = hasher(), 0
         whole.update(self.shard.header)
         for info in self.shard.tensors:
+            before_each()
             own, tensor = BlockHasher(), self._missing.pop(info.path, None)
             place = slice(start, start + info.nbytes)
             for piece in tree.raw_bytes(self._memory[place]) if tensor is None else _copy(self._memory, start, tensor):
@@ -178,6 +188,10 @@ class Image:
 def size_bytes(shards: Iterable[Shard]) -> int:
     """How much memory a snapshot of these shards takes."""
     return sum(_padded(shard.data_bytes) for shard in shards)
+
+
+def _everything(_tensor: torch.Tensor) -> bool:
+    return True
 
 
 def _padded(count: int) -> int:
