@@ -106,11 +106,11 @@ class Snapshot:
 
     def _copy_from_gpu(self, stream: torch.cuda.Stream) -> None:
         with torch.cuda.stream(stream):
-            for image in self.images:
-                image.copy(_everything)
+            sources = [image.copy(_everything) for image in self.images]
             self._copied = stream.record_event()
         self._drained.set()  # the copies are under way, and what must wait for them can say so to the GPU
         self._copied.synchronize()
+        del sources  # until now their memory must not be used for others
 
 
 class Image:
@@ -137,16 +137,18 @@ class Image:
             yield window
         self._wait_for(done)  # where there are no bytes, too
 
-    def copy(self, wanted: Callable[[torch.Tensor], bool]) -> None:
-        """Copies some of the tensors; from a GPU, in the current stream and without waiting."""
-        start = 0
+    def copy(self, wanted: Callable[[torch.Tensor], bool]) -> list[torch.Tensor]:
+        """Copies those tensors that are wanted and missing, and returns them; from a GPU, in the current stream and without
+        waiting."""
+        copied, start = [], 0
         for info in self.shard.tensors:
             tensor = self._missing.get(info.path)
             if tensor is not None and wanted(tensor):
                 for _piece in _copy(self._memory, start, tensor):
                     pass
-                del self._missing[info.path]
+                copied.append(self._missing.pop(info.path))
             start += info.nbytes
+        return copied
 
     def fill(self, before_each: Callable[[], None]) -> None:
         """Copies what is still missing, and hashes everything, tensor by tensor."""
