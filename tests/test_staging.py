@@ -175,8 +175,7 @@ def test_a_failure_is_told_of_when_it_is_asked_for(tmp_path, caplog):
         assert writer.wait() is None
         assert (writer.failures, len(failed_lines(caplog))) == (1, 1)
         writer.begin(parts(2, TOO_LARGE), step=2, meta={})
-        while writer._under_way.is_alive():
-            time.sleep(0.01)
+        writer._under_way.join(30)
         with pytest.raises(StoreError, match="File too large"):
             writer.poll()
     writer.begin(parts(3), step=3, meta={})

@@ -16,6 +16,7 @@ Of several writers the first one commits, and judges: what fails on another it l
 goes on as if nothing had happened.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import logging
@@ -29,13 +30,14 @@ from harness.checkpoint.catalog import Catalog, Retention
 from harness.checkpoint.format import Ancestor, Attempt, Receipt, new_directory
 from harness.checkpoint.shares import Found, IsSteady, Plan, Writers, nothing_is_steady
 from harness.checkpoint.staging import HostMemory, Snapshot
-from harness.checkpoint.threads import Background
+from harness.checkpoint.threads import Background, Worker
 from harness.checkpoint.tree import Encoded
 from harness.errors import HarnessError, StoreError, Superseded
 
 log = logging.getLogger(__name__)
 
 _SHORTEST_PATIENCE_SECONDS = 2.0
+_THREAD = "harness-saver"
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Saver:
     on_failure: Callable[[int, str], None] = lambda _step, _error: None  # called with a save that failed
     failures: int = 0
     _under_way: "_Writing | None" = None
+    _worker: Worker = field(default_factory=lambda: Worker(_THREAD))
 
     def new_directory(self, step: int) -> str:
         """A name for the directory of a save: the first writer chooses it, and all write there."""
@@ -154,7 +157,7 @@ class Saver:
             contents = commit.streamed(plan, encoded) if snapshot is None else snapshot.images
             rest = {name: replace(part, tensors={}) for name, part in encoded.items()}  # which are not held any longer
             write = functools.partial(self._write, plan, rest, contents, order)
-            self._under_way = _Writing(snapshot, lambda: self.catalog.store.together(write), order, began)
+            self._under_way = _Writing(snapshot, lambda: self.catalog.store.together(write), order, began, self._worker)
             if snapshot is None:
                 self._under_way.join()
             self._under_way.blocked_seconds = time.monotonic() - began
@@ -171,9 +174,7 @@ class Saver:
 
     def poll(self) -> Saved | None:
         """What has become of the save that is under way, once, when it is over; raises what ``save`` raises."""
-        if self._under_way is None or self._under_way.is_alive():
-            return None
-        return self.wait()
+        return self.wait() if self._under_way is not None and self._under_way.is_over else None
 
     def wait(self) -> Saved | None:
         """Waits for the save that is under way, and says what ``save`` says."""
@@ -204,9 +205,9 @@ class Saver:
         now = time.monotonic()
         writing.order.latest = min(writing.order.latest, now + max(now - writing.began, _SHORTEST_PATIENCE_SECONDS))
         writing.join(seconds)
-        if writing.is_alive():
+        if not writing.is_over:
             log.warning("save of step %s given up after another %.0f s", writing.order.step, seconds)
-            self._under_way = None
+            self._under_way, self._worker = None, Worker(_THREAD)
             return None
         with contextlib.suppress(HarnessError):  # what ends the training matters more
             return self.wait()
@@ -296,7 +297,7 @@ class Saver:
         return committed
 
 
-class _Writing(Background[tuple[str, int] | None]):
+class _Writing:
     """A save that is under way: it makes the rest of the copy, while ``write`` begins to write it in another thread."""
 
     def __init__(
@@ -305,6 +306,7 @@ class _Writing(Background[tuple[str, int] | None]):
         write: Callable[[], Background[tuple[str, int] | None]],
         order: _Order,
         began: float,
+        worker: Worker,
     ) -> None:
         self.order = order
         self.began = began
@@ -312,7 +314,7 @@ class _Writing(Background[tuple[str, int] | None]):
         self.seconds = 0.0
         self._snapshot = snapshot
         self._write = write
-        super().__init__(self._work, "harness-saver")
+        self._future = worker.begin(self._work)
 
     def _work(self) -> tuple[str, int] | None:
         try:
@@ -330,3 +332,16 @@ class _Writing(Background[tuple[str, int] | None]):
             began = time.monotonic()
             self._snapshot.fence()
             self.blocked_seconds += time.monotonic() - began
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is a result."""
+        return self._future.done()
+
+    def join(self, seconds: float | None = None) -> None:
+        """Waits for the result, so long at most."""
+        concurrent.futures.wait([self._future], seconds)
+
+    def result(self) -> tuple[str, int] | None:
+        """What ``write`` has said."""
+        return self._future.result()

@@ -26,7 +26,7 @@ from harness.checkpoint.shares import Shard
 from harness.checkpoint.tree import Encoded
 from harness.checkpoint.unbuffered import Buffer
 
-_WINDOW_BYTES = 8 << 20  # that the writer is given at once
+_WINDOW_BYTES = 16 << 20  # that the writer is given at once
 
 
 @dataclass

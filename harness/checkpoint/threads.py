@@ -1,9 +1,12 @@
-"""Work in other threads: a call beside the caller, and one call for each of many items."""
+"""Work in other threads: a call beside the caller, one call for each of many items, calls one after the other."""
 
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable
-from typing import Generic, TypeVar
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -34,6 +37,37 @@ class Background(threading.Thread, Generic[T]):
         if self.failure is not None:
             raise self.failure
         return self.results[0]
+
+
+class Worker:
+    """A thread that is kept for one call after the other, and holds up nobody's exit.
+
+    To start a thread is to wait until it has had its turn: milliseconds, now and then, where all cores are busy.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] | None = None  # None: nothing more comes
+
+    def begin(self, function: Callable[[], T]) -> "Future[T]":
+        """Has a function called when those before it have returned."""
+        if self._calls is None:
+            self._calls = SimpleQueue()
+            threading.Thread(target=_serve, args=(self._calls,), name=self._name, daemon=True).start()
+            weakref.finalize(self, self._calls.put, None)
+        future: Future[T] = Future()
+        self._calls.put((future, function))
+        return future
+
+
+def _serve(calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]) -> None:
+    while (call := calls.get()) is not None:
+        future, function = call
+        try:
+            future.set_result(function())
+        except BaseException as error:  # handed to the caller, whatever it is
+            future.set_exception(error)
+        del call, future, function  # what they hold on to may be as large as the state
 
 
 def threads_for(size_bytes: int) -> int:

@@ -34,7 +34,8 @@ def write(file: Any, chunks: Iterable[Buffer]) -> None:
     for chunk in chunks:
         rest = np.frombuffer(chunk, dtype=np.uint8)
         if len(rest) >= BUFFER_BYTES and (filled | rest.ctypes.data) % _PAGE_BYTES == 0:
-            direct = _write_whole(file, buffer[:filled].data, direct=direct)
+            if filled:
+                direct = _write_whole(file, buffer[:filled].data, direct=direct)
             pages = len(rest) // _PAGE_BYTES * _PAGE_BYTES
             direct = _write_whole(file, rest[:pages].data, direct=direct)
             filled, rest = 0, rest[pages:]
