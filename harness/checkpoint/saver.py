@@ -47,7 +47,7 @@ class Saved:
     step: int
     directory: str
     bytes: int
-    seconds: float  # until it was committed
+    seconds: float  # until it was committed, and what is not to be kept was deleted
     blocked_seconds: float  # of these, how long the training waited for it
     retries: int = 0  # calls of the storage that had to be tried again, whoever made them
 
