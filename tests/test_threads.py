@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from harness.checkpoint.threads import Worker
+from harness.checkpoint.threads import Worker, in_order
 
 
 def test_a_worker_makes_one_call_after_the_other():
@@ -39,9 +39,117 @@ def test_its_thread_ends_when_nobody_has_the_worker_any_more():
     assert not thread.is_alive()
 
 
+def test_several_threads_of_a_worker_take_what_comes():
+    """A call that takes long holds up nothing but itself, and all threads end with the worker."""
+    worker, go_on = Worker("several", threads=2), threading.Event()
+    long = worker.begin(lambda: go_on.wait(30))
+    assert [worker.begin(lambda number=number: number).result(30) for number in range(5)] == [*range(5)]
+    go_on.set()
+    assert long.result(30)
+    threads = [thread for thread in threading.enumerate() if thread.name == "several"]
+    assert len(threads) == 2
+    del worker
+    gc.collect()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
 def test_it_holds_up_nobodys_exit():
     """A call that hangs ends with the program."""
     program = "import time; from harness.checkpoint.threads import Worker; w = Worker('x'); w.begin(lambda: time.sleep(60))"
     began = time.monotonic()
     subprocess.run([sys.executable, "-c", program], check=True, timeout=50)
     assert time.monotonic() - began < 30
+
+
+# --- one call for each of many ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_results_come_in_the_order_of_the_items(count):
+    def late(number: int) -> int:
+        time.sleep(0.02 * (number % 3 == 0))
+        return number * number
+
+    assert list(in_order(count, late, range(20), ahead=5)) == [number * number for number in range(20)]
+
+
+def test_they_do_not_run_too_far_ahead():
+    """So much memory, and no more, holds what nobody has asked for yet."""
+    begun, done = [], threading.Semaphore(0)
+
+    def call(number: int) -> int:
+        begun.append(number)
+        done.release()
+        return number
+
+    coming = in_order(2, call, range(100), ahead=4)
+    assert next(coming) == 0
+    for _ in range(4):
+        assert done.acquire(timeout=30)
+    time.sleep(0.1)
+    assert sorted(begun) == [0, 1, 2, 3]
+    assert next(coming) == 1
+    assert done.acquire(timeout=30)
+    time.sleep(0.1)
+    assert sorted(begun) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_nothing_is_begun_after_an_error(waits):
+    """What is under way is waited for where that matters: a part of an upload that arrives after the abort would stay."""
+    begun, ended, all_begun = [], [], threading.Barrier(3, timeout=30)
+
+    def call(number: int) -> None:
+        begun.append(number)
+        all_begun.wait()
+        if number == 1:
+            raise ZeroDivisionError
+        time.sleep(0.2 * number)
+        ended.append(number)
+
+    with pytest.raises(ZeroDivisionError):
+        list(in_order(3, call, range(20), waits=waits))
+    assert ended == ([0, 2] if waits else [0])
+    time.sleep(0.5)
+    assert sorted(begun) == [0, 1, 2]
+
+
+def test_a_later_error_comes_in_its_turn():
+    """What is before it has been begun, and is given."""
+
+    def call(number: int) -> int:
+        if number == 2:
+            raise ZeroDivisionError
+        time.sleep(0.2)
+        return number
+
+    coming = in_order(3, call, range(20))
+    assert [next(coming), next(coming)] == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(coming)
+
+
+def test_an_error_of_the_items_own_ends_it():
+    def items():
+        yield 1
+        yield 2
+        raise ZeroDivisionError
+
+    coming = in_order(2, lambda number: number, items(), ahead=2)
+    assert next(coming) == 1
+    with pytest.raises(ZeroDivisionError):
+        list(coming)
+
+
+def test_who_asks_for_no_more_leaves_no_thread_behind():
+    before = threading.active_count()
+    coming = in_order(4, lambda number: number, range(1000), ahead=8)
+    assert next(coming) == 0
+    coming.close()
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name == "harness-worker":
+            thread.join(10)
+    assert threading.active_count() <= before

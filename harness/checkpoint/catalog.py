@@ -16,6 +16,7 @@ from harness.checkpoint.format import (
     parse_directory,
 )
 from harness.checkpoint.store import Store
+from harness.checkpoint.threads import in_threads
 from harness.errors import CheckpointError, Corrupt, NoCheckpoint
 
 T = TypeVar("T")
@@ -138,8 +139,9 @@ class Catalog:
     def _delete(self, directory: str) -> None:
         """Removes a save. Its manifest goes first, so that a deletion that is cut short leaves no checkpoint."""
         objects = self.store.list(directory)
-        for name in sorted(objects, key=lambda name: not name.endswith(f"/{MANIFEST}")):
-            self.store.delete(name)
+        if (manifest := f"{directory}/{MANIFEST}") in objects:
+            self.store.delete(manifest)
+        in_threads(self.store.streams, self.store.delete, sorted(objects.keys() - {manifest}))
         self.store.delete_directory(directory)
 
     # --- attempts ----------------------------------------------------------------------------------------------------

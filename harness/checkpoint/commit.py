@@ -234,8 +234,7 @@ def publish(
         meta=dict(meta or {}),
     )
     text = manifest.encode()  # before the last look at the store: nothing but the put may fail after it
-    for file in files:
-        _confirm(store, f"{directory}/{file.name}", file.bytes)
+    in_threads(store.streams, lambda file: _confirm(store, f"{directory}/{file.name}", file.bytes), files)
     _put_bytes(store, f"{directory}/{MANIFEST}", text)
     _confirm(store, f"{directory}/{MANIFEST}", len(text))
     for receipt in receipts[1:]:

@@ -21,10 +21,12 @@ The contract that everything above rests on:
 URLs are ``str``: ``pathlib`` eats a slash of ``s3://``.
 """
 
+import asyncio
 import contextlib
 import errno
 import functools
 import io
+import itertools
 import math
 import os
 import re
@@ -32,8 +34,7 @@ import secrets
 import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, ClassVar, TypeVar
 
 import fsspec
@@ -44,7 +45,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from harness.checkpoint import unbuffered
-from harness.checkpoint.threads import Background
+from harness.checkpoint.threads import Background, in_order
 from harness.checkpoint.unbuffered import Buffer
 from harness.errors import ConfigError, HarnessError, StoreError
 
@@ -55,7 +56,8 @@ _THREAD = "harness-store"
 _SMALL_BYTES = 4 << 20  # an object up to this size is sent in one request
 _BLOCK_BYTES = 16 << 20  # larger ones are streamed in parts of this size
 _S3_PART_BYTES = 8 << 20  # or, to S3, of this,
-_S3_PARTS_AT_ONCE = 4  # so many of an object at once
+_S3_PARTS_AT_ONCE = 4  # so many of an object at once,
+_S3_CLIENTS = 4  # over so many clients
 _S3_MOST_PARTS = 10_000  # that S3 takes for an object
 _RANGE_BYTES = 4 << 20  # what is read in ranges comes in pieces of this size,
 _RANGES_AHEAD = 8  # so many of them at a time
@@ -144,13 +146,8 @@ class Store:
 
     def pieces(self, ranges: Iterable[tuple[str, int, int]]) -> Iterator[bytes]:
         """Each range (name, start, size in bytes) as ``read_range`` gives it, in order; the next few are on their way."""
-        coming: deque[Background[bytes]] = deque()
-        for each in ranges:
-            coming.append(Background(functools.partial(self.read_range, *each), _THREAD))
-            if len(coming) == (_RANGES_AHEAD if self.has_ranges else 1):
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
+        at_once = _RANGES_AHEAD if self.has_ranges else 1
+        return in_order(at_once, lambda each: self.read_range(*each), ranges, ahead=at_once)
 
     def list(self, prefix: str = "") -> dict[str, int]:
         """All objects below a prefix (a directory's name), with their sizes in bytes. Directories do not count."""
@@ -216,6 +213,11 @@ class Store:
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
 
+    def _another(self, **options: Any) -> AbstractFileSystem:
+        """A filesystem like ``fs``, with connections of its own."""
+        fs = self.fs
+        return type(fs)(*fs.storage_args, **{**fs.storage_options, "skip_instance_cache": True, **options})
+
     def _open(self, path: str) -> Any:
         return self.fs.open(path, "rb", block_size=_BLOCK_BYTES)
 
@@ -250,8 +252,7 @@ class Store:
 
         def run() -> T:
             if self.fs is self._suspect:
-                fs = self._suspect
-                self.fs = type(fs)(*fs.storage_args, **fs.storage_options, skip_instance_cache=True)
+                self.fs = self._another()
             self.fs.invalidate_cache()  # fsspec may keep listings, and other machines write here
             return function()
 
@@ -295,7 +296,23 @@ class _RangedStore(Store):
 
 
 class _S3Store(_RangedStore):
-    """S3, to which the parts of an object can be on their way at once: fsspec's own file sends one after the other."""
+    """S3, to which the parts of an object can be on their way at once: fsspec's own file sends one after the other.
+
+    They go over several clients: one of s3fs signs, copies and sends all its bytes in a single thread, its event loop, with
+    less than 1 GB/s.
+    """
+
+    _clients: Sequence[AbstractFileSystem] = ()
+    _turns = itertools.count()
+    _choosing = threading.Lock()
+
+    def _client(self) -> Any:
+        """One of several filesystems that are as ``fs``, in turn."""
+        with self._choosing:
+            if not self._clients or self._clients[0] is not self.fs:  # that has taken the place of one that had failed
+                more = (self._another(loop=_loop(number)) for number in range(1, _S3_CLIENTS))
+                self._clients = [self.fs, *more]
+            return self._clients[next(self._turns) % _S3_CLIENTS]
 
     def _put(self, path: str, chunks: Iterable[Buffer], size_bytes: int) -> None:
         if size_bytes <= _SMALL_BYTES:
@@ -305,27 +322,33 @@ class _S3Store(_RangedStore):
         upload = {"Bucket": bucket, "Key": key}
         upload["UploadId"] = self.fs.call_s3("create_multipart_upload", **upload)["UploadId"]
         part_bytes = max(_S3_PART_BYTES, -(-size_bytes // _S3_MOST_PARTS))
-        parts: list[dict[str, Any]] = []
-        coming: deque[Background[dict[str, Any]]] = deque()
-        try:
-            for number, body in enumerate(_gathered(chunks, part_bytes), 1):
-                coming.append(Background(functools.partial(self._send, upload, number, body), _THREAD))
-                if len(coming) == _S3_PARTS_AT_ONCE:
-                    parts.append(coming.popleft().result())
-            parts += [part.result() for part in coming]
+        bodies = enumerate(_gathered(chunks, part_bytes), 1)
+        try:  # a part that arrives after the abort would stay, and cost money: they are waited for
+            send, at_once = functools.partial(self._send, upload), _S3_PARTS_AT_ONCE
+            parts = list(in_order(at_once, send, bodies, ahead=at_once, waits=True))
             _check_awaited()
             self.fs.call_s3("complete_multipart_upload", **upload, MultipartUpload={"Parts": parts})
         except BaseException:
-            for part in coming:
-                part.join()  # one that arrives after the abort would stay, and cost money
             with contextlib.suppress(Exception):
                 self.fs.call_s3("abort_multipart_upload", **upload)
             raise
 
-    def _send(self, upload: Mapping[str, str], number: int, body: bytes) -> dict[str, Any]:
+    def _send(self, upload: Mapping[str, str], numbered: tuple[int, bytes]) -> dict[str, Any]:
         """What the completion has to say of a part."""
-        sent = self.fs.call_s3("upload_part", **upload, PartNumber=number, Body=body)
+        number, body = numbered
+        sent = self._client().call_s3("upload_part", **upload, PartNumber=number, Body=body)
         return {"PartNumber": number, "ETag": sent["ETag"]}
+
+
+@functools.cache
+def _loop(number: int) -> asyncio.AbstractEventLoop:
+    """An event loop in a thread of its own, like the one that fsspec has for all its filesystems."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name=f"{_THREAD}-{number}", daemon=True).start()
+    return loop
+
+
+os.register_at_fork(after_in_child=_loop.cache_clear)  # where the threads are not
 
 
 class _LocalStore(Store):

@@ -1,9 +1,13 @@
-"""Work in other threads: a call beside the caller, one call for each of many items, calls one after the other."""
+"""Work in other threads: a call beside the caller, calls that wait for their turn, one call for each of many items."""
 
+import concurrent.futures
+import functools
+import itertools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
@@ -40,33 +44,35 @@ class Background(threading.Thread, Generic[T]):
 
 
 class Worker:
-    """A thread that is kept for one call after the other, and holds up nobody's exit.
+    """A thread, or several, kept for one call after the other. It holds up nobody's exit.
 
     To start a thread is to wait until it has had its turn: milliseconds, now and then, where all cores are busy.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, threads: int = 1) -> None:
         self._name = name
-        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] | None = None  # None: nothing more comes
+        self._missing = threads  # each is started for a call
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()  # None: nothing more comes
 
     def begin(self, function: Callable[[], T]) -> "Future[T]":
-        """Has a function called when those before it have returned."""
-        if self._calls is None:
-            self._calls = SimpleQueue()
-            threading.Thread(target=_serve, args=(self._calls,), name=self._name, daemon=True).start()
-            weakref.finalize(self, self._calls.put, None)
+        """Has a function called when a thread is done with what came before."""
         future: Future[T] = Future()
         self._calls.put((future, function))
+        if self._missing:
+            self._missing -= 1
+            threading.Thread(target=_serve, args=(self._calls,), name=self._name, daemon=True).start()
+            weakref.finalize(self, self._calls.put, None)
         return future
 
 
 def _serve(calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]) -> None:
     while (call := calls.get()) is not None:
         future, function = call
-        try:
-            future.set_result(function())
-        except BaseException as error:  # handed to the caller, whatever it is
-            future.set_exception(error)
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(function())
+            except BaseException as error:  # handed to the caller, whatever it is
+                future.set_exception(error)
         del call, future, function  # what they hold on to may be as large as the state
 
 
@@ -77,26 +83,47 @@ def threads_for(size_bytes: int) -> int:
 
 def in_threads(count: int, function: Callable[[Item], T], items: Iterable[Item]) -> list[T]:
     """What a function makes of each item, in order, by so many threads. After an error no further item is begun."""
+    return list(in_order(count, function, items))
+
+
+def in_order(
+    count: int,
+    function: Callable[[Item], T],
+    items: Iterable[Item],
+    *,
+    ahead: int | None = None,
+    waits: bool = False,
+) -> Iterator[T]:
+    """What a function makes of each item, each as soon as those before it have been given, by so many threads.
+
+    At most ``ahead`` calls (by default, all) are begun or done and not given yet. None is begun after an error, or when
+    nobody asks for more; those that are under way then are left behind, or with ``waits`` waited for. A single thread is
+    the caller's own.
+    """
     if count == 1:
-        return [function(item) for item in items]
-    every = list(items)
-    coming = iter(enumerate(every))
-    results: dict[int, T] = {}
-    failures: list[Item] = []
+        yield from map(function, items)
+        return
+    worker = Worker("harness-worker", count)
+    coming: deque[Future[T]] = deque()
+    has_failed = threading.Event()
 
-    def work() -> None:
-        for index, item in coming:
-            if failures:
-                return
-            try:
-                results[index] = function(item)
-            except BaseException:
-                failures.append(item)
-                raise
+    def call(item: Item) -> T:
+        if has_failed.is_set():
+            raise concurrent.futures.CancelledError  # which nobody sees: what has failed comes before it
+        try:
+            return function(item)
+        except BaseException:
+            has_failed.set()
+            raise
 
-    workers = [Background(work) for _ in range(min(count, len(every)))]
-    for worker in workers:
-        worker.join()
-    for worker in workers:
-        worker.result()
-    return [results[index] for index in range(len(every))]
+    calls = (worker.begin(functools.partial(call, item)) for item in items)
+    try:
+        coming.extend(itertools.islice(calls, ahead))
+        while coming:
+            yield coming.popleft().result()
+            coming.extend(itertools.islice(calls, 1))
+    finally:
+        for future in coming:
+            future.cancel()
+        if waits:
+            concurrent.futures.wait(coming)
