@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import ConfigError
+from harness.startup import import_torch
 
 if TYPE_CHECKING:  # torch is imported by the functions that need it: reading a configuration must not take seconds
     from torch import Tensor, nn
@@ -82,6 +83,10 @@ def find_builder(name: str, args: Mapping[str, Any]) -> Callable[..., Task]:
 def _import(name: str) -> Any:
     if "" not in sys.path:
         sys.path.insert(0, "")  # an installed `harness` command finds modules of the working directory as python -m does
+    if (
+        importlib.util.find_spec(name.partition(".")[0]) is not None
+    ):  # it takes a second, and a wrong name is to be told at once
+        import_torch()
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -94,6 +99,7 @@ def _load_file(path: str) -> Any:
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"task: there is no file {path!r} (working directory {Path.cwd()})")
+    import_torch()
     # As if the file were run as a script: its neighbours can be imported, and loader workers that are not forked find it.
     sys.path.insert(0, str(file.resolve().parent))
     spec = importlib.util.spec_from_file_location(file.stem, file)

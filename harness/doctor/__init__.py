@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from harness.config import Config, load_config
 from harness.doctor.findings import Finding, error, exit_code, named, ok
 from harness.errors import ConfigError
+from harness.startup import import_torch
 
 Tell = Callable[[Sequence[Finding]], None]
 
@@ -29,6 +30,7 @@ def examine(config_file: str, overrides: Sequence[str], tell: Tell) -> int:
     if config is None and "WORLD_SIZE" not in os.environ:  # torch, which takes seconds to import, could add nothing
         tell(found)
         return exit_code(found)
+    import_torch()
     from harness.doctor.examination import examine_together  # noqa: PLC0415
 
     return examine_together(config, found, tell)

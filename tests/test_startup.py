@@ -1,0 +1,81 @@
+"""How a program that trains starts and ends."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from cluster import harness
+
+
+def run(program: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], check=True, capture_output=True, text=True, timeout=100
+    )
+    return done.stdout.strip()
+
+
+def test_the_collector_passes_over_torch():
+    """Over all of it, an optimizer's imports included, and over nothing else."""
+    program = """
+import gc, sys
+from harness.startup import import_torch
+import_torch()
+frozen = gc.get_freeze_count()
+before = set(sys.modules)
+import torch
+torch.optim.AdamW(torch.nn.Linear(2, 2).parameters())
+new = [name for name in sys.modules if name not in before]
+import_torch()
+print(frozen > 200_000, gc.isenabled(), len(new) < 10, gc.get_freeze_count() == frozen)
+"""
+    assert run(program) == "True True True True"
+
+
+def test_an_optimizer_would_import_the_rest():
+    """What is imported beforehand costs nothing that would not have been paid for. Should torch change, this is to go."""
+    program = "import sys, torch; torch.optim.SGD(torch.nn.Linear(2, 2).parameters()); print('torch._dynamo' in sys.modules)"
+    assert run(program) == "True"
+
+
+def test_what_was_there_before_is_left_alone():
+    """A program that has imported torch itself may have made whatever it likes since."""
+    program = "import gc, torch; from harness.startup import import_torch; import_torch(); print(gc.get_freeze_count())"
+    assert run(program) == "0"
+
+
+def test_what_a_task_leaves_open_is_flushed(tmp_path):
+    """Python collects what refers to itself at the end of a program, a log file that was never closed among it. A task's own
+    objects are not frozen."""
+    (tmp_path / "task.py").write_text("""
+import gc
+import sys
+from pathlib import Path
+from harness.tasks.linear import build as build_linear
+
+class Log:
+    def __init__(self):
+        self.file = Path("log.txt").open("w")
+        self.callbacks = [self.write]  # a reference to itself
+    def write(self, text):
+        self.file.write(text)
+
+of_the_module = Log()
+of_the_module.write("module ")
+
+def build():
+    task = build_linear()
+    task.model.log = Log.__new__(Log)
+    task.model.log.file = Path("log2.txt").open("w")
+    task.model.log.callbacks = [task.model.log.write]
+    task.model.log.write(f"task {gc.get_freeze_count() > 200_000} {gc.isenabled()}")
+    return task
+""")
+    done = harness("train", _config(tmp_path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "log.txt").read_text() == "module "
+    assert (tmp_path / "log2.txt").read_text() == "task True True"
+
+
+def _config(place: Path) -> str:
+    (place / "config.yaml").write_text("task: task.py:build\ntrain: {steps: 2, global_batch_size: 4}\n")
+    return "config.yaml"
