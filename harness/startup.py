@@ -6,6 +6,8 @@ import importlib
 import sys
 import threading
 
+from harness.checkpoint.collector import without_collections
+
 _NEEDED = ("torch", "torch._dynamo")  # torch 2.13 imports the second one when the first optimizer is made
 
 
@@ -19,18 +21,13 @@ def import_torch() -> None:
     """
     if "torch" in sys.modules:
         return
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
+    with without_collections():
         # Errors that it catches on the way stay somewhere in it, with the frames of all callers, and with what those are
         # going to hold, the user's task, which would then never be collected. A thread has no callers.
         thread = threading.Thread(target=_import, name="harness-import")
         thread.start()
         thread.join()
         gc.freeze()
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _import() -> None:

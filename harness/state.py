@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from harness.buckets import GradientOrder
 from harness.checkpoint import commit, tree
+from harness.checkpoint.collector import without_collections
 from harness.checkpoint.format import check_part_name
 from harness.errors import ConfigError, Mismatch, Unsupported
 
@@ -107,6 +108,7 @@ class State:
         """What is this rank's own: the states of its generators, and of the objects that differ between ranks."""
         return {RANDOM: random_state(self.device), **self._captured(per_rank=True)}
 
+    @without_collections()
     def _captured(self, *, per_rank: bool) -> dict[str, dict[str, Any]]:
         return {name: part.capture() for name, part in self._parts.items() if part.per_rank == per_rank}
 

@@ -532,6 +532,8 @@ def write_tree(tree: Tree, directory: str) -> None:
 class Objects(Store):
     """A store that is a dictionary, without threads and deadlines. ``before`` is told of every call and may raise."""
 
+    streams = 1
+
     def __init__(self, objects: Tree, before: Callable[[str, str], None] = lambda operation, name: None) -> None:
         self.objects = objects if isinstance(objects, dict) else dict(objects)
         self.before = before

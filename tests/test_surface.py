@@ -19,9 +19,10 @@ LONGEST_FUNCTION_LINES = 70
 # The tree of the design, as one line: a module imports only from the left, at the time when it is itself imported. What it
 # needs only for types, or within a function (the verbs of the command line do that), does not count.
 ORDER = [
-    *("errors", "environment", "config", "outcome", "signals", "startup", "watchdog", "task", "__init__", "tasks"),
+    *("errors", "environment", "config", "outcome", "signals", "checkpoint.__init__", "checkpoint.collector", "startup"),
+    *("watchdog", "task", "__init__", "tasks"),
     *("console", "dashboards", "world", "data", "notices"),
-    *("checkpoint.__init__", "checkpoint.format", "checkpoint.threads", "checkpoint.unbuffered"),
+    *("checkpoint.format", "checkpoint.threads", "checkpoint.unbuffered"),
     *("checkpoint.store", "checkpoint.tree", "checkpoint.shares", "checkpoint.commit", "checkpoint.catalog"),
     *("checkpoint.load", "checkpoint.direct", "checkpoint.staging", "checkpoint.saver"),
     *("buckets", "state", "crashes", "journal", "metrics", "interchange", "resume", "nonfinite", "stragglers", "program"),

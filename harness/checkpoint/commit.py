@@ -12,7 +12,7 @@ have left their *receipts* in the directory, each after its shards are durable: 
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from harness.checkpoint import tree
+from harness.checkpoint.collector import without_collections
 from harness.checkpoint.format import (
     CHECKSUM,
     INDEX_SUFFIX,
@@ -207,40 +208,44 @@ def publish(
     ``expected`` are checksums that the tensors must have, as by ``checksums``: raises ``Unsupported`` before the commit when
     they have others.
     """
-    found: dict[str, dict[str, Blocks]] = {name: {} for name in encoded}
-    for receipt in receipts:
-        for name, blocks in receipt.blocks.items():
-            found[name].update(blocks)
-    whole = plan.blocks(found)
-    if expected is not None:
-        _compare(plan, whole, expected)
-    files = [file for receipt in receipts for file in receipt.files]
-    parts = {}
-    for name, part in encoded.items():
-        shards = [shard for rank in plan.shards for shard in plan.shards[rank] if shard.part == name]
-        slices = plan.slices(name)
-        if not slices and (index := _index(name, shards)):
-            files.append(FileInfo(f"{name}{INDEX_SUFFIX}", len(index), checksum(index)))
-            _put_bytes(store, f"{directory}/{name}{INDEX_SUFFIX}", index)
-        digest = _digest(part.tree, part.aliases, plan.tensors[name], whole[name])
-        parts[name] = Part([shard.name for shard in shards], part.tree, part.aliases, digest, slices)
-    manifest = Manifest(
-        step=step,
-        attempt=attempt.id,
-        files=files,
-        parts=parts,
-        lineage=list(lineage),
-        created=datetime.now(UTC).isoformat(timespec="milliseconds"),
-        meta=dict(meta or {}),
-    )
-    text = manifest.encode()  # before the last look at the store: nothing but the put may fail after it
-    in_threads(store.streams, lambda file: _confirm(store, f"{directory}/{file.name}", file.bytes), files)
+    with without_collections():
+        found: dict[str, dict[str, Blocks]] = {name: {} for name in encoded}
+        for receipt in receipts:
+            for name, blocks in receipt.blocks.items():
+                found[name].update(blocks)
+        whole = plan.blocks(found)
+        if expected is not None:
+            _compare(plan, whole, expected)
+        indexes = _indexes(plan, encoded)
+        manifest = Manifest(
+            step=step,
+            attempt=attempt.id,
+            files=[*(file for receipt in receipts for file in receipt.files), *_files(indexes)],
+            parts={name: _part(plan, name, part, whole[name]) for name, part in encoded.items()},
+            lineage=list(lineage),
+            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            meta=dict(meta or {}),
+        )
+        text = manifest.encode()  # before the last look at the store: nothing but the put may fail after it
+    for name, index in indexes.items():
+        _put_bytes(store, f"{directory}/{name}", index)
+    in_threads(store.streams, lambda file: _confirm(store, f"{directory}/{file.name}", file.bytes), manifest.files)
     _put_bytes(store, f"{directory}/{MANIFEST}", text)
     _confirm(store, f"{directory}/{MANIFEST}", len(text))
     for receipt in receipts[1:]:
         with contextlib.suppress(StoreError):  # rubbish that is in nobody's way
             store.delete(f"{directory}/{receipt.name}")
     return manifest
+
+
+def _part(plan: Plan, name: str, part: tree.Encoded, blocks: Mapping[str, Blocks]) -> Part:
+    digest = _digest(part.tree, part.aliases, plan.tensors[name], blocks)
+    return Part([shard.name for shard in _shards(plan, name)], part.tree, part.aliases, digest, plan.slices(name))
+
+
+def _shards(plan: Plan, name: str) -> list[Shard]:
+    """All writers' shards of a part."""
+    return [shard for shards in plan.shards.values() for shard in shards if shard.part == name]
 
 
 def _compare(plan: Plan, found: Found, expected: Found) -> None:
@@ -266,13 +271,21 @@ def _digest(rest: Any, aliases: Mapping[str, str], tensors: Sequence[TensorInfo]
     return digest({**hashes, **same}, rest)
 
 
-def _index(part: str, shards: Sequence[Shard]) -> bytes:
-    """What Hugging Face's loaders expect unless all is in one file of the part's name; nothing where it is."""
-    if [shard.name for shard in shards] in ([], [shard_name(part, 0, 1)]):
-        return b""
-    total_bytes = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
-    places = {tensor.path: shard.name for shard in shards for tensor in shard.tensors}
-    return json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": places}, indent=1).encode()
+def _indexes(plan: Plan, parts: Iterable[str]) -> dict[str, bytes]:
+    """What Hugging Face's loaders expect of a part, unless all of it is in one file of its name, or some lies in pieces."""
+    found = {}
+    for name in parts:
+        shards = _shards(plan, name)
+        if [shard.name for shard in shards] not in ([], [shard_name(name, 0, 1)]) and not plan.slices(name):
+            total_bytes = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
+            places = {tensor.path: shard.name for shard in shards for tensor in shard.tensors}
+            index = {"metadata": {"total_size": total_bytes}, "weight_map": places}
+            found[f"{name}{INDEX_SUFFIX}"] = json.dumps(index, indent=1).encode()
+    return found
+
+
+def _files(objects: Mapping[str, bytes]) -> list[FileInfo]:
+    return [FileInfo(name, len(data), checksum(data)) for name, data in objects.items()]
 
 
 class _Streamed:

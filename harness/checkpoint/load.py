@@ -14,8 +14,6 @@ Ranks that read together (``peers``) read each byte once between them: of every 
 gets all. Each computes the checksums of all that it was given.
 """
 
-import contextlib
-import gc
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +26,7 @@ import torch
 
 from harness.checkpoint import tree
 from harness.checkpoint.catalog import check_bytes, read_file
+from harness.checkpoint.collector import without_collections
 from harness.checkpoint.format import (
     HEADER_LIMIT_BYTES,
     INDEX_SUFFIX,
@@ -81,7 +80,7 @@ def read(
     names = [file for name, part in wanted.items() for file in (f"{name}{INDEX_SUFFIX}", *part.files) if file in files]
     needed = [files[name] for name in names]
     in_pieces = peers is not None or store.has_ranges
-    with _without_collections():
+    with without_collections():
         wholes = {name: _Wholes(directory, name, part, files) for name, part in wanted.items()}
         targets = {file: _Target(wholes[name].places) for name, part in wanted.items() for file in part.files}
         if in_pieces:
@@ -89,18 +88,6 @@ def read(
         else:
             shards = _read_whole(store, directory, needed, targets)
         return {name: _assemble(directory, name, part, shards, wholes[name].tensors) for name, part in wanted.items()}
-
-
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """20,000 small tensors are a million objects, none of them garbage; looking for some would take longer than reading."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _assemble(directory: str, name: str, part: Part, shards: dict[str, Shard], wholes: Mapping[str, torch.Tensor]) -> Any:

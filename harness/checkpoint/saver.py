@@ -27,6 +27,7 @@ from typing import Any
 
 from harness.checkpoint import commit, staging
 from harness.checkpoint.catalog import Catalog, Retention
+from harness.checkpoint.collector import without_collections
 from harness.checkpoint.format import Ancestor, Attempt, Receipt, new_directory
 from harness.checkpoint.shares import Found, IsSteady, Plan, Writers, nothing_is_steady
 from harness.checkpoint.staging import HostMemory, Snapshot
@@ -144,7 +145,7 @@ class Saver:
         assert self._under_way is None, "the result of the save before this one comes first"
         began = time.monotonic()
         order = self._order(directory, step, meta, best_step)
-        with self._telling(order):
+        with self._telling(order), without_collections():
             encoded = commit.encode(parts)
             if check and self.writers.is_first:
                 order.expected = commit.checksums(encoded)
@@ -158,9 +159,9 @@ class Saver:
             rest = {name: replace(part, tensors={}) for name, part in encoded.items()}  # which are not held any longer
             write = functools.partial(self._write, plan, rest, contents, order)
             self._under_way = _Writing(snapshot, lambda: self.catalog.store.together(write), order, began, self._worker)
-            if snapshot is None:
-                self._under_way.join()
-            self._under_way.blocked_seconds = time.monotonic() - began
+        if snapshot is None:
+            self._under_way.join()
+        self._under_way.blocked_seconds = time.monotonic() - began
 
     def fence(self) -> None:
         """To be called before anything steady is changed: waits until the snapshot does not need it any more."""
