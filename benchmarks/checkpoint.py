@@ -181,11 +181,11 @@ class Bench:
             if not entry.restores_as:
                 self.keep(run, restore=restored)
 
-    def floors(self, state: str, repeat: int, *, s3: bool) -> None:
+    def floors(self, state: str, repeat: int, batch: int, *, s3: bool) -> None:
         for on_s3 in (False, True) if s3 else (False,):
             run = {"contender": FLOORS, "state": state, "repeat": repeat, "s3": on_s3}
             with self.place(s3=on_s3) as (url, env, _), self.noting_failures(run):
-                self.keep(run, floors=self.measure(measure.measure_floors, state, url, env=env))
+                self.keep(run, floors=self.measure(measure.measure_floors, state, url, batch, env=env))
 
     def ranks(self, entry: Entry, state: str) -> None:
         """How much several ranks read to restore one checkpoint."""
@@ -226,7 +226,7 @@ class Bench:
             for repeat in range(repeats):
                 for entry in in_turn([None, *taking_part], repeat, repeats):
                     if entry is None:
-                        self.floors(state, repeat, s3=any(other.s3 for other in taking_part))
+                        self.floors(state, repeat, batch, s3=any(other.s3 for other in taking_part))
                     elif self.count_failures(entry, state) < 2:
                         self.turn(entry, state, repeat, batch)
         sized = [state for state in states if not state.endswith("-tensors")]

@@ -25,12 +25,14 @@ ON_DISK = {
     "hash": "xxh3_128 of the bytes in memory",
     "write": "write and fsync, through the page cache",
     "write_direct": "write and fsync, O_DIRECT",
+    "write_direct_beside": "the same, beside the training",
     "read_warm": "read from the page cache, into pages that are there",
     "read_warm_fresh": "read from the page cache, into fresh pages",
     "read_cold": "read from the disk, into pages that are there",
 }
 ON_S3 = {
     "upload": f"upload of 16 MiB parts over {CONNECTIONS} connections (boto3)",
+    "upload_beside": "the same, beside the training",
     "download": f"download of 16 MiB ranges over {CONNECTIONS} connections (boto3)",
 }
 
@@ -41,7 +43,10 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def disk_floors(folder: str, size_bytes: int) -> dict[str, float | None]:
+Beside = Callable[[Callable[[], object]], object]  # calls a function while a training goes on in another thread
+
+
+def disk_floors(folder: str, size_bytes: int, beside: Beside) -> dict[str, float | None]:
     """Seconds for each; None where the file system or the kernel has no such thing."""
     whole = -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
     source = torch.frombuffer(mmap.mmap(-1, whole), dtype=torch.uint8).fill_(7)  # begins at a page, as O_DIRECT wants
@@ -51,6 +56,7 @@ def disk_floors(folder: str, size_bytes: int) -> dict[str, float | None]:
     found["hash"] = seconds(lambda: xxhash.xxh3_128(source.numpy()).digest())
     path = f"{folder}/floor"
     found["write_direct"] = _write(path, source, os.O_DIRECT)
+    beside(lambda: found.update(write_direct_beside=_write(path, source, os.O_DIRECT)))
     found["write"] = _write(path, source, 0)
     found["read_warm"] = seconds(lambda: _read(path, target))
     found["read_warm_fresh"] = seconds(lambda: _read(path, torch.empty_like(target)))
@@ -99,7 +105,7 @@ def forget_cached(paths: list[str]) -> None:
         os.close(file)
 
 
-def s3_floors(url: str, size_bytes: int) -> dict[str, float | None]:
+def s3_floors(url: str, size_bytes: int, beside: Beside) -> dict[str, float | None]:
     """Uploads and downloads with a client that does nothing else."""
     import boto3
     from botocore.config import Config
@@ -108,11 +114,17 @@ def s3_floors(url: str, size_bytes: int) -> dict[str, float | None]:
     config = Config(max_pool_connections=CONNECTIONS, request_checksum_calculation="when_required")
     client = boto3.client("s3", config=config)
     data = np.random.default_rng(0).standard_normal(-(-size_bytes // 8)).tobytes()[:size_bytes]  # servers compress zeros
+
     # A server that has taken nothing yet takes a second more for the first object.
-    upload = min(seconds(lambda: _upload(client, bucket, f"{prefix}/floor", memoryview(data))) for _ in range(3))
-    download = seconds(lambda: _download(client, bucket, f"{prefix}/floor", memoryview(bytearray(size_bytes))))
+    def upload() -> float:
+        return seconds(lambda: _upload(client, bucket, f"{prefix}/floor", memoryview(data)))
+
+    found: dict[str, float | None] = {"upload": min(upload() for _ in range(3))}
+    beside(lambda: found.update(upload_beside=upload()))
+    target = memoryview(bytearray(size_bytes))
+    found["download"] = seconds(lambda: _download(client, bucket, f"{prefix}/floor", target))
     client.delete_object(Bucket=bucket, Key=f"{prefix}/floor")
-    return {"upload": upload, "download": download}
+    return found
 
 
 def _upload(client, bucket: str, key: str, data: memoryview) -> None:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -240,12 +241,18 @@ def restore_on_rank(entry: Entry, state: str, url: str) -> None:
 # --- without a contender ---------------------------------------------------------------------------------------------
 
 
-def measure_floors(state: str, url: str) -> dict[str, Any]:
-    training = Training(state, seed=0, batch=1)
+def measure_floors(state: str, url: str, batch: int) -> dict[str, Any]:
+    training = Training(state, seed=0, batch=batch)
     training.step()
-    size_bytes = training.size_bytes()
-    del training
-    return floors.s3_floors(url, size_bytes) if url.startswith("s3://") else floors.disk_floors(url, size_bytes)
+
+    def beside(function: Callable[[], object]) -> None:
+        thread = threading.Thread(target=function)
+        thread.start()
+        while thread.is_alive():
+            training.step()
+
+    of = floors.s3_floors if url.startswith("s3://") else floors.disk_floors
+    return of(url, training.size_bytes(), beside)
 
 
 def measure_calibrate(state: str) -> dict[str, Any]:

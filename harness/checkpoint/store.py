@@ -57,7 +57,8 @@ _SMALL_BYTES = 4 << 20  # an object up to this size is sent in one request
 _BLOCK_BYTES = 16 << 20  # larger ones are streamed in parts of this size
 _S3_PART_BYTES = 8 << 20  # or, to S3, of this,
 _S3_PARTS_AT_ONCE = 4  # so many of an object at once,
-_S3_CLIENTS = 4  # over so many clients
+_S3_CLIENTS = 4  # over so many clients,
+_S3_WORTH_CLIENTS_BYTES = 64 << 20  # if it is as large as that: to make a client takes 75 ms of a core
 _S3_MOST_PARTS = 10_000  # that S3 takes for an object
 _RANGE_BYTES = 4 << 20  # what is read in ranges comes in pieces of this size,
 _RANGES_AHEAD = 8  # so many of them at a time
@@ -298,16 +299,18 @@ class _RangedStore(Store):
 class _S3Store(_RangedStore):
     """S3, to which the parts of an object can be on their way at once: fsspec's own file sends one after the other.
 
-    They go over several clients: one of s3fs signs, copies and sends all its bytes in a single thread, its event loop, with
-    less than 1 GB/s.
+    Those of a large one go over several clients: one of s3fs signs, copies and sends all its bytes in a single thread, its
+    event loop, with less than 1 GB/s.
     """
 
     _clients: Sequence[AbstractFileSystem] = ()
     _turns = itertools.count()
     _choosing = threading.Lock()
 
-    def _client(self) -> Any:
-        """One of several filesystems that are as ``fs``, in turn."""
+    def _client(self, size_bytes: int) -> Any:
+        """The filesystem for the next part of an object of this size: one of several that are as ``fs``, in turn."""
+        if size_bytes < _S3_WORTH_CLIENTS_BYTES:
+            return self.fs
         with self._choosing:
             if not self._clients or self._clients[0] is not self.fs:  # that has taken the place of one that had failed
                 more = (self._another(loop=_loop(number)) for number in range(1, _S3_CLIENTS))
@@ -324,7 +327,7 @@ class _S3Store(_RangedStore):
         part_bytes = max(_S3_PART_BYTES, -(-size_bytes // _S3_MOST_PARTS))
         bodies = enumerate(_gathered(chunks, part_bytes), 1)
         try:  # a part that arrives after the abort would stay, and cost money: they are waited for
-            send, at_once = functools.partial(self._send, upload), _S3_PARTS_AT_ONCE
+            send, at_once = functools.partial(self._send, upload, size_bytes), _S3_PARTS_AT_ONCE
             parts = list(in_order(at_once, send, bodies, ahead=at_once, waits=True))
             _check_awaited()
             self.fs.call_s3("complete_multipart_upload", **upload, MultipartUpload={"Parts": parts})
@@ -333,10 +336,10 @@ class _S3Store(_RangedStore):
                 self.fs.call_s3("abort_multipart_upload", **upload)
             raise
 
-    def _send(self, upload: Mapping[str, str], numbered: tuple[int, bytes]) -> dict[str, Any]:
-        """What the completion has to say of a part."""
+    def _send(self, upload: Mapping[str, str], size_bytes: int, numbered: tuple[int, bytes]) -> dict[str, Any]:
+        """What the completion has to say of a part; ``size_bytes`` are the object's."""
         number, body = numbered
-        sent = self._client().call_s3("upload_part", **upload, PartNumber=number, Body=body)
+        sent = self._client(size_bytes).call_s3("upload_part", **upload, PartNumber=number, Body=body)
         return {"PartNumber": number, "ETag": sent["ETag"]}
 
 
