@@ -83,9 +83,7 @@ def find_builder(name: str, args: Mapping[str, Any]) -> Callable[..., Task]:
 def _import(name: str) -> Any:
     if "" not in sys.path:
         sys.path.insert(0, "")  # an installed `harness` command finds modules of the working directory as python -m does
-    if (
-        importlib.util.find_spec(name.partition(".")[0]) is not None
-    ):  # it takes a second, and a wrong name is to be told at once
+    if importlib.util.find_spec(name.partition(".")[0]) is not None:  # a wrong name is told of at once
         import_torch()
     try:
         return importlib.import_module(name)

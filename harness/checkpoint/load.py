@@ -6,9 +6,9 @@ still in the processor's cache. Only when they agree with the manifest are the t
 there is no pickle on this path.
 
 The pieces of a tensor that lies in several go to their places in the whole. Most of the time goes into fresh memory, whose
-pages the kernel clears when they are first touched: it is what several threads divide among them, when they read a local
-file. Huge pages are not asked for: where a virtual machine gives free ones
-back to its host, each may cost milliseconds (with them a restore of 0.5 GB took 0.07 or 0.8 s, without them always 0.19 s).
+pages the kernel clears when they are first touched. Several threads do that for a local file, each a stretch of it. Huge
+pages are not asked for: where a virtual machine gives free ones back to its host, each may cost milliseconds (with them a
+restore of 0.5 GB took 0.07 or 0.8 s, without them always 0.19 s).
 
 Ranks that read together (``peers``) read each byte once between them: of every round of pieces each rank reads one, and
 gets all. Each computes the checksums of all that it was given.
@@ -47,8 +47,8 @@ from harness.checkpoint.threads import in_order, threads_for
 from harness.checkpoint.unbuffered import Buffer
 from harness.errors import CheckpointError, Corrupt, HarnessError, RankFailure, StoreError
 
-_READ_BYTES = 2 << 20  # read, then hashed while it is still in the processor's cache,
-_STRETCHES_AHEAD = 8  # if others have not been read in the meantime; so many are
+_READ_BYTES = 2 << 20  # read, then hashed while it is still in the processor's cache
+_STRETCHES_AHEAD = 8  # of so many bytes, that other threads may have read by then
 _ROUND_BYTES = 4 << 20  # a piece; ranks that read together share it
 _SMALLEST_PIECE_BYTES = 64 << 10  # however many they are
 
@@ -207,7 +207,7 @@ class _Stretch(NamedTuple):
 
 
 class _Reader:
-    """A shard on its way in: so many threads bring it, in no order where they are several, and it is hashed in order."""
+    """A shard on its way in: read by so many threads, stretch by stretch, and hashed in order by this one."""
 
     def __init__(self, stream: BinaryIO, file: FileInfo, target: _Target, threads: int) -> None:
         self.stream = stream
@@ -279,7 +279,7 @@ class _Reader:
         return stretch.place
 
     def read_at(self, start: int, place: memoryview) -> int:
-        """Reads as many bytes as come at once. Where one thread reads, it is from the beginning to the end."""
+        """Reads as many bytes as come at once. A single thread asks for one after the other: a stream has no other order."""
         if self.threads > 1:
             return os.preadv(self.stream.fileno(), [place], start)
         return self.stream.readinto(place)  # type: ignore[attr-defined,no-any-return]
