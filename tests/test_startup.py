@@ -7,10 +7,8 @@ from pathlib import Path
 from cluster import harness
 
 
-def run(program: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments], check=True, capture_output=True, text=True, timeout=100
-    )
+def run(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=100)
     return done.stdout.strip()
 
 
@@ -48,7 +46,6 @@ def test_what_a_task_leaves_open_is_flushed(tmp_path):
     objects are not frozen."""
     (tmp_path / "task.py").write_text("""
 import gc
-import sys
 from pathlib import Path
 from harness.tasks.linear import build as build_linear
 

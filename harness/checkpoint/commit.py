@@ -12,7 +12,7 @@ have left their *receipts* in the directory, each after its shards are durable: 
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -216,12 +216,13 @@ def publish(
         whole = plan.blocks(found)
         if expected is not None:
             _compare(plan, whole, expected)
-        indexes = _indexes(plan, encoded)
+        parts = {name: _part(plan, name, part, whole[name]) for name, part in encoded.items()}
+        indexes = _indexes(plan, parts)
         manifest = Manifest(
             step=step,
             attempt=attempt.id,
             files=[*(file for receipt in receipts for file in receipt.files), *_files(indexes)],
-            parts={name: _part(plan, name, part, whole[name]) for name, part in encoded.items()},
+            parts=parts,
             lineage=list(lineage),
             created=datetime.now(UTC).isoformat(timespec="milliseconds"),
             meta=dict(meta or {}),
@@ -271,13 +272,13 @@ def _digest(rest: Any, aliases: Mapping[str, str], tensors: Sequence[TensorInfo]
     return digest({**hashes, **same}, rest)
 
 
-def _indexes(plan: Plan, parts: Iterable[str]) -> dict[str, bytes]:
+def _indexes(plan: Plan, parts: Mapping[str, Part]) -> dict[str, bytes]:
     """What Hugging Face's loaders expect of a part, unless all of it is in one file of its name, or some lies in pieces."""
     found = {}
-    for name in parts:
-        shards = _shards(plan, name)
-        if [shard.name for shard in shards] not in ([], [shard_name(name, 0, 1)]) and not plan.slices(name):
-            total_bytes = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
+    for name, part in parts.items():
+        if part.files not in ([], [shard_name(name, 0, 1)]) and not part.slices:
+            shards = _shards(plan, name)
+            total_bytes = sum(shard.data_bytes for shard in shards)
             places = {tensor.path: shard.name for shard in shards for tensor in shard.tensors}
             index = {"metadata": {"total_size": total_bytes}, "weight_map": places}
             found[f"{name}{INDEX_SUFFIX}"] = json.dumps(index, indent=1).encode()

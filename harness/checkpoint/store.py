@@ -26,7 +26,6 @@ import contextlib
 import errno
 import functools
 import io
-import itertools
 import math
 import os
 import re
@@ -304,18 +303,17 @@ class _S3Store(_RangedStore):
     """
 
     _clients: Sequence[AbstractFileSystem] = ()
-    _turns = itertools.count()
-    _choosing = threading.Lock()
+    _making = threading.Lock()
 
-    def _client(self, size_bytes: int) -> Any:
-        """The filesystem for the next part of an object of this size: one of several that are as ``fs``, in turn."""
+    def _client(self, size_bytes: int, number: int) -> Any:
+        """The filesystem for a part of an object of this size: one of several that are as ``fs``, in turn."""
         if size_bytes < _S3_WORTH_CLIENTS_BYTES:
             return self.fs
-        with self._choosing:
+        with self._making:
             if not self._clients or self._clients[0] is not self.fs:  # that has taken the place of one that had failed
                 more = (self._another(loop=_loop(number)) for number in range(1, _S3_CLIENTS))
                 self._clients = [self.fs, *more]
-            return self._clients[next(self._turns) % _S3_CLIENTS]
+            return self._clients[number % _S3_CLIENTS]
 
     def _put(self, path: str, chunks: Iterable[Buffer], size_bytes: int) -> None:
         if size_bytes <= _SMALL_BYTES:
@@ -339,7 +337,7 @@ class _S3Store(_RangedStore):
     def _send(self, upload: Mapping[str, str], size_bytes: int, numbered: tuple[int, bytes]) -> dict[str, Any]:
         """What the completion has to say of a part; ``size_bytes`` are the object's."""
         number, body = numbered
-        sent = self._client(size_bytes).call_s3("upload_part", **upload, PartNumber=number, Body=body)
+        sent = self._client(size_bytes, number).call_s3("upload_part", **upload, PartNumber=number, Body=body)
         return {"PartNumber": number, "ETag": sent["ETag"]}
 
 

@@ -68,11 +68,10 @@ class Worker:
 def _serve(calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]) -> None:
     while (call := calls.get()) is not None:
         future, function = call
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(function())
-            except BaseException as error:  # handed to the caller, whatever it is
-                future.set_exception(error)
+        try:
+            future.set_result(function())
+        except BaseException as error:  # handed to the caller, whatever it is
+            future.set_exception(error)
         del call, future, function  # what they hold on to may be as large as the state
 
 
@@ -105,15 +104,15 @@ def in_order(
         return
     worker = Worker("harness-worker", count)
     coming: deque[Future[T]] = deque()
-    has_failed = threading.Event()
+    is_over = threading.Event()
 
     def call(item: Item) -> T:
-        if has_failed.is_set():
+        if is_over.is_set():
             raise concurrent.futures.CancelledError  # which nobody sees: what has failed comes before it
         try:
             return function(item)
         except BaseException:
-            has_failed.set()
+            is_over.set()
             raise
 
     calls = (worker.begin(functools.partial(call, item)) for item in items)
@@ -123,7 +122,6 @@ def in_order(
             yield coming.popleft().result()
             coming.extend(itertools.islice(calls, 1))
     finally:
-        for future in coming:
-            future.cancel()
+        is_over.set()
         if waits:
             concurrent.futures.wait(coming)
