@@ -1,4 +1,4 @@
-"""The start of a program that trains: torch is imported out of the garbage collector's sight."""
+"""The start of a program: torch is imported out of the garbage collector's sight."""
 
 import contextlib
 import gc
@@ -8,11 +8,12 @@ import threading
 
 from harness.checkpoint.collector import without_collections
 
-_NEEDED = ("torch", "torch._dynamo")  # torch 2.13 imports the second one when the first optimizer is made
+_TO_TRAIN = ("torch", "torch._dynamo")  # torch 2.13 imports the second one when the first optimizer is made
 
 
-def import_torch() -> None:
-    """Imports torch before the program has anything of its own, and has the collector pass over it from then on.
+def import_torch(*modules: str) -> None:
+    """Imports modules of torch (by default, what a training needs) before the program has anything of its own, and has the
+    collector pass over them from then on.
 
     Of its hundreds of thousands of objects none is garbage before the program ends. The collector looks through them all
     the same: several times while they are made, then in each full collection between two steps, and again at the end. A
@@ -24,13 +25,13 @@ def import_torch() -> None:
     with without_collections():
         # Errors that it catches on the way stay somewhere in it, with the frames of all callers, and with what those are
         # going to hold, the user's task, which would then never be collected. A thread has no callers.
-        thread = threading.Thread(target=_import, name="harness-import")
+        thread = threading.Thread(target=_import, args=modules or _TO_TRAIN, name="harness-import")
         thread.start()
         thread.join()
         gc.freeze()
 
 
-def _import() -> None:
+def _import(*names: str) -> None:
     with contextlib.suppress(ImportError):  # which comes again, where it can be seen
-        for name in _NEEDED:
+        for name in names:
             importlib.import_module(name)

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -24,9 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from harness.startup import import_torch
+
 T = TypeVar("T")
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
+# torchrun as ``harness launch`` starts it, and stock: these differ in nothing but how fast they start.
+AGENT, TORCHRUN = "harness.agent", "torch.distributed.run"
 # Before a command: makes it process 1, as in a container. Needs root, or leave to be it.
 CONTAINER = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 POLL_SECONDS = 0.005
@@ -152,6 +156,7 @@ def launch(
     ranks: int | None = None,
     max_restarts: int = 0,
     command: Sequence[str] = ("-m", "harness", "train"),
+    agent: str = AGENT,
     env: Mapping[str, str] | None = None,
 ) -> Iterator[Run]:
     """Starts ``harness train`` with a configuration and further arguments, in ``directory``: on ``ranks`` processes under
@@ -165,7 +170,7 @@ def launch(
         checked = {"checkpoint": {"check_snapshots": True, **config["checkpoint"]}} if "checkpoint" in config else {}
         path.write_text(json.dumps({"log": {"every_steps": 1, "jsonl": str(log)}, **config, **checked}, indent=1))
         arguments = (str(path), *arguments)
-    torchrun = [*TORCHRUN, f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}"] if ranks else []
+    torchrun = ["-m", agent, "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}"] if ranks else []
     temporary = tempfile.mkdtemp(prefix="h-")  # not in pytest's: sockets lie here, and their names must be short
     output = directory / f"output-{token[:8]}.txt"
     try:
@@ -309,7 +314,7 @@ def play(scenarios: Sequence[Callable[[Any, Path], Any]], directory: Path) -> No
 
 def played(file: str, directory: Path, ranks: int) -> dict[str, list[Any]]:
     """Starts a test file as a script on some ranks, lets it ``play``, and returns for each scenario the ranks' results."""
-    with launch(directory, None, ranks=ranks, command=(file, str(directory))) as run:
+    with launch(directory, None, ranks=ranks, command=(__file__, file, str(directory))) as run:
         run.succeed(150)
     names = {path.name.split(".")[0] for path in directory.glob("*.0.json")}
     return {name: [json.loads((directory / f"{name}.{rank}.json").read_text()) for rank in range(ranks)] for name in names}
@@ -368,3 +373,9 @@ def newest(url: Path | str) -> dict[str, Any]:
     assert entry.manifest is not None
     digests = {name: part.digest for name, part in entry.manifest.parts.items()}
     return {"step": entry.step, "digests": digests, "parts": load.read(catalog.store, entry.directory, entry.manifest)}
+
+
+if __name__ == "__main__":  # a rank of ``played``: the test file is the program, and starts as soon as ``harness train``
+    import_torch()
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -8,7 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cluster import branch, committed, held, hold, launch, newest, play, played, read_json, release, returned, train_here
+from cluster import (
+    TORCHRUN,
+    branch,
+    committed,
+    held,
+    hold,
+    launch,
+    newest,
+    play,
+    played,
+    read_json,
+    release,
+    returned,
+    train_here,
+)
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -139,7 +153,7 @@ def test_a_rank_killed_and_restarted_by_torchrun(tmp_path, straight):
     """When a rank is SIGKILLed within an epoch, torchrun restarts all, and they end bit-identical; the uninterrupted run
     fetched without workers, so their number does not matter either."""
     command = config("run", workers=2, place=".", hold_at=KILLED_AT)
-    with launch(tmp_path, command, ranks=3, max_restarts=1) as run:
+    with launch(tmp_path, command, ranks=3, max_restarts=1, agent=TORCHRUN) as run:
         run.wait(lambda: held(tmp_path / "step"), "the step at which a rank is killed")
         run.wait(lambda: 6 in committed(tmp_path / "run"), "the save before it")
         run.kill_rank(0)

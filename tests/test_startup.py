@@ -29,6 +29,22 @@ print(frozen > 200_000, gc.isenabled(), len(new) < 10, gc.get_freeze_count() == 
     assert run(program) == "True True True True"
 
 
+def test_torchrun_itself_starts_so():
+    """``harness launch`` runs it as ``harness.agent``, with torchrun's own command line and its own exit code."""
+    program = """
+import gc, sys
+sys.argv[1:] = ["--standalone", "--nproc-per-node=1", "--no-python", "true"]
+import runpy
+runpy.run_module("harness.agent", run_name="__main__", alter_sys=True)
+print(gc.get_freeze_count() > 100_000, gc.isenabled())
+"""
+    assert run(program) == "True True"
+    command = [sys.executable, "-m", "harness.agent", "--standalone", "--nproc-per-node=1", "--no-python", "false"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert "ChildFailedError" in done.stderr
+
+
 def test_an_optimizer_would_import_the_rest():
     """What is imported beforehand costs nothing that would not have been paid for. Should torch change, this is to go."""
     program = "import sys, torch; torch.optim.SGD(torch.nn.Linear(2, 2).parameters()); print('torch._dynamo' in sys.modules)"

@@ -26,7 +26,7 @@ ORDER = [
     *("checkpoint.store", "checkpoint.tree", "checkpoint.shares", "checkpoint.commit", "checkpoint.catalog"),
     *("checkpoint.load", "checkpoint.direct", "checkpoint.staging", "checkpoint.saver"),
     *("buckets", "state", "crashes", "journal", "metrics", "interchange", "resume", "nonfinite", "stragglers", "program"),
-    *("run", "loop", "doctor", "report", "launch", "cli", "__main__"),
+    *("run", "loop", "doctor", "report", "agent", "launch", "cli", "__main__"),
 ]
 
 
