@@ -7,6 +7,7 @@ who resumes from what, random states for a checkpoint, whether to stop — goes 
 the CPU: it never waits for a GPU, and never stands in the way of a gradient.
 """
 
+import contextlib
 import logging
 import os
 import socket
@@ -67,8 +68,9 @@ class World(Protocol):
         """Waits for all ranks and takes the groups down."""
 
     def let_go(self) -> None:
-        """Lets go of the groups, before Python ends. Their threads end here, then: one that ends while Python does, and has
-        a tensor to give back still, would take the process down with it."""
+        """Takes down what was made here for other ranks to be heard, before Python ends: the threads end with it. One that
+        lives on, and has something of Python's to give back while Python ends, takes the process down (torch 2.13), at the
+        end of a run that went well."""
 
 
 class PendingMax(Protocol):
@@ -206,7 +208,10 @@ class TorchrunWorld:
         self.let_go()
 
     def let_go(self) -> None:
-        self._control = None
+        control, self._control = self._control, None
+        if control is not None and dist.is_initialized():  # else the program has taken down all groups itself
+            with contextlib.suppress(ValueError):  # and has joined anew since
+                dist.destroy_process_group(control)
 
 
 @dataclass(frozen=True)
