@@ -181,6 +181,8 @@ class TorchrunWorld:
         return found
 
     def all_gather_floats(self, values: Sequence[float]) -> list[list[float]]:
+        if self.size == 1:
+            return [list(values)]
         own = torch.tensor(values, dtype=torch.float64)
         found = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(found, own, group=self._control)
