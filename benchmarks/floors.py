@@ -4,6 +4,7 @@ Every floor is measured beside the contenders, in each round anew. All move as m
 """
 
 import errno
+import itertools
 import mmap
 import os
 import time
@@ -20,6 +21,7 @@ CONNECTIONS = 8
 
 # What each floor is called, and what it is.
 ON_DISK = {
+    "naming": "`state_dict()` of model and optimizer, the states of three generators: nothing of the weights",
     "copy_reused": "copy in memory, into pages that are there",
     "copy_fresh": "copy in memory, into fresh pages",
     "hash": "xxh3_128 of the bytes in memory",
@@ -46,10 +48,11 @@ def seconds(function: Callable[[], object]) -> float:
 Beside = Callable[[Callable[[], object]], object]  # calls a function while a training goes on in another thread
 
 
-def disk_floors(folder: str, size_bytes: int, beside: Beside) -> dict[str, float | None]:
+def disk_floors(folder: str, state: bytes, beside: Beside) -> dict[str, float | None]:
     """Seconds for each; None where the file system or the kernel has no such thing."""
-    whole = -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
-    source = torch.frombuffer(mmap.mmap(-1, whole), dtype=torch.uint8).fill_(7)  # begins at a page, as O_DIRECT wants
+    whole = -(-len(state) // PAGE_BYTES) * PAGE_BYTES
+    source = torch.frombuffer(mmap.mmap(-1, whole), dtype=torch.uint8)  # begins at a page, as O_DIRECT wants
+    source.numpy()[: len(state)] = np.frombuffer(state, np.uint8)
     target = torch.ones_like(source)
     found: dict[str, float | None] = {"copy_reused": seconds(lambda: target.copy_(source))}
     found["copy_fresh"] = seconds(lambda: torch.empty(whole, dtype=torch.uint8).copy_(source))
@@ -105,25 +108,29 @@ def forget_cached(paths: list[str]) -> None:
         os.close(file)
 
 
-def s3_floors(url: str, size_bytes: int, beside: Beside) -> dict[str, float | None]:
-    """Uploads and downloads with a client that does nothing else."""
+def s3_floors(url: str, state: bytes, beside: Beside) -> dict[str, float | None]:
+    """Uploads and downloads with a client that does nothing else.
+
+    It sends the bytes of the state, and each time to a new key: the server compresses what can be, and clears up behind what
+    is overwritten, so that other bytes, and the same key, are another load.
+    """
     import boto3
     from botocore.config import Config
 
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
     config = Config(max_pool_connections=CONNECTIONS, request_checksum_calculation="when_required")
     client = boto3.client("s3", config=config)
-    data = np.random.default_rng(0).standard_normal(-(-size_bytes // 8)).tobytes()[:size_bytes]  # servers compress zeros
+    keys = (f"{prefix}/floor/{number}" for number in itertools.count())
 
     # A server that has taken nothing yet takes a second more for the first object.
     def upload() -> float:
-        return seconds(lambda: _upload(client, bucket, f"{prefix}/floor", memoryview(data)))
+        return seconds(lambda: _upload(client, bucket, next(keys), memoryview(state)))
 
     found: dict[str, float | None] = {"upload": min(upload() for _ in range(3))}
     beside(lambda: found.update(upload_beside=upload()))
-    target = memoryview(bytearray(size_bytes))
-    found["download"] = seconds(lambda: _download(client, bucket, f"{prefix}/floor", target))
-    client.delete_object(Bucket=bucket, Key=f"{prefix}/floor")
+    target = memoryview(bytearray(len(state)))
+    found["download"] = seconds(lambda: _download(client, bucket, f"{prefix}/floor/0", target))
+    assert target == state
     return found
 
 

@@ -6,6 +6,7 @@ torchrun measure.py CONTENDER STATE URL       what several ranks read, in JSON
 import ctypes
 import json
 import os
+import random
 import sys
 import tempfile
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import floors
+import numpy as np
 import torch
 from contenders import BY_NAME, Entry
 from contenders.protocol import Contender
@@ -251,8 +253,15 @@ def measure_floors(state: str, url: str, batch: int) -> dict[str, Any]:
         while thread.is_alive():
             training.step()
 
+    naming = floors.seconds(lambda: name_all(training))
     of = floors.s3_floors if url.startswith("s3://") else floors.disk_floors
-    return of(url, training.size_bytes(), beside)
+    return {"naming": naming, **of(url, b"".join(training.raw_bytes()), beside)}
+
+
+def name_all(training: Training) -> list[Any]:
+    """What a checkpoint at a step boundary has to begin with, whoever writes it."""
+    generators = [random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()]  # noqa: NPY002
+    return [training.model.state_dict(), training.optimizer.state_dict(), generators]
 
 
 def measure_calibrate(state: str) -> dict[str, Any]:

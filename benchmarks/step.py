@@ -121,7 +121,7 @@ def main() -> None:
             for loop in list(LOOPS)[1:]:
                 added = [(own - plain) * 1e6 for own, plain in zip(found[loop], found["bare"], strict=True)]
                 print(f"  {loop}: {statistics.median(added):+.0f} µs ({min(added):+.0f} to {max(added):+.0f})")
-    dist.destroy_process_group()
+    world.close()
 
 
 if __name__ == "__main__":

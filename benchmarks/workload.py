@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import xxhash
 from torch import nn
@@ -97,11 +98,16 @@ class Training:
     def size_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors())
 
+    def raw_bytes(self) -> Iterator[np.ndarray]:
+        """The bytes of each tensor, uint8."""
+        for tensor in self.tensors():
+            yield tensor.reshape(-1).view(torch.uint8).numpy()
+
     def digest(self) -> str:
         """What the state is, bit for bit."""
         whole = xxhash.xxh3_128()
-        for tensor in self.tensors():
-            whole.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        for each in self.raw_bytes():
+            whole.update(each)
         return whole.hexdigest()
 
     def touch(self) -> None:
