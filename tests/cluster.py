@@ -148,6 +148,11 @@ class Run:
         return self.output_path.read_text(errors="replace")
 
 
+def torchrun(ranks: int, agent: str = TORCHRUN) -> list[str]:
+    """What Python is started with, before a program that is to run on some ranks of this machine."""
+    return ["-m", agent, "--standalone", f"--nproc-per-node={ranks}"]
+
+
 @contextlib.contextmanager
 def launch(
     directory: Path,
@@ -170,13 +175,13 @@ def launch(
         checked = {"checkpoint": {"check_snapshots": True, **config["checkpoint"]}} if "checkpoint" in config else {}
         path.write_text(json.dumps({"log": {"every_steps": 1, "jsonl": str(log)}, **config, **checked}, indent=1))
         arguments = (str(path), *arguments)
-    torchrun = ["-m", agent, "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}"] if ranks else []
+    launcher = [*torchrun(ranks, agent), f"--max-restarts={max_restarts}"] if ranks else []
     temporary = tempfile.mkdtemp(prefix="h-")  # not in pytest's: sockets lie here, and their names must be short
     output = directory / f"output-{token[:8]}.txt"
     try:
         with output.open("wb") as sink:
             process = subprocess.Popen(
-                [sys.executable, *torchrun, *command, *arguments],
+                [sys.executable, *launcher, *command, *arguments],
                 cwd=directory,
                 env={**environment(temporary), "HARNESS_TEST_TOKEN": token, **(env or {})},
                 stdin=subprocess.DEVNULL,

@@ -14,7 +14,7 @@ import termios
 from pathlib import Path
 
 import pytest
-from cluster import PATIENCE_SECONDS, TORCHRUN, committed, environment
+from cluster import PATIENCE_SECONDS, committed, environment, torchrun
 
 pyte = pytest.importorskip("pyte", reason="pyte is not installed: pip install pyte")
 
@@ -87,7 +87,7 @@ COMMAND = ("-m", "harness", "train", "talking.yaml")
 def test_a_terminal_has_one_live_line(tmp_path):
     """With step, epoch, loss, speed, the rest of the time and the last save; events and errors stand above it, whole."""
     write(tmp_path)
-    terminal = Terminal("-m", TORCHRUN, "--standalone", "--nproc-per-node=2", *COMMAND, cwd=tmp_path)
+    terminal = Terminal(*torchrun(2), *COMMAND, cwd=tmp_path)
     assert terminal.until_the_end() == 0, terminal.sent.decode()
     words = rb"step \d+/40 +\d+% \|.{16,64}?\| epoch \d+  loss \S+  \S+ samples/s  saved \d+ s ago eta \d\d:\d\d"
     live = re.findall(words, terminal.sent)
@@ -140,7 +140,7 @@ def test_a_terminal_that_is_closed(tmp_path):
 def test_lines_for_programs(tmp_path):
     """Each is JSON, with who speaks and from where in the training; an event has its values."""
     write(tmp_path, log={"every_steps": 5, "format": "json"})
-    command = [sys.executable, "-m", TORCHRUN, "--standalone", "--nproc-per-node=2", *COMMAND]
+    command = [sys.executable, *torchrun(2), *COMMAND]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True)
     lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
     assert all({"time", "level", "rank", "host", "attempt", "step", "message"} <= line.keys() for line in lines)
