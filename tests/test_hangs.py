@@ -57,7 +57,8 @@ def config(url: str, storage_options: dict, place: Path) -> dict:
         "train": {"steps": 10**6, "global_batch_size": 4},
         "data": {"workers": 1},
         "checkpoint": {"url": url, "storage_options": storage_options, "every_steps": 20, "keep_last": 1},
-        "watchdog": {"timeout_seconds": 4},
+        # A start that hangs by itself is told of before the test gives up.
+        "watchdog": {"timeout_seconds": 4, "first_step_seconds": 60},
     }
 
 
