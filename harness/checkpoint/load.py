@@ -2,13 +2,14 @@
 
 A file is read once: a shard's header is parsed under bounds, each tensor's bytes go straight to their place in fresh
 memory, and both checksums, the file's and the tensor's, are computed a piece at a time and in order, while the piece is
-still in the processor's cache. Only when they agree with the manifest are the tensors handed out. Nothing is executed:
+still in a core's cache. Only when they agree with the manifest are the tensors handed out. Nothing is executed:
 there is no pickle on this path.
 
 The pieces of a tensor that lies in several go to their places in the whole. Most of the time goes into fresh memory, whose
 pages the kernel finds and clears one by one when they are first touched. Several threads do that for a local file, each a
-stretch of it, and ask for its pages all at once. Huge pages are not asked for: where a virtual machine gives free ones back
-to its host, each may cost milliseconds (with them a restore of 0.5 GB took 0.07 or 0.8 s, without them always 0.19 s).
+stretch of it, and ask for its pages all at once; none waits for another one. Huge pages are not asked for: where a virtual
+machine gives free ones back to its host, each may cost milliseconds (with them a restore of 0.5 GB took 0.07 or 0.8 s,
+without them always 0.19 s).
 
 Ranks that read together (``peers``) read each byte once between them: of every round of pieces each rank reads one, and
 gets all. Each computes the checksums of all that it was given.
@@ -35,6 +36,7 @@ from harness.checkpoint.format import (
     BlockHasher,
     Blocks,
     FileInfo,
+    Hasher,
     Manifest,
     Part,
     Slices,
@@ -45,12 +47,11 @@ from harness.checkpoint.format import (
     hasher,
 )
 from harness.checkpoint.store import Store, joined
-from harness.checkpoint.threads import in_order, threads_for
+from harness.checkpoint.threads import in_turns, threads_for
 from harness.checkpoint.unbuffered import Buffer
 from harness.errors import CheckpointError, Corrupt, HarnessError, RankFailure, StoreError
 
-_READ_BYTES = 2 << 20  # read, then hashed while it is still in the processor's cache
-_STRETCHES_AHEAD = 8  # of so many bytes, that other threads may have read by then
+_READ_BYTES = 2 << 20  # read, then hashed while it is still in the core's cache
 _ROUND_BYTES = 4 << 20  # a piece; ranks that read together share it
 _SMALLEST_PIECE_BYTES = 64 << 10  # however many they are
 
@@ -209,10 +210,11 @@ class _Stretch(NamedTuple):
     start: int
     place: memoryview
     is_shared: bool  # with other files' bytes, see ``_Target``
+    hashers: Sequence[Hasher | BlockHasher]
 
 
 class _Reader:
-    """A shard on its way in: read by so many threads, stretch by stretch, and hashed in order by this one."""
+    """A shard on its way in, stretch by stretch: several are read side by side, and hashed in order."""
 
     def __init__(self, stream: BinaryIO, file: FileInfo, target: _Target, threads: int) -> None:
         self.stream = stream
@@ -226,33 +228,29 @@ class _Reader:
         self.target.begin(self)
         infos, start = self.header()
         tensors: dict[str, torch.Tensor] = {}
-        blocks: dict[str, Blocks] = {}
         places = [self.place(info, tensors) for info in infos]
-        stretches = self.stretches(start, infos, places)
-        coming = in_order(self.threads, self.fill, stretches, ahead=_STRETCHES_AHEAD)
-        for info, place in zip(infos, places, strict=True):
-            own = BlockHasher(self.algorithm)
-            for stretch in islice(coming, -(-len(place) // _READ_BYTES)):
-                self.whole.update(stretch)
-                own.update(stretch)
-            blocks[info.path] = own.blocks()
+        own = [BlockHasher(self.algorithm) for _ in infos]
+        in_turns(self.threads, self.fill, self.hash, self.stretches(start, infos, places, own))
         if self.read_at(self.size_bytes, memoryview(bytearray(1))):
             raise Corrupt(f"expected {self.size_bytes} bytes, found more")
         if (found := f"{self.algorithm}:{self.whole.hexdigest()}") != self.expected:
             raise Corrupt(f"expected {self.expected}, found {found}")
-        return tensors, blocks
+        return tensors, {info.path: each.blocks() for info, each in zip(infos, own, strict=True)}
 
     def header(self) -> tuple[list[TensorInfo], int]:
         """The tensors, and where the first one begins."""
-        length = self.fill(_Stretch(0, memoryview(bytearray(8)), is_shared=False))
-        header_bytes = int.from_bytes(length, "little")
+        header_bytes = int.from_bytes(self.bytes_at(0, 8), "little")
         if header_bytes > min(HEADER_LIMIT_BYTES, self.size_bytes - 8):
             raise Corrupt(f"a header of {header_bytes} bytes in a file of {self.size_bytes}")
-        text = self.fill(_Stretch(8, memoryview(bytearray(header_bytes)), is_shared=False))
-        self.whole.update(length)
-        self.whole.update(text)
         start = 8 + header_bytes
-        return decode_header(bytes(text), self.size_bytes - start), start
+        return decode_header(self.bytes_at(8, header_bytes), self.size_bytes - start), start
+
+    def bytes_at(self, start: int, count: int) -> bytes:
+        """The next bytes of the file, and the file's checksum goes on."""
+        stretch = _Stretch(start, memoryview(bytearray(count)), is_shared=False, hashers=[self.whole])
+        self.fill(stretch)
+        self.hash(stretch)
+        return bytes(stretch.place)
 
     def place(self, info: TensorInfo, tensors: dict[str, torch.Tensor]) -> memoryview:
         """The memory for what is stored under a name: a new tensor's, or the piece's within the whole."""
@@ -263,15 +261,16 @@ class _Reader:
             raise Corrupt(f"{info.path}: expected {len(place)} bytes, found {info.dtype} {list(info.shape)}")
         return place
 
-    def stretches(self, start: int, infos: Sequence[TensorInfo], places: Sequence[memoryview]) -> Iterator[_Stretch]:
-        for info, place in zip(infos, places, strict=True):
+    def stretches(
+        self, start: int, infos: Sequence[TensorInfo], places: Sequence[memoryview], own: Sequence[BlockHasher]
+    ) -> Iterator[_Stretch]:
+        for info, place, blocks in zip(infos, places, own, strict=True):
             is_shared = info.path in self.target.places
             for offset in range(0, len(place), _READ_BYTES):
-                yield _Stretch(start + offset, place[offset : offset + _READ_BYTES], is_shared)
+                yield _Stretch(start + offset, place[offset : offset + _READ_BYTES], is_shared, (self.whole, blocks))
             start += len(place)
 
-    def fill(self, stretch: _Stretch) -> memoryview:
-        """Reads a stretch, and returns its place."""
+    def fill(self, stretch: _Stretch) -> None:
         place = memoryview(bytearray(len(stretch.place))) if stretch.is_shared else stretch.place
         if self.threads > 1 and place:
             _have_pages(place)
@@ -283,7 +282,10 @@ class _Reader:
             done_bytes += count
         if stretch.is_shared:
             self.target.put(self, stretch.place, place)
-        return stretch.place
+
+    def hash(self, stretch: _Stretch) -> None:
+        for each in stretch.hashers:
+            each.update(stretch.place)
 
     def read_at(self, start: int, place: memoryview) -> int:
         """Reads as many bytes as come at once. A single thread asks for one after the other: a stream has no other order."""
