@@ -181,10 +181,15 @@ class Run:
         """What the first step of this process has shown."""
         for gradients in self.state.gradients.values():
             gradients.stop_noting()
-        if self.loader is None and Loader.in_use and self.world.rank == 0:
-            log.warning(
-                "a harness.Loader hands out batches and is not in the run's state: a resume would begin its epoch anew"
-            )
+        if self.world.rank == 0:
+            self._warn_of_what_is_left_out()
+
+    def _warn_of_what_is_left_out(self) -> None:
+        left_out = "is not in the run's state: a resume would begin"
+        if self.loader is None and Loader.in_use:
+            log.warning("a harness.Loader hands out batches and %s its epoch anew", left_out)
+        for name in self.state.without_scheduler():
+            log.warning("%s has a learning rate scheduler, which %s its schedule anew", name, left_out)
 
     def finish(self) -> None:
         """Saves the end, and waits for it: for a loop that is left early. ``epochs`` and ``steps`` do it at theirs."""

@@ -98,6 +98,20 @@ class State:
             raise Unsupported(f"{name}: none of its parameters is one of a module in the state; put its model there, too")
         return nn.ModuleDict(having)
 
+    def without_scheduler(self) -> list[str]:
+        """The names of those optimizers whose learning rate is a scheduler's that no object of the state is, or has.
+
+        torch's schedulers, and those of others that follow them, note the rate that they begin with in the optimizer.
+        """
+        others = [part.live for part in self._parts.values() if not isinstance(part.live, nn.Module | Optimizer)]
+        held = [each for other in others for each in (other, *_attributes(other).values())]
+        scheduled = {id(_attributes(each).get("optimizer")) for each in held}
+        return [
+            name
+            for name, optimizer in self.optimizers.items()
+            if id(optimizer) not in scheduled and any("initial_lr" in group for group in optimizer.param_groups)
+        ]
+
     # --- saving ---
 
     def capture(self) -> dict[str, dict[str, Any]]:
@@ -288,6 +302,11 @@ class _DataLoader(_Other):
         live.generator = live.generator or torch.Generator().manual_seed(torch.initial_seed())
         if getattr(live.sampler, "generator", live.generator) is None:
             live.sampler.generator = live.generator
+
+
+def _attributes(value: Any) -> Mapping[str, Any]:
+    """The attributes of an object that has a dictionary of them."""
+    return getattr(value, "__dict__", {})
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

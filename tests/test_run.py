@@ -298,6 +298,34 @@ def test_a_loader_that_was_left_out(tmp_path, caplog):
     assert caplog.text.count("a harness.Loader hands out batches and is not in the run's state") == 1
 
 
+@pytest.mark.parametrize("where", ["nowhere", "later", "state", "object"])
+def test_a_scheduler_that_was_left_out(tmp_path, caplog, where):
+    """The optimizer would go on with the rate that was saved, and the schedule from its beginning."""
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    class Pace(Counter):
+        """An object of the script's own that has the scheduler."""
+
+    pace, state = Pace(), {"model": model, "optimizer": optimizer}
+    if where != "later":
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    if where == "state":
+        state["scheduler"] = scheduler
+    elif where == "object":
+        pace.scheduler = scheduler
+        state["pace"] = pace
+    run = Run(tmp_path, state, stop=StopRequest())
+    if where == "later":  # than the run
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    for _ in run.steps(3):
+        optimizer.step()
+        scheduler.step()
+        run.step()
+    found = caplog.text.count("optimizer has a learning rate scheduler, which is not in the run's state")
+    assert found == (where in ("nowhere", "later"))
+
+
 # --- without a run ---------------------------------------------------------------------------------------------------
 
 
