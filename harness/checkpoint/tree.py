@@ -109,7 +109,7 @@ class _Encoder:
     def __init__(self, name: str) -> None:
         self.name = name
         self.out = Encoded()
-        self.places: dict[tuple[Any, ...], str] = {}  # memory → the path under which it is stored
+        self.places: dict[int, list[str]] = {}  # address → the paths of those that are stored and begin there
 
     def value_at(self, path: tuple[str, ...], value: Any, *, keep: bool = False) -> Any:
         """The JSON of a value; ``_TAKEN_OUT`` where nothing is left and its container need not keep its place."""
@@ -177,23 +177,28 @@ class _Encoder:
         if reason := _why_not(tensor) or _why_no_name(joined):
             raise self.unsupported(path, reason)
         # The same memory seen in the same way is one tensor under two names: tied weights. Empty tensors have no memory.
-        place: tuple[Any, ...] = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        place += (tensor.is_conj(), tensor.is_neg())
-        first = self.places.setdefault(place, joined) if tensor.numel() else joined
-        if first == joined:
-            self.out.tensors[joined] = tensor
-        else:
-            self.out.aliases[joined] = first
+        stored = self.places.setdefault(tensor.data_ptr(), []) if tensor.numel() else []
+        for first in stored:
+            if _form(tensor) == _form(self.out.tensors[first]):
+                self.out.aliases[joined] = first
+                return
+        stored.append(joined)
+        self.out.tensors[joined] = tensor
 
     def unsupported(self, path: tuple[str, ...], what: str) -> Unsupported:
         where = _join((self.name, *path))
         return Unsupported(f"{where}: {what} cannot be written without pickle; keep it out of the state_dict")
 
 
+def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """How memory is seen as a tensor, but for the address."""
+    return tensor.device, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
+
+
 def _why_not(tensor: torch.Tensor) -> str | None:
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         return f"a tensor of layout {tensor.layout}, quantized {tensor.is_quantized}, nested {tensor.is_nested}"
-    if tensor.device.type == "meta":
+    if tensor.is_meta:
         return "a tensor on the meta device, which has no bytes,"
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
         return f"a tensor of the subclass {_type_name(tensor)}"
