@@ -210,6 +210,9 @@ def measure_restore(entry: Entry, state: str, url: str) -> dict[str, Any]:
         for path in sizes(url):  # a save that goes past the page cache leaves nothing there
             Path(path).read_bytes()
     found = {"warm": restore_once(entry, training, url)}
+    training.forward_backward()  # there are gradients from here on
+    step_seconds = floors.seconds(training.optimizer.step)
+    found["warm"]["with_step_seconds"] = found["warm"]["seconds"] + step_seconds
     if not entry.s3 and not state.endswith("-tensors"):
         training.forget()
         ctypes.CDLL(None).malloc_trim(0)  # the memory of the first is not at hand for the second

@@ -46,6 +46,7 @@ METRICS = [
     Metric("added", ("save", "added_seconds"), ("copy_reused",), ("copy_reused",)),
     Metric("durable", ("save", "durable_seconds"), ("write", "write_direct"), ("upload",)),
     Metric("restore", ("restore", "warm", "seconds"), ("read_warm",), ("download",)),
+    Metric("restore, step", ("restore", "warm", "with_step_seconds"), ("read_warm",), ("download",)),
     Metric("restore, cold", ("restore", "cold", "seconds"), ("read_cold",), ()),
 ]
 BY_METRIC = {metric.name: metric for metric in METRICS}
