@@ -73,10 +73,11 @@ class Training:
         return torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
     def forget(self) -> None:
-        """As if nothing had been trained: all weights are 0, and the optimizer is a fresh one."""
+        """As if nothing had been trained: all weights are 0, there are no gradients, and the optimizer is a fresh one."""
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.zero_()
+                parameter.grad = None  # with them DCP restores no moments, and does not say so
         self.optimizer = self.fresh_optimizer()
 
     def forward_backward(self) -> None:

@@ -30,7 +30,6 @@ README = REPOSITORY / "README.md"
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 PAGES = {page.name: page.read_text() for page in (README, *DOCS)}
 EVERYTHING = "\n".join(PAGES.values())
-PACKAGES = ("tasks", "interchange", "doctor", "report")  # of several small modules each, with one row on the map
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -287,14 +286,6 @@ def test_every_verb_is_documented():
                 assert all(f"{option} " in PAGES["README.md"].replace("`", " ") for option in parameter.opts), parameter.opts
     named = re.findall(r"harness (\w+) (?:URL|CONFIG|\[)", EVERYTHING)
     assert set(named) <= cli.commands.keys()
-
-
-def test_every_module_is_on_the_map():
-    """The README's map has a row for each module, and for no other."""
-    listed = {re.match(r"\| `([\w./]+)`", row)[1] for row in rows("README.md", "module")}
-    modules = {path.relative_to(REPOSITORY / "harness") for path in (REPOSITORY / "harness").rglob("*.py")}
-    expected = {str(path) for path in modules if path.parent.name not in PACKAGES and "__" not in path.name}
-    assert listed == expected | {f"{name}/" for name in PACKAGES}
 
 
 # --- what is named ---------------------------------------------------------------------------------------------------

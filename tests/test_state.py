@@ -23,19 +23,9 @@ from harness.checkpoint import commit, load
 from harness.checkpoint.format import DATA_ALIGNMENT_BYTES, DTYPES, Attempt, Manifest
 from harness.checkpoint.store import open_store
 from harness.errors import Mismatch, Unsupported
-from harness.state import (
-    Progress,
-    check_model,
-    check_optimizer,
-    model_state,
-    module_versions,
-    optimizer_state,
-    random_state,
-    restore_model,
-    restore_optimizer,
-    restore_random_state,
-    unwrap,
-)
+from harness.modules import check_model, model_state, module_versions, restore_model, unwrap
+from harness.optimizers import check_optimizer, optimizer_state, restore_optimizer
+from harness.state import Progress, random_state, restore_random_state
 
 CPU = torch.device("cpu")
 

@@ -25,7 +25,8 @@ from harness.checkpoint import commit, load
 from harness.checkpoint.format import Attempt
 from harness.checkpoint.store import open_store
 from harness.errors import Mismatch, Unsupported
-from harness.state import check_optimizer, optimizer_state, restore_optimizer, sent
+from harness.optimizers import check_optimizer, optimizer_state, restore_optimizer
+from harness.state import sent
 
 NEWEST = TorchVersion("2.13")  # the newest torch whose classes were all looked at
 

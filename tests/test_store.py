@@ -52,9 +52,9 @@ class TestS3(StoreContract):
 
 
 def test_the_parts_of_an_object_travel_together(s3):
-    """Four of them meet on the way."""
+    """Two of them meet on the way."""
     store = open_store(s3.url(uuid.uuid4().hex), s3.storage_options)
-    send, meeting = store._send, threading.Barrier(4)
+    send, meeting = store._send, threading.Barrier(2)
 
     def send_when_all_are_there(*part):
         meeting.wait(30)

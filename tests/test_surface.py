@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,17 +17,11 @@ from harness.cli import cli
 PACKAGE = Path(harness.__file__).parent
 LONGEST_FUNCTION_LINES = 70
 
-# The tree of the design, as one line: a module imports only from the left, at the time when it is itself imported. What it
+# The README's map of the code: a module imports only from those above it, at the time when it is itself imported. What it
 # needs only for types, or within a function (the verbs of the command line do that), does not count.
+MAP = Path(__file__).parents[1].joinpath("README.md").read_text().partition("## Map of the code")[2].partition("\n## ")[0]
 ORDER = [
-    *("errors", "environment", "config", "outcome", "signals", "checkpoint.__init__", "checkpoint.collector", "startup"),
-    *("watchdog", "task", "__init__", "tasks"),
-    *("console", "dashboards", "world", "data", "notices"),
-    *("checkpoint.format", "checkpoint.threads", "checkpoint.unbuffered"),
-    *("checkpoint.store", "checkpoint.tree", "checkpoint.shares", "checkpoint.commit", "checkpoint.catalog"),
-    *("checkpoint.load", "checkpoint.direct", "checkpoint.staging", "checkpoint.saver"),
-    *("buckets", "state", "crashes", "journal", "metrics", "interchange", "resume", "nonfinite", "stragglers", "program"),
-    *("run", "loop", "doctor", "report", "agent", "launch", "cli", "__main__"),
+    name.removesuffix(".py").strip("/").replace("/", ".") for name in re.findall(r"^\| `([\w/.]+)` \|", MAP, re.MULTILINE)
 ]
 
 
@@ -80,13 +75,13 @@ def test_the_public_names():
 def place(name: str) -> int:
     """Where a module stands; the modules of a package of small independent ones stand together."""
     package = name.partition(".")[0]
-    assert name in ORDER or package in ORDER, f"{name}: a new module has to find its place in the drawing"
+    assert name in ORDER or package in ORDER, f"{name}: a new module has to find its place in the README's map"
     return ORDER.index(name if name in ORDER else package)
 
 
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_imports_point_one_way(name):
-    """Each module imports only from those to its left."""
+    """Each module imports only from those above it."""
     own = name.partition(".")[0] if name not in ORDER else None
     for other in imported_at_once(modules()[name]):
         assert place(other) < place(name) or other.partition(".")[0] == own, f"{name} imports {other}"
@@ -99,10 +94,12 @@ def test_the_engine_is_usable_alone():
             assert all(other == "errors" or other.startswith("checkpoint.") for other in imported_at_once(tree)), name
 
 
-def test_everything_in_the_drawing_exists():
-    """A module that goes takes its place along."""
-    assert {name.partition(".")[0] for name in ORDER} == {name.partition(".")[0] for name in modules()}
-    assert {name for name in ORDER if "." in name} <= set(modules())
+def test_the_map_has_every_module():
+    """One that comes has to find its place, one that goes takes it along."""
+    packages = {name.partition(".")[0] for name in modules() if "." in name}
+    assert {name for name in ORDER if name not in packages} <= set(modules())
+    assert all(place(name) >= 0 for name, tree in modules().items() if tree.body)
+    assert len(ORDER) == len(set(ORDER))
 
 
 @pytest.mark.parametrize(

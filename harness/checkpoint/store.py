@@ -9,10 +9,10 @@ The contract that everything above rests on:
   reaches the disk is the server's affair.
 * No operation but ``delete`` takes anything away, and nothing here renames one object over another's content or asks
   for exclusive creation: not every store has those, and the format does not need them.
-* Every call ends: it runs in a thread of its own, or in one that several share (``together``), under a deadline (a frozen
-  S3 server holds s3fs for minutes whatever its timeouts say), transient failures are tried again with backoff over a new
-  connection, and what remains is a ``StoreError`` that names the operation and the object. A put that hung and wakes up
-  later publishes nothing: the memory that it reads may hold the next step by then.
+* Every call ends (see ``harness.checkpoint.calls``): under a deadline, since a frozen S3 server holds s3fs for minutes
+  whatever its timeouts say. Transient failures are tried again with backoff over a new connection, and what remains is a
+  ``StoreError`` that names the operation and the object. A put that hung and wakes up later publishes nothing: the memory
+  that it reads may hold the next step by then.
 * Nothing is answered from a cache, and what could not be listed is an error, not an empty directory.
 * Large objects come as fast as the storage gives them, in bounded memory: from an object store in several ranges at a time.
   Local files are read, never mapped: a mapped file that is cut short, or a page of it that the disk cannot read, is a
@@ -26,32 +26,27 @@ import contextlib
 import errno
 import functools
 import io
-import math
 import os
 import re
 import secrets
 import threading
-import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, ClassVar, TypeVar
 
 import fsspec
-import tenacity
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from harness.checkpoint import unbuffered
+from harness.checkpoint.calls import THREAD, Row, check_awaited, in_words, insist, is_transient, while_awaited
 from harness.checkpoint.threads import Background, in_order
 from harness.checkpoint.unbuffered import Buffer
-from harness.errors import ConfigError, HarnessError, StoreError
+from harness.errors import ConfigError, StoreError
 
 T = TypeVar("T")
-Called = TypeVar("Called")
 
-_THREAD = "harness-store"
 _SMALL_BYTES = 4 << 20  # an object up to this size is sent in one request
 _BLOCK_BYTES = 16 << 20  # larger ones are streamed in parts of this size
 _S3_PART_BYTES = 8 << 20  # or, to S3, of this,
@@ -64,18 +59,7 @@ _RANGES_AHEAD = 8  # so many of them at a time
 _S3 = {"s3", "s3a"}
 _RANGED = {*_S3, "gs", "gcs", "abfs", "az"}
 _SLOWEST_BYTES_PER_SECOND = 1 << 20  # a transfer slower than this has failed
-_PERMANENT = {
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOENT,
-    errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EEXIST,
-}  # fmt: skip
 _NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL}  # where directories cannot be fsynced, we made none
-_PERMANENT_TYPES = (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-_PERMANENT_NAMES = {
-    "NoCredentialsError", "PartialCredentialsError", "ParamValidationError",  # botocore
-    "AuthenticationException", "BadHostKeyException",  # paramiko
-}  # fmt: skip
-_TRANSIENT_STATUS = {408, 429}  # the only of HTTP's 4xx that may be otherwise next time
-_BACKEND_PACKAGES = {"botocore", "aiobotocore", "aiohttp", "azure", "google", "gcsfs", "paramiko", "asyncssh", "requests"}
 
 
 class Store:
@@ -110,11 +94,11 @@ class Store:
         cores busy, and the call itself takes one. Each call keeps its deadline. One that hangs is not tried again, since
         there is no connection that could be another.
         """
-        return _Row(function) if self.is_local else Background(function, _THREAD)
+        return Row(function) if self.is_local else Background(function, THREAD)
 
     def put(self, name: str, chunks: Callable[[], Iterable[Buffer]], size_bytes: int) -> None:
         """Publishes an object. ``chunks`` is called once for each try and yields its ``size_bytes`` bytes."""
-        self._call("put", name, lambda: self._put(self._path(name), _while_awaited(chunks()), size_bytes), size_bytes)
+        self._call("put", name, lambda: self._put(self._path(name), while_awaited(chunks()), size_bytes), size_bytes)
 
     def get(self, name: str, limit_bytes: int) -> bytes | None:
         """The bytes of an object; None when there is none. One that is longer than ``limit_bytes`` is cut there."""
@@ -261,7 +245,7 @@ class Store:
             self.retries += 1
 
         limit_seconds = self.deadline_seconds + size_bytes / _SLOWEST_BYTES_PER_SECOND
-        return _insist(f"{operation} {self.url}/{name}".rstrip("/"), run, self.attempts, limit_seconds, suspect)
+        return insist(f"{operation} {self.url}/{name}".rstrip("/"), run, self.attempts, limit_seconds, suspect)
 
 
 class _RangedStore(Store):
@@ -280,8 +264,8 @@ class _RangedStore(Store):
         except FileNotFoundError:
             raise
         except OSError as error:  # what becomes of the bytes may fail, too: a full disk
-            reason = _in_words(error)
-            raise StoreError(f"read {self.url}/{name}: {reason}", transient=_is_transient(error)) from error
+            reason = in_words(error)
+            raise StoreError(f"read {self.url}/{name}: {reason}", transient=is_transient(error)) from error
 
     def _read_range(self, path: str, start: int, size_bytes: int) -> bytes:
         try:
@@ -327,7 +311,7 @@ class _S3Store(_RangedStore):
         try:  # a part that arrives after the abort would stay, and cost money: they are waited for
             send, at_once = functools.partial(self._send, upload, size_bytes), _S3_PARTS_AT_ONCE
             parts = list(in_order(at_once, send, bodies, ahead=at_once, waits=True))
-            _check_awaited()
+            check_awaited()
             self.fs.call_s3("complete_multipart_upload", **upload, MultipartUpload={"Parts": parts})
         except BaseException:
             with contextlib.suppress(Exception):
@@ -345,7 +329,7 @@ class _S3Store(_RangedStore):
 def _loop(number: int) -> asyncio.AbstractEventLoop:
     """An event loop in a thread of its own, like the one that fsspec has for all its filesystems."""
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name=f"{_THREAD}-{number}", daemon=True).start()
+    threading.Thread(target=loop.run_forever, name=f"{THREAD}-{number}", daemon=True).start()
     return loop
 
 
@@ -431,7 +415,7 @@ def open_store(
         return fsspec.core.url_to_fs(url, **(storage_options or {}))  # type: ignore[no-any-return]
 
     try:
-        fs, root = _insist(f"open {shown(url)}", connect, attempts, deadline_seconds)
+        fs, root = insist(f"open {shown(url)}", connect, attempts, deadline_seconds)
     except (ValueError, ImportError, TypeError) as error:
         raise ConfigError(f"{shown(url)}: {error}") from None
     return _kind_of(fs)(fs, root, shown(url), attempts, deadline_seconds)
@@ -453,83 +437,6 @@ def shown(url: str) -> str:
     if "://" not in url:
         return url.rstrip("/")
     return re.sub(r"//[^/]*@", "//", url).partition("?")[0].rstrip("/")
-
-
-def _insist(
-    where: str, function: Callable[[], T], attempts: int, limit_seconds: float, on_failure: Callable[[], None] = lambda: None
-) -> T:
-    """The result of a call that may need several tries; ``on_failure`` is called after each that failed for the moment."""
-
-    def attempt() -> T:
-        try:
-            row = threading.current_thread()
-            if isinstance(row, _Row):
-                return row.call(where, function, limit_seconds)
-            return _Try(function).result_within(limit_seconds)
-        except HarnessError:
-            raise
-        except Exception as error:
-            if _is_wrong_option(error):
-                raise ConfigError(f"{where}: {error}; the filesystem's options are checkpoint.storage_options") from None
-            if not _is_of_storage(error):
-                raise
-            if transient := _is_transient(error):
-                on_failure()
-            raise StoreError(f"{where}: {_in_words(error)}", transient=transient) from error
-
-    retrying = tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(attempts),
-        wait=tenacity.wait_random_exponential(multiplier=0.2, max=10),
-        retry=tenacity.retry_if_exception(lambda error: isinstance(error, StoreError) and error.transient),
-        reraise=True,
-    )
-    return retrying(attempt)
-
-
-class _Try(Background[T]):
-    """One try of a call. When it hangs, it is left behind."""
-
-    left_behind = False
-
-    def __init__(self, function: Callable[[], T]) -> None:
-        super().__init__(function, _THREAD)
-
-    def result_within(self, seconds: float) -> T:
-        try:
-            self.join(seconds)
-        finally:  # also when the caller was interrupted
-            self.left_behind = self.is_alive()
-        if self.left_behind:
-            raise TimeoutError(f"no answer within {seconds:.0f} s")
-        return self.result()
-
-
-class _Row(_Try[T]):
-    """Calls that are made one after the other by a function. When one hangs, the function is left behind."""
-
-    where = ""  # the call that is under way,
-    limit_seconds = math.inf  # how long it may take,
-    latest = math.inf  # and until when, in monotonic time
-
-    def call(self, where: str, function: Callable[[], Called], limit_seconds: float) -> Called:
-        """Makes a call; called by the function, in this thread."""
-        _check_awaited()
-        self.where, self.limit_seconds, self.latest = where, limit_seconds, time.monotonic() + limit_seconds
-        try:
-            return function()
-        finally:
-            self.latest = math.inf
-
-    def result(self) -> T:
-        """What the function returns, or raises; ``StoreError`` when a call takes too long."""
-        try:
-            while self.is_alive() and (left_seconds := self.latest - time.monotonic()) > 0:
-                self.join(min(left_seconds, 1.0))  # the deadline changes with each call
-        finally:  # also when the caller was interrupted
-            self.left_behind = self.is_alive()
-        if self.left_behind:
-            raise StoreError(f"{self.where}: no answer within {self.limit_seconds:.0f} s", transient=True)
-        return super().result()
 
 
 class _Joined(io.RawIOBase):
@@ -559,24 +466,6 @@ class _Joined(io.RawIOBase):
 def joined(pieces: Iterable[Buffer]) -> BinaryIO:
     """A file made of pieces, to be read once from beginning to end."""
     return io.BufferedReader(_Joined(pieces))
-
-
-def _while_awaited(chunks: Iterable[Buffer]) -> Iterator[Buffer]:
-    """The chunks, as long as somebody waits for the call that sends them.
-
-    A put that hung and was given up may wake up when its object has long been sent by another try, and committed, and the
-    memory that the chunks are views of holds other values. It must not come as far as to publish those.
-    """
-    for chunk in chunks:
-        yield chunk
-        _check_awaited()
-
-
-def _check_awaited() -> None:
-    """Raises ``TimeoutError`` in a call that was given up."""
-    this = threading.current_thread()
-    if isinstance(this, _Try) and this.left_behind:
-        raise TimeoutError("nobody waits for this any more")
 
 
 def _gathered(chunks: Iterable[Buffer], size_bytes: int) -> Iterator[bytes]:
@@ -661,47 +550,3 @@ def _fsync_directory(path: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that it was raised from: adlfs wraps whatever happens to an upload into a ``RuntimeError``."""
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def _is_of_storage(error: Exception) -> bool:
-    return any(
-        isinstance(cause, OSError | EOFError)  # EOFError is paramiko's word for a lost connection
-        or type(cause).__module__.partition(".")[0] in _BACKEND_PACKAGES
-        for cause in _causes(error)
-    )
-
-
-def _is_wrong_option(error: Exception) -> bool:
-    """Whether a filesystem was given an option that it does not know: some look at them only when they are first used."""
-    if not isinstance(error, TypeError) or "unexpected keyword argument" not in str(error):
-        return False
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return not str(frame.f_globals["__name__"]).startswith("harness")
-
-
-def _is_transient(error: Exception) -> bool:
-    return not any(_is_permanent(cause) for cause in _causes(error))
-
-
-def _is_permanent(error: BaseException) -> bool:
-    status = getattr(error, "status_code", None) or 0
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return (
-        isinstance(error, _PERMANENT_TYPES)
-        or (isinstance(error, OSError) and error.errno in _PERMANENT)
-        or not names.isdisjoint(_PERMANENT_NAMES)
-        or (400 <= status < 500 and status not in _TRANSIENT_STATUS)
-    )
-
-
-def _in_words(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return f"{type(error).__name__}: {error}".rstrip(": ")

@@ -20,7 +20,7 @@ from harness.doctor.case import Case
 from harness.doctor.findings import Finding, error, in_words, ok, places, warn
 from harness.environment import is_under_torchrun, rank
 from harness.errors import RankFailure
-from harness.state import model_state
+from harness.modules import model_state
 from harness.world import World, choose_backend, join_world
 
 _GROUP_SECONDS = 60.0

@@ -39,7 +39,7 @@ class Foreign:
     """What others saved, in our terms.
 
     ``model`` maps plain names to CPU tensors (and ``…_extra_state`` to any plain value); ``versions`` are those of its
-    modules, as ``harness.state.module_versions`` has them, None where the file does not tell. ``optimizer`` is as torch has
+    modules, as by ``harness.modules.module_versions``, None where the file does not tell. ``optimizer`` is as torch has
     it, keyed by numbers, or with plain names for the numbers where the file has those. Tensors may be mapped from the file.
     """
 
@@ -178,7 +178,7 @@ def _versions(value: Mapping[str, Any], short: Callable[[str], str]) -> dict[str
         return None
     found = {raw: about.get("version") for raw, about in metadata.items() if isinstance(about, Mapping)}
     return {
-        f"{short(raw)}.".removeprefix("."): version  # for the prefix of the module's names, as in harness.state
+        f"{short(raw)}.".removeprefix("."): version  # for the prefix of the module's names, as in harness.modules
         for raw, version in found.items()
         if version is None or (type(version) is int and version != 1)
     }

@@ -13,7 +13,8 @@ from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.store import Store
 from harness.errors import ConfigError, Mismatch
 from harness.interchange.foreign import Foreign, read_foreign
-from harness.state import check_model, model_state, optimizer_state, restore_model, restore_optimizer
+from harness.modules import check_model, listed, model_state, restore_model
+from harness.optimizers import optimizer_state, restore_optimizer
 
 
 def load_into(model: nn.Module, optimizer: Optimizer | None, foreign: Foreign) -> str:
@@ -141,8 +142,7 @@ def _fitting_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[str, A
         for key, values in saved["state"].items():
             lines += _state_differences(key, values, parameters[numbers[key]] if key in numbers else None)
     if lines:
-        listed = "\n  ".join(lines[:20])
-        raise Mismatch(f"the optimizer's state does not fit {type(optimizer).__name__}\n  {listed}")
+        raise Mismatch(listed(f"the optimizer's state does not fit {type(optimizer).__name__}", lines))
     state = {numbers[key]: _copied(values) for key, values in saved["state"].items()}
     return {**live, "state": state}
 

@@ -1,0 +1,157 @@
+"""The state of a module under the plain module's names, and back into a live one.
+
+DDP wraps a model as ``module``, ``torch.compile`` as ``_orig_mod``, at the top or around any child; those steps are left out
+by looking at the wrappers, never by cutting strings: a model may own a child that is really called ``module``.
+"""
+
+import sys
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.checkpoint import tree
+from harness.errors import Mismatch, Unsupported
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The plain module within DDP, DataParallel and ``torch.compile``."""
+    while inner := _wrapped(module):
+        module = getattr(module, inner)
+    return module
+
+
+def _wrapped(module: nn.Module) -> str | None:
+    """The name under which a wrapper keeps the module that it wraps; None for a module that is no wrapper."""
+    if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return "module"
+    # Only a program that has compiled something has imported this, and importing it takes seconds.
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return "_orig_mod" if dynamo is not None and isinstance(module, dynamo.OptimizedModule) else None
+
+
+def _prefixes(module: nn.Module, raw: str = "", plain: str = "") -> Iterator[tuple[nn.Module, str, str]]:
+    """Every module in the tree, with the prefix of its entries in torch's ``state_dict()``, and in ours."""
+    inner = _wrapped(module)
+    yield module, raw, plain
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _prefixes(child, f"{raw}{name}.", plain if name == inner else f"{plain}{name}.")
+
+
+def plain_names(module: nn.Module, state: Iterable[str] = ()) -> dict[str, str]:
+    """torch's names of the parameters and of the entries of a ``state_dict()`` → plain names."""
+    prefixes = {raw: plain for _, raw, plain in _prefixes(module)}
+    names: dict[str, str] = {}  # plain → torch's
+    for name in dict.fromkeys([*state, *(name for name, _ in module.named_parameters(remove_duplicate=False))]):
+        prefix = name[: name.rfind(".") + 1]
+        while prefix not in prefixes:  # a module may write entries with dots of its own
+            prefix = prefix[: prefix.rfind(".", 0, -1) + 1]
+        plain = prefixes[prefix] + name.removeprefix(prefix)
+        if (first := names.setdefault(plain, name)) != name:
+            raise Unsupported(f"model/{plain}: without the wrappers this is both {first} and {name}; rename one of them")
+    return {name: plain for plain, name in names.items()}
+
+
+def model_state(model: nn.Module) -> dict[str, Any]:
+    """The model's ``state_dict()`` under plain names. Raises ``Unsupported`` for what could be saved and not be loaded."""
+    model = unwrap(model)
+    state = model.state_dict()
+    plain = plain_names(model, state)
+    for name, value in state.items():
+        if _is_expanded(value) and not _is_extra(name):
+            raise Unsupported(
+                f"model/{plain[name]}: nothing can be loaded into an expanded tensor; register a clone() of it"
+            )
+    return {plain[name]: value for name, value in state.items()}
+
+
+def module_versions(model: nn.Module) -> dict[str, int | None]:
+    """The versions of the modules, but for those that have torch's default, 1. Modules load older states by them."""
+    return {plain: module._version for module, _, plain in _prefixes(unwrap(model)) if module._version != 1}
+
+
+def check_model(model: nn.Module, saved: Mapping[str, Any], what: str = "model") -> None:
+    """Raises ``Mismatch`` with every name, shape and dtype that differs between a model and a saved state."""
+    live = model_state(model)
+    old = {name: kind_of(name, value) for name, value in saved.items()}
+    new = {name: kind_of(name, value) for name, value in live.items()}
+    lines = [f"{name}: not in the checkpoint; the {what} has {new[name]}" for name in new if name not in old]
+    lines += [f"{name}: not in the {what}; the checkpoint has {old[name]}" for name in old if name not in new]
+    lines += [
+        f"{name}: the checkpoint has {old[name]}, the {what} has {new[name]}"
+        for name in new
+        if name in old and old[name] != new[name]
+    ]
+    if not lines:  # the model can hold one of two values that it ties, and would lose the other
+        lines = [
+            f"{name}: one tensor with {first} in the {what}, two different ones in the checkpoint"
+            for first, name in _ties(live)
+            if not _same_bytes(saved[first], saved[name])
+        ]
+    if lines:
+        raise Mismatch(listed(f"the checkpoint does not fit the {what}", lines))
+
+
+def restore_model(model: nn.Module, saved: Mapping[str, Any], versions: Mapping[str, int | None] | None = None) -> None:
+    """Copies a saved state that fits into the model, each tensor to where the model's own is.
+
+    ``versions`` are the modules' as ``module_versions`` gave them; None where nobody knows.
+    """
+    model = unwrap(model)
+    names = list(model.state_dict())
+    plain = plain_names(model, names)
+    state = OrderedDict((name, saved[plain[name]]) for name in names)
+    if versions is not None:  # without them, modules that have changed since take the state for one of their oldest version
+        metadata = {raw.removesuffix("."): {"version": versions.get(plain, 1)} for _, raw, plain in _prefixes(model)}
+        state._metadata = metadata  # type: ignore[attr-defined]  # where torch keeps it
+    model.load_state_dict(state, strict=True)
+
+
+def _is_extra(name: str) -> bool:
+    """Whether this is what a module's ``get_extra_state()`` returned, shape and all its own affair."""
+    return name.rpartition(".")[2] == "_extra_state"
+
+
+def _is_dense(value: Any) -> bool:
+    """Whether this is a tensor with memory and strides."""
+    has_strides = isinstance(value, torch.Tensor) and not nn.parameter.is_lazy(value) and value.layout is torch.strided
+    return has_strides and value.device.type != "meta"
+
+
+def _is_expanded(value: Any) -> bool:
+    return _is_dense(value) and any(
+        size > 1 and not stride for size, stride in zip(value.shape, value.stride(), strict=True)
+    )
+
+
+def kind_of(name: str, value: Any) -> str:
+    """The dtype and shape of an entry, or what else it is, as it is told to people."""
+    if not isinstance(value, torch.Tensor) or _is_extra(name):
+        return "extra state"
+    if nn.parameter.is_lazy(value):
+        return "an uninitialized parameter (run the model once before it is trained)"
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+
+
+def _ties(state: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each name whose tensor is the same memory as an earlier one's, after that one."""
+    firsts: dict[Any, str] = {}
+    for name, value in state.items():
+        if _is_dense(value):
+            place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+            if (first := firsts.setdefault(place, name)) != name:
+                yield first, name
+
+
+def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    pairs = zip(tree.raw_bytes(one), tree.raw_bytes(other), strict=True)
+    return one is other or all(left == right for left, right in pairs)
+
+
+def listed(what: str, lines: list[str], limit: int = 20) -> str:
+    """A message that begins with ``what``, and has the first lines of what differs."""
+    more = [f"… and {len(lines) - limit} more"] if len(lines) > limit else []
+    return "\n  ".join([f"{what} ({len(lines)} differences)", *lines[:limit], *more])
