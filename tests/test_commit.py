@@ -62,6 +62,10 @@ class Observed(Store):
         self._note("stat", name)
         return super().stat(name)
 
+    def read_range(self, name, start, size_bytes):
+        self._note("read", name)
+        return super().read_range(name, start, size_bytes)
+
     def _note(self, operation: str, name: str) -> None:
         self.calls.append((operation, name.partition("/")[2]))
         self.before(operation, name)
@@ -179,7 +183,7 @@ def test_digests_do_not_depend_on_ties_and_layout():
 
 
 def test_the_manifest_is_last(tmp_path):
-    """All other objects are put, then each is looked at, and only then the manifest is put."""
+    """All other objects are put, then each is looked at, and only then the manifest is put, and read back."""
     store = Observed.at(tmp_path)
     _, manifest = write(store, shard_bytes=2000)
     names = [file.name for file in manifest.files]
@@ -187,7 +191,7 @@ def test_the_manifest_is_last(tmp_path):
     assert store.calls[len(names) :] == [
         *(("stat", name) for name in names),
         ("put", "manifest.json"),
-        ("stat", "manifest.json"),
+        ("read", "manifest.json"),
     ]
 
 
@@ -207,6 +211,23 @@ def test_an_object_that_the_store_does_not_have_is_noticed(tmp_path, kind):
         write(store)
     assert ("put", "manifest.json") not in store.calls
     assert [entry.state for entry in Catalog(store).entries()] == ["unfinished"]
+
+
+@pytest.mark.parametrize("kind", ["short", "long", "other", "missing"])
+def test_a_manifest_that_the_store_does_not_have_is_noticed(tmp_path, kind):
+    """A save whose manifest cannot be read back as it was sent has failed: nothing may be deleted for it."""
+
+    def harm(operation, name):
+        if (operation, name.partition("/")[2]) == ("read", "manifest.json"):
+            path = tmp_path / name
+            data = path.read_bytes()
+            path.unlink()
+            if kind != "missing":
+                path.write_bytes({"short": data[:-1], "long": data + b"\0", "other": data.replace(b"1", b"2", 1)}[kind])
+
+    has = "no such object" if kind == "missing" else "others"
+    with pytest.raises(StoreError, match=rf"manifest\.json: sent \d+ bytes, the store has {has}"):
+        write(Observed.at(tmp_path, harm))
 
 
 def test_a_directory_is_never_touched_again(tmp_path):

@@ -94,6 +94,10 @@ class Catalog:
             raise Corrupt(f"{directory}/{MANIFEST}: is that of step {manifest.step}, attempt {manifest.attempt}")
         return manifest
 
+    def add(self, directory: str, manifest: Manifest) -> None:
+        """Tells of a checkpoint that was committed, and its manifest read back, just now."""
+        self._opened[directory] = manifest
+
     def candidates(self) -> list[Entry]:
         """What a run may resume from, best first; damaged ones are among them, so that they can be told of."""
         return list(line(self.entries()))

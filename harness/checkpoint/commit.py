@@ -1,9 +1,9 @@
 """The write protocol: a fresh directory, the shards, a look at what the store has, the manifest last.
 
 The order is all there is to it. Until the manifest is published the save does not exist; from then on every object that it
-names is durable, because ``Store.put`` returned for each of them and the store has since confirmed each size. The directory
-is fresh, so that nothing that was committed before is touched, and a writer that was believed dead and wakes up writes
-into a directory that nobody else uses.
+names is durable, because ``Store.put`` returned for each of them and the store has since confirmed each size. The manifest
+is read back before older checkpoints may go. The directory is fresh, so that nothing that was committed before is touched,
+and a writer that was believed dead and wakes up writes into a directory that nobody else uses.
 
 Several ranks can write (see ``harness.checkpoint.shares``). The first of them then publishes the manifest when all others
 have left their *receipts* in the directory, each after its shards are durable: they meet nowhere but in the store.
@@ -232,7 +232,7 @@ def publish(
         _put_bytes(store, f"{directory}/{name}", index)
     in_threads(store.streams, lambda file: _confirm(store, f"{directory}/{file.name}", file.bytes), manifest.files)
     _put_bytes(store, f"{directory}/{MANIFEST}", text)
-    _confirm(store, f"{directory}/{MANIFEST}", len(text))
+    _read_back(store, f"{directory}/{MANIFEST}", text)
     for receipt in receipts[1:]:
         with contextlib.suppress(StoreError):  # rubbish that is in nobody's way
             store.delete(f"{directory}/{receipt.name}")
@@ -321,3 +321,12 @@ def _confirm(store: Store, name: str, expected_bytes: int) -> None:
     if found != expected_bytes:
         has = "no such object" if found is None else f"{found} bytes"
         raise StoreError(f"put {store.url}/{name}: sent {expected_bytes} bytes, the store has {has}")
+
+
+def _read_back(store: Store, name: str, data: bytes) -> None:
+    try:
+        has = "others" if store.read_range(name, 0, len(data) + 1) != data else ""
+    except FileNotFoundError:
+        has = "no such object"
+    if has:
+        raise StoreError(f"put {store.url}/{name}: sent {len(data)} bytes, the store has {has}")

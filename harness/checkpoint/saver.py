@@ -255,6 +255,7 @@ class Saver:
                 meta=order.meta,
                 expected=order.expected,
             )
+            self.catalog.add(directory, manifest)
             try:
                 self.step_aside()
                 self.catalog.prune(self.retention, order.best_step)
