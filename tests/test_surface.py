@@ -98,7 +98,9 @@ def test_the_map_has_every_module():
     """One that comes has to find its place, one that goes takes it along."""
     packages = {name.partition(".")[0] for name in modules() if "." in name}
     assert {name for name in ORDER if name not in packages} <= set(modules())
-    assert all(place(name) >= 0 for name, tree in modules().items() if tree.body)
+    for name, tree in modules().items():
+        if tree.body or not name.endswith("__init__"):
+            assert place(name) >= 0
     assert len(ORDER) == len(set(ORDER))
 
 

@@ -319,14 +319,16 @@ def _put_bytes(store: Store, name: str, data: bytes) -> None:
 def _confirm(store: Store, name: str, expected_bytes: int) -> None:
     found = store.stat(name)
     if found != expected_bytes:
-        has = "no such object" if found is None else f"{found} bytes"
-        raise StoreError(f"put {store.url}/{name}: sent {expected_bytes} bytes, the store has {has}")
+        raise _differs(store, name, expected_bytes, "no such object" if found is None else f"{found} bytes")
 
 
 def _read_back(store: Store, name: str, data: bytes) -> None:
     try:
-        has = "others" if store.read_range(name, 0, len(data) + 1) != data else ""
+        if store.read_range(name, 0, len(data) + 1) != data:
+            raise _differs(store, name, len(data), "others")
     except FileNotFoundError:
-        has = "no such object"
-    if has:
-        raise StoreError(f"put {store.url}/{name}: sent {len(data)} bytes, the store has {has}")
+        raise _differs(store, name, len(data), "no such object") from None
+
+
+def _differs(store: Store, name: str, sent_bytes: int, has: str) -> StoreError:
+    return StoreError(f"put {store.url}/{name}: sent {sent_bytes} bytes, the store has {has}")
