@@ -46,6 +46,7 @@ FORK = multiprocessing.get_context("fork")
 STATES = ["0.1GB", "0.5GB", "2GB", "20000-tensors"]
 S3_STATES = ["0.1GB", "0.5GB"]  # the server has the same cores as the training, and writes 0.1 GB/s
 REPEATS = 5
+SMALL_BYTES = 200_000_000  # less is saved so soon that whatever else a core has to do shows: twice as many rounds
 FLOORS = "floors"
 RANKS = 2
 LIMIT_SECONDS = 400  # for one process
@@ -148,14 +149,15 @@ class Bench:
     # --- one turn ---
 
     @contextlib.contextmanager
-    def place(self, *, s3: bool) -> Iterator[tuple[str, dict[str, str], Any]]:
-        """A fresh folder, or a fresh server; its URL, what a process has to know of it, and the server."""
+    def place(self, state: str, *, s3: bool) -> Iterator[tuple[str, dict[str, str], Any]]:
+        """A fresh folder, or a server with its first uploads; its URL, what a process has to know of it, and the server."""
         folder = Path(tempfile.mkdtemp(dir=self.scratch))
         try:
             if s3:
                 from servers import seaweedfs
 
                 with seaweedfs(folder) as server:
+                    self.measure(measure.measure_first_uploads, state, server.url("first"), env=server.env)
                     yield server.url("bench"), server.env, server
             else:
                 yield str(folder), {}, None
@@ -169,7 +171,7 @@ class Bench:
         Where others are restored in the same way, it is only seen to, once, that the state is the one that was saved.
         """
         run: dict[str, Any] = {"contender": entry.name, "state": state, "repeat": repeat}
-        with self.place(s3=entry.s3) as (url, env, _), self.noting_failures(run):
+        with self.place(state, s3=entry.s3) as (url, env, _), self.noting_failures(run):
             if entry.only_restores:
                 saved = self.measure(measure.measure_write, entry, state, url, env=env)
             else:
@@ -187,13 +189,13 @@ class Bench:
     def floors(self, state: str, repeat: int, batch: int, *, s3: bool) -> None:
         for on_s3 in (False, True) if s3 else (False,):
             run = {"contender": FLOORS, "state": state, "repeat": repeat, "s3": on_s3}
-            with self.place(s3=on_s3) as (url, env, _), self.noting_failures(run):
+            with self.place(state, s3=on_s3) as (url, env, _), self.noting_failures(run):
                 self.keep(run, floors=self.measure(measure.measure_floors, state, url, batch, env=env))
 
     def ranks(self, entry: Entry, state: str) -> None:
         """How much several ranks read to restore one checkpoint."""
         run: dict[str, Any] = {"contender": entry.name, "state": state, "repeat": 0}
-        with self.place(s3=entry.s3) as (url, env, server), self.noting_failures(run):
+        with self.place(state, s3=entry.s3) as (url, env, server), self.noting_failures(run):
             saved = self.measure(measure.measure_write, entry, state, url, env=env)
             with counting(server.port) if server else contextlib.nullcontext() as relay:
                 seen = {**env, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{relay.port}"} if relay else env
@@ -226,8 +228,9 @@ class Bench:
         for state in states:
             taking_part = [entry for entry in entries if takes_part(entry, state)]
             batch = self.measure(measure.measure_calibrate, state)["batch"]
-            for repeat in range(repeats):
-                for entry in in_turn([None, *taking_part], repeat, repeats):
+            rounds = rounds_of(state, repeats)
+            for repeat in range(rounds):
+                for entry in in_turn([None, *taking_part], repeat, rounds):
                     if entry is None:
                         self.floors(state, repeat, batch, s3=any(other.s3 for other in taking_part))
                     elif self.count_failures(entry, state) < 2:
@@ -243,6 +246,11 @@ class Bench:
 
 def takes_part(entry: Entry, state: str) -> bool:
     return not entry.s3 or state not in STATES or state in S3_STATES
+
+
+def rounds_of(state: str, repeats: int) -> int:
+    is_small = not state.endswith("-tensors") and workload.size_bytes(state) < SMALL_BYTES
+    return 2 * repeats if is_small and repeats > 1 else repeats
 
 
 def in_turn(items: list, repeat: int, repeats: int) -> list:
@@ -315,7 +323,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--states", nargs="+", metavar="STATE", type=existing_state, help=f"by default {' '.join(STATES)}")
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help=f"of: {' | '.join(BY_NAME)}")
-    parser.add_argument("--repeats", type=int)
+    parser.add_argument("--repeats", type=int, help=f"rounds; of a small state twice as many (default: {REPEATS})")
     parser.add_argument("--quick", action="store_true", help="0.1 GB on the disk, once: two minutes")
     parser.add_argument("--threads", type=int, help="of the training (default: all cores, with which savers then compete)")
     parser.add_argument("--scratch", type=Path, default=HERE.parent / "build/bench", help="where checkpoints are written")

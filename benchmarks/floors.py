@@ -4,7 +4,6 @@ Every floor is measured beside the contenders, in each round anew. All move as m
 """
 
 import errno
-import itertools
 import mmap
 import os
 import time
@@ -109,50 +108,55 @@ def forget_cached(paths: list[str]) -> None:
 
 
 def s3_floors(url: str, state: bytes, beside: Beside) -> dict[str, float | None]:
-    """Uploads and downloads with a client that does nothing else.
-
-    It sends the bytes of the state, and each time to a new key: the server compresses what can be, and clears up behind what
-    is overwritten, so that other bytes, and the same key, are another load.
-    """
-    import boto3
-    from botocore.config import Config
-
-    bucket, _, prefix = url.removeprefix("s3://").partition("/")
-    config = Config(max_pool_connections=CONNECTIONS, request_checksum_calculation="when_required")
-    client = boto3.client("s3", config=config)
-    keys = (f"{prefix}/floor/{number}" for number in itertools.count())
-
-    # A server that has taken nothing yet takes a second more for the first object.
-    def upload() -> float:
-        return seconds(lambda: _upload(client, bucket, next(keys), memoryview(state)))
-
-    found: dict[str, float | None] = {"upload": min(upload() for _ in range(3))}
-    beside(lambda: found.update(upload_beside=upload()))
+    """Uploads and downloads with a client that does nothing else, each of the bytes of the state."""
+    uploads = Uploads(url)
+    uploads.add(state)  # opens the connections, as a contender's warming up does
+    found: dict[str, float | None] = {"upload": seconds(lambda: uploads.add(state))}
+    beside(lambda: found.update(upload_beside=seconds(lambda: uploads.add(state))))
     target = memoryview(bytearray(len(state)))
-    found["download"] = seconds(lambda: _download(client, bucket, f"{prefix}/floor/0", target))
+    found["download"] = seconds(lambda: uploads.get(0, target))
     assert target == state
     return found
 
 
-def _upload(client, bucket: str, key: str, data: memoryview) -> None:
-    place = {"Bucket": bucket, "Key": key}
-    upload = {**place, "UploadId": client.create_multipart_upload(**place)["UploadId"]}
+class Uploads:
+    """Objects below a URL, named 0, 1, 2, …, written and read with boto3.
 
-    def send(number: int) -> dict[str, object]:
-        start = (number - 1) * PIECE_BYTES
-        body = bytes(data[start : start + PIECE_BYTES])
-        return {"PartNumber": number, "ETag": client.upload_part(**upload, PartNumber=number, Body=body)["ETag"]}
+    Each goes to a new key, and what is written should be the bytes of a state: the server compresses what can be, and
+    clears up behind what is overwritten, so that other bytes, and the same key, are another load.
+    """
 
-    with ThreadPoolExecutor(CONNECTIONS) as pool:
-        parts = list(pool.map(send, range(1, -(-len(data) // PIECE_BYTES) + 1)))
-    client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
+    def __init__(self, url: str) -> None:
+        import boto3
+        from botocore.config import Config
 
+        config = Config(max_pool_connections=CONNECTIONS, request_checksum_calculation="when_required")
+        self.client = boto3.client("s3", config=config)
+        self.bucket, _, self.prefix = url.removeprefix("s3://").partition("/")
+        self.count = 0
 
-def _download(client, bucket: str, key: str, data: memoryview) -> None:
-    def receive(start: int) -> None:
-        end = min(start + PIECE_BYTES, len(data))
-        reply = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")
-        data[start:end] = reply["Body"].read()
+    def place(self, number: int) -> dict[str, str]:
+        return {"Bucket": self.bucket, "Key": f"{self.prefix}/{number}"}
 
-    with ThreadPoolExecutor(CONNECTIONS) as pool:
-        list(pool.map(receive, range(0, len(data), PIECE_BYTES)))
+    def add(self, state: bytes) -> None:
+        place, data = self.place(self.count), memoryview(state)
+        self.count += 1
+        upload = {**place, "UploadId": self.client.create_multipart_upload(**place)["UploadId"]}
+
+        def send(number: int) -> dict[str, object]:
+            start = (number - 1) * PIECE_BYTES
+            body = bytes(data[start : start + PIECE_BYTES])
+            return {"PartNumber": number, "ETag": self.client.upload_part(**upload, PartNumber=number, Body=body)["ETag"]}
+
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            parts = list(pool.map(send, range(1, -(-len(data) // PIECE_BYTES) + 1)))
+        self.client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
+
+    def get(self, number: int, data: memoryview) -> None:
+        def receive(start: int) -> None:
+            end = min(start + PIECE_BYTES, len(data))
+            reply = self.client.get_object(**self.place(number), Range=f"bytes={start}-{end - 1}")
+            data[start:end] = reply["Body"].read()
+
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            list(pool.map(receive, range(0, len(data), PIECE_BYTES)))

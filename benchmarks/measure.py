@@ -26,6 +26,7 @@ from workload import Training, calibrated_batch
 SAVED_STEP = 2  # the save that is measured; one before it where the contender keeps buffers
 LEAST_STEPS = 2  # so many follow a save, however soon it has ended
 QUIET_STEPS = 2  # so many are timed without a save, before and after it
+FIRST_UPLOADS = 3  # of as many bytes as the state has, to a fresh server
 
 
 # --- memory and files ------------------------------------------------------------------------------------------------
@@ -259,6 +260,16 @@ def measure_floors(state: str, url: str, batch: int) -> dict[str, Any]:
     naming = floors.seconds(lambda: name_all(training))
     of = floors.s3_floors if url.startswith("s3://") else floors.disk_floors
     return {"naming": naming, **of(url, b"".join(training.raw_bytes()), beside)}
+
+
+def measure_first_uploads(state: str, url: str) -> dict[str, Any]:
+    """No figures: a server that has taken little is slower, and every measurement is to find one that has taken as much."""
+    training = Training(state, seed=0, batch=1)
+    training.step()
+    uploads, data = floors.Uploads(url), b"".join(training.raw_bytes())
+    for _ in range(FIRST_UPLOADS):
+        uploads.add(data)
+    return {}
 
 
 def name_all(training: Training) -> list[Any]:
