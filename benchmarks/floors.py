@@ -7,7 +7,7 @@ import errno
 import mmap
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -107,23 +107,24 @@ def forget_cached(paths: list[str]) -> None:
         os.close(file)
 
 
-def s3_floors(url: str, state: bytes, beside: Beside) -> dict[str, float | None]:
-    """Uploads and downloads with a client that does nothing else, each of the bytes of the state."""
+def s3_floors(url: str, objects: Sequence[bytes], beside: Beside) -> dict[str, float | None]:
+    """Uploads and downloads of objects with a client that does nothing else."""
     uploads = Uploads(url)
-    uploads.add(state)  # opens the connections, as a contender's warming up does
-    found: dict[str, float | None] = {"upload": seconds(lambda: uploads.add(state))}
-    beside(lambda: found.update(upload_beside=seconds(lambda: uploads.add(state))))
-    target = memoryview(bytearray(len(state)))
-    found["download"] = seconds(lambda: uploads.get(0, target))
-    assert target == state
+    uploads.add(objects)  # opens the connections, as a contender's warming up does
+    found: dict[str, float | None] = {"upload": seconds(lambda: uploads.add(objects))}
+    beside(lambda: found.update(upload_beside=seconds(lambda: uploads.add(objects))))
+    targets = [bytearray(len(each)) for each in objects]
+    found["download"] = seconds(lambda: uploads.get(targets))
+    assert targets == list(objects)
     return found
 
 
 class Uploads:
     """Objects below a URL, named 0, 1, 2, …, written and read with boto3.
 
-    Each goes to a new key, and what is written should be the bytes of a state: the server compresses what can be, and
-    clears up behind what is overwritten, so that other bytes, and the same key, are another load.
+    They should be what a checkpoint consists of, and each goes to a new key. The server looks at the first 128 bytes of a few
+    MiB to decide whether it compresses them: other bytes, or the same ones in other objects, are another load. And it clears
+    up behind what is overwritten.
     """
 
     def __init__(self, url: str) -> None:
@@ -138,25 +139,34 @@ class Uploads:
     def place(self, number: int) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": f"{self.prefix}/{number}"}
 
-    def add(self, state: bytes) -> None:
-        place, data = self.place(self.count), memoryview(state)
+    def add(self, objects: Sequence[bytes]) -> None:
+        """All side by side, in parts."""
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            for complete in [self._begin(pool, each) for each in objects]:
+                complete()
+
+    def _begin(self, pool: ThreadPoolExecutor, data: bytes) -> Callable[[], object]:
+        """Has the parts sent; what it returns waits for them."""
+        place, view = self.place(self.count), memoryview(data)
         self.count += 1
         upload = {**place, "UploadId": self.client.create_multipart_upload(**place)["UploadId"]}
 
         def send(number: int) -> dict[str, object]:
             start = (number - 1) * PIECE_BYTES
-            body = bytes(data[start : start + PIECE_BYTES])
+            body = bytes(view[start : start + PIECE_BYTES])
             return {"PartNumber": number, "ETag": self.client.upload_part(**upload, PartNumber=number, Body=body)["ETag"]}
 
-        with ThreadPoolExecutor(CONNECTIONS) as pool:
-            parts = list(pool.map(send, range(1, -(-len(data) // PIECE_BYTES) + 1)))
-        self.client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
+        parts = pool.map(send, range(1, -(-len(data) // PIECE_BYTES) + 1))
+        return lambda: self.client.complete_multipart_upload(**upload, MultipartUpload={"Parts": list(parts)})
 
-    def get(self, number: int, data: memoryview) -> None:
-        def receive(start: int) -> None:
-            end = min(start + PIECE_BYTES, len(data))
+    def get(self, targets: Sequence[bytearray]) -> None:
+        """The objects that were added first, in ranges."""
+
+        def receive(number: int, start: int) -> None:
+            end = min(start + PIECE_BYTES, len(targets[number]))
             reply = self.client.get_object(**self.place(number), Range=f"bytes={start}-{end - 1}")
-            data[start:end] = reply["Body"].read()
+            memoryview(targets[number])[start:end] = reply["Body"].read()
 
+        ranges = [(number, at) for number, each in enumerate(targets) for at in range(0, len(each), PIECE_BYTES)]
         with ThreadPoolExecutor(CONNECTIONS) as pool:
-            list(pool.map(receive, range(0, len(data), PIECE_BYTES)))
+            list(pool.map(receive, *zip(*ranges, strict=True)))

@@ -257,19 +257,32 @@ def measure_floors(state: str, url: str, batch: int) -> dict[str, Any]:
         while thread.is_alive():
             training.step()
 
+    if url.startswith("s3://"):
+        return floors.s3_floors(url, shards(training), beside)
     naming = floors.seconds(lambda: name_all(training))
-    of = floors.s3_floors if url.startswith("s3://") else floors.disk_floors
-    return {"naming": naming, **of(url, b"".join(training.raw_bytes()), beside)}
+    return {"naming": naming, **floors.disk_floors(url, b"".join(training.raw_bytes()), beside)}
 
 
 def measure_first_uploads(state: str, url: str) -> dict[str, Any]:
     """No figures: a server that has taken little is slower, and every measurement is to find one that has taken as much."""
     training = Training(state, seed=0, batch=1)
     training.step()
-    uploads, data = floors.Uploads(url), b"".join(training.raw_bytes())
+    uploads, objects = floors.Uploads(url), shards(training)
     for _ in range(FIRST_UPLOADS):
-        uploads.add(data)
+        uploads.add(objects)
     return {}
+
+
+def shards(training: Training) -> list[bytes]:
+    """What harness makes of the weights and of the optimizer's state: most of its objects' bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        contender = BY_NAME["harness"].make(folder)
+        contender.prepare(training.model, training.optimizer)
+        contender.save(1)
+        contender.fence()
+        contender.wait()
+        contender.close()
+        return [Path(path).read_bytes() for path, size_bytes in sizes(folder).items() if size_bytes > floors.PIECE_BYTES]
 
 
 def name_all(training: Training) -> list[Any]:
