@@ -3,8 +3,8 @@
     python benchmarks/checkpoint.py [--states 0.1GB 0.5GB 2GB 20000-tensors] [--contenders harness torch.save …]
                                     [--repeats 5] [--quick] [--publish]
 
-Every measurement is a fresh process, in which one contender saves once beside the training of one model, or restores it. In
-each round all contenders have a turn, and the floors, too, in an order that changes from round to round. README.md beside
+Every measurement is a fresh process, in which one contender saves beside the training of one model, or restores it. In each
+round all contenders have a turn, and the floors, too, in an order that changes from round to round. README.md beside
 this file says what is measured. ``--publish`` writes the results beside it, its tables, and docs/stall.png.
 """
 
@@ -46,7 +46,6 @@ FORK = multiprocessing.get_context("fork")
 STATES = ["0.1GB", "0.5GB", "2GB", "20000-tensors"]
 S3_STATES = ["0.1GB", "0.5GB"]  # the server has the same cores as the training, and writes 0.1 GB/s
 REPEATS = 5
-SMALL_BYTES = 200_000_000  # less is saved so soon that whatever else a core has to do shows: twice as many rounds
 FLOORS = "floors"
 RANKS = 2
 LIMIT_SECONDS = 400  # for one process
@@ -228,9 +227,8 @@ class Bench:
         for state in states:
             taking_part = [entry for entry in entries if takes_part(entry, state)]
             batch = self.measure(measure.measure_calibrate, state)["batch"]
-            rounds = rounds_of(state, repeats)
-            for repeat in range(rounds):
-                for entry in in_turn([None, *taking_part], repeat, rounds):
+            for repeat in range(repeats):
+                for entry in in_turn([None, *taking_part], repeat, repeats):
                     if entry is None:
                         self.floors(state, repeat, batch, s3=any(other.s3 for other in taking_part))
                     elif self.count_failures(entry, state) < 2:
@@ -246,11 +244,6 @@ class Bench:
 
 def takes_part(entry: Entry, state: str) -> bool:
     return not entry.s3 or state not in STATES or state in S3_STATES
-
-
-def rounds_of(state: str, repeats: int) -> int:
-    is_small = not state.endswith("-tensors") and workload.size_bytes(state) < SMALL_BYTES
-    return 2 * repeats if is_small and repeats > 1 else repeats
 
 
 def in_turn(items: list, repeat: int, repeats: int) -> list:
@@ -303,11 +296,11 @@ def existing_state(name: str) -> str:
 
 
 def check_room(scratch: Path, states: list[str]) -> None:
-    """Two checkpoints lie on the disk at a time, and another library writes to a temporary file first."""
-    largest = max(workload.size_bytes(state) for state in states)
+    """All saves of a process and one before them lie on the disk, and another library writes to temporary files first."""
+    needed = max(workload.size_bytes(state) * (3 + workload.saves_of(state)) for state in states)
     free = shutil.disk_usage(scratch).free
-    if free < 4 * largest:
-        raise SystemExit(f"--scratch: expected {4 * largest / 1e9:.1f} GB of room in {scratch}, found {free / 1e9:.1f}")
+    if free < needed:
+        raise SystemExit(f"--scratch: expected {needed / 1e9:.1f} GB of room in {scratch}, found {free / 1e9:.1f}")
 
 
 def chosen(names: list[str] | None, *, quick: bool) -> list[Entry]:
@@ -323,7 +316,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--states", nargs="+", metavar="STATE", type=existing_state, help=f"by default {' '.join(STATES)}")
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help=f"of: {' | '.join(BY_NAME)}")
-    parser.add_argument("--repeats", type=int, help=f"rounds; of a small state twice as many (default: {REPEATS})")
+    parser.add_argument("--repeats", type=int, help=f"rounds (default: {REPEATS})")
     parser.add_argument("--quick", action="store_true", help="0.1 GB on the disk, once: two minutes")
     parser.add_argument("--threads", type=int, help="of the training (default: all cores, with which savers then compete)")
     parser.add_argument("--scratch", type=Path, default=HERE.parent / "build/bench", help="where checkpoints are written")

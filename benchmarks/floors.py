@@ -107,11 +107,9 @@ def forget_cached(paths: list[str]) -> None:
         os.close(file)
 
 
-def s3_floors(url: str, objects: Sequence[bytes], beside: Beside) -> dict[str, float | None]:
+def s3_floors(uploads: "Uploads", objects: Sequence[bytes], beside: Beside) -> dict[str, float]:
     """Uploads and downloads of objects with a client that does nothing else."""
-    uploads = Uploads(url)
-    uploads.add(objects)  # opens the connections, as a contender's warming up does
-    found: dict[str, float | None] = {"upload": seconds(lambda: uploads.add(objects))}
+    found = {"upload": seconds(lambda: uploads.add(objects))}
     beside(lambda: found.update(upload_beside=seconds(lambda: uploads.add(objects))))
     targets = [bytearray(len(each)) for each in objects]
     found["download"] = seconds(lambda: uploads.get(targets))
@@ -122,7 +120,7 @@ def s3_floors(url: str, objects: Sequence[bytes], beside: Beside) -> dict[str, f
 class Uploads:
     """Objects below a URL, named 0, 1, 2, …, written and read with boto3.
 
-    They should be what a checkpoint consists of, and each goes to a new key. The server looks at the first 128 bytes of a few
+    They should be what a checkpoint consists of, and each goes to a new key. The server looks at the first 128 bytes of some
     MiB to decide whether it compresses them: other bytes, or the same ones in other objects, are another load. And it clears
     up behind what is overwritten.
     """

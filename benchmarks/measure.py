@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import random
+import statistics
 import sys
 import tempfile
 import threading
@@ -21,9 +22,9 @@ import torch
 from contenders import BY_NAME, Entry
 from contenders.protocol import Contender
 from torch import nn
-from workload import Training, calibrated_batch
+from workload import Training, calibrated_batch, saves_of
 
-SAVED_STEP = 2  # the save that is measured; one before it where the contender keeps buffers
+SAVED_STEP = 10  # of the last save, which is restored
 LEAST_STEPS = 2  # so many follow a save, however soon it has ended
 QUIET_STEPS = 2  # so many are timed without a save, before and after it
 FIRST_UPLOADS = 3  # of as many bytes as the state has, to a fresh server
@@ -127,28 +128,35 @@ def measure_save(entry: Entry, state: str, url: str, batch: int) -> dict[str, An
     training_peak = memory_bytes("VmHWM")
     contender = entry.make(url)
     contender.prepare(training.model, training.optimizer)
+    steps = range(SAVED_STEP - saves_of(state) + 1, SAVED_STEP + 1)
     if entry.keeps_buffers:
-        save_among_steps(training, contender, SAVED_STEP - 1)
-    quiet = quiet_steps(training)
-    digest, before = training.digest(), sizes(url)
-    os.sync()
-    found: dict[str, Any] = dict(save_among_steps(training, contender, SAVED_STEP))
-    peak = memory_bytes("VmHWM")
-    quiet += quiet_steps(training)
-    step_seconds = quiet / (2 * QUIET_STEPS)
+        save_among_steps(training, contender, steps[0] - 1)
+    found = []
+    for step in steps:
+        quiet = quiet_steps(training)
+        digest, before = training.digest(), sizes(url)
+        os.sync()
+        found.append(save_among_steps(training, contender, step))
+        peak = memory_bytes("VmHWM")
+        step_seconds = (quiet + quiet_steps(training)) / (2 * QUIET_STEPS)
+        found[-1]["step_seconds"] = step_seconds
+        found[-1]["added_seconds"] = found[-1]["wall_seconds"] - found[-1]["steps"] * step_seconds
     contender.close()
     after = sizes(url)
     return {
-        **found,
+        **medians(found),
         "digest": digest,
-        "step_seconds": step_seconds,
-        "added_seconds": found["wall_seconds"] - found["steps"] * step_seconds,
         "extra_memory_bytes": max(0, peak - training_peak),
         "stored_bytes": sum(after.values()) - sum(before.values()),
         "files": len(after) - len(before),
         "payload_bytes": training.size_bytes(),
         "tensors": sum(1 for _ in training.tensors()),
     }
+
+
+def medians(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each figure that all have."""
+    return {name: statistics.median(each[name] for each in found) for name, value in found[0].items() if value is not None}
 
 
 def measure_write(entry: Entry, state: str, url: str) -> dict[str, Any]:
@@ -258,9 +266,15 @@ def measure_floors(state: str, url: str, batch: int) -> dict[str, Any]:
             training.step()
 
     if url.startswith("s3://"):
-        return floors.s3_floors(url, shards(training), beside)
-    naming = floors.seconds(lambda: name_all(training))
-    return {"naming": naming, **floors.disk_floors(url, b"".join(training.raw_bytes()), beside)}
+        uploads, objects = floors.Uploads(url), shards(training)
+        uploads.add(objects)  # opens the connections, as a contender's warming up does
+        return medians([floors.s3_floors(uploads, objects, beside) for _ in range(saves_of(state))])
+    data = b"".join(training.raw_bytes())
+
+    def once() -> dict[str, float | None]:
+        return {"naming": floors.seconds(lambda: name_all(training)), **floors.disk_floors(url, data, beside)}
+
+    return medians([once() for _ in range(saves_of(state))])
 
 
 def measure_first_uploads(state: str, url: str) -> dict[str, Any]:

@@ -179,10 +179,9 @@ def tables(results: Results) -> str:
 def conditions(machine: dict[str, Any], figures: Figures) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     hardware = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB; {machine['filesystem']}"
-    rounds = {state: len({run["repeat"] for run in figures.runs if run["state"] == state}) for state in figures.states}
-    counts = ", ".join(f"{count} of {state}" for state, count in rounds.items())
-    took = f"{machine['minutes']} minutes, load before: {machine['load_before']}"
-    return f"{machine['date']}; {hardware}; Linux {machine['kernel']}; {versions}; rounds: {counts}; {took}.\n"
+    rounds = len({run["repeat"] for run in figures.runs})
+    took = f"{rounds} rounds, {machine['minutes']} minutes, load before: {machine['load_before']}"
+    return f"{machine['date']}; {hardware}; Linux {machine['kernel']}; {versions}; {took}.\n"
 
 
 def headline(figures: Figures) -> list[str]:
