@@ -17,7 +17,7 @@ help:
 	@echo 'make test    the test suite'
 	@echo 'make check   formatting, lint, types'
 	@echo 'make soak    the proofs that take long'
-	@echo 'make bench   what checkpoints cost, beside other systems: 40 minutes (BENCH_ARGS=--quick: 2)'
+	@echo 'make bench   what checkpoints cost, beside other systems: 45 minutes (BENCH_ARGS=--quick: 3)'
 	@echo 'make clean   delete what these make; runs/ stays'
 
 demo: $(READY)

@@ -1,7 +1,7 @@
 """What saving and restoring cost the training: harness beside what else there is, each beside what the machine can do.
 
     python benchmarks/checkpoint.py [--states 0.1GB 0.5GB 2GB 20000-tensors] [--contenders harness torch.save …]
-                                    [--repeats 5] [--quick] [--publish]
+                                    [--repeats 3] [--quick] [--publish]
 
 Every measurement is a fresh process, in which one contender saves beside the training of one model, or restores it. In each
 round all contenders have a turn, and the floors, too, in an order that changes from round to round. README.md beside
@@ -45,7 +45,7 @@ HERE = Path(__file__).parent
 FORK = multiprocessing.get_context("fork")
 STATES = ["0.1GB", "0.5GB", "2GB", "20000-tensors"]
 S3_STATES = ["0.1GB", "0.5GB"]  # the server has the same cores as the training, and writes 0.1 GB/s
-REPEATS = 5
+REPEATS = 3
 FLOORS = "floors"
 RANKS = 2
 LIMIT_SECONDS = 400  # for one process
@@ -297,7 +297,7 @@ def existing_state(name: str) -> str:
 
 def check_room(scratch: Path, states: list[str]) -> None:
     """All saves of a process and one before them lie on the disk, and another library writes to temporary files first."""
-    needed = max(workload.size_bytes(state) * (3 + workload.saves_of(state)) for state in states)
+    needed = max(workload.size_bytes(state) * (3 + workload.times(state)) for state in states)
     free = shutil.disk_usage(scratch).free
     if free < needed:
         raise SystemExit(f"--scratch: expected {needed / 1e9:.1f} GB of room in {scratch}, found {free / 1e9:.1f}")
@@ -317,7 +317,7 @@ def main() -> None:
     parser.add_argument("--states", nargs="+", metavar="STATE", type=existing_state, help=f"by default {' '.join(STATES)}")
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help=f"of: {' | '.join(BY_NAME)}")
     parser.add_argument("--repeats", type=int, help=f"rounds (default: {REPEATS})")
-    parser.add_argument("--quick", action="store_true", help="0.1 GB on the disk, once: two minutes")
+    parser.add_argument("--quick", action="store_true", help="0.1 GB on the disk, once: three minutes")
     parser.add_argument("--threads", type=int, help="of the training (default: all cores, with which savers then compete)")
     parser.add_argument("--scratch", type=Path, default=HERE.parent / "build/bench", help="where checkpoints are written")
     parser.add_argument("--results", type=Path, help="a file for the results")

@@ -22,7 +22,7 @@ import torch
 from contenders import BY_NAME, Entry
 from contenders.protocol import Contender
 from torch import nn
-from workload import Training, calibrated_batch, saves_of
+from workload import Training, calibrated_batch, times
 
 SAVED_STEP = 10  # of the last save, which is restored
 LEAST_STEPS = 2  # so many follow a save, however soon it has ended
@@ -128,7 +128,7 @@ def measure_save(entry: Entry, state: str, url: str, batch: int) -> dict[str, An
     training_peak = memory_bytes("VmHWM")
     contender = entry.make(url)
     contender.prepare(training.model, training.optimizer)
-    steps = range(SAVED_STEP - saves_of(state) + 1, SAVED_STEP + 1)
+    steps = range(SAVED_STEP - times(state) + 1, SAVED_STEP + 1)
     if entry.keeps_buffers:
         save_among_steps(training, contender, steps[0] - 1)
     found = []
@@ -212,22 +212,34 @@ def restore_once(entry: Entry, training: Training, url: str) -> dict[str, Any]:
 
 
 def measure_restore(entry: Entry, state: str, url: str) -> dict[str, Any]:
-    """From the page cache, and then, where there are large files on a disk, from there."""
+    """From the page cache, and then, once, where there are large files on a disk, from there."""
     warm_up(entry)
     training = Training(state, seed=2, batch=1)
     if not entry.s3:
         for path in sizes(url):  # a save that goes past the page cache leaves nothing there
             Path(path).read_bytes()
-    found = {"warm": restore_once(entry, training, url)}
-    training.forward_backward()  # there are gradients from here on
-    step_seconds = floors.seconds(training.optimizer.step)
-    found["warm"]["with_step_seconds"] = found["warm"]["seconds"] + step_seconds
+    warm = []
+    for _ in range(times(state)):
+        forget(training)
+        warm.append(restore_once(entry, training, url))
+        training.forward_backward()  # there are gradients from here on
+        warm[-1]["with_step_seconds"] = warm[-1]["seconds"] + floors.seconds(training.optimizer.step)
+    found = {"warm": warm}
     if not entry.s3 and not state.endswith("-tensors"):
-        training.forget()
-        ctypes.CDLL(None).malloc_trim(0)  # the memory of the first is not at hand for the second
+        forget(training)
         floors.forget_cached(list(sizes(url)))
-        found["cold"] = restore_once(entry, training, url)
-    return found
+        found["cold"] = [restore_once(entry, training, url)]
+    return {how: {"digest": agreed(each), **medians(each)} for how, each in found.items()}
+
+
+def forget(training: Training) -> None:
+    training.forget()
+    ctypes.CDLL(None).malloc_trim(0)  # the memory of what was restored is not at hand for the next
+
+
+def agreed(restored: list[dict[str, Any]]) -> str:
+    """The one digest that all have; more of them are none that was ever saved."""
+    return " ".join(sorted({each.pop("digest") for each in restored}))
 
 
 def restore_on_rank(entry: Entry, state: str, url: str) -> None:
@@ -268,13 +280,13 @@ def measure_floors(state: str, url: str, batch: int) -> dict[str, Any]:
     if url.startswith("s3://"):
         uploads, objects = floors.Uploads(url), shards(training)
         uploads.add(objects)  # opens the connections, as a contender's warming up does
-        return medians([floors.s3_floors(uploads, objects, beside) for _ in range(saves_of(state))])
+        return medians([floors.s3_floors(uploads, objects, beside) for _ in range(times(state))])
     data = b"".join(training.raw_bytes())
 
     def once() -> dict[str, float | None]:
         return {"naming": floors.seconds(lambda: name_all(training)), **floors.disk_floors(url, data, beside)}
 
-    return medians([once() for _ in range(saves_of(state))])
+    return medians([once() for _ in range(times(state))])
 
 
 def measure_first_uploads(state: str, url: str) -> dict[str, Any]:

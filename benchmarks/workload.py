@@ -17,8 +17,8 @@ UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3}
 BYTES_PER_PARAMETER = 12  # a weight and two moments, each of fp32
 TENSORS_PER_PARAMETER = 4  # the same, and the number of the step
 TINY_NUMBERS = 16
-SMALL_BYTES = 200_000_000
-SAVES_OF_SMALL = 5  # in each process: one is over so soon that whatever else a core has to do shows
+WORTH_BYTES = 1_500_000_000  # what a process saves in all, at least: one small save is over so soon that
+MOST_TIMES = 5  # whatever else a core has to do shows; but not more often than this
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ def size_bytes(state: str) -> int:
     return BYTES_PER_PARAMETER * (shape.layers * shape.width**2 + shape.tiny * TINY_NUMBERS)
 
 
-def saves_of(state: str) -> int:
-    """How many saves a process measures, to tell their median."""
-    return SAVES_OF_SMALL if shape_of(state).layers and size_bytes(state) < SMALL_BYTES else 1
+def times(state: str) -> int:
+    """How often a process measures the same, to tell the median."""
+    return min(MOST_TIMES, max(1, round(WORTH_BYTES / size_bytes(state)))) if shape_of(state).layers else 1
 
 
 class Tiny(nn.Module):
