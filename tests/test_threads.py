@@ -145,15 +145,22 @@ def test_an_error_of_the_items_own_ends_it():
 
 
 def test_who_asks_for_no_more_leaves_no_thread_behind():
-    before = threading.active_count()
-    coming = in_order(4, lambda number: number, range(1000), ahead=8)
+    own, all_at_it = set(), threading.Barrier(4)
+
+    def call(number: int) -> int:
+        own.add(threading.current_thread())
+        if number < 4:
+            all_at_it.wait(10)
+        return number
+
+    coming = in_order(4, call, range(1000), ahead=8)
     assert next(coming) == 0
     coming.close()
     gc.collect()
-    for thread in threading.enumerate():
-        if thread.name == "harness-worker":
-            thread.join(10)
-    assert threading.active_count() <= before
+    assert len(own) == 4
+    for thread in own:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in own)
 
 
 # --- two calls for each of many --------------------------------------------------------------------------------------
