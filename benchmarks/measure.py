@@ -163,13 +163,18 @@ def measure_write(entry: Entry, state: str, url: str) -> dict[str, Any]:
     """No figures: only what is to be restored."""
     training = Training(state, seed=1, batch=1)
     training.step()
+    write(entry, training, url)
+    return {"digest": training.digest(), "stored_bytes": sum(sizes(url).values())}
+
+
+def write(entry: Entry, training: Training, url: str) -> None:
+    """One save, with nothing beside it."""
     contender = entry.make(url)
     contender.prepare(training.model, training.optimizer)
     contender.save(SAVED_STEP)
     contender.fence()
     contender.wait()
     contender.close()
-    return {"digest": training.digest(), "stored_bytes": sum(sizes(url).values())}
 
 
 def warm_up(entry: Entry) -> None:
@@ -300,15 +305,10 @@ def measure_first_uploads(state: str, url: str) -> dict[str, Any]:
 
 
 def shards(training: Training) -> list[bytes]:
-    """What harness makes of the weights and of the optimizer's state: most of its objects' bytes."""
+    """What harness makes of the weights and of the optimizer's state. What else it writes is small."""
     with tempfile.TemporaryDirectory() as folder:
-        contender = BY_NAME["harness"].make(folder)
-        contender.prepare(training.model, training.optimizer)
-        contender.save(1)
-        contender.fence()
-        contender.wait()
-        contender.close()
-        return [Path(path).read_bytes() for path, size_bytes in sizes(folder).items() if size_bytes > floors.PIECE_BYTES]
+        write(BY_NAME["harness"], training, folder)
+        return [path.read_bytes() for path in map(Path, sizes(folder)) if path.name.startswith(("model", "optimizer"))]
 
 
 def name_all(training: Training) -> list[Any]:

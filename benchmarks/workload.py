@@ -17,8 +17,8 @@ UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3}
 BYTES_PER_PARAMETER = 12  # a weight and two moments, each of fp32
 TENSORS_PER_PARAMETER = 4  # the same, and the number of the step
 TINY_NUMBERS = 16
-WORTH_BYTES = 1_500_000_000  # what a process saves in all, at least: one small save is over so soon that
-MOST_TIMES = 5  # whatever else a core has to do shows; but not more often than this
+MEASURED_BYTES = 1_500_000_000  # a process saves about so much: one small save is over before the noise of a step is,
+MOST_TIMES = 5  # but a very small one not for ever
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def size_bytes(state: str) -> int:
 
 def times(state: str) -> int:
     """How often a process measures the same, to tell the median."""
-    return min(MOST_TIMES, max(1, round(WORTH_BYTES / size_bytes(state)))) if shape_of(state).layers else 1
+    return min(MOST_TIMES, max(1, round(MEASURED_BYTES / size_bytes(state)))) if shape_of(state).layers else 1
 
 
 class Tiny(nn.Module):
