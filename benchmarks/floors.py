@@ -27,6 +27,7 @@ ON_DISK = {
     "write": "write and fsync, through the page cache",
     "write_direct": "write and fsync, O_DIRECT",
     "write_direct_beside": "the same, beside the training",
+    "write_direct_added": "by which the steps take longer meanwhile",
     "read_warm": "read from the page cache, into pages that are there",
     "read_warm_fresh": "read from the page cache, into fresh pages",
     "read_cold": "read from the disk, into pages that are there",
@@ -34,6 +35,7 @@ ON_DISK = {
 ON_S3 = {
     "upload": f"upload of 16 MiB parts over {CONNECTIONS} connections (boto3)",
     "upload_beside": "the same, beside the training",
+    "upload_added": "by which the steps take longer meanwhile",
     "download": f"download of 16 MiB ranges over {CONNECTIONS} connections (boto3)",
 }
 
@@ -44,7 +46,8 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-Beside = Callable[[Callable[[], object]], object]  # calls a function while a training goes on in another thread
+# Calls a function while a training goes on in another thread; the seconds by which the steps take longer meanwhile.
+Beside = Callable[[Callable[[], object]], float]
 
 
 def disk_floors(folder: str, state: bytes, beside: Beside) -> dict[str, float | None]:
@@ -58,7 +61,8 @@ def disk_floors(folder: str, state: bytes, beside: Beside) -> dict[str, float | 
     found["hash"] = seconds(lambda: xxhash.xxh3_128(source.numpy()).digest())
     path = f"{folder}/floor"
     found["write_direct"] = _write(path, source, os.O_DIRECT)
-    beside(lambda: found.update(write_direct_beside=_write(path, source, os.O_DIRECT)))
+    added = beside(lambda: found.update(write_direct_beside=_write(path, source, os.O_DIRECT)))
+    found["write_direct_added"] = None if found["write_direct"] is None else added
     found["write"] = _write(path, source, 0)
     found["read_warm"] = seconds(lambda: _read(path, target))
     found["read_warm_fresh"] = seconds(lambda: _read(path, torch.empty_like(target)))
@@ -110,7 +114,7 @@ def forget_cached(paths: list[str]) -> None:
 def s3_floors(uploads: "Uploads", objects: Sequence[bytes], beside: Beside) -> dict[str, float]:
     """Uploads and downloads of objects with a client that does nothing else."""
     found = {"upload": seconds(lambda: uploads.add(objects))}
-    beside(lambda: found.update(upload_beside=seconds(lambda: uploads.add(objects))))
+    found["upload_added"] = beside(lambda: found.update(upload_beside=seconds(lambda: uploads.add(objects))))
     targets = [bytearray(len(each)) for each in objects]
     found["download"] = seconds(lambda: uploads.get(targets))
     assert targets == list(objects)

@@ -276,11 +276,15 @@ def measure_floors(state: str, url: str, batch: int) -> dict[str, Any]:
     training = Training(state, seed=0, batch=batch)
     training.step()
 
-    def beside(function: Callable[[], object]) -> None:
-        thread = threading.Thread(target=function)
+    def beside(function: Callable[[], object]) -> float:
+        quiet, steps = quiet_steps(training), 0
+        thread, began = threading.Thread(target=function), time.perf_counter()
         thread.start()
         while thread.is_alive():
             training.step()
+            steps += 1
+        wall_seconds = time.perf_counter() - began
+        return wall_seconds - steps * (quiet + quiet_steps(training)) / (2 * QUIET_STEPS)
 
     if url.startswith("s3://"):
         uploads, objects = floors.Uploads(url), shards(training)
