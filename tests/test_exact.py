@@ -134,7 +134,7 @@ def straight(tmp_path_factory):
 # --- killed and resumed ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.soak), 2])
 def test_one_process_killed_and_started_again(tmp_path, straight, workers):
     """A plain process that is SIGKILLed within an epoch and started again by hand ends bit-identical."""
     command = config("run", workers=workers, place=".", hold_at=KILLED_AT)

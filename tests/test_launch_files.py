@@ -367,6 +367,7 @@ def skypilots(place: Path, settings: dict) -> Iterator[list[Run]]:
         ]
 
 
+@pytest.mark.soak
 @pytest.mark.torchrun
 @needs_hosts
 def test_skypilots_machines_are_taken_away_and_the_run_goes_on(tmp_path):

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from cluster import Run, harness, launch, read_json
@@ -214,10 +215,14 @@ class Watched:
     steps: dict[tuple[str, int], float] = field(default_factory=dict)  # by attempt and step
     resumed: dict[str, tuple[int, float]] = field(default_factory=dict)  # attempt: step, time
     ended: float = 0.0
+    looked: float = field(default_factory=time.time)
+    late_seconds: float = 0.0  # by which something may have been seen too late: on a busy machine the turns are rare
 
     def look(self, run: Run) -> None:
         """Notes what the run has told since the last look, by this watch."""
         now = time.time()
+        self.late_seconds = max(self.late_seconds, now - self.looked)
+        self.looked = now
         for record in run.events():
             attempt, step = record["attempt"], record.get("step")
             if record["event"] in ("start", "resume"):
@@ -240,6 +245,11 @@ class Watched:
             counted = [moment for (each, step), moment in self.steps.items() if each == attempt and step <= until]
             productive += max(counted, default=self.resumed[attempt][1]) - self.resumed[attempt][1]
         return productive / (self.ended - self.began)
+
+    def about(self) -> Any:
+        """What the report's goodput must equal: within 2 %, or what each attempt loses or gains when it is seen late."""
+        late = len(self.resumed) * self.late_seconds / (self.ended - self.began)
+        return pytest.approx(self.goodput(), rel=0.02, abs=late)
 
 
 def killed_run(folder: Path, kills: list[int], steps: int, every: int, ranks: int | None = None) -> Watched:
@@ -266,6 +276,7 @@ def killed_run(folder: Path, kills: list[int], steps: int, every: int, ranks: in
                     else:
                         run.kill_rank(len(pending) % ranks)
                         run.wait_for("resume", attempt=len(watched.resumed) + 1)
+                    watched.looked = time.time()  # until now there was nothing to see
                 time.sleep(0.005)
             if watched.ended:
                 run.succeed()
@@ -281,11 +292,11 @@ def killed_twice(tmp_path_factory):
 
 @pytest.mark.torchrun
 def test_goodput_agrees_with_a_stopwatch(killed_twice):
-    """Within 2 %, and the report knows of both deaths."""
+    """As exactly as that can be read, and the report knows of both deaths."""
     folder, watched = killed_twice
     found = read_json("report", str(folder / "run"))
     assert (found["deaths"], found["attempts"], found["ending"], found["step"]) == (2, 3, "done", 90)
-    assert found["goodput"] == pytest.approx(watched.goodput(), rel=0.02)
+    assert found["goodput"] == watched.about()
     assert 0 < found["lost_steps"] <= watched.lost_steps()
 
 
@@ -436,11 +447,11 @@ def test_the_page_needs_its_extra(killed_twice, tmp_path):
 @pytest.mark.torchrun
 @pytest.mark.parametrize("ranks", [None, 2])
 def test_five_deaths(ranks, tmp_path, opened):
-    """Each is in the report, and goodput agrees with a stopwatch within 2 %."""
+    """Each is in the report, and goodput agrees with a stopwatch."""
     watched = killed_run(tmp_path / "run", [70, 130, 220, 310, 390], steps=500, every=25, ranks=ranks)
     url, path = str(tmp_path / "run/run"), tmp_path / "report.html"
     found = read_json("report", url, str(path))
     assert (found["deaths"], found["attempts"], found["ending"], found["step"]) == (5, 6, "done", 500)
-    assert found["goodput"] == pytest.approx(watched.goodput(), rel=0.02)
+    assert found["goodput"] == watched.about()
     shown, _ = opened(path)
     assert [*boxes(shown, "death")] == [f"death-{number}" for number in range(1, 6)]
