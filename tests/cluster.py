@@ -34,7 +34,7 @@ AGENT, TORCHRUN = "harness.agent", "torch.distributed.run"
 # Before a command: makes it process 1, as in a container. Needs root, or leave to be it.
 CONTAINER = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 POLL_SECONDS = 0.005
-PATIENCE_SECONDS = 90.0  # for what takes a few seconds on an idle machine
+PATIENCE_SECONDS = 240.0  # for what takes a few seconds on a fast machine that does nothing else
 
 
 class Impatient(AssertionError):

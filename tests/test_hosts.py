@@ -30,7 +30,6 @@ pytestmark = [pytest.mark.torchrun, pytest.mark.skipif(bool(what_is_missing()), 
 LAUNCH = Path(__file__).parent.parent / "launch"
 FINAL = {2, 65, 66, 70, 77}
 BATCH = 6
-PATIENCE_SECONDS = 100
 
 
 def build(trained: str | None = None, **args) -> Task:
@@ -115,7 +114,7 @@ class Cluster:
 
     def wait(self, found: Callable[[], bool], what: str) -> None:
         try:
-            wait_until(found, what, PATIENCE_SECONDS)
+            wait_until(found, what)
         except Impatient as error:
             raise Impatient(f"{error}\n{self.output()}") from None
 

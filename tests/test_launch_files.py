@@ -316,7 +316,6 @@ needs_hosts = pytest.mark.skipif(bool(what_is_missing()), reason=what_is_missing
 
 
 @pytest.mark.torchrun
-@pytest.mark.timeout(600)
 @needs_hosts
 def test_a_pod_is_evicted_and_the_run_goes_on(tmp_path):
     """All pods end with the code that is free; the next ones go on, those of the other files, too, and end with 0. None

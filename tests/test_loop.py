@@ -286,8 +286,8 @@ def test_an_error_ends_a_plain_run_at_once(tmp_path, broken, words):
     """With its traceback; loader workers, which ignore the signals that stop a run, do not keep it from leaving."""
     config = {"task": f"{__file__}:build_broken", "args": {"broken": broken}, "train": TRAIN, "data": {"workers": 2}}
     with launch(tmp_path, config) as run:
+        run.wait(lambda: f"ZeroDivisionError: {words}" in run.output(), "the traceback")
         assert run.finish(seconds=30) == 1
-        assert f"ZeroDivisionError: {words}" in run.output()
 
 
 def build_full(place: str, room_at: int) -> Task:
