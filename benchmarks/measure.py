@@ -118,6 +118,11 @@ def quiet_steps(training: Training) -> float:
     return floors.seconds(lambda: [training.step() for _ in range(QUIET_STEPS)])
 
 
+def quiet_step_seconds(training: Training, before: float) -> float:
+    """Of one such step, when those before have taken so long and as many come now."""
+    return (before + quiet_steps(training)) / (2 * QUIET_STEPS)
+
+
 def measure_save(entry: Entry, state: str, url: str, batch: int) -> dict[str, Any]:
     warm_up(entry)
     training = Training(state, seed=1, batch=batch)
@@ -138,7 +143,7 @@ def measure_save(entry: Entry, state: str, url: str, batch: int) -> dict[str, An
         os.sync()
         found.append(save_among_steps(training, contender, step))
         peak = memory_bytes("VmHWM")
-        step_seconds = (quiet + quiet_steps(training)) / (2 * QUIET_STEPS)
+        step_seconds = quiet_step_seconds(training, quiet)
         found[-1]["step_seconds"] = step_seconds
         found[-1]["added_seconds"] = found[-1]["wall_seconds"] - found[-1]["steps"] * step_seconds
     contender.close()
@@ -284,7 +289,7 @@ def measure_floors(state: str, url: str, batch: int) -> dict[str, Any]:
             training.step()
             steps += 1
         wall_seconds = time.perf_counter() - began
-        return wall_seconds - steps * (quiet + quiet_steps(training)) / (2 * QUIET_STEPS)
+        return wall_seconds - steps * quiet_step_seconds(training, quiet)
 
     if url.startswith("s3://"):
         uploads, objects = floors.Uploads(url), shards(training)

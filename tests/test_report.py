@@ -266,6 +266,7 @@ def killed_run(folder: Path, kills: list[int], steps: int, every: int, ranks: in
     watched, pending = Watched(), list(kills)
     while not watched.ended:
         with launch(folder, config, ranks=ranks, max_restarts=len(kills)) as run:
+            watched.looked = time.time()  # until now there was nothing to see
             while run.process.poll() is None and not watched.ended:
                 watched.look(run)
                 newest = max(watched.steps, default=("", 0))
@@ -276,7 +277,7 @@ def killed_run(folder: Path, kills: list[int], steps: int, every: int, ranks: in
                     else:
                         run.kill_rank(len(pending) % ranks)
                         run.wait_for("resume", attempt=len(watched.resumed) + 1)
-                    watched.looked = time.time()  # until now there was nothing to see
+                        watched.looked = time.time()
                 time.sleep(0.005)
             if watched.ended:
                 run.succeed()
