@@ -1,6 +1,7 @@
 """Saving beside the training: what is written is the state of one step boundary, whatever the training does meanwhile."""
 
 import contextlib
+import random
 import threading
 import time
 
@@ -130,16 +131,17 @@ def test_a_state_beyond_the_limit_is_saved_while_the_training_waits(tmp_path):
 @contextlib.contextmanager
 def held_up(monkeypatch):
     """While the block lasts, no copy beside the training gets further."""
-    gate, copy = threading.Event(), staging._copy
+    begun, gate, copy = threading.Event(), threading.Event(), staging._copy
 
     def waiting(*arguments):
         if threading.current_thread() is not threading.main_thread():
+            begun.set()
             assert gate.wait(30)
         return copy(*arguments)
 
     monkeypatch.setattr(staging, "_copy", waiting)
     try:
-        yield gate
+        yield begun, gate
     finally:
         gate.set()
 
@@ -149,11 +151,12 @@ def test_begin_does_not_wait_and_the_fence_does(tmp_path, monkeypatch):
     writer = saver(str(tmp_path))
     weight, buffer = torch.zeros(1000), torch.zeros(1000)
     state = {"model": {"weight": weight, "buffer": buffer}}
-    with held_up(monkeypatch) as gate:
+    with held_up(monkeypatch) as (begun, gate):
         writer.begin(state, step=1, meta={}, is_steady=lambda tensor: tensor is weight)
         buffer.fill_(7)
         assert writer.poll() is None
         assert writer.is_busy
+        assert begun.wait(30)
         threading.Timer(0.2, gate.set).start()
         writer.fence()
         weight.fill_(7)
@@ -252,7 +255,7 @@ def test_an_image_is_written_while_it_is_filled(monkeypatch):
     """The writer gets what is there, and waits for the rest; the checksums are there when it has everything."""
     monkeypatch.setattr(staging, "_WINDOW_BYTES", 1 << 20)
     values = {name: torch.rand(1 << 18) for name in "abc"}
-    with held_up(monkeypatch) as gate:
+    with held_up(monkeypatch) as (_begun, gate):
         snapshot = snapshot_of(values, HostMemory(pinned=False), lambda tensor: tensor is not values["a"])
         draining = Background(snapshot.drain)
         (image,) = snapshot.images
@@ -269,7 +272,12 @@ def test_an_image_is_written_while_it_is_filled(monkeypatch):
     draining.result()
 
 
-def test_the_fence_does_not_wait_for_checksums(monkeypatch):
+@pytest.mark.parametrize(
+    ("sizes", "steady"),
+    [([10] * 40, [10]), ([40 << 18], [40 << 18]), ([40 << 18, 10], [10])],
+    ids=["between tensors", "within one", "within one that is copied"],
+)
+def test_the_fence_does_not_wait_for_checksums(monkeypatch, sizes, steady):
     """Once somebody waits, what is left is copied first and hashed afterwards."""
 
     class Slow(BlockHasher):
@@ -278,8 +286,9 @@ def test_the_fence_does_not_wait_for_checksums(monkeypatch):
             super().update(data)
 
     monkeypatch.setattr(staging, "BlockHasher", Slow)
-    values = {f"layer{index:02}": torch.full((10,), float(index)) for index in range(40)}
-    snapshot = snapshot_of(values, HostMemory(pinned=False))
+    values = {f"layer{index:02}": torch.rand(size) for index, size in enumerate(sizes)}
+    before = contents(values)
+    snapshot = snapshot_of(values, HostMemory(pinned=False), lambda tensor: tensor.numel() in steady)
     began = time.monotonic()
     draining = Background(snapshot.drain)
     snapshot.fence()
@@ -288,10 +297,115 @@ def test_the_fence_does_not_wait_for_checksums(monkeypatch):
         tensor.fill_(-1)
     draining.result()
     assert time.monotonic() - began > 2
+    check(snapshot, before)
+
+
+def contents(values: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    """The bytes that the tensors have now."""
+    return {name: tensor.numpy().tobytes() for name, tensor in values.items()}
+
+
+def check(snapshot: Snapshot, before: dict[str, bytes]) -> None:
+    """The one image of the snapshot has these bytes behind its header, and the checksum of what it has."""
     (image,) = snapshot.images
-    _header, data = image()
-    assert torch.frombuffer(data, dtype=torch.float32).view(40, 10).eq(torch.arange(40.0)[:, None]).all()
-    assert image.checksum == checksum(b"".join(image()))
+    whole = b"".join(image())
+    assert whole == image.shard.header + b"".join(before[info.path] for info in image.shard.tensors)
+    assert image.checksum == checksum(whole)
+
+
+def test_who_waits_copies_too(monkeypatch):
+    """From the last tensor backwards, while the other thread is at the first one; the fence waits for that one, too."""
+    values = {f"layer{index}": torch.full((10,), float(index)) for index in range(8)}
+    before = contents(values)
+    begun, gate, helped = threading.Event(), threading.Event(), []
+    copy = staging._copy
+
+    def watched(memory, start, tensor):
+        if threading.current_thread() is threading.main_thread():
+            helped.append(int(tensor[0]))
+            if len(helped) == 7:
+                threading.Timer(0.2, gate.set).start()
+        else:
+            begun.set()
+            assert gate.wait(30)
+        return copy(memory, start, tensor)
+
+    monkeypatch.setattr(staging, "_copy", watched)
+    snapshot = snapshot_of(values, HostMemory(pinned=False))
+    draining = Background(snapshot.drain)
+    assert begun.wait(30)
+    snapshot.fence()
+    assert gate.is_set()
+    for tensor in values.values():
+        tensor.fill_(-1)
+    draining.result()
+    assert helped == [7, 6, 5, 4, 3, 2, 1]
+    check(snapshot, before)
+
+
+def test_nothing_is_hashed_before_it_is_copied(monkeypatch):
+    """What the waiting thread has taken is not there yet when the other one comes to it, which must not take what lies there
+    from the save before."""
+    copy, memory = staging._copy, HostMemory(pinned=False)
+
+    def slowly(*arguments):
+        if threading.current_thread() is threading.main_thread():
+            time.sleep(0.05)
+        return copy(*arguments)
+
+    monkeypatch.setattr(staging, "_copy", slowly)
+    for number in range(3):
+        values = {f"layer{index}": torch.full((10,), float(8 * number + index)) for index in range(8)}
+        snapshot = snapshot_of(values, memory)
+        draining = Background(snapshot.drain)
+        snapshot.fence()
+        draining.result()
+        check(snapshot, contents(values))
+
+
+def test_a_fence_at_any_time(monkeypatch):
+    """Whenever it comes, and whoever has copied what: the state before it is what the image has."""
+    monkeypatch.setattr(staging, "_WINDOW_BYTES", 1 << 20)
+    memory, draws = HostMemory(pinned=False), random.Random(0)
+    for _ in range(100):
+        values = {f"layer{index}": torch.rand(draws.choice([0, 1, 1000, 1 << 20])) for index in range(12)}
+        before = contents(values)
+        snapshot = snapshot_of(values, memory, lambda tensor: tensor.numel() != 1000)
+        draining = Background(snapshot.drain)
+        time.sleep(draws.uniform(0, 0.01))
+        snapshot.fence()
+        for tensor in values.values():
+            tensor.fill_(-1)
+        draining.result()
+        check(snapshot, before)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("no room"), KeyboardInterrupt("stop")], ids=lambda error: type(error).__name__
+)
+def test_what_the_fence_could_not_copy_is_not_written(monkeypatch, error):
+    """Its error is the save's, and the other thread is not left waiting; who interrupts the training interrupts it, too."""
+    begun, gate, copy = threading.Event(), threading.Event(), staging._copy
+
+    def failing(*arguments):
+        if threading.current_thread() is threading.main_thread():
+            gate.set()
+            raise error
+        begun.set()
+        assert gate.wait(30)
+        return copy(*arguments)
+
+    monkeypatch.setattr(staging, "_copy", failing)
+    snapshot = snapshot_of({name: torch.rand(10) for name in "abc"}, HostMemory(pinned=False))
+    draining = Background(snapshot.drain)
+    assert begun.wait(30)
+    with contextlib.nullcontext() if isinstance(error, Exception) else pytest.raises(KeyboardInterrupt, match="stop"):
+        snapshot.fence()
+    draining.join(30)
+    assert not draining.is_alive()
+    (image,) = snapshot.images
+    with pytest.raises(type(error), match=str(error)):
+        list(image())
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, 3 << 20, (8 << 20) + 4096, (20 << 20) + 5])

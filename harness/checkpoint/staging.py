@@ -6,8 +6,9 @@ is copied beside the next forward and backward pass, and the optimizer's step wa
 version counter would not do in place of the fence: fused optimizers and ``.data`` change tensors without counting.
 
 The copy of a shard is its file, byte for byte, in memory that begins on a page (``Image``), from where a disk can fetch it.
-One thread copies, and hashes each piece while that is still in the processor's cache (later, when the optimizer waits);
-another one follows and writes. The memory is used again for each save, so that only the first one pays for fresh pages.
+One thread copies, and hashes each piece while that is still in the processor's cache; another one follows and writes. Once
+the optimizer waits, the hashes wait, too, and both threads copy: the one whose turn it was from the front, the one that
+waits from the back. The memory is used again for each save, so that only the first one pays for fresh pages.
 
 From a GPU a stream of its own copies into pinned memory, after what the computing stream had been given until then; the
 fence then holds up the computing stream and not the processor.
@@ -16,12 +17,13 @@ fence then holds up the computing stream and not the processor.
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
 
 from harness.checkpoint import tree
-from harness.checkpoint.format import CHECKSUM, DATA_ALIGNMENT_BYTES, BlockHasher, Blocks, hasher
+from harness.checkpoint.format import CHECKSUM, DATA_ALIGNMENT_BYTES, BlockHasher, Blocks, TensorInfo, hasher
 from harness.checkpoint.shares import Shard
 from harness.checkpoint.tree import Encoded
 from harness.checkpoint.unbuffered import Buffer
@@ -61,7 +63,8 @@ class Snapshot:
             self.images.append(Image(shard, parts[shard.part].tensors, block[offset : offset + shard.data_bytes]))
             offset += _padded(shard.data_bytes)
         self._awaited = threading.Event()  # by the fence
-        self._drained = threading.Event()
+        self._helped = threading.Event()  # what the thread at the fence has taken is copied
+        self._drained = threading.Event()  # and so is what the other one has taken
         self._stream = torch.cuda.Stream() if memory.pinned else None  # type: ignore[no-untyped-call]
         self._copied: torch.cuda.Event | None = None
         self._copy_now(is_steady)
@@ -72,26 +75,40 @@ class Snapshot:
             if self._stream is not None:
                 self._copy_from_gpu(self._stream)
             for image in self.images:
-                image.fill(self._hurry)
+                image.fill(self._awaited, self._hurry)
         except BaseException as error:
-            for image in self.images:
-                image.fail(error)
+            self._fail(error)
         finally:
             self._drained.set()
 
     def fence(self) -> None:
-        """Waits until what was steady may change. On a GPU, it is the computing stream that waits."""
-        self._awaited.set()
+        """Waits until what was steady may change, and helps to copy it. On a GPU, it is the computing stream that waits."""
+        try:
+            self._awaited.set()
+            if self._stream is None and not self._drained.is_set():
+                for image in reversed(self.images):
+                    image.copy(_everything, last_first=True)
+        except BaseException as error:
+            self._fail(error)  # it is that of the save, as in the other thread
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._helped.set()
         self._drained.wait()
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)
 
     def _hurry(self) -> None:
-        """Copies all that is missing, unhashed, when somebody waits for that."""
+        """When somebody waits for it, copies all that nobody has taken yet, unhashed. After that, all of it is there."""
         if self._awaited.is_set() and not self._drained.is_set():
             for image in self.images:
                 image.copy(_everything)
             self._drained.set()
+            self._helped.wait()
+
+    def _fail(self, error: BaseException) -> None:
+        for image in self.images:
+            image.fail(error)
 
     def _copy_now(self, is_steady: Callable[[torch.Tensor], bool]) -> None:
         if self._stream is None:
@@ -121,7 +138,10 @@ class Image:
         self.checksum = ""
         self.blocks: dict[str, Blocks] = {}
         self._memory = memory  # uint8, as many as the tensors have
-        self._missing = {info.path: tensors[info.path] for info in shard.tensors}  # those that are not copied yet
+        starts = accumulate((info.nbytes for info in shard.tensors), initial=0)
+        self._missing = {  # where it goes, and what: of those that nobody has taken yet, who then copies it
+            info.path: (start, tensors[info.path]) for start, info in zip(starts, shard.tensors, strict=False)
+        }
         self._changed = threading.Condition()
         self._ready_bytes = -1  # that the writer may have; all of them when the checksums are there, too
         self._failure: BaseException | None = None
@@ -137,28 +157,25 @@ class Image:
             yield window
         self._wait_for(done)  # where there are no bytes, too
 
-    def copy(self, wanted: Callable[[torch.Tensor], bool]) -> list[torch.Tensor]:
+    def copy(self, wanted: Callable[[torch.Tensor], bool], last_first: bool = False) -> list[torch.Tensor]:
         """Copies those tensors that are wanted and missing, and returns them; from a GPU, in the current stream and without
-        waiting."""
-        copied, start = [], 0
-        for info in self.shard.tensors:
-            tensor = self._missing.get(info.path)
-            if tensor is not None and wanted(tensor):
-                for _piece in _copy(self._memory, start, tensor):
-                    pass
-                copied.append(self._missing.pop(info.path))
-            start += info.nbytes
+        waiting. Two threads may do so at the same time."""
+        copied = []
+        missing = list(self._missing.items())
+        for path, (start, tensor) in reversed(missing) if last_first else missing:
+            if wanted(tensor) and self._missing.pop(path, None) is not None:
+                _exhaust(_copy(self._memory, start, tensor))
+                copied.append(tensor)
         return copied
 
-    def fill(self, before_each: Callable[[], None]) -> None:
-        """Copies what is still missing, and hashes everything, tensor by tensor."""
+    def fill(self, awaited: threading.Event, hurry: Callable[[], None]) -> None:
+        """Copies what is still missing, and hashes everything, tensor by tensor. Once it is ``awaited``, no further hash
+        comes before what ``hurry`` copies."""
         whole, start = hasher(), 0
         whole.update(self.shard.header)
         for info in self.shard.tensors:
-            before_each()
-            own, tensor = BlockHasher(), self._missing.pop(info.path, None)
-            place = slice(start, start + info.nbytes)
-            for piece in tree.raw_bytes(self._memory[place]) if tensor is None else _copy(self._memory, start, tensor):
+            own = BlockHasher()
+            for piece in self._pieces(info, start, awaited, hurry):
                 whole.update(piece)
                 own.update(piece)
                 start += len(piece)
@@ -167,6 +184,25 @@ class Image:
             self.blocks[info.path] = own.blocks()
         self.checksum = f"{CHECKSUM}:{whole.hexdigest()}"
         self._tell(start)
+
+    def _pieces(
+        self, info: TensorInfo, start: int, awaited: threading.Event, hurry: Callable[[], None]
+    ) -> Iterator[memoryview]:
+        """The bytes of a tensor. Until somebody waits, each piece is copied when it is asked for, and still in the cache."""
+        end = start + info.nbytes
+        if (taken := self._missing.pop(info.path, None)) is not None:
+            copying = _copy(self._memory, *taken)
+            for piece in copying:
+                yield piece
+                start += len(piece)
+                if awaited.is_set():
+                    break
+            _exhaust(copying)
+        hurry()  # now at the latest the tensor is there, even if the thread that waits has taken it
+        if start < end:
+            for piece in tree.raw_bytes(self._memory[start:end]):
+                yield piece
+                hurry()
 
     def fail(self, error: BaseException) -> None:
         """Lets the writer know that it waits in vain."""
@@ -194,6 +230,11 @@ def size_bytes(shards: Iterable[Shard]) -> int:
 
 def _everything(_tensor: torch.Tensor) -> bool:
     return True
+
+
+def _exhaust(copying: Iterator[memoryview]) -> None:
+    for _piece in copying:
+        pass
 
 
 def _padded(count: int) -> int:
