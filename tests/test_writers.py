@@ -158,6 +158,52 @@ def test_the_first_writer_has_what_is_not_the_same_everywhere():
     assert first.checksum == second.checksum
 
 
+def cut_and_whole() -> dict[str, torch.Tensor]:
+    """A tensor of 18 blocks, and a small one."""
+    return {"large": torch.randn(48, 24), "small": torch.randn(3)}
+
+
+CHANGES = {
+    "nothing": lambda values: values,
+    "every value and address": lambda values: cut_and_whole(),
+    "a shape": lambda values: {**values, "large": values["large"].reshape(24, 48)},
+    "a dtype": lambda values: {**values, "large": values["large"].view(torch.int32)},
+    "the order in memory": lambda values: {**values, "large": torch.randn(24, 48).t()},
+    "a name": lambda values: {"great": values["large"], "small": values["small"]},
+    "the order of the names": lambda values: dict(reversed(values.items())),
+    "one more": lambda values: {**values, "third": torch.ones(1)},
+    "one less": lambda values: {"large": values["large"]},
+    "a second name": lambda values: {**values, "tied": values["large"]},
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_plan_is_used_again_until_something_changes(tmp_path, small_blocks, what):
+    """What the next save writes is right in any case."""
+    catalog = Catalog(open_store(str(tmp_path)))
+    saver = Saver(catalog, ATTEMPT, [], Retention(), shard_bytes=1000, failures_allowed=0)
+    before = cut_and_whole()
+    after = CHANGES[what](before)
+    plans = []
+    for step, values in enumerate((before, after)):
+        saver.begin({"model": values}, step=step, meta={}, is_steady=everything)
+        assert saver.wait() is not None
+        plans.append(saver._plan)
+    assert (plans[0] is plans[1]) == (what in ("nothing", "every value and address", "a second name"))
+    entry = catalog.newest()
+    assert bits(load.read(catalog.store, entry.directory, entry.manifest)["model"]) == bits(after)
+
+
+def test_a_plan_is_for_those_whom_it_was_made_for(small_blocks):
+    """What may be divided is part of it, where there is somebody to divide it with."""
+    parts = {"model": Encoded({}, cut_and_whole())}
+    for ranks in ((0,), (0, 1, 2)):
+        plan = Plan(parts, 1000, Writers(ranks), everything)
+        assert plan.is_for(parts, everything)
+        assert plan.is_for(parts) == (len(ranks) == 1)
+        assert not plan.is_for({**parts, "further": Encoded()}, everything)
+
+
 # --- two savers in one process ---------------------------------------------------------------------------------------
 
 

@@ -83,6 +83,7 @@ class Saver:
     before_commit: Callable[[], None] = lambda: None  # called before a commit, in the thread that writes
     on_failure: Callable[[int, str], None] = lambda _step, _error: None  # called with a save that failed
     failures: int = 0
+    _plan: Plan | None = None  # of the save before
     _under_way: "_Writing | None" = None
     _worker: Worker = field(default_factory=lambda: Worker(_THREAD))
 
@@ -115,7 +116,7 @@ class Saver:
         def write() -> tuple[str, int] | None:
             with self._telling(order):
                 encoded = commit.encode(parts)
-                plan = Plan(encoded, self.shard_bytes, self.writers, is_steady)
+                plan = self._planned(encoded, is_steady)
                 contents = commit.streamed(plan, encoded)
                 return self.catalog.store.together(lambda: self._write(plan, encoded, contents, order)).result()
 
@@ -149,7 +150,7 @@ class Saver:
             encoded = commit.encode(parts)
             if check and self.writers.is_first:
                 order.expected = commit.checksums(encoded)
-            plan = Plan(encoded, self.shard_bytes, self.writers, is_steady)
+            plan = self._planned(encoded, is_steady)
             shards = plan.shards[self.writers.rank]
             snapshot = None
             if self.memory_limit_bytes is None or staging.size_bytes(shards) <= self.memory_limit_bytes:
@@ -162,6 +163,12 @@ class Saver:
         if snapshot is None:
             self._under_way.join()
         self._under_way.blocked_seconds = time.monotonic() - began
+
+    def _planned(self, encoded: Mapping[str, Encoded], is_steady: IsSteady) -> Plan:
+        """The plan of the save before, unless a tensor has come, gone or changed its form since."""
+        if self._plan is None or not self._plan.is_for(encoded, is_steady):
+            self._plan = Plan(encoded, self.shard_bytes, self.writers, is_steady)
+        return self._plan
 
     def fence(self) -> None:
         """To be called before anything steady is changed: waits until the snapshot does not need it any more."""
