@@ -220,6 +220,19 @@ def snapshot_of(values: dict[str, torch.Tensor], memory: HostMemory, steady=lamb
     return Snapshot(plan.shards[0], own, memory, steady)
 
 
+def contents(values: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    """The bytes that the tensors have now."""
+    return {name: tensor.numpy().tobytes() for name, tensor in values.items()}
+
+
+def check(snapshot: Snapshot, before: dict[str, bytes]) -> None:
+    """The one image of the snapshot has these bytes behind its header, and the checksum of what it has."""
+    (image,) = snapshot.images
+    whole = b"".join(image())
+    assert whole == image.shard.header + b"".join(before[info.path] for info in image.shard.tensors)
+    assert image.checksum == checksum(whole)
+
+
 def test_memory_is_used_again():
     """The second snapshot lies where the first one lay; a larger one gets more."""
     memory = HostMemory(pinned=False)
@@ -300,42 +313,27 @@ def test_the_fence_does_not_wait_for_checksums(monkeypatch, sizes, steady):
     check(snapshot, before)
 
 
-def contents(values: dict[str, torch.Tensor]) -> dict[str, bytes]:
-    """The bytes that the tensors have now."""
-    return {name: tensor.numpy().tobytes() for name, tensor in values.items()}
-
-
-def check(snapshot: Snapshot, before: dict[str, bytes]) -> None:
-    """The one image of the snapshot has these bytes behind its header, and the checksum of what it has."""
-    (image,) = snapshot.images
-    whole = b"".join(image())
-    assert whole == image.shard.header + b"".join(before[info.path] for info in image.shard.tensors)
-    assert image.checksum == checksum(whole)
-
-
 def test_who_waits_copies_too(monkeypatch):
     """From the last tensor backwards, while the other thread is at the first one; the fence waits for that one, too."""
     values = {f"layer{index}": torch.full((10,), float(index)) for index in range(8)}
     before = contents(values)
-    begun, gate, helped = threading.Event(), threading.Event(), []
-    copy = staging._copy
+    helped: list[int] = []
+    with held_up(monkeypatch) as (begun, gate):
+        copy = staging._copy
 
-    def watched(memory, start, tensor):
-        if threading.current_thread() is threading.main_thread():
-            helped.append(int(tensor[0]))
-            if len(helped) == 7:
-                threading.Timer(0.2, gate.set).start()
-        else:
-            begun.set()
-            assert gate.wait(30)
-        return copy(memory, start, tensor)
+        def watched(memory, start, tensor):
+            if threading.current_thread() is threading.main_thread():
+                helped.append(int(tensor[0]))
+                if len(helped) == 7:
+                    threading.Timer(0.2, gate.set).start()
+            return copy(memory, start, tensor)
 
-    monkeypatch.setattr(staging, "_copy", watched)
-    snapshot = snapshot_of(values, HostMemory(pinned=False))
-    draining = Background(snapshot.drain)
-    assert begun.wait(30)
-    snapshot.fence()
-    assert gate.is_set()
+        monkeypatch.setattr(staging, "_copy", watched)
+        snapshot = snapshot_of(values, HostMemory(pinned=False))
+        draining = Background(snapshot.drain)
+        assert begun.wait(30)
+        snapshot.fence()
+        assert gate.is_set()
     for tensor in values.values():
         tensor.fill_(-1)
     draining.result()
@@ -385,22 +383,22 @@ def test_a_fence_at_any_time(monkeypatch):
 )
 def test_what_the_fence_could_not_copy_is_not_written(monkeypatch, error):
     """Its error is the save's, and the other thread is not left waiting; who interrupts the training interrupts it, too."""
-    begun, gate, copy = threading.Event(), threading.Event(), staging._copy
+    with held_up(monkeypatch) as (begun, gate):
+        copy = staging._copy
 
-    def failing(*arguments):
-        if threading.current_thread() is threading.main_thread():
-            gate.set()
-            raise error
-        begun.set()
-        assert gate.wait(30)
-        return copy(*arguments)
+        def failing(*arguments):
+            if threading.current_thread() is threading.main_thread():
+                gate.set()
+                raise error
+            return copy(*arguments)
 
-    monkeypatch.setattr(staging, "_copy", failing)
-    snapshot = snapshot_of({name: torch.rand(10) for name in "abc"}, HostMemory(pinned=False))
-    draining = Background(snapshot.drain)
-    assert begun.wait(30)
-    with contextlib.nullcontext() if isinstance(error, Exception) else pytest.raises(KeyboardInterrupt, match="stop"):
-        snapshot.fence()
+        monkeypatch.setattr(staging, "_copy", failing)
+        snapshot = snapshot_of({name: torch.rand(10) for name in "abc"}, HostMemory(pinned=False))
+        draining = Background(snapshot.drain)
+        assert begun.wait(30)
+        raised = contextlib.nullcontext() if isinstance(error, Exception) else pytest.raises(type(error), match="stop")
+        with raised:
+            snapshot.fence()
     draining.join(30)
     assert not draining.is_alive()
     (image,) = snapshot.images

@@ -198,10 +198,13 @@ def test_a_plan_is_for_those_whom_it_was_made_for(small_blocks):
     """What may be divided is part of it, where there is somebody to divide it with."""
     parts = {"model": Encoded({}, cut_and_whole())}
     for ranks in ((0,), (0, 1, 2)):
-        plan = Plan(parts, 1000, Writers(ranks), everything)
-        assert plan.is_for(parts, everything)
-        assert plan.is_for(parts) == (len(ranks) == 1)
-        assert not plan.is_for({**parts, "further": Encoded()}, everything)
+        writers = Writers(ranks)
+        plan = Plan(parts, 1000, writers, everything)
+        assert plan.is_for(parts, 1000, writers, everything)
+        assert plan.is_for(parts, 1000, writers) == (len(ranks) == 1)
+        assert not plan.is_for({**parts, "further": Encoded()}, 1000, writers, everything)
+        assert not plan.is_for(parts, 2000, writers, everything)
+        assert not plan.is_for(parts, 1000, Writers((*ranks, 3)), everything)
 
 
 # --- two savers in one process ---------------------------------------------------------------------------------------

@@ -166,8 +166,9 @@ class Saver:
 
     def _planned(self, encoded: Mapping[str, Encoded], is_steady: IsSteady) -> Plan:
         """The plan of the save before, unless a tensor has come, gone or changed its form since."""
-        if self._plan is None or not self._plan.is_for(encoded, is_steady):
-            self._plan = Plan(encoded, self.shard_bytes, self.writers, is_steady)
+        given = encoded, self.shard_bytes, self.writers, is_steady
+        if self._plan is None or not self._plan.is_for(*given):
+            self._plan = Plan(*given)
         return self._plan
 
     def fence(self) -> None:

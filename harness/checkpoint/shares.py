@@ -132,6 +132,15 @@ def divide(pieces: Iterable[Piece], count: int) -> list[list[Piece]]:
     return shares
 
 
+def _forms_of(parts: Mapping[str, Encoded], writers: Writers, is_steady: IsSteady) -> list[tuple[str, list[_Form]]]:
+    """What a plan goes by of the tensors."""
+    several = len(writers.ranks) > 1
+    return [
+        (name, [_form(path, tensor, several and is_steady(tensor)) for path, tensor in part.tensors.items()])
+        for name, part in parts.items()
+    ]
+
+
 def _form(path: str, tensor: torch.Tensor, may_be_divided: bool) -> _Form:
     can_be_cut = tensor.nbytes > layout.BLOCK_BYTES and tree.is_flat(tensor)
     return path, tensor.dtype, tensor.shape, can_be_cut, may_be_divided
@@ -154,7 +163,7 @@ class Plan:
         self.writers = writers or Writers()
         self.tensors = {name: [tree.info(*pair) for pair in part.tensors.items()] for name, part in parts.items()}
         self._shard_bytes = shard_bytes
-        self._forms = self._forms_of(parts, is_steady)
+        self._forms = _forms_of(parts, self.writers, is_steady)
         ranks = self.writers.ranks
         undivided: list[Piece] = []
         divided: list[Piece] = []
@@ -166,17 +175,12 @@ class Plan:
         self._agreed = dict(zip(ranks, shares, strict=True))
         self.pieces = {**self._agreed, ranks[0]: [*self._fitting(undivided), *shares[0]]}
 
-    def is_for(self, parts: Mapping[str, Encoded], is_steady: IsSteady = nothing_is_steady) -> bool:
+    def is_for(
+        self, parts: Mapping[str, Encoded], shard_bytes: int, writers: Writers, is_steady: IsSteady = nothing_is_steady
+    ) -> bool:
         """Whether the plan for these would be the same, which is found in a tenth of the time that a new one takes."""
-        return self._forms == self._forms_of(parts, is_steady)
-
-    def _forms_of(self, parts: Mapping[str, Encoded], is_steady: IsSteady) -> list[tuple[str, list[_Form]]]:
-        """All that a plan goes by, besides the writers and the size of the shards."""
-        several = len(self.writers.ranks) > 1
-        return [
-            (name, [_form(path, tensor, several and is_steady(tensor)) for path, tensor in part.tensors.items()])
-            for name, part in parts.items()
-        ]
+        alike = (shard_bytes, writers) == (self._shard_bytes, self.writers)
+        return alike and _forms_of(parts, writers, is_steady) == self._forms
 
     def _fitting(self, pieces: Iterable[Piece]) -> list[Piece]:
         """The same, and none that can be cut is larger than a shard."""
