@@ -5,18 +5,13 @@ memory, and both checksums, the file's and the tensor's, are computed a piece at
 still in a core's cache. Only when they agree with the manifest are the tensors handed out. Nothing is executed:
 there is no pickle on this path.
 
-The pieces of a tensor that lies in several go to their places in the whole. Most of the time goes into fresh memory, whose
-pages the kernel finds and clears one by one when they are first touched. Several threads do that for a local file, each a
-stretch of it, and ask for its pages all at once; none waits for another one. Huge pages are not asked for: where a virtual
-machine gives free ones back to its host, each may cost milliseconds (with them a restore of 0.5 GB took 0.07 or 0.8 s,
-without them always 0.19 s).
+The pieces of a tensor that lies in several go to their places in the whole. A local file is read by several threads, each a
+stretch of it, whose pages it has the kernel give first (``harness.checkpoint.pages``); none waits for another one.
 
 Ranks that read together (``peers``) read each byte once between them: of every round of pieces each rank reads one, and
 gets all. Each computes the checksums of all that it was given.
 """
 
-import ctypes
-import mmap
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -46,17 +41,14 @@ from harness.checkpoint.format import (
     digest,
     hasher,
 )
+from harness.checkpoint.pages import Pages, cut
 from harness.checkpoint.store import Store, joined
 from harness.checkpoint.threads import in_turns, threads_for
 from harness.checkpoint.unbuffered import Buffer
 from harness.errors import CheckpointError, Corrupt, HarnessError, RankFailure, StoreError
 
-_READ_BYTES = 2 << 20  # read, then hashed while it is still in the core's cache
 _ROUND_BYTES = 4 << 20  # a piece; ranks that read together share it
 _SMALLEST_PIECE_BYTES = 64 << 10  # however many they are
-
-_MADV_POPULATE_WRITE = 23  # linux/mman.h
-_libc = ctypes.CDLL(None)
 
 Shard = tuple[dict[str, torch.Tensor], dict[str, Blocks]]  # whole tensors, and the checksums of all blocks, by name
 
@@ -188,20 +180,21 @@ class _Target:
 
 def _read_whole(store: Store, directory: str, files: Sequence[FileInfo], targets: Mapping[str, _Target]) -> dict[str, Shard]:
     """Reads one file after the other, a local one, which comes from memory in the best case, by several threads."""
-    return {file.name: read_shard(store, f"{directory}/{file.name}", file, targets.get(file.name)) for file in files}
+    pages = Pages()
+    return {file.name: read_shard(store, f"{directory}/{file.name}", file, targets.get(file.name), pages) for file in files}
 
 
-def read_shard(store: Store, name: str, file: FileInfo, target: _Target | None = None) -> Shard:
+def read_shard(store: Store, name: str, file: FileInfo, target: _Target | None = None, pages: Pages | None = None) -> Shard:
     """What is in a file, verified against the manifest's entry for it. An index has no tensors."""
     threads = threads_for(file.bytes) if store.is_local else 1
-    return read_file(store, name, file, lambda stream: _consume(stream, file, target, threads))
+    return read_file(store, name, file, lambda stream: _consume(stream, file, target, pages or Pages(), threads))
 
 
-def _consume(stream: BinaryIO, file: FileInfo, target: _Target | None, threads: int = 1) -> Shard:
+def _consume(stream: BinaryIO, file: FileInfo, target: _Target | None, pages: Pages, threads: int = 1) -> Shard:
     if file.name.endswith(INDEX_SUFFIX):
         check_bytes(stream, file)
         return {}, {}
-    return _Reader(stream, file, target or _Target({}), threads).tensors()
+    return _Reader(stream, file, target or _Target({}), pages, threads).tensors()
 
 
 class _Stretch(NamedTuple):
@@ -216,8 +209,9 @@ class _Stretch(NamedTuple):
 class _Reader:
     """A shard on its way in, stretch by stretch: several are read side by side, and hashed in order."""
 
-    def __init__(self, stream: BinaryIO, file: FileInfo, target: _Target, threads: int) -> None:
+    def __init__(self, stream: BinaryIO, file: FileInfo, target: _Target, pages: Pages, threads: int) -> None:
         self.stream = stream
+        self.pages = pages
         self.target = target
         self.threads = threads
         self.size_bytes, self.expected = file.bytes, file.checksum
@@ -230,6 +224,7 @@ class _Reader:
         tensors: dict[str, torch.Tensor] = {}
         places = [self.place(info, tensors) for info in infos]
         own = [BlockHasher(self.algorithm) for _ in infos]
+        self.pages.expect(places)
         in_turns(self.threads, self.fill, self.hash, self.stretches(start, infos, places, own))
         if self.read_at(self.size_bytes, memoryview(bytearray(1))):
             raise Corrupt(f"expected {self.size_bytes} bytes, found more")
@@ -266,14 +261,13 @@ class _Reader:
     ) -> Iterator[_Stretch]:
         for info, place, blocks in zip(infos, places, own, strict=True):
             is_shared = info.path in self.target.places
-            for offset in range(0, len(place), _READ_BYTES):
-                yield _Stretch(start + offset, place[offset : offset + _READ_BYTES], is_shared, (self.whole, blocks))
+            for offset, piece in cut(place):
+                yield _Stretch(start + offset, piece, is_shared, (self.whole, blocks))
             start += len(place)
 
     def fill(self, stretch: _Stretch) -> None:
+        self.pages.give(stretch.place)
         place = memoryview(bytearray(len(stretch.place))) if stretch.is_shared else stretch.place
-        if self.threads > 1 and place:
-            _have_pages(place)
         done_bytes = 0
         while done_bytes < len(place):
             count = self.read_at(stretch.start + done_bytes, place[done_bytes:])
@@ -294,13 +288,6 @@ class _Reader:
         return self.stream.readinto(place)  # type: ignore[attr-defined,no-any-return]
 
 
-def _have_pages(place: memoryview) -> None:
-    """Has the kernel give memory its pages now (Linux 5.14). Where it does not, they come when they are touched, as ever."""
-    address = ctypes.addressof(ctypes.c_char.from_buffer(place))
-    start = address - address % mmap.PAGESIZE  # what else is on the first and on the last page stays as it is
-    _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + len(place) - start), _MADV_POPULATE_WRITE)
-
-
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a tensor that is contiguous."""
     return tree.flat_bytes(tensor).numpy().data if tensor.numel() else memoryview(b"")
@@ -315,11 +302,11 @@ def _read_in_pieces(
     """Reads files, the next one's first pieces beside the last ones of the one before; with ``peers`` each byte once between
     all ranks, and whatever goes wrong on one of them, all stop after the same round."""
     relay = _Relay(store, directory, files, peers)
-    pieces = relay.pieces()
+    pieces, pages = relay.pieces(), Pages()
     found: dict[str, Shard] = {}
     for file in files:
         try:
-            found[file.name] = _consume(joined(islice(pieces, relay.count(file))), file, targets.get(file.name))
+            found[file.name] = _consume(joined(islice(pieces, relay.count(file))), file, targets.get(file.name), pages)
         except CheckpointError as error:
             relay.problem = relay.problem or type(error)(f"{directory}/{file.name}: {error}")
             for _ in pieces:  # the others learn of it with the next round, if there is one
