@@ -179,7 +179,7 @@ class Bench:
             if entry.restores_as and repeat > 0:
                 return
             restored = self.measure(measure.measure_restore, entry, state, url, env=env)
-            for how in ("warm", "cold"):
+            for how in ("warm", "backed", "cold"):
                 if how in restored and restored[how]["digest"] != saved["digest"]:
                     raise Failed("restored another state than was saved")
             if not entry.restores_as:

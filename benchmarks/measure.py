@@ -22,7 +22,7 @@ import torch
 from contenders import BY_NAME, Entry
 from contenders.protocol import Contender
 from torch import nn
-from workload import Training, calibrated_batch, times
+from workload import Training, calibrated_batch, size_bytes, times
 
 SAVED_STEP = 10  # of the last save, which is restored
 LEAST_STEPS = 2  # so many follow a save, however soon it has ended
@@ -222,7 +222,8 @@ def restore_once(entry: Entry, training: Training, url: str) -> dict[str, Any]:
 
 
 def measure_restore(entry: Entry, state: str, url: str) -> dict[str, Any]:
-    """From the page cache, and then, once, where there are large files on a disk, from there."""
+    """From the page cache; where there are large files on a disk, also into memory that the host has backed, and, once, from
+    the disk."""
     warm_up(entry)
     training = Training(state, seed=2, batch=1)
     if not entry.s3:
@@ -236,6 +237,11 @@ def measure_restore(entry: Entry, state: str, url: str) -> dict[str, Any]:
         warm[-1]["with_step_seconds"] = warm[-1]["seconds"] + floors.seconds(training.optimizer.step)
     found = {"warm": warm}
     if not entry.s3 and not state.endswith("-tensors"):
+        found["backed"] = []
+        for _ in range(times(state)):
+            forget(training)
+            floors.back_free_memory(2 * size_bytes(state))
+            found["backed"].append(restore_once(entry, training, url))
         forget(training)
         floors.forget_cached(list(sizes(url)))
         found["cold"] = [restore_once(entry, training, url)]

@@ -47,6 +47,7 @@ METRICS = [
     Metric("durable", ("save", "durable_seconds"), ("write", "write_direct"), ("upload",)),
     Metric("restore", ("restore", "warm", "seconds"), ("read_warm",), ("download",)),
     Metric("restore, step", ("restore", "warm", "with_step_seconds"), ("read_warm",), ("download",)),
+    Metric("restore, backed", ("restore", "backed", "seconds"), ("read_warm",), ()),
     Metric("restore, cold", ("restore", "cold", "seconds"), ("read_cold",), ()),
 ]
 BY_METRIC = {metric.name: metric for metric in METRICS}
