@@ -27,7 +27,6 @@ from harness import outcome
 from harness.errors import Stopped
 from harness.signals import STOP_SIGNALS, die_with_parent, ignore_stop_signals
 
-_POLL_SECONDS = 0.2
 _LEAVING_SECONDS = 5.0  # that a rank which has stopped well may take to be gone
 _DEFAULTS = {"--max-restarts": "3", "--shutdown-timeout": "60"}
 
@@ -65,7 +64,7 @@ def launch(torchrun_options: Sequence[str], arguments: Sequence[str]) -> int:
         received = _forward_signals(agent)
         hopeless, stopped_time = False, math.inf
         while agent.poll() is None:
-            time.sleep(_POLL_SECONDS)
+            time.sleep(outcome.POLL_SECONDS)
             found = outcome.read(directory)
             if not hopeless and any(each.is_final for each in found):
                 hopeless = True

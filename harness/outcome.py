@@ -6,6 +6,7 @@ code of them that Slurm, Kubernetes and SkyPilot can act on.
 
 import json
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from harness.environment import rank
 from harness.errors import HarnessError
 
 DIRECTORY_VARIABLE = "HARNESS_OUTCOME_DIRECTORY"
+POLL_SECONDS = 0.2  # the launcher looks as often as that
 
 # Starting again would end in the same way: somebody has to act first.
 FINAL_EXIT_CODES = frozenset(
@@ -51,7 +53,10 @@ class Outcome:
 
 
 def record(outcome: Outcome) -> None:
-    """Leaves a record, where the launcher has asked for one. Never raises: an exit must not fail."""
+    """Leaves a record, where the launcher has asked for one. Never raises: an exit must not fail.
+
+    One that ends the launch is given time to be seen: torchrun would start the rank again, to say the same once more.
+    """
     if (path := _own_record()) is None:
         return
     try:
@@ -59,7 +64,9 @@ def record(outcome: Outcome) -> None:
         partial.write_text(json.dumps(asdict(outcome)))
         partial.replace(path)
     except OSError:
-        pass
+        return
+    if outcome.is_final:
+        time.sleep(3 * POLL_SECONDS)
 
 
 def is_wanted() -> bool:

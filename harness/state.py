@@ -364,7 +364,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
     """The states of this process's generators: Python's, NumPy's, torch's, and the device's own."""
     version, words, gauss = random.getstate()
     return {
-        "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
+        "python": {"version": version, "words": torch.from_numpy(np.array(words, dtype=np.int64)), "gauss": gauss},
         "numpy": np.random.get_state(legacy=False),  # noqa: NPY002  # the one that user code draws from
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,

@@ -1,5 +1,7 @@
 """How ranks ended, as one exit code."""
 
+import time
+
 import pytest
 
 from harness import errors, outcome
@@ -28,6 +30,15 @@ def test_an_exit_does_not_fail_because_its_record_does(monkeypatch):
     """A directory that has gone is no reason to end in another way."""
     monkeypatch.setenv(outcome.DIRECTORY_VARIABLE, "/nonexistent")
     outcome.record(Outcome(1))
+
+
+@pytest.mark.parametrize(("code", "waits"), [(2, True), (75, False), (1, False)])
+def test_what_ends_the_launch_waits_to_be_seen(tmp_path, monkeypatch, code, waits):
+    """A rank that torchrun would start again in vain is still there when the launcher looks for the next time."""
+    monkeypatch.setenv(outcome.DIRECTORY_VARIABLE, str(tmp_path))
+    began = time.monotonic()
+    outcome.record(Outcome(code))
+    assert (time.monotonic() - began > 2 * outcome.POLL_SECONDS) == waits
 
 
 def test_of_an_error():
