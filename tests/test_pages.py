@@ -75,9 +75,7 @@ class Kernel:
 
 
 def give_all(view: memoryview, threads: int = 1) -> None:
-    of_memory = Pages()
-    of_memory.expect([view])
-    in_threads(threads, of_memory.give, [piece for _, piece in cut(view)])
+    in_threads(threads, Pages(len(view)).give, [piece for _, piece in cut(view)])
 
 
 @pytest.mark.parametrize("start", [0, 1, PAGE, HUGE_BYTES - 1])
@@ -102,26 +100,19 @@ def test_memory_has_its_pages_and_its_content():
     assert memory.resident_bytes() == 2 * PAGE
     place = memory.view[PAGE // 2 : 4 * MIB - PAGE // 2]
     for _, piece in cut(place):
-        Pages().give(piece)
+        Pages(len(place)).give(piece)
     assert memory.resident_bytes() == 4 * MIB + PAGE
     assert memory.view[0] == memory.view[-1] == 7
     assert not any(place[PAGE::PAGE])
 
 
-def test_huge_pages_lie_where_all_is_asked_for(monkeypatch):
-    """In one tensor, or where one follows another; not where anything else has a page of its own."""
+def test_huge_pages_lie_within_what_is_asked_for(monkeypatch):
+    """None has a part of what comes before or after."""
     kernel = Kernel(monkeypatch, small_seconds=0.001, huge_seconds=[0.0])
-    monkeypatch.setattr(pages, "_WORTH_TRYING_BYTES", 0)
-    memory = Memory(16 * MIB)
-    gap = 9 * MIB + 3 * PAGE
-    places = [memory.view[PAGE - 100 : 5 * MIB], memory.view[5 * MIB + 64 : gap], memory.view[gap + 2 * PAGE :]]
-    of_memory = Pages()
-    of_memory.expect(reversed(places))
-    for place in places:
-        for _, piece in cut(place):
-            of_memory.give(piece)
-    windows = {(address - memory.address) // HUGE_BYTES for address in kernel.asked}
-    assert windows == {1, 2, 3, 5, 6, 7} - {1}, "the first was a sample of small pages; in 4 something else has a page"
+    memory = Memory(256 * MIB)
+    give_all(memory.view[PAGE:-1])
+    windows = [(address - memory.address) // HUGE_BYTES for address in kernel.asked]
+    assert windows == list(range(pages._SAMPLES, 127)), "the first and the last piece have neighbours"
 
 
 def test_huge_pages_that_are_faster(monkeypatch):
@@ -169,8 +160,8 @@ def test_the_kernel_gives_huge_pages():
     """Where small ones seem to take forever, a real kernel gives huge ones, if it has been set to give any."""
     if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
         pytest.skip("this kernel gives no huge pages")
-    memory, of_memory = Memory(128 * MIB), Pages()
-    of_memory.expect([memory.view])
+    memory = Memory(128 * MIB)
+    of_memory = Pages(128 * MIB)
     of_memory._small = [1.0] * pages._SAMPLES
     for _, piece in cut(memory.view):
         of_memory.give(piece)

@@ -180,14 +180,14 @@ class _Target:
 
 def _read_whole(store: Store, directory: str, files: Sequence[FileInfo], targets: Mapping[str, _Target]) -> dict[str, Shard]:
     """Reads one file after the other, a local one, which comes from memory in the best case, by several threads."""
-    pages = Pages()
+    pages = Pages(sum(file.bytes for file in files))
     return {file.name: read_shard(store, f"{directory}/{file.name}", file, targets.get(file.name), pages) for file in files}
 
 
 def read_shard(store: Store, name: str, file: FileInfo, target: _Target | None = None, pages: Pages | None = None) -> Shard:
     """What is in a file, verified against the manifest's entry for it. An index has no tensors."""
     threads = threads_for(file.bytes) if store.is_local else 1
-    return read_file(store, name, file, lambda stream: _consume(stream, file, target, pages or Pages(), threads))
+    return read_file(store, name, file, lambda stream: _consume(stream, file, target, pages or Pages(file.bytes), threads))
 
 
 def _consume(stream: BinaryIO, file: FileInfo, target: _Target | None, pages: Pages, threads: int = 1) -> Shard:
@@ -224,7 +224,6 @@ class _Reader:
         tensors: dict[str, torch.Tensor] = {}
         places = [self.place(info, tensors) for info in infos]
         own = [BlockHasher(self.algorithm) for _ in infos]
-        self.pages.expect(places)
         in_turns(self.threads, self.fill, self.hash, self.stretches(start, infos, places, own))
         if self.read_at(self.size_bytes, memoryview(bytearray(1))):
             raise Corrupt(f"expected {self.size_bytes} bytes, found more")
@@ -302,7 +301,7 @@ def _read_in_pieces(
     """Reads files, the next one's first pieces beside the last ones of the one before; with ``peers`` each byte once between
     all ranks, and whatever goes wrong on one of them, all stop after the same round."""
     relay = _Relay(store, directory, files, peers)
-    pieces, pages = relay.pieces(), Pages()
+    pieces, pages = relay.pieces(), Pages(sum(file.bytes for file in files))
     found: dict[str, Shard] = {}
     for file in files:
         try:

@@ -11,7 +11,7 @@ import ctypes
 import mmap
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 HUGE_BYTES = 2 << 20  # where pages have 4 KiB; where they have more, huge ones do too, and to ask for them does nothing
 _WORTH_ASKING_BYTES = 64 << 10  # for less the call takes longer than it saves
@@ -35,44 +35,34 @@ def cut(place: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 class Pages:
-    """Gives memory its pages, several threads at a time."""
+    """Gives memory of so many bytes in all its pages, several threads at a time."""
 
-    def __init__(self) -> None:
-        self._windows: set[int] = set()  # addresses at which a huge page can lie
+    def __init__(self, size_bytes: int) -> None:
+        self._is_worth_trying = size_bytes >= _WORTH_TRYING_BYTES
         self._lock = threading.Lock()
         self._small: list[float] = []  # seconds per byte, the first samples
         self._huge_bytes, self._huge_seconds = 0, 0.0
         self._under_way = 0  # calls for huge pages
 
-    def expect(self, places: Iterable[memoryview]) -> None:
-        """Tells of memory that is to be filled. A huge page may lie where all small ones would have some of it: what is
-        allocated one after the other often follows each other, too."""
-        runs: list[list[int]] = []
-        for start, stop in sorted(_small_pages(place) for place in places if len(place) >= _WORTH_ASKING_BYTES):
-            if runs and start <= runs[-1][1]:
-                runs[-1][1] = stop
-            else:
-                runs.append([start, stop])
-        for start, stop in runs:
-            first = start + -start % HUGE_BYTES
-            self._windows.update(range(first, stop - HUGE_BYTES + 1, HUGE_BYTES))
-
     def give(self, place: memoryview) -> None:
-        """Has the kernel give a piece (see ``cut``) its pages now. Where it does not, they come when they are touched."""
+        """Has the kernel give a piece (see ``cut``) its pages now. Where it does not, they come when they are touched.
+
+        A piece that is less than a huge page has a neighbour in it whose pages are small: ``malloc`` has written there.
+        """
         if len(place) < _WORTH_ASKING_BYTES:
             return
-        start, stop = _small_pages(place)
-        window = start - start % HUGE_BYTES
-        huge = window in self._windows and self._are_huge_ones_better()
+        huge = len(place) == HUGE_BYTES and self._are_huge_ones_better()
+        start = _address(place)
+        first = start - start % mmap.PAGESIZE  # what else is on the first and on the last small page stays as it is
         began = time.perf_counter()
         if huge:
-            _advise(window, HUGE_BYTES, _MADV_HUGEPAGE)
-        _advise(start, stop - start, _MADV_POPULATE_WRITE)
+            _advise(start, HUGE_BYTES, _MADV_HUGEPAGE)
+        _advise(first, start + len(place) - first, _MADV_POPULATE_WRITE)
         self._took(time.perf_counter() - began, len(place), huge=huge)
 
     def _are_huge_ones_better(self) -> bool:
         with self._lock:
-            if len(self._windows) * HUGE_BYTES < _WORTH_TRYING_BYTES or len(self._small) < _SAMPLES:
+            if not self._is_worth_trying or len(self._small) < _SAMPLES:
                 return False
             if self._huge_bytes < _PROVEN_BYTES and self._under_way:
                 return False
@@ -92,12 +82,6 @@ class Pages:
 
 def _address(place: memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(place))
-
-
-def _small_pages(place: memoryview) -> tuple[int, int]:
-    """Where the pages of some memory begin and end. What else is on the first and on the last one stays as it is."""
-    start, stop = _address(place), _address(place) + len(place)
-    return start - start % mmap.PAGESIZE, stop + -stop % mmap.PAGESIZE
 
 
 def _advise(start: int, size_bytes: int, advice: int) -> None:
