@@ -108,7 +108,7 @@ def test_memory_has_its_pages_and_its_content():
 
 def test_huge_pages_lie_within_what_is_asked_for(monkeypatch):
     """None has a part of what comes before or after."""
-    kernel = Kernel(monkeypatch, small_seconds=0.001, huge_seconds=[0.0])
+    kernel = Kernel(monkeypatch, small_seconds=0.05, huge_seconds=[0.0])
     memory = Memory(256 * MIB)
     give_all(memory.view[PAGE:-1])
     windows = [(address - memory.address) // HUGE_BYTES for address in kernel.asked]
@@ -117,7 +117,7 @@ def test_huge_pages_lie_within_what_is_asked_for(monkeypatch):
 
 def test_huge_pages_that_are_faster(monkeypatch):
     """Once two samples of small ones are there, all are huge."""
-    kernel = Kernel(monkeypatch, small_seconds=0.002, huge_seconds=[0.0])
+    kernel = Kernel(monkeypatch, small_seconds=0.05, huge_seconds=[0.0])
     give_all(Memory(256 * MIB).view)
     assert len(kernel.asked) == 128 - pages._SAMPLES
 
@@ -125,7 +125,7 @@ def test_huge_pages_that_are_faster(monkeypatch):
 @pytest.mark.parametrize("threads", [1, 4])
 def test_huge_pages_that_are_slower(monkeypatch, threads):
     """One is asked for, whatever the number of threads."""
-    kernel = Kernel(monkeypatch, small_seconds=0.001, huge_seconds=[0.05])
+    kernel = Kernel(monkeypatch, small_seconds=0.001, huge_seconds=[0.5])
     give_all(Memory(256 * MIB).view, threads)
     assert len(kernel.asked) == 1
 
@@ -134,12 +134,12 @@ def test_huge_pages_that_become_slower(monkeypatch):
     """None is asked for once all of them have taken longer than small ones would have: what is lost was gained before."""
     kernel = Kernel(monkeypatch, small_seconds=0.01, huge_seconds=[0.0] * 5 + [0.045])
     give_all(Memory(128 * MIB).view)
-    assert len(kernel.asked) in (6, 7)  # 45 ms instead of 60, or 90 instead of 70
+    assert 6 <= len(kernel.asked) <= 10  # two slow ones use up what five fast ones have saved, more where sleeps are longer
 
 
 def test_threads_ask_side_by_side_for_what_has_proven_fast(monkeypatch):
     """Until then one of them does, and the others take small pages."""
-    kernel = Kernel(monkeypatch, small_seconds=0.02, huge_seconds=[0.001])
+    kernel = Kernel(monkeypatch, small_seconds=0.05, huge_seconds=[0.001])
     proven = pages._PROVEN_BYTES // HUGE_BYTES
     monkeypatch.setattr(pages, "_PROVEN_BYTES", 1 << 40)
     give_all(Memory(128 * MIB).view, 4)
