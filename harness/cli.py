@@ -44,8 +44,11 @@ def main() -> NoReturn:
     try:
         cli.main(standalone_mode=False)
     except HarnessError as error:
-        outcome.record(outcome.of(error))
-        _complain(error)
+        if is_first_of_node():
+            _complain(error)
+        outcome.record(outcome.of(error))  # after the words: once it is there, the launcher may end this rank
+        if not is_first_of_node():
+            time.sleep(1)  # torchrun ends all ranks when the first one goes: the one that speaks must get to it
         sys.exit(error.exit_code)
     except click.ClickException as error:
         error.show()
@@ -56,9 +59,6 @@ def main() -> NoReturn:
 
 
 def _complain(error: HarnessError) -> None:
-    if not is_first_of_node():
-        time.sleep(1)  # torchrun ends all ranks when the first one goes: the one that speaks must get to it
-        return
     for line in str(error).splitlines():
         click.echo(f"harness: {line}", err=True)
 

@@ -1,5 +1,8 @@
 """How ranks ended, as one exit code."""
 
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -39,6 +42,18 @@ def test_what_ends_the_launch_waits_to_be_seen(tmp_path, monkeypatch, code, wait
     began = time.monotonic()
     outcome.record(Outcome(code))
     assert (time.monotonic() - began > 2 * outcome.POLL_SECONDS) == waits
+
+
+def test_words_come_before_the_record(tmp_path):
+    """The launcher ends a rank that has left one, and what a user did wrong must be on the terminal by then."""
+    environment = {**os.environ, outcome.DIRECTORY_VARIABLE: str(tmp_path)}
+    command = [sys.executable, "-m", "harness", "train", str(tmp_path / "none.yaml")]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert "none.yaml" in process.stderr.readline()
+        told = time.monotonic()
+        assert process.wait() == 2
+    assert time.monotonic() - told > 2 * outcome.POLL_SECONDS
+    assert [each.exit_code for each in outcome.read(str(tmp_path))] == [2]
 
 
 def test_of_an_error():
