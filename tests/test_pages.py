@@ -140,11 +140,10 @@ def test_huge_pages_that_become_slower(monkeypatch):
 def test_threads_ask_side_by_side_for_what_has_proven_fast(monkeypatch):
     """Until then one of them does, and the others take small pages."""
     kernel = Kernel(monkeypatch, small_seconds=0.05, huge_seconds=[0.001])
-    proven = pages._PROVEN_BYTES // HUGE_BYTES
-    monkeypatch.setattr(pages, "_PROVEN_BYTES", 1 << 40)
-    give_all(Memory(128 * MIB).view, 4)
+    with monkeypatch.context() as never_proven:
+        never_proven.setattr(pages, "_PROVEN_BYTES", 1 << 40)
+        give_all(Memory(128 * MIB).view, 4)
     assert kernel.most_at_once == 1
-    monkeypatch.setattr(pages, "_PROVEN_BYTES", proven * HUGE_BYTES)
     give_all(Memory(256 * MIB).view, 4)
     assert kernel.most_at_once > 1
 

@@ -78,13 +78,14 @@ def read(
     names = [file for name, part in wanted.items() for file in (f"{name}{INDEX_SUFFIX}", *part.files) if file in files]
     needed = [files[name] for name in names]
     in_pieces = peers is not None or store.has_ranges
+    pages = Pages(sum(file.bytes for file in needed))
     with without_collections():
         wholes = {name: _Wholes(directory, name, part, files) for name, part in wanted.items()}
         targets = {file: _Target(wholes[name].places) for name, part in wanted.items() for file in part.files}
         if in_pieces:
-            shards = _read_in_pieces(store, directory, needed, targets, peers)
+            shards = _read_in_pieces(store, directory, needed, targets, pages, peers)
         else:
-            shards = _read_whole(store, directory, needed, targets)
+            shards = _read_whole(store, directory, needed, targets, pages)
         return {name: _assemble(directory, name, part, shards, wholes[name].tensors) for name, part in wanted.items()}
 
 
@@ -178,9 +179,10 @@ class _Target:
 # --- file by file ----------------------------------------------------------------------------------------------------
 
 
-def _read_whole(store: Store, directory: str, files: Sequence[FileInfo], targets: Mapping[str, _Target]) -> dict[str, Shard]:
+def _read_whole(
+    store: Store, directory: str, files: Sequence[FileInfo], targets: Mapping[str, _Target], pages: Pages
+) -> dict[str, Shard]:
     """Reads one file after the other, a local one, which comes from memory in the best case, by several threads."""
-    pages = Pages(sum(file.bytes for file in files))
     return {file.name: read_shard(store, f"{directory}/{file.name}", file, targets.get(file.name), pages) for file in files}
 
 
@@ -296,12 +298,17 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def _read_in_pieces(
-    store: Store, directory: str, files: Sequence[FileInfo], targets: Mapping[str, _Target], peers: Peers | None
+    store: Store,
+    directory: str,
+    files: Sequence[FileInfo],
+    targets: Mapping[str, _Target],
+    pages: Pages,
+    peers: Peers | None,
 ) -> dict[str, Shard]:
     """Reads files, the next one's first pieces beside the last ones of the one before; with ``peers`` each byte once between
     all ranks, and whatever goes wrong on one of them, all stop after the same round."""
     relay = _Relay(store, directory, files, peers)
-    pieces, pages = relay.pieces(), Pages(sum(file.bytes for file in files))
+    pieces = relay.pieces()
     found: dict[str, Shard] = {}
     for file in files:
         try:

@@ -1,10 +1,10 @@
 """Pages for memory that is about to be filled.
 
 Most of the time of a restore goes into fresh memory, whose pages the kernel finds and clears one by one when they are first
-touched. It can be asked for those of a stretch at once (Linux 5.14). Huge pages come five to ten times as fast still, on
-most machines; on others each takes milliseconds: where a virtual machine gives free ones back to its host, or where no
-memory of that size is left in one piece. Which of the two it is changes within seconds, and nothing tells beforehand. So
-both kinds are timed as they come, and huge ones are asked for while they have come faster.
+touched. It can be asked for those of a stretch at once (Linux 5.14). Huge pages come five times as fast still, or each of
+them takes milliseconds: where a virtual machine gives free ones back to its host, or where no memory of that size is left in
+one piece. Which of the two it is changes within seconds, and nothing tells beforehand. So both kinds are timed as they come,
+and huge ones are asked for while they have come faster.
 """
 
 import ctypes
