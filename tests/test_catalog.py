@@ -396,10 +396,11 @@ def test_records_that_cannot_be_read(store, text):
 
 
 def test_names_that_are_no_attempts(store):
-    """Other objects among the records are passed over."""
+    """Other objects among the records are passed over, and what is called like one but lies elsewhere."""
     for name in ("readme.txt", "9-x.json", "000009-00000000.json/deeper", ".000009-00000000.json.partial"):
         store.put(f"attempts/{name}", lambda: [b"{}"], 2)
-    assert Catalog(store).attempts() == []
+    store.put("000009-00000000.json", lambda: [b"{}"], 2)
+    assert Catalog(store).attempts() == Catalog(store).attempts(store.list()) == []
     assert Catalog(store).claim_attempt({}).number == 1
 
 

@@ -245,7 +245,7 @@ def test_claim_attempt(trials):
             return "the claim left no trace"
         return None if catalog.claim_attempt({}).number > max(attempt.number for attempt in known) else "a number came twice"
 
-    assert trials(claim, judge) > 2
+    assert trials(claim, judge) >= 2  # the list, and the put
 
 
 @pytest.mark.parametrize("deep", [False, True])

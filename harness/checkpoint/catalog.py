@@ -62,9 +62,12 @@ class Catalog:
         self.store = store
         self._opened: dict[str, Manifest] = {}  # committed directories are never modified: a look at their objects will do
 
-    def entries(self) -> list[Entry]:
-        """All saves, the latest attempt's first, within an attempt the latest step first."""
-        objects = self.store.list()
+    def entries(self, objects: Mapping[str, int] | None = None) -> list[Entry]:
+        """All saves, the latest attempt's first, within an attempt the latest step first.
+
+        ``objects`` is what ``store.list()`` has found just now, for who has asked already.
+        """
+        objects = self.store.list() if objects is None else objects
         found = sorted(_directories(objects), key=lambda item: (item[2], item[1], item[0]), reverse=True)
         return [self._entry(directory, step, attempt, objects) for directory, step, attempt in found]
 
@@ -115,7 +118,14 @@ class Catalog:
         for file in self.open(entry.directory).files:
             verify_file(self.store, f"{entry.directory}/{file.name}", file)
 
-    def prune(self, retention: Retention, best_step: int | None = None, *, dry_run: bool = False) -> list[Entry]:
+    def prune(
+        self,
+        retention: Retention,
+        best_step: int | None = None,
+        *,
+        objects: Mapping[str, int] | None = None,
+        dry_run: bool = False,
+    ) -> list[Entry]:
         """Deletes what is not to be kept and returns it. Called after a commit, by the only writer.
 
         What is kept are whole checkpoints of the line that the run is on; ``best_step`` names one more of them. Whatever is
@@ -123,7 +133,7 @@ class Catalog:
         checkpoints, what they left behind when a deletion was cut short, saves that were never finished, lines that were
         left. With ``keep_last=None`` only the unfinished ones go.
         """
-        entries = self.entries()
+        entries = self.entries(objects)
         whole = [entry for entry in line(entries) if entry.state == "whole"]
         if not whole:
             return []
@@ -150,11 +160,11 @@ class Catalog:
 
     # --- attempts ----------------------------------------------------------------------------------------------------
 
-    def attempts(self) -> list[Attempt]:
-        """Every start of the run that left a trace, the first one first."""
-        names = self.store.list("attempts")
-        claimed = (Attempt.parse(name.removeprefix("attempts/").removesuffix(".json")) for name in names)
-        return sorted(attempt for attempt in claimed if attempt)
+    def attempts(self, objects: Iterable[str] | None = None) -> list[Attempt]:
+        """Every start of the run that left a trace, the first one first. ``objects`` as for ``entries``."""
+        objects = self.store.list("attempts") if objects is None else objects
+        names = (name.removeprefix("attempts/") for name in objects if name.startswith("attempts/"))
+        return sorted(attempt for name in names if (attempt := Attempt.parse(name.removesuffix(".json"))))
 
     def claim_attempt(self, about: Mapping[str, Any]) -> Attempt:
         """Numbers this start of the run after all others and leaves a record of it (``about`` is JSON).
@@ -162,8 +172,9 @@ class Catalog:
         The claim is made before anything is trained: a writer of an earlier attempt has a lower number from then on, even
         if it has yet to write its first checkpoint.
         """
-        saved = {attempt for _, _, attempt in _directories(self.store.list())}
-        attempt = Attempt.after({*self.attempts(), *saved})
+        objects = self.store.list()
+        saved = {attempt for _, _, attempt in _directories(objects)}
+        attempt = Attempt.after({*self.attempts(objects), *saved})
         record = {"attempt": attempt.id, "started": datetime.now(UTC).isoformat(timespec="milliseconds"), **about}
         text = json.dumps(record, indent=1).encode()
         self.store.put(f"attempts/{attempt.id}.json", lambda: [text], len(text))

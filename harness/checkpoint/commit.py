@@ -230,7 +230,7 @@ def publish(
         text = manifest.encode()  # before the last look at the store: nothing but the put may fail after it
     for name, index in indexes.items():
         _put_bytes(store, f"{directory}/{name}", index)
-    in_threads(store.streams, lambda file: _confirm(store, f"{directory}/{file.name}", file.bytes), manifest.files)
+    _confirm(store, directory, manifest.files)
     _put_bytes(store, f"{directory}/{MANIFEST}", text)
     _read_back(store, f"{directory}/{MANIFEST}", text)
     for receipt in receipts[1:]:
@@ -316,10 +316,12 @@ def _put_bytes(store: Store, name: str, data: bytes) -> None:
     store.put(name, lambda: [data], len(data))
 
 
-def _confirm(store: Store, name: str, expected_bytes: int) -> None:
-    found = store.stat(name)
-    if found != expected_bytes:
-        raise _differs(store, name, expected_bytes, "no such object" if found is None else f"{found} bytes")
+def _confirm(store: Store, directory: str, files: Sequence[FileInfo]) -> None:
+    objects = store.list(directory)  # which is where a reader will look for them, too
+    for file in files:
+        found = objects.get(name := f"{directory}/{file.name}")
+        if found != file.bytes:
+            raise _differs(store, name, file.bytes, "no such object" if found is None else f"{found} bytes")
 
 
 def _read_back(store: Store, name: str, data: bytes) -> None:

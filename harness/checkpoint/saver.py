@@ -21,7 +21,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -222,12 +222,13 @@ class Saver:
             return self.wait()
         return None
 
-    def step_aside(self) -> None:
+    def step_aside(self, objects: Iterable[str] | None = None) -> None:
         """Stops a writer that was believed dead, and is not, before it deletes what its successor counts on.
 
-        What it has committed does no harm: it is not on the successor's line. Raises ``Superseded``.
+        What it has committed does no harm: it is not on the successor's line. ``objects`` as for ``Catalog.attempts``.
+        Raises ``Superseded``.
         """
-        newest = max(self.catalog.attempts(), default=self.attempt)
+        newest = max(self.catalog.attempts(objects), default=self.attempt)
         if newest > self.attempt:
             about = self.catalog.about_attempt(newest)
             who = f"started {about.get('started')} on {about.get('host')}"
@@ -265,8 +266,9 @@ class Saver:
             )
             self.catalog.add(directory, manifest)
             try:
-                self.step_aside()
-                self.catalog.prune(self.retention, order.best_step)
+                objects = store.list()
+                self.step_aside(objects)
+                self.catalog.prune(self.retention, order.best_step, objects=objects)
             except StoreError as error:  # the commit stands; what is left over goes after the next one
                 log.warning("could not delete old checkpoints: %s", error)
             return directory, manifest.bytes
