@@ -25,6 +25,7 @@ from torch import nn
 from workload import Training, calibrated_batch, size_bytes, times
 
 SAVED_STEP = 10  # of the last save, which is restored
+SEED = 1  # of the state that is saved; the floors move the same bytes, since some are less work for a server than others
 LEAST_STEPS = 2  # so many follow a save, however soon it has ended
 QUIET_STEPS = 2  # so many are timed without a save, before and after it
 FIRST_UPLOADS = 3  # of as many bytes as the state has, to a fresh server
@@ -125,7 +126,7 @@ def quiet_step_seconds(training: Training, before: float) -> float:
 
 def measure_save(entry: Entry, state: str, url: str, batch: int) -> dict[str, Any]:
     warm_up(entry)
-    training = Training(state, seed=1, batch=batch)
+    training = Training(state, seed=SEED, batch=batch)
     training.step()
     forget_the_peak()
     training.step()
@@ -166,7 +167,7 @@ def medians(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 def measure_write(entry: Entry, state: str, url: str) -> dict[str, Any]:
     """No figures: only what is to be restored."""
-    training = Training(state, seed=1, batch=1)
+    training = Training(state, seed=SEED, batch=1)
     training.step()
     write(entry, training, url)
     return {"digest": training.digest(), "stored_bytes": sum(sizes(url).values())}
@@ -284,7 +285,7 @@ def restore_on_rank(entry: Entry, state: str, url: str) -> None:
 
 
 def measure_floors(state: str, url: str, batch: int) -> dict[str, Any]:
-    training = Training(state, seed=0, batch=batch)
+    training = Training(state, seed=SEED, batch=batch)
     training.step()
 
     def beside(function: Callable[[], object]) -> float:
@@ -311,7 +312,7 @@ def measure_floors(state: str, url: str, batch: int) -> dict[str, Any]:
 
 def measure_first_uploads(state: str, url: str) -> dict[str, Any]:
     """No figures: a server that has taken little is slower, and every measurement is to find one that has taken as much."""
-    training = Training(state, seed=0, batch=1)
+    training = Training(state, seed=SEED, batch=1)
     training.step()
     uploads, objects = floors.Uploads(url), shards(training)
     for _ in range(FIRST_UPLOADS):
@@ -334,7 +335,7 @@ def name_all(training: Training) -> list[Any]:
 
 def measure_calibrate(state: str) -> dict[str, Any]:
     """The batch with which forward and backward last longer than a copy of the state in memory."""
-    training = Training(state, seed=0, batch=1)
+    training = Training(state, seed=SEED, batch=1)
     training.step()
     copy_seconds = copying_seconds(training.size_bytes())
     del training
