@@ -42,12 +42,12 @@ from harness.checkpoint.format import (
     hasher,
 )
 from harness.checkpoint.pages import Pages, cut
-from harness.checkpoint.store import Store, joined
+from harness.checkpoint.store import RANGE_BYTES, Store, joined
 from harness.checkpoint.threads import in_turns, threads_for
 from harness.checkpoint.unbuffered import Buffer
 from harness.errors import CheckpointError, Corrupt, HarnessError, RankFailure, StoreError
 
-_ROUND_BYTES = 4 << 20  # a piece; ranks that read together share it
+_ROUND_BYTES = 16 << 20  # of all pieces that ranks hand on at once: they hold them all,
 _SMALLEST_PIECE_BYTES = 64 << 10  # however many they are
 
 Shard = tuple[dict[str, torch.Tensor], dict[str, Blocks]]  # whole tensors, and the checksums of all blocks, by name
@@ -350,7 +350,8 @@ class _Relay:
     def __init__(self, store: Store, directory: str, files: Iterable[FileInfo], peers: Peers | None) -> None:
         self.store = store
         self.peers = peers
-        self.piece_bytes = max(_ROUND_BYTES // (peers.size if peers else 1), _SMALLEST_PIECE_BYTES)
+        share_bytes = _ROUND_BYTES // (peers.size if peers else 1)
+        self.piece_bytes = max(min(share_bytes, RANGE_BYTES), _SMALLEST_PIECE_BYTES)
         self.schedule = [
             _Piece(file, f"{directory}/{file.name}", start, min(self.piece_bytes, file.bytes - start))
             for file in files

@@ -54,7 +54,7 @@ _S3_PARTS_AT_ONCE = 2  # so many of an object at once: there are several objects
 _S3_CLIENTS = 4  # over so many clients,
 _S3_WORTH_CLIENTS_BYTES = 64 << 20  # if it is as large as that: to make a client takes 75 ms of a core
 _S3_MOST_PARTS = 10_000  # that S3 takes for an object
-_RANGE_BYTES = 4 << 20  # what is read in ranges comes in pieces of this size,
+RANGE_BYTES = 8 << 20  # what is read in ranges comes in pieces of this size,
 _RANGES_AHEAD = 8  # so many of them at a time
 _S3 = {"s3", "s3a"}
 _RANGED = {*_S3, "gs", "gcs", "abfs", "az"}
@@ -257,8 +257,8 @@ class _RangedStore(Store):
         found_bytes = self.stat(name)
         if found_bytes is None:
             raise FileNotFoundError(f"{self.url}/{name}")
-        starts = range(0, found_bytes, _RANGE_BYTES)
-        ranges = ((name, start, min(_RANGE_BYTES, found_bytes - start)) for start in starts)
+        starts = range(0, found_bytes, RANGE_BYTES)
+        ranges = ((name, start, min(RANGE_BYTES, found_bytes - start)) for start in starts)
         try:
             return consume(joined(self.pieces(ranges)))
         except FileNotFoundError:
