@@ -34,7 +34,7 @@ from harness.config import WorldConfig
 from harness.world import World, has_lost_a_peer, join_world
 
 MIB = 1 << 20
-EXTRA_BYTES = 160_000_000  # of pieces that are on their way; another copy of the larger state would be too much
+EXTRA_BYTES = 190_000_000  # of pieces that are on their way; another copy of the larger state would be too much
 TIMEOUT_SECONDS = 3
 
 
