@@ -230,7 +230,7 @@ class Run:
         if not self.can_roll_back():
             raise NoCheckpoint(f"{self.config.checkpoint.url}: there is no checkpoint yet to go back to")
         self._boundaries += 1  # the step is over, in its way
-        resume.on_first(self.world, lambda: self._saver.step_aside() if self._saver else None)
+        resume.on_first(self.world, lambda: self._catalog.refuse_superseded(self._saver.attempt) if self._saver else None)
         self.tell("rollback", "", step=self.global_step)
         self._reporter.close()
         self._begin_attempt()

@@ -631,7 +631,7 @@ def prune_first(monkeypatch):
 
 
 def newest_goes_first(monkeypatch):
-    def prune(catalog, retention, best_step, *, objects):
+    def prune(catalog, retention, best_step, *, attempt):
         for entry in catalog.entries()[:-1]:
             catalog._delete(entry.directory)
 
@@ -671,7 +671,7 @@ def by_step_alone(monkeypatch):
 
 
 def never_steps_aside(monkeypatch):
-    monkeypatch.setattr(saver.Saver, "step_aside", lambda saver, objects: None)
+    monkeypatch.setattr(Catalog, "_refuse_superseded", lambda catalog, attempt, attempts: None)
 
 
 @pytest.mark.parametrize("plant", [by_step_alone, never_steps_aside])

@@ -1,7 +1,7 @@
 """What lies in a run's URL: list, open, verify, prune. Only what is committed counts. No torch."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, BinaryIO, Literal, TypeVar
@@ -17,7 +17,7 @@ from harness.checkpoint.format import (
 )
 from harness.checkpoint.store import Store
 from harness.checkpoint.threads import in_threads
-from harness.errors import CheckpointError, Corrupt, NoCheckpoint
+from harness.errors import CheckpointError, Corrupt, NoCheckpoint, Superseded
 
 T = TypeVar("T")
 
@@ -62,12 +62,11 @@ class Catalog:
         self.store = store
         self._opened: dict[str, Manifest] = {}  # committed directories are never modified: a look at their objects will do
 
-    def entries(self, objects: Mapping[str, int] | None = None) -> list[Entry]:
-        """All saves, the latest attempt's first, within an attempt the latest step first.
+    def entries(self) -> list[Entry]:
+        """All saves, the latest attempt's first, within an attempt the latest step first."""
+        return self._entries(self.store.list())
 
-        ``objects`` is what ``store.list()`` has found just now, for who has asked already.
-        """
-        objects = self.store.list() if objects is None else objects
+    def _entries(self, objects: Mapping[str, int]) -> list[Entry]:
         found = sorted(_directories(objects), key=lambda item: (item[2], item[1], item[0]), reverse=True)
         return [self._entry(directory, step, attempt, objects) for directory, step, attempt in found]
 
@@ -123,17 +122,23 @@ class Catalog:
         retention: Retention,
         best_step: int | None = None,
         *,
-        objects: Mapping[str, int] | None = None,
+        attempt: Attempt | None = None,
         dry_run: bool = False,
     ) -> list[Entry]:
         """Deletes what is not to be kept and returns it. Called after a commit, by the only writer.
+
+        That writer tells its ``attempt``. Raises ``Superseded``, before anything is deleted, when it was believed dead: a
+        successor counts on what is there. What the writer itself has committed does no harm, it is not on that one's line.
 
         What is kept are whole checkpoints of the line that the run is on; ``best_step`` names one more of them. Whatever is
         newer than the newest of them stays, since somebody may be writing it. Of the older, all goes that is not kept:
         checkpoints, what they left behind when a deletion was cut short, saves that were never finished, lines that were
         left. With ``keep_last=None`` only the unfinished ones go.
         """
-        entries = self.entries(objects)
+        objects = self.store.list()
+        if attempt is not None:
+            self._refuse_superseded(attempt, _attempts(objects))
+        entries = self._entries(objects)
         whole = [entry for entry in line(entries) if entry.state == "whole"]
         if not whole:
             return []
@@ -160,11 +165,9 @@ class Catalog:
 
     # --- attempts ----------------------------------------------------------------------------------------------------
 
-    def attempts(self, objects: Iterable[str] | None = None) -> list[Attempt]:
-        """Every start of the run that left a trace, the first one first. ``objects`` as for ``entries``."""
-        objects = self.store.list("attempts") if objects is None else objects
-        names = (name.removeprefix("attempts/") for name in objects if name.startswith("attempts/"))
-        return sorted(attempt for name in names if (attempt := Attempt.parse(name.removesuffix(".json"))))
+    def attempts(self) -> list[Attempt]:
+        """Every start of the run that left a trace, the first one first."""
+        return _attempts(self.store.list("attempts"))
 
     def claim_attempt(self, about: Mapping[str, Any]) -> Attempt:
         """Numbers this start of the run after all others and leaves a record of it (``about`` is JSON).
@@ -174,7 +177,7 @@ class Catalog:
         """
         objects = self.store.list()
         saved = {attempt for _, _, attempt in _directories(objects)}
-        attempt = Attempt.after({*self.attempts(objects), *saved})
+        attempt = Attempt.after({*_attempts(objects), *saved})
         record = {"attempt": attempt.id, "started": datetime.now(UTC).isoformat(timespec="milliseconds"), **about}
         text = json.dumps(record, indent=1).encode()
         self.store.put(f"attempts/{attempt.id}.json", lambda: [text], len(text))
@@ -188,6 +191,17 @@ class Catalog:
         except ValueError:
             return {}
         return record if isinstance(record, dict) else {}
+
+    def refuse_superseded(self, attempt: Attempt) -> None:
+        """Stops who was believed dead, and is not. Raises ``Superseded`` when an attempt after this one trains the run."""
+        self._refuse_superseded(attempt, self.attempts())
+
+    def _refuse_superseded(self, attempt: Attempt, attempts: Sequence[Attempt]) -> None:
+        newest = max(attempts, default=attempt)
+        if newest > attempt:
+            about = self.about_attempt(newest)
+            who = f"started {about.get('started')} on {about.get('host')}"
+            raise Superseded(f"{self.store.url}: attempt {newest.number} trains this run now ({who})")
 
 
 def line(entries: Iterable[Entry]) -> Iterator[Entry]:
@@ -205,6 +219,12 @@ def line(entries: Iterable[Entry]) -> Iterator[Entry]:
         for ancestor in entry.manifest.lineage if entry.manifest else ():
             known = left_after.get(ancestor.attempt, ancestor.until_step)
             left_after[ancestor.attempt] = min(known, ancestor.until_step)
+
+
+def _attempts(objects: Iterable[str]) -> list[Attempt]:
+    """The attempts that have a record among the objects of a run, the first one first."""
+    names = (name.removeprefix("attempts/") for name in objects if name.startswith("attempts/"))
+    return sorted(attempt for name in names if (attempt := Attempt.parse(name.removesuffix(".json"))))
 
 
 def _directories(objects: Iterable[str]) -> list[tuple[str, int, Attempt]]:

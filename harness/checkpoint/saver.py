@@ -21,7 +21,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from harness.checkpoint.shares import Found, IsSteady, Plan, Writers, nothing_is
 from harness.checkpoint.staging import HostMemory, Snapshot
 from harness.checkpoint.threads import Background, Worker
 from harness.checkpoint.tree import Encoded
-from harness.errors import HarnessError, StoreError, Superseded
+from harness.errors import HarnessError, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -222,18 +222,6 @@ class Saver:
             return self.wait()
         return None
 
-    def step_aside(self, objects: Iterable[str] | None = None) -> None:
-        """Stops a writer that was believed dead, and is not, before it deletes what its successor counts on.
-
-        What it has committed does no harm: it is not on the successor's line. ``objects`` as for ``Catalog.attempts``.
-        Raises ``Superseded``.
-        """
-        newest = max(self.catalog.attempts(objects), default=self.attempt)
-        if newest > self.attempt:
-            about = self.catalog.about_attempt(newest)
-            who = f"started {about.get('started')} on {about.get('host')}"
-            raise Superseded(f"{self.catalog.store.url}: attempt {newest.number} trains this run now ({who})")
-
     def _order(self, directory: str | None, step: int, meta: Mapping[str, Any], best_step: int | None) -> _Order:
         assert directory or self.writers.is_first, "the first writer says where"
         latest = time.monotonic() + self.writers.patience_seconds
@@ -266,9 +254,7 @@ class Saver:
             )
             self.catalog.add(directory, manifest)
             try:
-                objects = store.list()
-                self.step_aside(objects)
-                self.catalog.prune(self.retention, order.best_step, objects=objects)
+                self.catalog.prune(self.retention, order.best_step, attempt=self.attempt)
             except StoreError as error:  # the commit stands; what is left over goes after the next one
                 log.warning("could not delete old checkpoints: %s", error)
             return directory, manifest.bytes
