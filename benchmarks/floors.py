@@ -14,6 +14,9 @@ import numpy as np
 import torch
 import xxhash
 
+from harness.checkpoint.pages import Pages, cut
+from harness.checkpoint.threads import in_threads, threads_for
+
 PIECE_BYTES = 16 << 20
 PAGE_BYTES = 4096
 CONNECTIONS = 8
@@ -30,6 +33,7 @@ ON_DISK = {
     "write_direct_added": "by which the steps take longer meanwhile",
     "read_warm": "read from the page cache, into pages that are there",
     "read_warm_fresh": "read from the page cache, into fresh pages",
+    "read_warm_hashed": "the same, by several threads, which ask for the pages and hash what they read",
     "read_cold": "read from the disk, into pages that are there",
 }
 ON_S3 = {
@@ -66,6 +70,7 @@ def disk_floors(folder: str, state: bytes, beside: Beside) -> dict[str, float | 
     found["write"] = _write(path, source, 0)
     found["read_warm"] = seconds(lambda: _read(path, target))
     found["read_warm_fresh"] = seconds(lambda: _read(path, torch.empty_like(target)))
+    found["read_warm_hashed"] = seconds(lambda: _read_hashed(path, torch.empty_like(target)))
     forget_cached([path])
     found["read_cold"] = seconds(lambda: _read(path, target))
     assert target.equal(source)
@@ -100,6 +105,20 @@ def _read(path: str, target: torch.Tensor) -> None:
     with open(path, "rb", buffering=0) as file:
         while view:
             view = view[file.readinto(view[:PIECE_BYTES]) :]
+
+
+def _read_hashed(path: str, target: torch.Tensor) -> None:
+    """What is left of a restore that owns the bytes and has checked them, when there is nothing but these bytes."""
+    pages = Pages(target.nbytes)
+    with open(path, "rb", buffering=0) as file:
+
+        def take(stretch: tuple[int, memoryview]) -> None:
+            start, place = stretch
+            pages.give(place)
+            assert os.preadv(file.fileno(), [place], start) == len(place)
+            xxhash.xxh3_128(place).digest()
+
+        in_threads(threads_for(target.nbytes), take, cut(memoryview(target.numpy())))
 
 
 def forget_cached(paths: list[str]) -> None:
