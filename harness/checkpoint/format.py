@@ -487,6 +487,7 @@ class Receipt:
     blocks: dict[str, dict[str, Blocks]] = field(default_factory=dict)  # of each tensor or piece, by part and name
     problem: str = ""  # why it has failed
     is_of_storage: bool = False  # whether that is the storage's doing
+    is_torn: bool = False  # whether its state has changed while it was copied
 
     @property
     def name(self) -> str:
