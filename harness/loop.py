@@ -189,7 +189,8 @@ class _Trainer:
     def evaluate_if_due(self, run: Run) -> None:
         """Evaluates where an interval ends with the step that was just trained, or the run does."""
         every, step = self.config.evaluation, run.global_step + 1
-        due = step >= self.total_steps or data.is_due(step, self.loader.cursor, every.every_steps, every.every_epochs)
+        epochs = (self.loader.trained_epoch, self.loader.epoch)
+        due = step >= self.total_steps or data.is_due(step, epochs, every.every_steps, every.every_epochs)
         if self.task.evaluation is not None and due:
             values = self.evaluate()
             run.evaluated(self.task.evaluation.metric, values, higher_is_better=self.task.evaluation.higher_is_better)

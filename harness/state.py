@@ -4,6 +4,7 @@ Restoring checks everything first and touches the live objects last. It is stric
 consumed, and what is live must be filled.
 """
 
+import json
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,9 +18,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from harness.buckets import GradientOrder
-from harness.checkpoint import commit
+from harness.checkpoint import commit, tree
 from harness.checkpoint.collector import without_collections
-from harness.checkpoint.format import check_part_name
+from harness.checkpoint.format import Manifest, check_part_name
+from harness.data import Loader
 from harness.errors import ConfigError, Mismatch, Unsupported
 from harness.modules import check_model, listed, model_state, module_versions, restore_model, unwrap
 from harness.optimizers import (
@@ -39,6 +41,7 @@ class Progress:
     epoch: int = 0  # where no loader of ours counts them
     last: dict[str, float] = field(default_factory=dict)  # the newest metrics, the training loss among them
     best: dict[str, float] = field(default_factory=dict)  # the metrics and the step of the best evaluation
+    finished_loops: int = 0  # of the program's loops, that are over although they have not come to their own end
 
 
 class State:
@@ -66,6 +69,11 @@ class State:
             if isinstance(each, nn.parallel.DistributedDataParallel)
         }
         self._parts = {name: self._part(name, each) for name, each in objects.items()}
+
+    @property
+    def objects(self) -> list[Any]:
+        """What was given."""
+        return [part.live for part in self._parts.values()]
 
     def _part(self, name: str, each: Any) -> "_Part":
         check_part_name(name)
@@ -134,15 +142,56 @@ class State:
             "epoch": self.progress.epoch,
             "last": self.progress.last,
             "best": self.progress.best,
+            "finished_loops": self.progress.finished_loops,
         }
 
     def is_steady(self) -> Callable[[torch.Tensor], bool]:
-        """Tells the tensors that nothing changes but an optimizer's step: its parameters, and its own state."""
+        """Tells the tensors that nothing changes but an optimizer's step: its parameters, and its own state.
+
+        A frozen parameter in an optimizer's groups is moved by somebody else, if at all: a momentum encoder. So is the
+        weight of an embedding with ``max_norm``, by its forward pass.
+        """
+        renormed = {
+            module.weight.data_ptr()
+            for model in self.modules.values()
+            for module in model.modules()
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+        }
         places = set()
         for optimizer in self.optimizers.values():
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            parameters = [each for group in optimizer.param_groups for each in group["params"] if each.requires_grad]
             places |= {tensor.data_ptr() for tensor in tensors_in([parameters, *optimizer.state.values()])}
+        places -= renormed
         return lambda tensor: tensor.data_ptr() in places
+
+    def is_that_of(self, manifest: Manifest) -> bool:
+        """Whether a checkpoint has this state, bit for bit, where it is the same on every rank."""
+        if manifest.parts[TRAINING].tree.get("finished_loops", 0) != self.progress.finished_loops:
+            return False
+        parts = self._captured(per_rank=False)
+        return all(commit.digest_of(part, name) == manifest.parts[name].digest for name, part in parts.items())
+
+    def marks(self) -> dict[str, Any]:
+        """By part, what shows that something has changed it, at little cost: plain values, and the versions of tensors.
+
+        Modules, optimizers and loaders are left out, which change in each step.
+        """
+        found = {}
+        for name, part in self._parts.items():
+            if not isinstance(part, _Module | _Optimizer | _DataLoader) and not isinstance(part.live, Loader):
+                encoded = tree.encode(part.capture(), name)
+                versions = {path: (tensor.data_ptr(), tensor._version) for path, tensor in encoded.tensors.items()}
+                found[name] = (json.dumps(encoded.tree, sort_keys=True), versions)
+        return found
+
+    def holds(self) -> tuple[set[int], set[int]]:
+        """What is in the state: the identities of objects, those that they have as attributes included, and the addresses of
+        tensors."""
+        lives = [part.live for part in self._parts.values()]
+        held = [each for live in lives for each in (live, *_attributes(live).values())]
+        held += [item for each in held if isinstance(each, list | tuple) for item in each]
+        tensors = tensors_in([part.capture() for part in self._parts.values()])
+        return {id(each) for each in held}, {tensor.data_ptr() for tensor in tensors}
 
     def digests(self) -> dict[str, Any]:
         """What must be the same on all ranks before they train together."""
@@ -177,7 +226,10 @@ class State:
             part.restore(checked[part.name], training)
         for name, gradients in self.gradients.items():
             gradients.settle(list(training["gradient_order"].get(name, [])))
-        self.progress = Progress(step, int(training["epoch"]), dict(training["last"]), dict(training["best"]))
+        finished_loops = int(training.get("finished_loops", 0))
+        self.progress = Progress(
+            step, int(training["epoch"]), dict(training["last"]), dict(training["best"]), finished_loops
+        )
 
 
 TRAINING, RANDOM = "training", "random"

@@ -26,6 +26,7 @@ class OwnWork:
     def __init__(self, device: torch.device, modules: Iterable[nn.Module], loader: Loader | None = None) -> None:
         self._device = device
         self._loader = loader
+        self.forwards = 0  # passes of modules in training, so far
         self._seconds = 0.0
         self._began: float | None = None
         self._events: list[torch.cuda.Event] = []  # beginnings and ends in turn, not yet counted
@@ -39,6 +40,7 @@ class OwnWork:
 
     def _begin_forward(self, model: nn.Module, _inputs: object) -> None:
         if model.training:
+            self.forwards += 1
             self._began = time.perf_counter()
             self._record_event()
 

@@ -8,9 +8,9 @@ handed out by ``poll`` or ``wait``. ``save`` does everything before it returns, 
 The threads have the priority of any other. With less of it, it takes as much from a training that keeps all cores busy, only
 later: at a niceness of 10 a checkpoint of 0.5 GB was durable after 1.3 s instead of 0.4 s, and the steps lost no less.
 
-A save whose state has changed while it was copied (``Torn``) is not committed. From then on all is copied at the step boundary,
-and ``must_repeat`` asks for another save at the next one. The first saves of an attempt (``proofs``) are copied so from the
-beginning, and show whether the others need be.
+A save whose state has changed while it was copied (``Torn``) is not committed. From then on all is copied at the step
+boundary, and ``must_repeat`` asks for another save at the next one. The first saves of an attempt (``proofs``) are copied so
+from the beginning, and show whether the others need be.
 
 A save that fails is told of each time and counted; training goes on, because the checkpoints that exist are untouched, and
 the disk may have room again at the next one. After ``failures_allowed`` in a row, or when the save was the last thing to
@@ -130,6 +130,7 @@ class Saver:
 
         committed = self._committed(step, write, must_succeed=must_succeed)
         seconds = time.monotonic() - began
+        self.must_repeat = False
         return self._saved(order, committed, seconds, seconds)
 
     def begin(
@@ -187,16 +188,16 @@ class Saver:
 
     def fence(self) -> None:
         """To be called before anything steady is changed: waits until the snapshot does not need it any more."""
-        if (writing := self._under_way) is not None:  # another thread may wait for it, and take it away
-            if strayed := writing.fence():
-                self._copy_at_once(Torn(strayed))
+        writing = self._under_way  # another thread may wait for it, and take it away
+        if writing is not None and (strayed := writing.fence()):
+            self._copy_at_once(Torn(strayed))
 
     def _copy_at_once(self, torn: Torn) -> None:
         """From here on all is copied at the step boundary. Says so, once."""
         if not self._changes_elsewhere:
             log.warning(
-                "%s changed outside of optimizer.step(): from now on each save copies everything at the step boundary, which "
-                "takes longer. No checkpoint is wrong. Set checkpoint.overlap to false to avoid this message",
+                "%s changed outside of optimizer.step(): from now on each save copies everything at the step boundary, "
+                "which takes longer. No checkpoint is wrong. Set checkpoint.overlap to false to avoid this message",
                 torn,
             )
         self._changes_elsewhere = True

@@ -5,8 +5,8 @@ before the step boundary is left. What only the optimizer's step changes, its pa
 is copied beside the next forward and backward pass, and the optimizer's step waits (``fence``) in case that takes longer. A
 version counter would not do in place of the fence: fused optimizers and ``.data`` change tensors without counting.
 
-Programs change parameters elsewhere, too: ``Embedding(max_norm=…)`` in its forward pass, averages of weights that are swapped
-in for a validation, schedule-free optimizers in ``eval()``. Two checks see to it that such a state is not committed:
+Programs change parameters elsewhere, too: ``Embedding(max_norm=…)`` in its forward pass, averages of weights that are
+swapped in for a validation, schedule-free optimizers in ``eval()``. Two checks keep such a state from being committed:
 
 * The version counters of what is steady are compared from the boundary to the end of the copy, or to the fence where that
   comes first. Where one has moved the snapshot is *torn* (``refuse_torn``).
