@@ -32,13 +32,13 @@ class Script:
         self.run = Run(url, state, every_steps=every_steps, config=quiet, stop=self.stop, **options)
 
     def train(self, epochs: int, *, until: int | None = None) -> "Script":
-        """Trains; ``until`` is a step after which the program dies, as it were."""
+        """Trains; ``until`` is a step before the successor of which the program dies, as it were."""
         for epoch in self.run.epochs(epochs):
             for (x,) in self.loader:
-                self.step(x)
                 if self.run.global_step == until:
                     self.run.close()
                     return self
+                self.step(x)
                 self.seen.append(epoch)
         return self
 
@@ -145,8 +145,8 @@ def test_the_best_is_kept(tmp_path):
     for loss in (3.0, 1.0, 2.0, 5.0):
         script.run.total_steps = None
         for _ in script.run.steps(script.run.global_step + 1):
-            script.run.evaluated("loss", {"loss": loss})
             script.step(torch.ones(1, 2))
+            script.run.evaluated("loss", {"loss": loss})
     assert saved_steps(tmp_path) == [2, 4]
     assert Script(tmp_path).run.state.progress.best == {"loss": 1.0, "step": 2}
 
