@@ -2,17 +2,17 @@
 
 A restart begins anew what is not in the state, and skips what was fetched too early. Neither raises an error, and the run
 ends with other weights. So rank 0 looks at the first step, and at the end of the first epoch, for optimizers, modules,
-schedulers, gradient scalers and loaders that the loop uses and the state lacks. It looks through the objects that Python's
-garbage collector knows: tens of milliseconds, twice in a process.
+schedulers, gradient scalers and loaders that the loop uses and the state lacks. It looks through the variables of the
+functions that are under way, and through what these hold, some thousand objects at most. What hides elsewhere is not found.
 """
 
 import contextlib
-import gc
 import logging
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping
-from itertools import chain
-from types import FrameType
+from itertools import chain, islice
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
@@ -21,14 +21,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
-from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from harness.data import Loader, _Seeded
+from harness.data import Loader
 from harness.state import State
 
 log = logging.getLogger(__name__)
 
-_KINDS = (nn.Module, LRScheduler, torch.amp.GradScaler, DataLoader, _BaseDataLoaderIter)
+_MOST_FRAMES, _MOST_OBJECTS, _MOST_LEVELS, _MOST_ITEMS = 12, 5000, 3, 100
+_PLAIN = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, torch.Tensor)
 
 
 _AHEAD = "{}: batches seem to be fetched ahead, and a restart would skip one. Fetch each batch in the step that trains it"
@@ -58,7 +58,7 @@ class Omissions:
             yield
             return
         hook = register_optimizer_step_pre_hook(self._note)
-        self._modules_that_changed(_alive())  # none yet
+        self._modules_that_changed(_found())  # none yet
         try:
             yield
         finally:
@@ -89,52 +89,47 @@ class Omissions:
                 f"{name} has a learning rate scheduler, which is not in the run's state: after a restart its schedule would "
                 'start over. Add it: state={..., "scheduler": scheduler}'
             )
-        for each in self._lacking():
-            name, kind = _name_of(each), type(each).__name__
-            what = f"{name} ({kind})" if name else kind
-            if isinstance(each, DataLoader):
+        for name, each in self._lacking():
+            what = f"{name} ({type(each).__name__})" if name else type(each).__name__
+            if issubclass(type(each), DataLoader):
                 self._say(
-                    f"{what} hands out batches and is not in the run's state: after a restart its epoch would start over. "
-                    "Use harness.Loader, or torchdata's StatefulDataLoader, and add it to the state"
+                    f"{what} is not in the run's state, which has no loader: after a restart an epoch would start over. Use "
+                    "harness.Loader, or torchdata's StatefulDataLoader, and add it to the state"
                 )
             else:
                 self._say(
                     f"{what} is used in training and is not in the run's state: after a restart it would start over. "
-                    f'Add it: state={{..., "{name or "name"}": {name or "…"}}}'
+                    f'Add it: state={{..., "{name.rpartition(".")[2] or "name"}": {name or "…"}}}'
                 )
 
-    def _lacking(self) -> Iterator[Any]:
-        alive = _alive()
+    def _lacking(self) -> Iterator[tuple[str, Any]]:
+        """What the loop has used and the state lacks, each with its name in the program; empty where that is not known."""
+        found = _found()
         objects, _ = self._state.holds()
         own = {id(parameter) for each in self._state.optimizers.values() for parameter in _parameters_of(each)}
         for optimizer in self._stepped.values():  # one that another has wrapped has the same parameters
             if id(optimizer) not in objects and not own.issuperset(map(id, _parameters_of(optimizer))):
-                yield optimizer
-        yield from self._modules_that_changed(alive)
+                yield next((name for name, each in found if each is optimizer), ""), optimizer
+        for module in self._modules_that_changed(found):
+            yield next(name for name, each in found if each is module), module
         named = {id(self._state.optimizers[name]) for name in self._state.without_scheduler()}
         unnamed = {id(optimizer) for optimizer in self._state.optimizers.values()} - named
-        yield from (
-            each
-            for each in alive[LRScheduler]
-            if id(each) not in objects and id(getattr(each, "optimizer", None)) in unnamed
-        )
-        yield from (
-            each
-            for each in alive[torch.amp.GradScaler]
-            if id(each) not in objects and getattr(each, "_scale", None) is not None
-        )
-        for iterator in alive[_BaseDataLoaderIter]:
-            if not isinstance(iterator._dataset, _Seeded):  # else it is one of a harness.Loader
-                sampler = iterator._index_sampler
-                loaders = [each for each in alive[DataLoader] if each._index_sampler is sampler and id(each) not in objects]
-                yield from loaders
+        has_loader = any(isinstance(each, Loader | DataLoader) for each in self._state.objects)
+        for name, each in found:
+            is_used = (
+                (issubclass(type(each), LRScheduler) and id(getattr(each, "optimizer", None)) in unnamed)
+                or (issubclass(type(each), torch.amp.GradScaler) and getattr(each, "_scale", None) is not None)
+                or (issubclass(type(each), DataLoader) and not has_loader)
+            )
+            if is_used and id(each) not in objects:
+                yield name, each
 
-    def _modules_that_changed(self, alive: Mapping[type, list[Any]]) -> list[nn.Module]:
+    def _modules_that_changed(self, there: list[tuple[str, Any]]) -> list[nn.Module]:
         """Modules with tensors that the state has not, and that have changed since they were seen first; outermost ones."""
         _, places = self._state.holds()
         found, inner = [], set()
-        for module in alive[nn.Module]:
-            version = _version(module, places)
+        for _, module in there:
+            version = _version(module, places) if issubclass(type(module), nn.Module) else None
             if version is not None and self._versions.setdefault(id(module), version) != version:
                 found.append(module)
                 inner |= {id(child) for child in module.modules() if child is not module}
@@ -204,27 +199,37 @@ def _version(module: nn.Module, known: set[int]) -> int | None:
         return None
 
 
-def _alive() -> dict[type, list[Any]]:
-    """The objects of some classes, by class. Their type counts: some objects claim to be of another class."""
-    found: dict[type, list[Any]] = {kind: [] for kind in _KINDS}
-    kinds: dict[type, type | None] = {}
-    for each in gc.get_objects():
-        own = type(each)
-        if own not in kinds:
-            kinds[own] = next((kind for kind in _KINDS if issubclass(own, kind)), None)
-        if (kind := kinds[own]) is not None:
-            found[kind].append(each)
-    return found
-
-
-def _name_of(value: Any) -> str:
-    """What the program calls an object: in the functions that are under way, or in their modules. Empty: nobody knows."""
+def _found() -> list[tuple[str, Any]]:
+    """What the functions that are under way have in their variables, and what that holds, with names: ``self.average``."""
     frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if not str(frame.f_globals.get("__name__", "")).startswith("harness."):
-            for names in (frame.f_locals, frame.f_globals):
-                for name, each in list(names.items()):
-                    if each is value:
-                        return name
+    waiting: deque[tuple[str, Any, int]] = deque()
+    frames = 0
+    while frame is not None and frames < _MOST_FRAMES:
+        if not str(frame.f_globals.get("__name__", "")).startswith(("harness.", "contextlib")):
+            waiting.extend((name, value, 0) for names in (frame.f_locals, frame.f_globals) for name, value in names.items())
+            frames += 1
         frame = frame.f_back
-    return ""
+    found: dict[int, tuple[str, Any]] = {}
+    while waiting and len(found) < _MOST_OBJECTS:
+        name, value, level = waiting.popleft()
+        if issubclass(type(value), _PLAIN) or id(value) in found or name.startswith("__"):
+            continue
+        found[id(value)] = name, value
+        if level < _MOST_LEVELS:
+            waiting.extend((inner, each, level + 1) for inner, each in _items_of(name, value))
+    return list(found.values())
+
+
+def _items_of(name: str, value: Any) -> list[tuple[str, Any]]:
+    """What an object holds: items of plain containers, attributes of others."""
+    if type(value) in (list, tuple):
+        return [(f"{name}[{index}]", each) for index, each in enumerate(value[:_MOST_ITEMS])]
+    if type(value) is dict:
+        return [(f"{name}[{key!r}]", each) for key, each in islice(value.items(), _MOST_ITEMS)]
+    if issubclass(type(value), nn.Module) and not hasattr(value, "module"):
+        return []  # its children are its own
+    try:
+        attributes = object.__getattribute__(value, "__dict__")  # whatever a proxy would do when it is asked
+    except AttributeError:
+        return []
+    return [(f"{name}.{key}", each) for key, each in islice(attributes.items(), _MOST_ITEMS)]
