@@ -54,6 +54,7 @@ class Omissions:
     def looking(self, loader: Loader | None) -> Iterator[None]:
         """The time of a loop."""
         self._fetched = [loader.handed_out] if loader else []
+        self._loaders = {id(each): each.handed_out for each in Loader.in_use}
         if not self._is_active:
             yield
             return
@@ -68,9 +69,9 @@ class Omissions:
     def _note(self, optimizer: Optimizer, *_: object) -> None:
         self._stepped[id(optimizer)] = optimizer
 
-    def _say(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
+    def _say(self, message: str, about: str = "") -> None:
+        if (about or message) not in self._said:
+            self._said.add(about or message)
             log.warning("%s", message)
 
     # --- what the state lacks ----------------------------------------------------------------------------------------
@@ -79,7 +80,8 @@ class Omissions:
         """Names what the loop has used so far and the state lacks."""
         if not self._is_active:
             return
-        if Loader.in_use and not any(isinstance(each, Loader) for each in self._state.objects):
+        has_loader = any(isinstance(each, Loader) for each in self._state.objects)
+        if not has_loader and any(each.handed_out > self._loaders.get(id(each), 0) for each in Loader.in_use):
             self._say(
                 "a harness.Loader hands out batches and is not in the run's state: after a restart its epoch would start "
                 'over. Add it: state={..., "loader": loader}'
@@ -176,7 +178,8 @@ class Omissions:
         for name in sorted(name for name in before if before[name] != now[name]):
             self._say(
                 f"{name} changed after run.step(): the checkpoint of step {step} is without it, and after a restart it "
-                "would be lost. Call run.step() last in a step"
+                "would be lost. Call run.step() last in a step",
+                about=name,
             )
 
     def at_epoch_end(self) -> None:

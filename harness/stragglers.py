@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,6 +38,10 @@ class OwnWork:
             if not any(isinstance(each, DistributedDataParallel) for each in inner.modules()):
                 inner.register_forward_pre_hook(self._begin_forward)
                 inner.register_forward_hook(self._end_forward)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of a module takes its hooks along. In the copy they note down nothing that counts."""
+        return type(self), (self._device, ())
 
     def _begin_forward(self, model: nn.Module, _inputs: object) -> None:
         if model.training:
