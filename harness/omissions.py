@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 
 _MOST_FRAMES, _MOST_OBJECTS, _MOST_LEVELS, _MOST_ITEMS = 12, 5000, 3, 100
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, torch.Tensor)
-
-
 _AHEAD = "{}: batches seem to be fetched ahead, and a restart would skip one. Fetch each batch in the step that trains it"
 
 
@@ -44,9 +42,8 @@ class Omissions:
         self._stepped: dict[int, Optimizer] = {}  # those that have taken a step
         self._versions: dict[int, int] = {}  # of the modules that the state has not, when they were seen first
         self._has_ended_epoch = False
-        self._fetched: list[
-            int
-        ] = []  # batches in all: before the loop, and at the first two boundaries; then the last one's
+        self._loaders: dict[int, int] = {}  # of harness, and how many batches each had handed out before the loop
+        self._fetched: list[int] = []  # batches in all: before the loop, at its first boundary, and at the newest one
         self._forwards = 0  # at the last boundary
         self._marks: tuple[int, Mapping[str, Any]] | None = None  # of the save that was begun in ``step``, and its step
 

@@ -12,7 +12,8 @@ One URL is one run. It holds::
 
 What else lies there (``attempts/*.crash-*.json``, ``hangs/``) is for people, and decides nothing about checkpoints.
 
-**Directories.** ``step-<global step, 12 digits>-<number of the attempt, 6 digits>-<8 hex digits, random per save>``.
+**Directories.** ``step-<global step, 12 digits>-<id of the attempt>-<8 hex digits>``. The last ones differ between all saves
+of an attempt, and rise: of two saves of the same step in one attempt the later one has the larger.
 What exists is decided by the manifest alone; a directory without a valid one is rubbish or still being written.
 
 **Parts.** A checkpoint is a few named *parts*, each a nested value (a ``state_dict``). The tensors of a part lie in its
@@ -182,9 +183,9 @@ class Attempt:
         return int(self.id[:6])
 
 
-def new_directory(step: int, attempt: Attempt) -> str:
-    """A name for the directory of one save, that no other save has had."""
-    return f"step-{step:012}-{attempt.id}-{secrets.token_hex(4)}"
+def new_directory(step: int, attempt: Attempt, number: int = 0) -> str:
+    """A name for the directory of one save, that no other save has had; ``number`` counts those of its attempt."""
+    return f"step-{step:012}-{attempt.id}-{number % (1 << 20):05x}{secrets.token_hex(2)[:3]}"
 
 
 def parse_directory(name: str) -> tuple[int, Attempt] | None:

@@ -90,6 +90,7 @@ class Saver:
     proofs: int = 0  # so many more saves show that only the optimizer changes what is copied beside the training
     failures: int = 0
     must_repeat: bool = False  # the save before was torn
+    _directories: int = 0  # that were named
     _changes_elsewhere: bool = False  # what is copied beside the training
     _plan: Plan | None = None  # of the save before
     _under_way: "_Writing | None" = None
@@ -97,7 +98,8 @@ class Saver:
 
     def new_directory(self, step: int) -> str:
         """A name for the directory of a save: the first writer chooses it, and all write there."""
-        return new_directory(step, self.attempt)
+        self._directories += 1
+        return new_directory(step, self.attempt, self._directories)
 
     def save(
         self,
