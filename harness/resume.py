@@ -79,7 +79,7 @@ def resume(
         if RANDOM not in parts:
             raise Mismatch(f"{entry.directory}: was not written by a run; start a run elsewhere with init_from it")
         try:
-            state.restore(parts, entry.step, world.rank)
+            state.restore(parts, entry.step, world.rank, int(meta.get("epoch") or 0))
         except Mismatch as error:
             where = f"{catalog.store.url}/{entry.directory}"
             raise Mismatch(f"{where}: {error}\nif that is meant, it is another run, and belongs to another URL") from None

@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,7 +25,7 @@ from harness.checkpoint.saver import Saved, Saver
 from harness.checkpoint.shares import Writers
 from harness.checkpoint.staging import HostMemory
 from harness.checkpoint.store import open_store
-from harness.config import RunConfig, run_config
+from harness.config import Config, RunConfig, run_config
 from harness.crashes import Crash
 from harness.data import Loader, is_due
 from harness.environment import began, is_first_of_node, launch_id, rank, shutdown_grace_seconds
@@ -33,7 +33,7 @@ from harness.errors import ConfigError, HarnessError, NoCheckpoint, Stopped, Sto
 from harness.metrics import Reporter, as_json, in_words
 from harness.notices import Watcher
 from harness.signals import StopRequest
-from harness.state import State, restore_random_state
+from harness.state import Adapt, State, restore_random_state
 from harness.stragglers import OwnWork, Stragglers
 from harness.watchdog import Watchdog
 from harness.world import Agreement, World, has_lost_a_peer, leave_at_once, world_of_program
@@ -59,7 +59,10 @@ class Run:
     ``{"checkpoint": {…}, "watchdog": {…}}``. ``url=None`` saves nothing.
 
     ``initialize`` is called where there is nothing to resume from (to load weights, say); what it returns is logged.
-    ``about`` goes into each manifest and must be the same on all ranks. A stop signal, or a cloud's notice, ends the program
+    ``about`` goes into each manifest and must be the same on all ranks. At a resume the checkpoint's learning rates and
+    schedules count; of the ``reset_options`` that are named (``["lr"]``) the program's. ``adapt(step, epoch, names)`` is
+    called before a checkpoint is compared, with dtype and shape of its tensors by part and name, to give a model or an
+    optimizer that grows what it had then. A stop signal, or a cloud's notice, ends the program
     after the step, saved, with exit code 75 (0 under torchrun); given a ``stop`` request of its own, ``step`` raises
     ``Stopped`` instead. ``fresh`` refuses a URL that holds a run.
 
@@ -80,6 +83,8 @@ class Run:
         config: Mapping[str, Any] | RunConfig | None = None,
         initialize: Callable[[], str | None] | None = None,
         about: Mapping[str, Any] | None = None,
+        reset_options: Sequence[str] = (),
+        adapt: Adapt | None = None,
         world: World | None = None,
         stop: StopRequest | None = None,
         fresh: bool = False,
@@ -93,7 +98,7 @@ class Run:
         self.stop = program.take_charge(self.config.stop.grace_seconds) if stop is None else stop
         self.about = dict(about or {})
         self._initialize = initialize
-        self.state = State(state, self.world.device)
+        self.state = State(state, self.world.device, reset_options=reset_options, adapt=adapt, speaks=self.world.rank == 0)
         self.loader = next((each for each in state.values() if isinstance(each, Loader)), None)
         self.total_steps: int | None = None
         self.total_epochs: int | None = None
@@ -107,7 +112,7 @@ class Run:
         self._agreement: Agreement | None = None  # while the loop goes on
         self._metrics: Mapping[str, Any] = {}  # of the last step
         self._boundaries = 0  # how many this process has seen
-        for optimizer in self.state.optimizers.values():
+        for optimizer in self.state.stepping():
             optimizer.register_step_pre_hook(self._fence)
         with _watching(self.config):
             self._open(fresh=fresh)
@@ -181,6 +186,7 @@ class Run:
         """What the first step of this process has shown."""
         for gradients in self.state.gradients.values():
             gradients.stop_noting()
+        self.state.check_frozen()
         if self.world.rank == 0:
             self._warn_of_what_is_left_out()
 
@@ -264,6 +270,8 @@ class Run:
             resume.on_first(world, lambda: resume.refuse_to_reuse(catalog, launch_id()))
         looping = resume.on_first(world, lambda: crashes.is_looping(catalog, self.config.crash_loop.same_failures))
         self._begin_attempt(pass_over_newest=looping)
+        if world.rank == 0:
+            self._tell_of_differences()
 
     def _begin_attempt(self, *, pass_over_newest: bool = False) -> None:
         """Claims an attempt, resumes, and makes sure that all ranks hold the same."""
@@ -311,6 +319,13 @@ class Run:
             self._save_seconds = resumed.save_seconds
             self._warn_if_saves_are_slow()
 
+    def _tell_of_differences(self) -> None:
+        """Says what somebody has edited in the program since the checkpoint, and whose word counts."""
+        for each in self.state.differences:
+            key = "train.reset_options" if isinstance(self.config, Config) else "Run(..., reset_options=...)"
+            advice = f". To use the program's: {key} with {each.name!r}" if each.who_counts == "checkpoint" else ""
+            log.warning("%s%s", each, advice)
+
     def _start_anew(self) -> None:
         """Gives a new run what it is to begin with."""
         if self._initialize is not None and (what := self._initialize()):
@@ -343,6 +358,7 @@ class Run:
         self._last_logged_step = self.global_step
         by_epochs = self.total_epochs * len(self.loader) if self.total_epochs and self.loader else None
         self._reporter.show(self.global_step, self.total_steps or by_epochs)
+        self.state.check_lengths(self.total_steps or by_epochs, self.total_epochs, each_step=isinstance(self.config, Config))
         if self._random is not None:
             restore_random_state(self._random, self.world.device)
             self._random = None
