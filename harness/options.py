@@ -240,9 +240,18 @@ def _scaled(scheduler: LRScheduler, restored: Sequence[tuple[float, float | None
 
 def check_length(name: str, scheduler: LRScheduler, steps: int) -> None:
     """Raises ``ConfigError`` where a schedule that ends with an error would end before so many steps of its own."""
-    for each in _all(scheduler):
-        if isinstance(each, lr_scheduler.OneCycleLR) and each.total_steps < steps:
-            raise ConfigError(
-                f"{name}: OneCycleLR ends after {each.total_steps} steps, and this run has {steps}; make the schedule as "
-                "long as the run. To use the program's length in place of the checkpoint's: reset_options with 'total_steps'"
-            )
+    if isinstance(scheduler, lr_scheduler.OneCycleLR) and scheduler.total_steps < steps:
+        raise ConfigError(
+            f"{name}: OneCycleLR ends after {scheduler.total_steps} steps, and this run has {steps}; make the schedule as "
+            "long as the run. To use the program's length in place of the checkpoint's: reset_options with 'total_steps'"
+        )
+    begins = [0, *scheduler._milestones] if isinstance(scheduler, lr_scheduler.SequentialLR) else [0] * len(inner(scheduler))
+    for each, begin in zip(inner(scheduler), begins, strict=True):
+        check_length(name, each, steps - begin)
+
+
+def position(scheduler: LRScheduler) -> int:
+    """How often a scheduler was stepped."""
+    while not hasattr(scheduler, "last_epoch"):
+        scheduler = inner(scheduler)[0]  # all of them at once
+    return scheduler.last_epoch

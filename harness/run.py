@@ -322,9 +322,9 @@ class Run:
     def _tell_of_differences(self) -> None:
         """Says what somebody has edited in the program since the checkpoint, and whose word counts."""
         for each in self.state.differences:
-            key = "train.reset_options" if isinstance(self.config, Config) else "Run(..., reset_options=...)"
-            advice = f". To use the program's: {key} with {each.name!r}" if each.who_counts == "checkpoint" else ""
-            log.warning("%s%s", each, advice)
+            is_task = isinstance(self.config, Config)
+            how = f"train.reset_options=[{each.name}]" if is_task else f'Run(..., reset_options=["{each.name}"])'
+            log.warning("%s%s", each, f". To use the program's: {how}" if each.who_counts == "checkpoint" else "")
 
     def _start_anew(self) -> None:
         """Gives a new run what it is to begin with."""

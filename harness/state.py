@@ -54,6 +54,7 @@ from harness.options import (
     differences,
     options_of,
     plain_items,
+    position,
     reset_groups,
     reset_schedule,
     saved_schedule,
@@ -377,7 +378,7 @@ class State:
         """
         for name, part in self._parts.items():
             if isinstance(part, _Scheduler):
-                at, step, epoch = part.live.last_epoch, self.progress.step, self.progress.epoch
+                at, step, epoch = position(part.live), self.progress.step, self.progress.epoch
                 if total_steps is not None and (each_step or (at == step and step > 0)):
                     check_length(name, part.live, total_steps)
                 elif total_epochs is not None and at == epoch and 0 < epoch < step:
