@@ -40,6 +40,9 @@ class TrainConfig(_Section):
     """fp32, or autocast to bf16, or autocast to fp16 with a gradient scaler."""
     clip_grad_norm: float | None = Field(default=None, gt=0)
     """The largest norm of all gradients together. None: no clipping."""
+    reset_options: list[str] = Field(default_factory=list)
+    """Options of the optimizer and settings of the scheduler (``lr``, ``weight_decay``, ``T_max``) of which the task's
+    values count at a resume."""
     deterministic: bool = True
     """Choose deterministic kernels where torch has them and warn where it has not; off is faster on GPUs, and then a
     resumed run is not bit-identical."""
@@ -263,7 +266,8 @@ class Config(RunConfig):
 
     def digest(self) -> str:
         """Identifies what is trained; equal digests mean equal runs, wherever they are saved."""
-        what = self.model_dump(mode="json", include={"task", "init_from", "init_optimizer", "args", "seed", "train"})
+        included = {"task", "init_from", "init_optimizer", "args", "seed", "train"}
+        what = self.model_dump(mode="json", include=included, exclude={"train": {"reset_options"}})
         return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

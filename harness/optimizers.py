@@ -147,3 +147,24 @@ def _class_of(scheduler: LRScheduler) -> str:
     """``StepLR``, or ``SequentialLR(LinearLR, StepLR)``."""
     inner = ", ".join(_class_of(each) for each in getattr(scheduler, "_schedulers", ()))
     return f"{type(scheduler).__name__}({inner})" if inner else type(scheduler).__name__
+
+
+# --- optimizers within others ----------------------------------------------------------------------------------------
+
+
+def plain_optimizer(optimizer: Any) -> Any:
+    """The optimizer within a wrapper that has no state of its own, as Accelerate's; anything else as it is."""
+    while isinstance(within := getattr(optimizer, "optimizer", None), Optimizer) and not isinstance(optimizer, LRScheduler):
+        if getattr(optimizer, "state", None) is not within.state:
+            break  # it remembers more than the one within: Lookahead's slow weights, say
+        optimizer = within
+    return optimizer
+
+
+def with_step_hooks(optimizer: Any) -> Iterator[Optimizer]:
+    """Those of an optimizer, and of the optimizers within it, whose ``step`` calls hooks."""
+    if hasattr(optimizer, "_optimizer_step_pre_hooks") and getattr(type(optimizer).step, "hooked", False):
+        yield optimizer
+    for each in vars(optimizer).values():
+        if isinstance(each, Optimizer):
+            yield from with_step_hooks(each)

@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from harness.checkpoint.saver import Saved, Saver
 from harness.checkpoint.shares import Writers
 from harness.checkpoint.staging import HostMemory
 from harness.checkpoint.store import open_store
-from harness.config import RunConfig, run_config
+from harness.config import Config, RunConfig, run_config
 from harness.crashes import Crash
 from harness.data import Loader, is_due, nothing
 from harness.environment import began, is_first_of_node, launch_id, rank, shutdown_grace_seconds
@@ -35,7 +35,7 @@ from harness.metrics import Reporter, as_json, hash_of, in_words, number_of
 from harness.notices import Watcher
 from harness.omissions import Omissions
 from harness.signals import StopRequest
-from harness.state import State, restore_random_state
+from harness.state import Adapt, State, restore_random_state
 from harness.stragglers import OwnWork, Stragglers
 from harness.watchdog import Watchdog
 from harness.world import Agreement, World, has_lost_a_peer, leave_at_once, world_of_program
@@ -63,7 +63,10 @@ class Run:
     ``{"checkpoint": {…}, "watchdog": {…}}``. ``url=None`` saves nothing.
 
     ``initialize`` is called where there is nothing to resume from (to load weights, say); what it returns is logged.
-    ``about`` goes into each manifest and must be the same on all ranks. A stop signal, or a cloud's notice, ends the program
+    ``about`` goes into each manifest and must be the same on all ranks. At a resume the checkpoint's learning rates and
+    schedules count; of the ``reset_options`` that are named (``["lr"]``) the program's. ``adapt(step, epoch, names)`` is
+    called before a checkpoint is compared, with dtype and shape of its tensors by part and name, to give a model or an
+    optimizer that grows what it had then. A stop signal, or a cloud's notice, ends the program
     after the step, saved, with exit code 75 (0 under torchrun); given a ``stop`` request of its own, ``step`` raises
     ``Stopped`` instead. ``fresh`` refuses a URL that holds a run. A loop that ``finish`` has ended early has nothing left to
     do when the program is started again; ``reopen`` trains on.
@@ -85,6 +88,8 @@ class Run:
         config: Mapping[str, Any] | RunConfig | None = None,
         initialize: Callable[[], str | None] | None = None,
         about: Mapping[str, Any] | None = None,
+        reset_options: Sequence[str] = (),
+        adapt: Adapt | None = None,
         world: World | None = None,
         stop: StopRequest | None = None,
         fresh: bool = False,
@@ -99,7 +104,7 @@ class Run:
         self.stop = program.take_charge(self.config.stop.grace_seconds) if stop is None else stop
         self.about = dict(about or {})
         self._initialize = initialize
-        self.state = State(state, self.world.device)
+        self.state = State(state, self.world.device, reset_options=reset_options, adapt=adapt, speaks=self.world.rank == 0)
         self.loader = next((each for each in state.values() if isinstance(each, Loader)), None)
         self.total_steps: int | None = None
         self.total_epochs: int | None = None
@@ -118,9 +123,10 @@ class Run:
         self._has_stepped = False  # an optimizer, since the last boundary
         self._loops = 0  # over ``epochs`` or ``steps`` that have begun
         self._is_in_loop = False  # the last of these has not come to its own end
+        self._has_saved = False  # in this attempt
         self._ends_of_bodies_show = False  # the loop comes back here between two steps
         self._omissions = Omissions(self.state, is_active=self.world.rank == 0)
-        for optimizer in self.state.optimizers.values():
+        for optimizer in self.state.stepping():
             optimizer.register_step_pre_hook(self._before_optimizer)
         with _watching(self.config):
             self._open(fresh=fresh)
@@ -243,6 +249,7 @@ class Run:
         """What the first step of this process has shown."""
         for gradients in self.state.gradients.values():
             gradients.stop_noting()
+        self.state.check_frozen()
         self._omissions.warn()
 
     def finish(self) -> None:
@@ -339,6 +346,8 @@ class Run:
             resume.on_first(world, lambda: resume.refuse_to_reuse(catalog, launch_id()))
         looping = resume.on_first(world, lambda: crashes.is_looping(catalog, self.config.crash_loop.same_failures))
         self._begin_attempt(pass_over_newest=looping)
+        if world.rank == 0:
+            self._tell_of_differences()
 
     def _begin_attempt(self, *, pass_over_newest: bool = False) -> None:
         """Claims an attempt, resumes, and makes sure that all ranks hold the same."""
@@ -353,6 +362,7 @@ class Run:
             self._start_anew()
         self._random = resumed.random if resumed else None
         self._committed = (resumed.step, resumed.directory) if resumed else None
+        self._has_saved = False
         resume.check_lockstep(world, self.state, self.about, resumed=resumed is not None)
         writers = _writers(world, self.config)
         if world.rank in writers.ranks:
@@ -383,9 +393,22 @@ class Run:
             lineage=[(ancestor.attempt, ancestor.until_step) for ancestor in resumed.lineage] if resumed else [],
             world_size=world.size,
         )
+        intervals = (checkpoint.every_steps, checkpoint.every_seconds, checkpoint.every_epochs)
+        if world.rank == 0 and intervals == (None, None, None):
+            log.warning(
+                "nothing is saved before the end of the run: a death costs all of it. Give every_steps, every_seconds or "
+                "every_epochs (checkpoint.every_… in a configuration)"
+            )
         if world.rank == 0 and resumed is not None:
             self._save_seconds = resumed.save_seconds
             self._warn_if_saves_are_slow()
+
+    def _tell_of_differences(self) -> None:
+        """Says what somebody has edited in the program since the checkpoint, and whose word counts."""
+        for each in self.state.differences:
+            is_task = isinstance(self.config, Config)
+            how = f"train.reset_options=[{each.name}]" if is_task else f'Run(..., reset_options=["{each.name}"])'
+            log.warning("%s%s", each, f". To use the program's: {how}" if each.who_counts == "checkpoint" else "")
 
     def _start_anew(self) -> None:
         """Gives a new run what it is to begin with."""
@@ -444,6 +467,7 @@ class Run:
         self._epoch_before = self.epoch
         by_epochs = self.total_epochs * len(self.loader) if self.total_epochs and self.loader else None
         self._reporter.show(self.global_step, self.total_steps or by_epochs)
+        self.state.check_lengths(self.total_steps or by_epochs, self.total_epochs, each_step=isinstance(self.config, Config))
         if self._random is not None:
             restore_random_state(self._random, self.world.device)
             self._random = None
@@ -568,6 +592,9 @@ class Run:
     def _save(self, *, must_succeed: bool) -> None:
         if self.config.checkpoint.url is None:
             return
+        if not self._has_saved:
+            resume.check_alike(self.world, self.state)
+            self._has_saved = True
         self._note_metrics()
         ranks = self.world.gather(self.state.capture_rank())
         self._last_saved_time = time.monotonic()

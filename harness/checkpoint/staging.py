@@ -46,13 +46,13 @@ class HostMemory:
     """One block of the host's memory that all saves share, one after the other."""
 
     pinned: bool
-    block: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    block: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8, device="cpu"))
 
     def at_least(self, size_bytes: int) -> torch.Tensor:
         """The block, uint8, of this size or more, from the beginning of a page on; its content is whatever it was."""
         if self.block.numel() < (needed_bytes := size_bytes + DATA_ALIGNMENT_BYTES):
-            self.block = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
-            self.block = torch.empty(needed_bytes, dtype=torch.uint8, pin_memory=self.pinned)
+            self.block = torch.empty(0, dtype=torch.uint8, device="cpu")  # the old one goes before the new one comes
+            self.block = torch.empty(needed_bytes, dtype=torch.uint8, device="cpu", pin_memory=self.pinned)
         return self.block[-self.block.data_ptr() % DATA_ALIGNMENT_BYTES :]
 
 
