@@ -19,14 +19,16 @@ from torch.utils.data import DataLoader
 from harness.buckets import GradientOrder
 from harness.checkpoint import commit
 from harness.checkpoint.collector import without_collections
-from harness.checkpoint.format import check_part_name
+from harness.checkpoint.format import check_part_name, span
 from harness.errors import ConfigError, Mismatch, Unsupported
 from harness.modules import check_model, listed, model_state, module_versions, restore_model, unwrap
 from harness.optimizers import (
+    Attributes,
     check_optimizer,
     check_scheduler,
     optimizer_state,
     restore_optimizer,
+    saved_parameters,
     scheduler_state,
 )
 
@@ -174,6 +176,8 @@ class State:
         for part in sorted(self._parts.values(), key=lambda part: part.checked):
             checked[part.name] = part.check(own[part.name])
         for part in sorted(self._parts.values(), key=lambda part: part.restored):
+            if isinstance(part, _Optimizer):
+                part.saved_parameters = saved_parameters(self.modules, own)
             part.restore(checked[part.name], training)
         for name, gradients in self.gradients.items():
             gradients.settle(list(training["gradient_order"].get(name, [])))
@@ -228,20 +232,26 @@ class _Module(_Part):
 
 class _Optimizer(_Part):
     checked, restored = 2, 1
+    saved_parameters: Mapping[int, torch.Tensor]  # of the checkpoint that is restored, by the ids of the live ones
 
     def __init__(self, name: str, live: Optimizer, owner: nn.Module, device: torch.device) -> None:
         super().__init__(name, live)
         self.owner = owner
         self.device = device
+        self.attributes = Attributes(live)
+        self.options = [set(group) for group in live.param_groups]
 
     def capture(self) -> dict[str, Any]:
-        return optimizer_state(self.live, self.owner)
+        attributes = self.attributes.changed()
+        return {**optimizer_state(self.live, self.owner), **({"attributes": attributes} if attributes else {})}
 
     def check(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         return check_optimizer(self.live, self.owner, saved)
 
     def restore(self, saved: Mapping[str, Any], _training: Mapping[str, Any]) -> None:
-        restore_optimizer(self.live, {**saved, "state": sent(saved["state"], self.device)})
+        there = sent(dict(saved), self.device)
+        restore_optimizer(self.live, there, self.saved_parameters, self.options)
+        self.attributes.restore(there.get("attributes", {}))
 
 
 class _Scheduler(_Part):
@@ -346,8 +356,12 @@ class _Stage:
         self.arrived = [torch.cuda.Event() for _ in self.halves]  # type: ignore[no-untyped-call]
 
     def send(self, tensor: torch.Tensor) -> torch.Tensor:
-        target = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
-        pieces = (torch.split(each.view(-1).view(torch.uint8), _STAGE_BYTES) for each in (tensor, target))
+        if not (places := span(tensor.shape, tensor.stride())):
+            tensor = tensor.contiguous()
+            places = tensor.numel()
+        target = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
+        flat = (each.detach().as_strided((places,), (1,)).view(torch.uint8) for each in (tensor, target))
+        pieces = (torch.split(each, _STAGE_BYTES) for each in flat)
         for number, (here, there) in enumerate(zip(*pieces, strict=True)):
             half, arrived = self.halves[number % 2][: len(here)], self.arrived[number % 2]
             arrived.synchronize()  # at once, where nothing is on its way
