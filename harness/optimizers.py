@@ -98,9 +98,7 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, saved: Mapping[str, 
     old_groups, new_groups = _names_by_group(saved), _names_by_group(live)
     if len(old_groups) != len(new_groups):
         counts = f"the checkpoint has {len(old_groups)}, the optimizer has {len(new_groups)}"
-        advice = (
-            "where add_param_group was called in training, call it before Run is made (harness.latest(url) tells the step)"
-        )
+        advice = "what add_param_group has added in training must be added before Run is made, or in Run(..., adapt=...)"
         lines.append(f"parameter groups: {counts}; {advice}")
     for index, (old, new) in enumerate(zip(old_groups, new_groups, strict=False)):
         for name in sorted({*old} ^ {*new}):
@@ -265,7 +263,7 @@ def _as_saved(saved: Any, live: Any) -> Any:
 
 def _warn_of_changes(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Tells what an optimizer has made something else of, when it was given its state back."""
-    if changed := list(_changes(saved, optimizer.state_dict())):
+    if changed := sorted(_changes(saved, optimizer.state_dict())):
         what = f"{', '.join(changed[:5])}{f' and {len(changed) - 5} more' if len(changed) > 5 else ''}"
         advice = "what follows may not have the bits of the run that never stopped"
         log.warning("%s: its load_state_dict has changed what was saved (%s); %s", type(optimizer).__name__, what, advice)

@@ -214,7 +214,10 @@ class _Encoder:
     def subclass_at(self, path: tuple[str, ...], value: Any) -> Any:
         kind = type(value)
         if kind not in torch.serialization.get_safe_globals():
-            raise self.unsupported(path, f"a tensor of the subclass {_type_name(value)}")
+            where = _join((self.name, *path))
+            what = f"a tensor of the subclass {_type_name(value)} can only be written where it may be loaded again"
+            advice = f"torch.serialization.add_safe_globals([{kind.__qualname__}])"
+            raise Unsupported(f"{where}: {what}; declare its class safe before Run is made: {advice}")
         names, context = value.__tensor_flatten__()
         inner = {name: getattr(value, name) for name in names}
         return {
