@@ -65,6 +65,11 @@ def model_state(model: nn.Module) -> dict[str, Any]:
             raise Unsupported(
                 f"model/{plain[name]}: nothing can be loaded into an expanded tensor; register a clone() of it"
             )
+        if isinstance(value, torch.Tensor) and tree.is_composed(value) and not _is_extra(name):
+            kind = type(value).__name__
+            raise Unsupported(
+                f"model/{plain[name]}: a tensor of the subclass {kind}: nobody knows what can be loaded into it"
+            )
     return {plain[name]: value for name, value in state.items()}
 
 

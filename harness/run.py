@@ -523,7 +523,8 @@ class Run:
         self._last_logged_time, self._last_logged_step = now, self.global_step
         values = {name: progress.last[name] for name in self._metrics}
         for optimizer in list(self.state.optimizers.values())[:1]:
-            values["lr"] = float(optimizer.param_groups[0]["lr"])
+            if "lr" in optimizer.param_groups[0]:  # few optimizers have no such option
+                values["lr"] = float(optimizer.param_groups[0]["lr"])
         if self.loader:
             values["samples/s"] = self.loader.schedule.global_batch_size * steps_per_second
         else:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from harness.buckets import GradientOrder
 from harness.checkpoint import commit, tree
 from harness.checkpoint.collector import without_collections
-from harness.checkpoint.format import Manifest, check_part_name
+from harness.checkpoint.format import Manifest, check_part_name, span
 from harness.data import Loader
 from harness.errors import ConfigError, Mismatch, Unsupported
 from harness.modules import (
@@ -38,11 +38,13 @@ from harness.modules import (
     unwrap,
 )
 from harness.optimizers import (
+    Attributes,
     check_optimizer,
     check_scheduler,
     optimizer_state,
     plain_optimizer,
     restore_optimizer,
+    saved_parameters,
     scheduler_state,
     with_step_hooks,
 )
@@ -340,6 +342,8 @@ class State:
         self._compare(own, training)
         self._settle(training["gradient_order"])  # before the rest: what a hook remembers of it is overwritten
         for part in sorted(self._parts.values(), key=lambda part: part.restored):
+            if isinstance(part, _Optimizer):
+                part.saved_parameters = saved_parameters(self.modules, own)
             part.restore(checked[part.name], training)
         self._reset()
         last, best = dict(training["last"]), dict(training["best"])
@@ -519,12 +523,15 @@ class _Module(_Part):
 class _Optimizer(_Part):
     checked, restored = 2, 1
     resets = True
+    saved_parameters: Mapping[int, torch.Tensor]  # of the checkpoint that is restored, by the ids of the live ones
 
     def __init__(self, name: str, live: Optimizer, owner: nn.Module, device: torch.device) -> None:
         super().__init__(name, live)
         self.owner = owner
         self.device = device
         self.options = options_of(live)
+        self.option_names = [set(group) for group in live.param_groups]
+        self.attributes = Attributes(live)
 
     def described(self) -> Built:
         return built_groups(self.live.param_groups)
@@ -546,13 +553,16 @@ class _Optimizer(_Part):
         reset_groups(self.live, self.options, self.to_reset)
 
     def capture(self) -> dict[str, Any]:
-        return optimizer_state(self.live, self.owner)
+        attributes = self.attributes.changed()
+        return {**optimizer_state(self.live, self.owner), **({"attributes": attributes} if attributes else {})}
 
     def check(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         return check_optimizer(self.live, self.owner, saved)
 
     def restore(self, saved: Mapping[str, Any], _training: Mapping[str, Any]) -> None:
-        restore_optimizer(self.live, {**saved, "state": sent(saved["state"], self.device)})
+        there = sent(dict(saved), self.device)
+        restore_optimizer(self.live, there, self.saved_parameters, self.option_names)
+        self.attributes.restore(there.get("attributes", {}))
 
 
 class _Scheduler(_Part):
@@ -697,8 +707,12 @@ class _Stage:
         self.arrived = [torch.cuda.Event() for _ in self.halves]  # type: ignore[no-untyped-call]
 
     def send(self, tensor: torch.Tensor) -> torch.Tensor:
-        target = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
-        pieces = (torch.split(each.view(-1).view(torch.uint8), _STAGE_BYTES) for each in (tensor, target))
+        if not (places := span(tensor.shape, tensor.stride())):
+            tensor = tensor.contiguous()
+            places = tensor.numel()
+        target = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
+        flat = (each.detach().as_strided((places,), (1,)).view(torch.uint8) for each in (tensor, target))
+        pieces = (torch.split(each, _STAGE_BYTES) for each in flat)
         for number, (here, there) in enumerate(zip(*pieces, strict=True)):
             half, arrived = self.halves[number % 2][: len(here)], self.arrived[number % 2]
             arrived.synchronize()  # at once, where nothing is on its way

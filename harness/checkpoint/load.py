@@ -231,6 +231,9 @@ class _Reader:
             raise Corrupt(f"expected {self.size_bytes} bytes, found more")
         if (found := f"{self.algorithm}:{self.whole.hexdigest()}") != self.expected:
             raise Corrupt(f"expected {self.expected}, found {found}")
+        for info in infos:  # one by one, so that there are never two copies of all
+            if info.strides is not None and info.path in tensors:
+                tensors[info.path] = tree.laid_out(tensors[info.path], info.strides)
         return tensors, {info.path: each.blocks() for info, each in zip(infos, own, strict=True)}
 
     def header(self) -> tuple[list[TensorInfo], int]:
