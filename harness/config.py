@@ -89,14 +89,15 @@ class CheckpointConfig(_Section):
     mode: Literal["async", "sync"] = "async"
     """``async``: beside the training, from a copy in the host's memory; ``sync``: while the training waits, without one."""
     overlap: bool = True
-    """Copy what only the optimizer's step changes beside the next forward and backward pass. Off: copy all at the step
-    boundary, for a training that changes parameters by hand before the optimizer does."""
+    """Copy what only the optimizer's step changes beside the next forward and backward pass, once the first two saves of an
+    attempt have shown that nothing else changes it. Off: copy all at the step boundary."""
     when_busy: Literal["wait", "skip"] = "wait"
     """What a save does that is due while the one before is still being written; either way the log says so."""
     memory_limit_bytes: int | None = Field(default=None, ge=0)
     """How large the copy may be; a larger state is saved while the training waits. None: as large as the state."""
     check_snapshots: bool = False
-    """Compare what is written with the state at the step boundary, at the cost of a pass over it."""
+    """Compare every save with the state at the step boundary, at the cost of a pass over it, and end the run where they
+    differ. Without it the first two saves of an attempt are compared, and the later ones by version counters."""
     shard_bytes: int | None = Field(default=None, ge=1 << 10)
     """The largest size of a shard. None: 1 GiB on a disk, 128 MiB on an object store."""
     writers: Literal["rank0", "node", "all"] = "rank0"
