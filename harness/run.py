@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import harness
-from harness import crashes, program, resume
+from harness import crashes, loaders, program, resume
 from harness.checkpoint.catalog import Catalog, Retention
 from harness.checkpoint.saver import Saved, Saver
 from harness.checkpoint.shares import Writers
@@ -107,6 +107,8 @@ class Run:
         self._agreement: Agreement | None = None  # while the loop goes on
         self._metrics: Mapping[str, Any] = {}  # of the last step
         self._boundaries = 0  # how many this process has seen
+        self._boundaries_before_epoch: int | None = None  # where no loader of ours counts the epochs
+        self._taken: list[int] = []  # by the first steps of this process: the loader's batches in all
         for optimizer in self.state.optimizers.values():
             optimizer.register_step_pre_hook(self._fence)
         with _watching(self.config):
@@ -133,6 +135,7 @@ class Run:
             may_be_empty = self.loader is None  # what is left of an epoch, by a position that others keep
             while (epoch := self.epoch) < total:
                 boundaries = self._boundaries
+                self._boundaries_before_epoch = None if self.loader else boundaries
                 yield epoch
                 if self._boundaries == boundaries and not may_be_empty:
                     raise ConfigError(f"epoch {epoch}: the loop did not call run.step()")
@@ -172,6 +175,9 @@ class Run:
         self._save_if_due(now=bool(stopping or save_is_due or self._is_new_best()), must_succeed=bool(stopping))
         if self._boundaries == 1:
             self._after_first_step()
+        if self._boundaries <= 3 and self.loader:
+            self._taken.append(self.loader.taken)
+            self._warn_if_ahead(self.loader)
         if self._watchdog is not None:
             self._watchdog.step()
         if stopping and not self._is_over():
@@ -183,13 +189,40 @@ class Run:
             gradients.stop_noting()
         if self.world.rank == 0:
             self._warn_of_what_is_left_out()
+            if self.loader and (name := loaders.with_single_samples(self.loader, self.state.modules.items())):
+                what = "gives a rank a single sample in some batch of an epoch, and a batch norm cannot train on one"
+                log.warning("the division of the data %s (%s): choose drop_last (train.drop_last)", what, name)
 
     def _warn_of_what_is_left_out(self) -> None:
         left_out = "is not in the run's state: a resume would begin"
         if self.loader is None and Loader.in_use:
             log.warning("a harness.Loader hands out batches and %s its epoch anew", left_out)
+        elif not self.state.has_loader and loaders.is_any_under_way():
+            log.warning("a DataLoader hands out batches and %s its epoch anew; %s", left_out, loaders.INTO_THE_STATE)
         for name in self.state.without_scheduler():
             log.warning("%s has a learning rate scheduler, which %s its schedule anew", name, left_out)
+
+    def _warn_if_ahead(self, loader: Loader) -> None:
+        """A batch that is fetched before the step of the one before it is over counts as trained."""
+        if len(self._taken) == 3 and not loader.gaps and self.world.rank == 0:
+            first, second, third = self._taken
+            if second - first == third - second == first - 1 > 0:
+                log.warning(
+                    "the loader has given one batch more than the steps have used: it counts as trained, and a resume skips "
+                    "it; fetch a batch after run.step() of the one before, and look at dataset[0] to know its shape"
+                )
+
+    def _warn_if_within_epoch(self) -> None:
+        """Once, at a save from which a resume would walk through the whole epoch again."""
+        before, self._boundaries_before_epoch = self._boundaries_before_epoch, None
+        if before is None or before == self._boundaries or self.state.has_loader or self.state.may_have_position:
+            return
+        log.warning(
+            "epoch %d is saved in its middle, and nothing in the state says where that is: a resume goes through all of the "
+            "epoch again; %s",
+            self.epoch,
+            loaders.INTO_THE_STATE,
+        )
 
     def finish(self) -> None:
         """Saves the end, and waits for it: for a loop that is left early. ``epochs`` and ``steps`` do it at theirs."""
@@ -350,6 +383,7 @@ class Run:
     def _end_epoch(self) -> None:
         """The end of an epoch that no loader of ours counts."""
         self.state.progress.epoch += 1
+        self._boundaries_before_epoch = None
         every = self.config.checkpoint.every_epochs
         if every is not None and self.epoch % every == 0 and self.epoch != self.total_epochs:
             self._save(must_succeed=False)
@@ -469,6 +503,8 @@ class Run:
         self._note_metrics()
         ranks = self.world.gather(self.state.capture_rank())
         self._last_saved_time = time.monotonic()
+        if self.world.rank == 0:
+            self._warn_if_within_epoch()
         directory = self._directory_of_save(must_succeed=must_succeed)
         if directory is None:
             return
