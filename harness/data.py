@@ -330,6 +330,7 @@ class Loader:
         self.cursor = Cursor()  # after the batch that was handed out last
         self.weight = 1.0
         self.waited_seconds = 0.0  # for batches, in all
+        self.used_at = 0.0  # when the last batch was asked for, by the performance counter
         self.gaps: list[Gap] = []
         self._workers = workers
         self._collate = collate
@@ -382,6 +383,7 @@ class Loader:
         self._note()
         here = self.cursor
         self._has_failed = True  # until it has come
+        self.used_at = began
         self._follow_changes()
         step = [] if self.is_gap(here) else self._fetch(whole=whole)
         self._has_failed = False

@@ -107,6 +107,7 @@ class Run:
         self._agreement: Agreement | None = None  # while the loop goes on
         self._metrics: Mapping[str, Any] = {}  # of the last step
         self._boundaries = 0  # how many this process has seen
+        self._warned_of_position = False
         self._boundaries_before_epoch: int | None = None  # where no loader of ours counts the epochs
         self._taken: list[int] = []  # by the first steps of this process: the loader's batches in all
         for optimizer in self.state.optimizers.values():
@@ -195,9 +196,10 @@ class Run:
 
     def _warn_of_what_is_left_out(self) -> None:
         left_out = "is not in the run's state: a resume would begin"
-        if self.loader is None and Loader.in_use:
+        since = self._began_loop
+        if any(each.used_at >= since and each not in self.state.loaders for each in Loader.in_use):
             log.warning("a harness.Loader hands out batches and %s its epoch anew", left_out)
-        elif not self.state.has_loader and loaders.is_any_under_way():
+        elif not self.state.loaders and loaders.is_any_under_way():
             log.warning("a DataLoader hands out batches and %s its epoch anew; %s", left_out, loaders.INTO_THE_STATE)
         for name in self.state.without_scheduler():
             log.warning("%s has a learning rate scheduler, which %s its schedule anew", name, left_out)
@@ -214,9 +216,12 @@ class Run:
 
     def _warn_if_within_epoch(self) -> None:
         """Once, at a save from which a resume would walk through the whole epoch again."""
-        before, self._boundaries_before_epoch = self._boundaries_before_epoch, None
-        if before is None or before == self._boundaries or self.state.has_loader or self.state.may_have_position:
+        before = self._boundaries_before_epoch
+        if before is None or before == self._boundaries or self.state.loaders or self.state.may_have_position:
             return
+        if self._warned_of_position:
+            return
+        self._warned_of_position = True
         log.warning(
             "epoch %d is saved in its middle, and nothing in the state says where that is: a resume goes through all of the "
             "epoch again; %s",
@@ -373,6 +378,7 @@ class Run:
             Stragglers(hosts, stragglers.factor, stragglers.window_seconds) if stragglers.factor and len(hosts) > 1 else None
         )
         self._last_saved_time = self._last_logged_time = time.monotonic()
+        self._began_loop = time.perf_counter()
         self._last_logged_step = self.global_step
         by_epochs = self.total_epochs * len(self.loader) if self.total_epochs and self.loader else None
         self._reporter.show(self.global_step, self.total_steps or by_epochs)

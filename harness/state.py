@@ -139,9 +139,9 @@ class State:
         }
 
     @property
-    def has_loader(self) -> bool:
-        """Whether an object of the state is known to keep a position in data."""
-        return any(isinstance(part.live, Loader | DataLoader) for part in self._parts.values())
+    def loaders(self) -> list[Any]:
+        """The objects of the state that are known to keep a position in data."""
+        return [part.live for part in self._parts.values() if isinstance(part.live, Loader | DataLoader)]
 
     @property
     def may_have_position(self) -> bool:
@@ -150,9 +150,9 @@ class State:
 
     def agree(self, all_gather: Callable[[Any], list[Any]]) -> None:
         """Raises ``ConfigError`` where the data sets of the ranks' loaders are not the same. All ranks call it."""
-        for part in self._parts.values():
-            if isinstance(part.live, Loader):
-                part.live.agree(all_gather)
+        for loader in self.loaders:
+            if isinstance(loader, Loader):
+                loader.agree(all_gather)
 
     def is_steady(self) -> Callable[[torch.Tensor], bool]:
         """Tells the tensors that nothing changes but an optimizer's step: its parameters, and its own state."""
