@@ -598,7 +598,8 @@ class Loader:
 
     def _draw_fingerprint(self) -> list[tuple[int, Sketch]] | None:
         """Fetches the samples twice, as for a batch of epoch 0."""
-        indices = sorted({mix(self.schedule.seed, number) % self.schedule.samples for number in range(_FINGERS)})
+        size, begin = self.schedule.samples, mix(self.schedule.seed, 0)
+        indices = sorted({(begin + number * size // _FINGERS) % size for number in range(_FINGERS)})
         plan = [[MicroBatch(0, (index,), 1.0)] * 2 for index in indices]
         fetching = batches(
             self.dataset,
