@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import harness
-from harness import crashes, program, resume
+from harness import crashes, loaders, program, resume
 from harness.checkpoint.catalog import Catalog, Retention
 from harness.checkpoint.saver import Saved, Saver
 from harness.checkpoint.shares import Writers
@@ -155,6 +155,7 @@ class Run:
             while not self._is_finished() and (epoch := self.epoch) < total:
                 boundaries = self._boundaries
                 self._fence()  # the loop may change anything before its first step
+                self._omissions.at_epoch_begin()
                 yield epoch
                 if self._boundaries == boundaries and not may_be_empty:
                     raise ConfigError(f"epoch {epoch}: the loop did not call run.step()")
@@ -251,6 +252,8 @@ class Run:
             gradients.stop_noting()
         self.state.check_frozen()
         self._omissions.warn()
+        if self.loader and self.world.rank == 0:
+            loaders.warn_of_single_samples(self.loader, self.state.modules.items())
 
     def finish(self) -> None:
         """Saves the end, and waits for it: for a loop that is left early, which is over then: when the program is started
@@ -599,6 +602,7 @@ class Run:
         self._note_metrics()
         ranks = self.world.gather(self.state.capture_rank())
         self._last_saved_time = time.monotonic()
+        self._omissions.at_save(self.epoch)
         directory = self._directory_of_save(must_succeed=must_succeed)
         if directory is None:
             return

@@ -62,9 +62,9 @@ def _batches(case: Case, workers: int) -> Generator[list[tuple[Any, float]]]:
     """This rank's batches, from the first one."""
     assert case.task is not None
     train, seed = case.config.train, case.config.seed
-    schedule = Schedule(len(case.task.dataset), seed, train.global_batch_size, train.micro_batch_size)  # type: ignore[arg-type]
+    schedule = Schedule(len(case.task.dataset), seed, train.global_batch_size, train.micro_batch_size, train.drop_last)  # type: ignore[arg-type]
     plan = schedule.steps(Cursor(), case.world.rank, case.world.size)
-    return data.batches(case.task.dataset, plan, seed=seed, workers=workers, collate=case.task.collate)
+    return data.batches(case.task.dataset, plan, seed=seed, workers=workers, collate=case.task.collate, tells_epoch=True)
 
 
 def memory(case: Case) -> list[Finding]:

@@ -28,7 +28,8 @@ def task(case: Case) -> list[Finding]:
     began = time.monotonic()
     try:
         built = build_task(config, find_builder(config.task, config.args))
-        schedule = Schedule(len(built.dataset), config.seed, config.train.global_batch_size, config.train.micro_batch_size)  # type: ignore[arg-type]
+        train, samples = config.train, len(built.dataset)  # type: ignore[arg-type]
+        schedule = Schedule(samples, config.seed, train.global_batch_size, train.micro_batch_size, train.drop_last)
     except HarnessError as mistake:
         return [error(tried, line) for line in str(mistake).splitlines()]
     except (Exception, SystemExit) as problem:  # the user's own code

@@ -268,7 +268,8 @@ def _count(case: Case) -> int | None:
         return max(config.checkpoint.keep_last + 1 - case.saves, 1)
     if case.task is None or config.checkpoint.every_seconds is not None:
         return None
-    schedule = Schedule(len(case.task.dataset), config.seed, config.train.global_batch_size, None)  # type: ignore[arg-type]
+    samples: int = len(case.task.dataset)  # type: ignore[arg-type]
+    schedule = Schedule(samples, config.seed, config.train.global_batch_size, None, config.train.drop_last)
     steps = config.train.steps or (config.train.epochs or 0) * schedule.steps_per_epoch()
     every = [config.checkpoint.every_steps, (config.checkpoint.every_epochs or 0) * schedule.steps_per_epoch() or None]
     return 1 + sum(steps // interval for interval in every if interval)
