@@ -233,8 +233,8 @@ class Run:
             self._due = _Due(due.save or is_due(1, epochs, None, checkpoint.every_epochs), due.stop)
             if is_due(1, epochs, None, log_every):
                 self._log()
-        self._end_body()
         self._omissions.at_epoch_end()
+        self._end_body()
 
     def _end_body(self) -> None:
         """The loop has done with a step, and with all that it does after it: now is the time for what is due."""
@@ -451,7 +451,7 @@ class Run:
         """The time in which the loop shows where it is, by what it asks the loader for."""
         if self.loader:
             self.loader.on_return, self.loader.on_exit = self._end_batch, self._fence
-        with self._omissions.looking(self.loader):
+        with self._omissions.looking():
             try:
                 yield
             finally:
