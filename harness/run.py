@@ -31,6 +31,7 @@ from harness.crashes import Crash
 from harness.data import Loader, is_due, nothing
 from harness.environment import began, is_first_of_node, launch_id, rank, shutdown_grace_seconds
 from harness.errors import ConfigError, HarnessError, NoCheckpoint, Stopped, StoreError
+from harness.loaders import Epochs
 from harness.metrics import Reporter, as_json, hash_of, in_words, number_of
 from harness.notices import Watcher
 from harness.omissions import Omissions
@@ -124,7 +125,9 @@ class Run:
         self._loops = 0  # over ``epochs`` or ``steps`` that have begun
         self._is_in_loop = False  # the last of these has not come to its own end
         self._has_saved = False  # in this attempt
-        self._ends_of_bodies_show = False  # the loop comes back here between two steps
+        self._is_by_steps = False  # the loop, and not by epochs
+        self._given_by: Epochs | None = None  # the newest batch, where a loader of torch's kind tells
+        self._trained_from: Epochs | None = None  # the last step, likewise
         self._omissions = Omissions(self.state, is_active=self.world.rank == 0)
         for optimizer in self.state.stepping():
             optimizer.register_step_pre_hook(self._before_optimizer)
@@ -166,7 +169,7 @@ class Run:
         """The steps that are still to be trained, by their number from 0; each must call ``step``. The end is saved."""
         self.total_steps, self.total_epochs = total, None
         with self._under_way():
-            self._ends_of_bodies_show = True
+            self._is_by_steps = True
             while not self._is_finished() and self.global_step < total:
                 boundaries = self._boundaries
                 yield self.global_step
@@ -190,7 +193,7 @@ class Run:
         if (notice := self._watcher.poll()) is not None and notice.kind == "stop":
             self.stop.ask(notice.text)
         stopping, save_is_wanted = self._agreement.exchange(bool(self.stop), self._wants_save())
-        self._has_stepped = False
+        self._has_stepped, self._trained_from = False, self._given_by
         self._reporter.reached(self.global_step, self.epoch)
         self._plan(save=bool(save_is_wanted), stop=bool(stopping))
         if self._saver is not None:
@@ -200,7 +203,7 @@ class Run:
             self._after_first_step()
         if self._watchdog is not None:
             self._watchdog.step()
-        if not self._ends_of_bodies_show:
+        if not self._ends_of_bodies_show():
             self._end_body()
 
     def _plan(self, *, save: bool, stop: bool) -> None:
@@ -213,9 +216,13 @@ class Run:
         if self._is_last_step() or is_due(step, epochs, self.config.log.every_steps, self.config.log.every_epochs):
             self._log()
 
-    def _end_batch(self) -> None:
-        """The loop asks for another batch."""
-        if self._due is not None:
+    def _ends_of_bodies_show(self) -> bool:
+        """Whether the loop comes back here, or to a loader that tells, when it has done with the step."""
+        return self._is_by_steps or self.loader is not None or self._trained_from is not None
+
+    def _end_batch(self, asked: Epochs | None = None) -> None:
+        """The loop asks for another batch, of ours or of the loader that is ``asked``."""
+        if self._due is not None and asked is self._trained_from:
             self._omissions.at_next_batch(self._own_work.forwards)
             self._end_body()
 
@@ -292,7 +299,7 @@ class Run:
             progress.best = {**values, "step": judged}
         message = f"step {self._of_total(judged)}  evaluation  {in_words(dict(values))}"
         self.tell("evaluate", message, step=judged, **values)
-        if self._is_new_best() and self._due is None and not self._ends_of_bodies_show and not self._has_stepped:
+        if self._is_new_best() and self._due is None and not self._ends_of_bodies_show() and not self._has_stepped:
             self._save(must_succeed=False)  # else it is saved at the end of the body
 
     def tell(self, event: str, message: str, **values: Any) -> None:
@@ -427,7 +434,7 @@ class Run:
         with _watching(self.config) as self._watchdog, Watcher(cloud, self.config.preemption.base_url) as self._watcher:
             self._agreement = Agreement(self.world, wants=2)
             self._due = None
-            self._ends_of_bodies_show = self.loader is not None
+            self._is_by_steps = False
             self._loops += 1
             self._is_in_loop = True
             if self._is_finished():
@@ -451,12 +458,17 @@ class Run:
         """The time in which the loop shows where it is, by what it asks the loader for."""
         if self.loader:
             self.loader.on_return, self.loader.on_exit = self._end_batch, self._fence
+        for each in self.state.epochs if self.loader is None else ():
+            each.on_return = functools.partial(self._end_batch, each)
+            each.on_give = functools.partial(setattr, self, "_given_by", each)
         with self._omissions.looking():
             try:
                 yield
             finally:
                 if self.loader:
                     self.loader.on_return = self.loader.on_exit = nothing
+                for each in self.state.epochs:
+                    each.on_return = each.on_give = nothing
 
     def _begin_here(self) -> None:
         """Has the clocks run, and the random numbers come, from where the state is."""
@@ -644,7 +656,7 @@ class Run:
             self._tell_of(saver.save(parts, **about, must_succeed=must_succeed))
         else:
             saver.begin(parts, **about, overlap=checkpoint.overlap, check=checkpoint.check_snapshots)
-        if not self._ends_of_bodies_show:
+        if not self._ends_of_bodies_show():
             self._omissions.after_save(progress.step)
 
     def _tell_of(self, saved: Saved | None) -> None:

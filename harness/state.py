@@ -252,6 +252,11 @@ class State:
         return {f"{name}: {key}": kind for name, part in self._parts.items() for key, kind in part.names().items()}
 
     @property
+    def epochs(self) -> list[Epochs]:
+        """The epochs of the loaders of torch's kind."""
+        return [part.epochs for part in self._parts.values() if isinstance(part, _DataLoader)]
+
+    @property
     def loaders(self) -> list[Any]:
         """The objects of the state that are known to keep a position in data."""
         return [part.live for part in self._parts.values() if isinstance(part.live, Loader | DataLoader)]
