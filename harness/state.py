@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from harness.buckets import GradientOrder
+from harness.buckets import GradientOrder, reducers_of
 from harness.checkpoint import commit
 from harness.checkpoint.collector import without_collections
 from harness.checkpoint.format import check_part_name
@@ -112,17 +112,16 @@ class State:
         self.optimizers = {name: each for name, each in self._objects.items() if isinstance(each, Optimizer)}
         self._parts = {name: self._part(name, each) for name, each in self._objects.items()}
         self.gradients = {
-            name: GradientOrder(each)
+            f"{name}.{number}" if number else name: GradientOrder(each)
             for name, module in self.modules.items()
-            for each in module.modules()
-            if isinstance(each, nn.parallel.DistributedDataParallel)
+            for number, each in enumerate(reducers_of(module))
         }
         self.differences: list[Difference] = []  # between this program and the one that wrote the checkpoint
         self._built = {name: part.built for name, part in self._parts.items()}  # as the next checkpoint tells it
         self._reset_options = sorted({*reset_options})
         self._was_frozen: dict[str, list[str]] | None = None  # in the checkpoint, where this program builds it otherwise
-        self._names = self._current_names()
-        self._sizes: dict[str, Any] | None = None  # of the parts that a save has, at the first
+        found = {name: part.capture() for name, part in self._parts.items() if part.is_named}
+        self._names, self._sizes = self._names_in(found), self._sizes_of(found)
         self._check_reset_options()
 
     def _part(self, name: str, each: Any) -> "_Part":
@@ -219,15 +218,14 @@ class State:
 
     def _notice_changed_names(self, captured: Mapping[str, Mapping[str, Any]]) -> None:
         """Says at the first save that has other names than the run was made with that the next start will be refused."""
-        sizes = {name: part.size(captured[name]) for name, part in self._parts.items() if name in captured}
+        sizes = self._sizes_of(captured)
         if sizes == self._sizes or self._adapt is not None:
             return
-        self._sizes = sizes
-        before, now = self._names, self._current_names()
+        before, now = self._names, self._names_in(captured)
         lines = [f"{key}: new, {now[key]}" for key in now if key not in before]
         lines += [f"{key}: gone" for key in before if key not in now]
         lines += [f"{key}: {before[key]} before, now {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
-        self._names = now
+        self._names, self._sizes = now, sizes
         if lines:
             what = "what is saved has other names and shapes than when Run was made"
             self._warn(
@@ -235,9 +233,13 @@ class State:
                 "it like this before Run, or in a function that Run(..., adapt=...) calls with the checkpoint's names"
             )
 
-    def _current_names(self) -> dict[str, str]:
+    def _names_in(self, captured: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         """The entries of the modules and the parameters of the optimizers' groups, and what kind each is."""
-        return {f"{name}: {key}": kind for name, part in self._parts.items() for key, kind in part.names().items()}
+        parts = [part for part in self._parts.values() if part.is_named]
+        return {f"{part.name}: {key}": kind for part in parts for key, kind in part.names(captured[part.name]).items()}
+
+    def _sizes_of(self, captured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        return {name: part.size(captured[name]) for name, part in self._parts.items() if part.is_named}
 
     def is_steady(self) -> Callable[[torch.Tensor], bool]:
         """Tells the tensors that nothing changes but an optimizer's step: its parameters, and its own state."""
@@ -301,11 +303,8 @@ class State:
         # What a module has as an attribute is not in its state_dict(); with other objects, it is what they are there for.
         restored |= {id(value) for live in lives if not isinstance(live, nn.Module) for value in _attributes(live).values()}
         for name, gradients in self.gradients.items():
-            if stranger := gradients.settle(list(orders.get(name, [])), restored):
-                self._warn(
-                    f"{name}: the communication hook {stranger} keeps a state that is not in the run's; with three ranks or "
-                    "more the first step may differ in its last bits. Give Run an object whose state_dict() has it"
-                )
+            if why := gradients.settle(list(orders.get(name, [])), restored):
+                self._warn(f"{name}: with three ranks or more the next step may differ in its last bits: {why}")
 
     # --- what the program says, and the checkpoint ---
 
@@ -394,6 +393,7 @@ class _Part:
     checked = restored = 3
     per_rank = False
     resets = False  # the checkpoint's settings count, unless they are reset
+    is_named = False  # a program that builds it with other names cannot be resumed
 
     def __init__(self, name: str, live: Any) -> None:
         self.name = name
@@ -412,12 +412,12 @@ class _Part:
         """The same of a saved state, as far as it has them."""
         return {}
 
-    def names(self) -> dict[str, str]:
-        """What must be there before a checkpoint can be restored, and of what kind it is."""
+    def names(self, _captured: Mapping[str, Any]) -> dict[str, str]:
+        """What must be there before a captured state can be restored, and of what kind it is."""
         return {}
 
     def size(self, _captured: Mapping[str, Any]) -> Any:
-        """Changes when the names of a captured state do, nearly always, and costs little."""
+        """Changes when those names do, nearly always, and costs little."""
         return None
 
     def steady(self) -> Mapping[str, Any]:
@@ -441,13 +441,14 @@ class _Part:
 
 class _Module(_Part):
     checked = restored = 0
+    is_named = True
 
     def __init__(self, name: str, live: nn.Module, device: torch.device) -> None:
         super().__init__(name, live)
         self.device = device
 
-    def names(self) -> dict[str, str]:
-        return {name: kind_of(name, value) for name, value in model_state(self.live).items()}
+    def names(self, captured: Mapping[str, Any]) -> dict[str, str]:
+        return {name: kind_of(name, value) for name, value in captured.items()}
 
     def size(self, captured: Mapping[str, Any]) -> Any:
         return len(captured), sum(value.numel() for value in captured.values() if isinstance(value, torch.Tensor))
@@ -468,7 +469,7 @@ class _Module(_Part):
 
 class _Optimizer(_Part):
     checked, restored = 2, 1
-    resets = True
+    is_named = resets = True
 
     def __init__(self, name: str, live: Optimizer, owner: nn.Module, device: torch.device) -> None:
         super().__init__(name, live)
@@ -482,9 +483,11 @@ class _Optimizer(_Part):
     def built_of(self, saved: Mapping[str, Any]) -> Built:
         return built_groups(saved["param_groups"])
 
-    def names(self) -> dict[str, str]:
-        groups = optimizer_state(self.live, self.owner)["param_groups"]
-        return {f"{name} of group {index}": "" for index, group in enumerate(groups) for name in group["params"]}
+    def names(self, captured: Mapping[str, Any]) -> dict[str, str]:
+        groups = enumerate(captured["param_groups"])
+        return {
+            f"{name} of group {index}": "an optimizer's parameter" for index, group in groups for name in group["params"]
+        }
 
     def size(self, captured: Mapping[str, Any]) -> Any:
         return [len(group["params"]) for group in captured["param_groups"]]

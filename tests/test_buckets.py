@@ -96,6 +96,14 @@ def test_parameters_that_ddp_ignores_are_no_part_of_the_order():
     assert sorted(order_of(model)) == [0, 1, 2]
 
 
+def test_each_of_several_has_its_order():
+    """A module may have more than one model in DDP."""
+    both = nn.ModuleDict({"one": DistributedDataParallel(net()), "two": DistributedDataParallel(net())})
+    state = State({"both": both}, CPU)
+    both.two(both.one(torch.ones(1, 3)).sum() * torch.ones(1, 3)).sum().backward()
+    assert [sorted(each.order) for each in state.gradients.values()] == [[0, 1, 2, 3]] * 2
+
+
 # --- communication hooks -----------------------------------------------------------------------------------------------
 
 
@@ -166,7 +174,7 @@ def test_a_hook_whose_state_is_nowhere_does_not_see_it(hooked, caplog):
     twin = State(objects, CPU)
     twin.restore(state.capture(), 5)
     assert twin.gradients["model"].order == []
-    words = r"model: the communication hook (Compressing.hook|powerSGD_hook) keeps a state that is not in the run's"
+    words = r"model: with three ranks .*: the communication hook (Compressing.hook|powerSGD_hook) keeps a state that nobody"
     assert len([message for message in caplog.messages if re.match(words, message)]) == 1
     for hook, kept in objects["model"]._comm_hooks:
         assert kept.iter == 0 if kept else hook.__self__.seen == 0
