@@ -12,23 +12,13 @@ only where what it remembers is restored afterwards.
 
 import contextlib
 import gc
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
-
-
-def reducers_of(module: torch.nn.Module) -> list[DistributedDataParallel]:
-    """The DDP modules within a module; where there is none, the one that is around it: a program may call that, and save the
-    module that it wraps."""
-    found = [each for each in module.modules() if isinstance(each, DistributedDataParallel)]
-    if found or not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 2):
-        return found  # with two ranks there is but one order to add in
-    around = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
-    return [each for each in around if each.module is module or getattr(each.module, "_orig_mod", None) is module][:1]
 
 
 class GradientOrder:
@@ -92,6 +82,36 @@ class GradientOrder:
                 self.order.append(number)
 
         return note
+
+
+def gradient_orders(modules: Mapping[str, torch.nn.Module]) -> dict[str, GradientOrder]:
+    """The orders of all DDP modules that are in these modules, or around them, by the name of a module."""
+    found: dict[int, tuple[str, DistributedDataParallel]] = {}
+    for name, module in modules.items():
+        own = [each for each in module.modules() if isinstance(each, DistributedDataParallel)]
+        for number, each in enumerate(own or _around(module)):
+            found.setdefault(id(each), (f"{name}.{number}" if number else name, each))
+    return {name: GradientOrder(each) for name, each in found.values()}
+
+
+def _around(module: torch.nn.Module) -> list[DistributedDataParallel]:
+    """The DDP modules that have parameters of a module: a program may train with those, and save what they wrap, or a part.
+
+    Nobody knows them but Python's garbage collector. With two ranks there is but one order to add in: none is looked for.
+    """
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 2):
+        return []
+    wanted = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
+
+    def look() -> list[DistributedDataParallel]:
+        found = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+        return [each for each in found if any(id(parameter) in wanted for parameter in each.parameters())]
+
+    if len(around := look()) > 1:  # an earlier wrapping may be garbage, which must not depend on the rank
+        del around
+        gc.collect()
+        around = look()
+    return around
 
 
 def _reduced(model: DistributedDataParallel) -> list[torch.Tensor]:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from harness.buckets import GradientOrder, reducers_of
+from harness.buckets import gradient_orders
 from harness.checkpoint import commit
 from harness.checkpoint.collector import without_collections
 from harness.checkpoint.format import check_part_name
@@ -111,11 +111,7 @@ class State:
         self.modules = {name: each for name, each in self._objects.items() if isinstance(each, nn.Module)}
         self.optimizers = {name: each for name, each in self._objects.items() if isinstance(each, Optimizer)}
         self._parts = {name: self._part(name, each) for name, each in self._objects.items()}
-        self.gradients = {
-            f"{name}.{number}" if number else name: GradientOrder(each)
-            for name, module in self.modules.items()
-            for number, each in enumerate(reducers_of(module))
-        }
+        self.gradients = gradient_orders(self.modules)
         self.differences: list[Difference] = []  # between this program and the one that wrote the checkpoint
         self._built = {name: part.built for name, part in self._parts.items()}  # as the next checkpoint tells it
         self._reset_options = sorted({*reset_options})

@@ -7,10 +7,12 @@ import re
 
 import pytest
 import torch
+from cluster import newest
 from torch import distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from harness import Run, StopRequest
 from harness.buckets import GradientOrder
 from harness.state import State
 
@@ -72,6 +74,32 @@ def test_no_hook_of_a_parameter_hears_of_it(options):
     alone(torch.ones(2, 3)).sum().backward()
     for parameter, other in zip(model.parameters(), alone.parameters(), strict=True):
         assert torch.equal(parameter.grad, other.grad)
+
+
+def test_optimizers_that_step_in_the_backward_pass_go_on(tmp_path):
+    """A step of theirs is taken by each gradient that comes, and by none that a resume makes up."""
+
+    def train(url, *ends: int) -> dict[str, str]:
+        for end in ends:
+            model = DistributedDataParallel(net())
+            optimizers = {name: torch.optim.AdamW([each], lr=0.1) for name, each in model.module.named_parameters()}
+            for name, parameter in model.module.named_parameters():
+
+                def step(parameter, optimizer=optimizers[name]) -> None:
+                    optimizer.step()
+                    parameter.grad = None
+
+                parameter.register_post_accumulate_grad_hook(step)
+            state = {"model": model, **{f"for-{name}": each for name, each in optimizers.items()}}
+            run = Run(url, state, stop=StopRequest(), config={"log": {"every_steps": None}})
+            for _ in run.steps(end):
+                model(torch.ones(2, 3)).square().sum().backward()
+                run.step()
+            assert optimizers["0.bias"].state[model.module[0].bias]["step"] == end
+            run.close()
+        return newest(url)["digests"]
+
+    assert train(tmp_path / "halves", 2, 4) == train(tmp_path / "straight", 4)
 
 
 def test_a_gradient_that_is_there_stays_as_it_is():
