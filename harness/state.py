@@ -329,10 +329,9 @@ class State:
             for each in found:
                 wins = not part.resets or each.name in part.to_reset
                 self.differences.append(replace(each, who_counts="program", scheduled="") if wins else each)
-            counts = {each.option for each in found if each.who_counts == "checkpoint" and each.name not in part.to_reset}
-            self._built[name] = {
-                key: there[key] if key in counts and part.resets else here for key, here in part.built.items()
-            }
+            # What an older checkpoint has may be where a schedule was: it is told once, and not kept as what was built.
+            kept = {each.option for each in found if part.resets and name in was_built and each.name not in part.to_reset}
+            self._built[name] = {key: there[key] if key in kept else here for key, here in part.built.items()}
         was_frozen = training.get("frozen", {})
         now_frozen = {name: frozen(module) for name, module in self.modules.items()}
         self._was_frozen = was_frozen if was_frozen and was_frozen != now_frozen else None
