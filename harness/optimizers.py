@@ -391,7 +391,8 @@ def _class_of(scheduler: LRScheduler) -> str:
 def plain_optimizer(optimizer: Any) -> Any:
     """The optimizer within a wrapper that has no state of its own, as Accelerate's; anything else as it is."""
     while isinstance(within := getattr(optimizer, "optimizer", None), Optimizer) and not isinstance(optimizer, LRScheduler):
-        if getattr(optimizer, "state", None) is not within.state:
+        has_own_state = getattr(optimizer, "state", None) is not within.state
+        if has_own_state or optimizer.state_dict().keys() != within.state_dict().keys():
             break  # it remembers more than the one within: Lookahead's slow weights, say
         optimizer = within
     return optimizer

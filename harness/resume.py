@@ -82,7 +82,9 @@ def resume(
             state.restore(parts, entry.step, world.rank, int(meta.get("epoch") or 0))
         except Mismatch as error:
             where = f"{catalog.store.url}/{entry.directory}"
-            raise Mismatch(f"{where}: {error}\nif that is meant, it is another run, and belongs to another URL") from None
+            advice = "if that is meant, it is another run, and belongs to another URL"
+            grown = "what has grown while it was trained, Run(..., adapt=...) can give the program before it is compared"
+            raise Mismatch(f"{where}: {error}\n{advice}; {grown}") from None
         _warn_if_inexact(meta, conditions(world))
         # With other ranks the random streams start anew, from the seed and the rank.
         random = parts[RANDOM].get(str(world.rank)) if meta.get("world_size") == world.size else None

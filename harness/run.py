@@ -39,7 +39,7 @@ from harness.signals import StopRequest
 from harness.state import Adapt, State, restore_random_state
 from harness.stragglers import OwnWork, Stragglers
 from harness.watchdog import Watchdog
-from harness.world import Agreement, World, has_lost_a_peer, leave_at_once, world_of_program
+from harness.world import Agreement, World, has_lost_a_peer, is_timeout, leave_at_once, world_of_program
 
 log = logging.getLogger(__name__)
 
@@ -522,6 +522,12 @@ class Run:
         what = "lost contact with another rank" if has_lost else f"{type(error).__name__}: {error}".partition("\n")[0]
         if not isinstance(error, Stopped) and hasattr(self, "_reporter"):
             self.tell("error", "", step=self.global_step, error=what)
+        if has_lost and is_timeout(error):
+            log.error(
+                "rank %d waited in vain for another rank, after %d calls of run.step() in this process (step %d): every "
+                "rank has to call it equally often",
+                *(self.world.rank, self._boundaries, self.global_step),
+            )
         is_theirs = isinstance(error, Exception) and not isinstance(error, HarnessError) and not has_lost
         if not is_theirs or getattr(self, "_record_crash", None) is None:
             return

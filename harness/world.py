@@ -347,6 +347,11 @@ def has_lost_a_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "gloo/transport" in str(error)  # gloo's own errors have no class
 
 
+def is_timeout(error: BaseException) -> bool:
+    """Whether an error of a collective says that another rank did not come in time, though it may well be alive."""
+    return "timeout" in str(error).lower() or "timed out" in str(error).lower()
+
+
 class Agreement:
     """What all ranks want, known to all at the same step, at no cost to the step.
 

@@ -1,6 +1,7 @@
 """The training loop: what is done when, and what it leaves as it was."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from harness.checkpoint.saver import Saver
 from harness.config import Config
 from harness.errors import ConfigError, StoreError
 from harness.loop import build_task
+from harness.world import TorchrunWorld
 
 TRAIN = {"steps": 12, "global_batch_size": 4}  # the data set has ten samples: 3 steps an epoch
 
@@ -445,6 +447,28 @@ def other_metrics(world, _place: Path):
     return told
 
 
+def unequal_steps(world, place: Path):
+    """What is said where rank 1 leaves its loop three steps before rank 0 does."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("harness.run").addHandler(handler)
+    torch.manual_seed(0)
+    brief = TorchrunWorld(torch.device("cpu"), "gloo", timeout_seconds=2)
+    run = Run(None, {"model": nn.Linear(1, 1)}, world=brief, stop=StopRequest(), config={"log": {"every_steps": None}})
+    try:
+        for step in run.steps(7):
+            if world.rank == 1 and step == 4:
+                break
+            run.step()
+    except Exception as error:
+        run.remember_crash(error)
+    finally:
+        logging.getLogger("harness.run").removeHandler(handler)
+        world.all_gather(None)  # over a group of its own
+    return lines
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     directory = tmp_path_factory.mktemp("loop")
@@ -481,6 +505,17 @@ def test_all_ranks_know_what_has_become_of_the_last_save(results):
     assert [result["raised"] for result in results[1]["last_save_fails"]] == ["StoreError", "StoreError"]
 
 
+@pytest.mark.torchrun
+def test_a_rank_that_waits_in_vain_says_where_it_was(results):
+    """Besides what gloo has to say: which boundary it had reached, and what is asked of all ranks."""
+    first, second = returned(results[1]["unequal_steps"])
+    (line,) = [each for each in first if "in vain" in each]
+    assert line.startswith(
+        "rank 0 waited in vain for another rank, after 7 calls of run.step() in this process (step 7): every"
+    )
+    assert not [each for each in second if "in vain" in each]
+
+
 @pytest.mark.parametrize(("grace_seconds", "warnings"), [(1e-6, 1), (60.0, 0)])
 def test_a_save_that_outlasts_the_grace_is_warned_of_once(run, caplog, grace_seconds, warnings):
     """At the first save, not at the preemption; two saves are made here."""
@@ -497,4 +532,4 @@ def test_a_save_that_outlasts_the_grace_is_warned_of_at_the_next_start(run, capl
 
 
 if __name__ == "__main__":
-    play([evaluated, empty_shares, saved_late, last_save_fails, other_metrics], Path(sys.argv[1]))
+    play([evaluated, empty_shares, saved_late, last_save_fails, other_metrics, unequal_steps], Path(sys.argv[1]))
