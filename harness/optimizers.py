@@ -311,54 +311,67 @@ _GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]]
         lambda live, state: setattr(live.bit_generator, "state", state),
     ),
 }
-_SIMPLE = (bool, int, float, complex, str, type(None), torch.Tensor)
-_TORCHS_OWN = {"_opt_called", "_step_count", "_warned_capturable_if_run_uncaptured", "_need_device_dtype_check_for_fused"}
+_ABSENT = object()
 
 
 class Attributes:
-    """What an optimizer keeps outside of its ``state_dict()``: numbers, texts and tensors that change in training, and
-    generators. torch's own optimizers keep nothing there.
+    """What an optimizer keeps outside of its ``state_dict()``: numbers and tensors that change in training, and generators.
+
+    torch's own optimizers keep nothing there. A flag that changes (``initialized``) belongs to the process.
 
     What it was like at first is noted when this is made, before anything is restored.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._before = dict(self._found())
+        self._first = dict(self._found())
+        self._empty = {name for name, value in vars(optimizer).items() if value is None}
 
     def _found(self) -> Iterator[tuple[str, Any]]:
         if type(self._optimizer).__module__.startswith("torch.optim."):
             return
         parameters = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
         for name, value in vars(self._optimizer).items():
+            is_number = isinstance(value, int | float | complex | np.number) and not isinstance(value, bool)
             if type(value) in _GENERATORS:
                 yield name, _GENERATORS[type(value)][0](value)
-            elif isinstance(value, _SIMPLE) and name not in _TORCHS_OWN and id(value) not in parameters:
+            elif is_number or (isinstance(value, torch.Tensor) and id(value) not in parameters):
                 yield name, value
 
     def changed(self) -> dict[str, Any]:
         """Those that are not what they were at first, and all tensors, which may have changed in place."""
-        missing = object()
         return {
             name: value
             for name, value in self._found()
-            if isinstance(value, torch.Tensor) or not _same(self._before.get(name, missing), value)
+            if name != "_step_count"  # which schedulers of an older torch put there
+            and (isinstance(value, torch.Tensor) or not _same(self._first.get(name, _ABSENT), value))
         }
 
+    def reset(self) -> None:
+        """Makes them what they were at first, but for tensors."""
+        for name, value in list(self._found()):
+            if name not in self._first:
+                setattr(self._optimizer, name, None) if name in self._empty else delattr(self._optimizer, name)
+            elif not isinstance(value, torch.Tensor):
+                self._set(name, self._first[name])
+
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Puts them back; what was not saved is what it was at first."""
-        for name, value in {**self._before, **saved}.items():
-            live = getattr(self._optimizer, name, None)
-            if type(live) in _GENERATORS:
-                _GENERATORS[type(live)][1](live, value)
-            elif isinstance(value, torch.Tensor):
-                if name in saved:
-                    setattr(self._optimizer, name, value.to(live.device) if isinstance(live, torch.Tensor) else value)
-            else:
-                setattr(self._optimizer, name, value)
-        for name, _ in list(self._found()):
-            if name not in self._before and name not in saved:
-                delattr(self._optimizer, name)
+        """Puts back those that had changed when the checkpoint was written."""
+        for name, value in saved.items():
+            self._set(name, value)
+
+    def _set(self, name: str, value: Any) -> None:
+        live = getattr(self._optimizer, name, None)
+        if type(live) in _GENERATORS:
+            _GENERATORS[type(live)][1](live, value)
+        elif (
+            isinstance(live, torch.Tensor)
+            and isinstance(value, torch.Tensor)
+            and (live.shape, live.dtype) == (value.shape, value.dtype)
+        ):
+            live.detach().copy_(value)  # which may be the memory of something else, too
+        else:
+            setattr(self._optimizer, name, value)
 
 
 # --- the scheduler ---------------------------------------------------------------------------------------------------

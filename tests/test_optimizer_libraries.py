@@ -223,7 +223,7 @@ def deep(value: Any) -> Any:
         return {repr(key): deep(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [deep(item) for item in value]
-    return repr(value)
+    return repr(value) if isinstance(value, str | bool | int | float | complex | None) else type(value).__name__
 
 
 def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
