@@ -1,8 +1,9 @@
 """Every optimizer of some libraries resumes bit for bit, or is refused at the first save; never a silent difference.
 
-The libraries are nothing that harness or its other tests need: ``make soak`` installs them. Each optimizer that trains a
-small model for 12 steps on its own trains it for 6, is saved, and goes on in objects that were made anew. The others need a
-model of another kind, several processes or a GPU, or fail by themselves.
+The libraries are nothing that harness or its other tests need: ``make soak`` installs them into a folder of their own, which
+``SOAK_LIBRARIES`` names; ``SOAK_OPTIMIZERS="lamb adan"`` tries these alone. Each optimizer that trains a small model for 12
+steps on its own trains it for 6, is saved, and goes on in objects that were made anew. The others need a model of another
+kind, several processes or a GPU, or fail by themselves.
 """
 
 import contextlib
@@ -284,11 +285,13 @@ def outcome(trials: Iterable[Trial]) -> tuple[str, str]:
 @pytest.mark.timeout(3600)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_every_optimizer_of_a_library_resumes_bit_for_bit_or_is_refused(library, caplog, capsys):
+def test_every_optimizer_of_a_library_resumes_bit_for_bit_or_is_refused(library, caplog, capsys, monkeypatch):
     """After 6 steps, a save and 6 more in new objects, all bits and strides are those of 12 steps without harness."""
     caplog.set_level(logging.CRITICAL)
     torch.compiler.set_stance("force_eager")  # the arithmetic is what matters, and compiling takes minutes
     wanted = os.environ.get("SOAK_OPTIMIZERS", "").split()
+    if folder := os.environ.get("SOAK_LIBRARIES"):
+        monkeypatch.syspath_prepend(folder)
     found: dict[str, list[str]] = defaultdict(list)
     try:
         for name, each in LIBRARIES[library]().items():
