@@ -581,6 +581,7 @@ class _Optimizer(_Part):
 
     def restore(self, saved: Mapping[str, Any], _training: Mapping[str, Any]) -> None:
         there = sent(dict(saved), self.device)
+        self.attributes.reset()
         restore_optimizer(self.live, there, self.saved_parameters, self.option_names)
         self.attributes.restore(there.get("attributes", {}))
 

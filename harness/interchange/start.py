@@ -143,7 +143,13 @@ def _fitting_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[str, A
             lines += _state_differences(key, values, parameters[numbers[key]] if key in numbers else None)
     if lines:
         raise Mismatch(listed(f"the optimizer's state does not fit {type(optimizer).__name__}", lines))
-    state = {numbers[key]: _copied(values) for key, values in saved["state"].items()}
+    state = {
+        numbers[key]: {
+            name: _copied(value, parameters[numbers[key]] if name in _ELEMENTWISE else None)
+            for name, value in values.items()
+        }
+        for key, values in saved["state"].items()
+    }
     return {**live, "state": state}
 
 
@@ -189,8 +195,13 @@ def _state_differences(key: Any, values: Any, parameter: torch.Tensor | None) ->
             yield f"{name} of {key}: the file has {list(value.shape)}, the parameter has {list(parameter.shape)}"
 
 
-def _copied(value: Any) -> Any:
-    """The same with tensors of their own: ``load_state_dict`` keeps those that it is given, and these may lie in a file."""
+def _copied(value: Any, parameter: torch.Tensor | None = None) -> Any:
+    """The same with tensors of their own: ``load_state_dict`` keeps those that it is given, and these may lie in a file.
+
+    What belongs to a parameter element by element lies in memory as that does.
+    """
+    if isinstance(value, torch.Tensor) and parameter is not None:
+        return torch.empty_like(parameter, dtype=value.dtype, device=value.device, requires_grad=False).copy_(value.detach())
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if isinstance(value, Mapping):
