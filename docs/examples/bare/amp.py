@@ -27,7 +27,7 @@ def main() -> None:
     for epoch in range(EPOCHS):
         sampler.set_epoch(epoch)
         for index, (x, y) in enumerate(loader):
-            model.require_backward_grad_sync = (index + 1) % ACCUMULATED == 0
+            model.require_backward_grad_sync = (index + 1) % ACCUMULATED == 0 or index + 1 == len(loader)
             with torch.autocast("cpu", torch.float16):
                 loss = nn.functional.mse_loss(model(x), y)
             scaler.scale(loss / ACCUMULATED).backward()
