@@ -20,7 +20,7 @@ def main() -> None:
     torch.manual_seed(0)
     dataset = curve()
     model = DistributedDataParallel(nn.Sequential(nn.Linear(1, 128), nn.Tanh(), nn.BatchNorm1d(128), nn.Linear(128, 1)))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
     sampler = DistributedSampler(dataset)
     loader = DataLoader(dataset, batch_size=8, sampler=sampler)
@@ -32,9 +32,9 @@ def main() -> None:
                 loss = nn.functional.mse_loss(model(x), y)
             scaler.scale(loss / ACCUMULATED).backward()
             if model.require_backward_grad_sync:
-                scaler.step(optimizer)
+                scaler.step(sgd)
                 scaler.update()
-                optimizer.zero_grad()
+                sgd.zero_grad()
     dist.destroy_process_group()
 
 
