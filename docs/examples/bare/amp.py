@@ -20,7 +20,7 @@ def main() -> None:
     torch.manual_seed(0)
     dataset = curve()
     model = DistributedDataParallel(nn.Sequential(nn.Linear(1, 128), nn.Tanh(), nn.BatchNorm1d(128), nn.Linear(128, 1)))
-    sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.002, momentum=0.9)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
     sampler = DistributedSampler(dataset)
     loader = DataLoader(dataset, batch_size=8, sampler=sampler)
