@@ -531,5 +531,48 @@ def test_a_save_that_outlasts_the_grace_is_warned_of_at_the_next_start(run, capl
     assert caplog.text.count("it would end before it is saved") == 1
 
 
+# --- the data --------------------------------------------------------------------------------------------------------
+
+
+class Told(Points):
+    """Samples that depend on the epoch that the data set was told last; ``seen`` has one of each step."""
+
+    epoch = -1
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __getitem__(self, index: int):
+        return torch.full((1, 4), float(self.epoch)), self.x[index]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_set_is_told_the_epoch(run, workers):
+    """In each process that fetches, workers too, which are an epoch ahead; and again after a resume in its middle."""
+    seen = []
+
+    def task() -> Task:
+        model = nn.Linear(4, 4)
+
+        def note(model, batch):
+            seen.append(set(batch[0].flatten().tolist()))
+            return F.mse_loss(model(batch[0]), batch[1])
+
+        return Task(model, Told(), torch.optim.SGD(model.parameters(), lr=0.1), note)
+
+    run(task, train={**TRAIN, "steps": 5}, data={"workers": workers})
+    run(task, train={**TRAIN, "steps": 9}, data={"workers": workers})
+    assert seen == [{epoch} for epoch in (0.0, 1.0, 2.0) for _ in range(3)]
+
+
+def test_a_short_last_batch_can_be_left_out(run, caplog):
+    """Epochs are counted in whole batches then, and a batch norm that would be given one sample is no longer warned of."""
+    assert run(train={"epochs": 2, "global_batch_size": 9}) == [4]
+    assert "a batch norm cannot train on one (model): choose drop_last (train.drop_last)" in caplog.text
+    caplog.clear()
+    assert run(train={"epochs": 6, "global_batch_size": 9, "drop_last": True}) == [4, 6]
+    assert "batch norm" not in caplog.text
+
+
 if __name__ == "__main__":
     play([evaluated, empty_shares, saved_late, last_save_fails, other_metrics, unequal_steps], Path(sys.argv[1]))

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ import torch
 from cluster import harness, newest, play, played, read_json, returned, train_here
 from faults import Flawed
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import TensorDataset, random_split
 
-from harness import Run, StopRequest, Task
+from harness import Loader, Run, StopRequest, Task
 from harness.config import Config
 from harness.errors import ConfigError, Mismatch, NoCheckpoint, StoreError
 from harness.loop import build_task
@@ -325,6 +326,12 @@ def ranks_differ_in_their_batches(world, place: Path):
     train_here(build, world, url=place / "run", train={"steps": 6, "global_batch_size": 4 + 2 * world.rank})
 
 
+def ranks_have_other_samples(world, place: Path):
+    whole = TensorDataset(torch.randn(40, 2, generator=torch.Generator().manual_seed(1)))
+    seed = torch.Generator().manual_seed(world.rank)  # as it is without one
+    Run(place / "run", {"loader": Loader(random_split(whole, [30, 10], seed)[0], 4)}, world=world, stop=StopRequest())
+
+
 def ranks_differ_in_their_models(world, place: Path):
     torch.manual_seed(world.rank)
     Run(place / "run", {"model": nn.Linear(2, 2)}, world=world, stop=StopRequest())
@@ -360,12 +367,29 @@ SCENARIOS = [
     ranks_differ_in_an_option,
     ranks_differ_in_their_data,
     ranks_differ_in_their_batches,
+    ranks_have_other_samples,
     ranks_differ_in_their_models,
     ranks_differ_after_a_resume,
     only_rank_0_fails,
     only_rank_0_looks,
     refused_by_all,
 ]
+
+
+def build_split(seed: int) -> Task:
+    """A task that splits its data by itself."""
+    task = build(samples=40)
+    part = random_split(task.dataset, [30, 10], torch.Generator().manual_seed(seed))[0]
+    return replace(task, dataset=part)
+
+
+def test_another_split_at_a_restart_is_refused(tmp_path):
+    """Samples that the model is judged by would be trained; other data on purpose has a setting."""
+    train_here(lambda: build_split(0), url=tmp_path / "run", train=TRAIN, checkpoint=CHECKPOINT)
+    with pytest.raises(Mismatch, match=r"step-0+6-.*the samples are not those that were trained \(sample \d+(, \d+)+ of"):
+        prolong(tmp_path / "run", lambda: build_split(1))
+    assert prolong(tmp_path / "run", lambda: build_split(0), steps=7).step == 7
+    assert prolong(tmp_path / "run", lambda: build_split(1), data={"fingerprint": False}).step == 8
 
 
 @pytest.fixture(scope="module")
@@ -406,6 +430,16 @@ def test_ranks_that_differ_do_not_train(results, scenario, error, words):
         assert result.get("raised") == error, result
         assert "not in lockstep: ranks [1] differ from rank 0" in result["message"]
         assert words in result["message"]
+
+
+@pytest.mark.torchrun
+def test_ranks_with_other_samples_do_not_train(results):
+    """As many samples in the same order, and not the same ones: each rank has split the data by itself."""
+    for result in results[1]["ranks_have_other_samples"]:
+        assert result.get("raised") == "ConfigError", result
+        assert (
+            "the samples are not the same on ranks 0 and 1: give random_split a generator with a seed" in result["message"]
+        )
 
 
 @pytest.mark.torchrun
