@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from harness.errors import ConfigError, Corrupt, Mismatch
-from harness.signals import STOP_SIGNALS, die_with_parent
+from harness.signals import STOP_SIGNALS, deaf_children, die_with_parent
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,8 @@ def batches(
         generator=torch.Generator().manual_seed(seed),  # else every iterator takes a number from the training's generator
     )
     others = multiprocessing.active_children()
-    fetched = iter(loader)
+    with deaf_children():
+        fetched = iter(loader)
     processes = [process for process in multiprocessing.active_children() if process not in others]
     try:
         while True:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import harness
-from harness import crashes, program, resume
+from harness import crashes, outcome, program, resume
 from harness.checkpoint.catalog import Catalog, Retention
 from harness.checkpoint.saver import Saved, Saver
 from harness.checkpoint.shares import Writers
@@ -84,13 +84,15 @@ class Run:
         stop: StopRequest | None = None,
         fresh: bool = False,
     ) -> None:
-        if stop is None:
-            program.on_error(self._fail)
+        self._host = program.host() if stop is None else None
+        if self._host is not None:
+            self._host.hear_of_errors(self._fail)
+        self._pid = os.getpid()
         intervals = {"every_steps": every_steps, "every_seconds": every_seconds, "every_epochs": every_epochs}
         self.config = _settings(url, {**intervals, "keep_last": keep_last}, config)
-        self._ends_program = stop is None
         self.world = world or world_of_program(_device(state), self.config.world.timeout_seconds)
-        self.stop = program.take_charge(self.config.stop.grace_seconds) if stop is None else stop
+        self.stop = self._host.stop if self._host is not None else stop or StopRequest()
+        self.stop.before_leaving = self._before_leaving
         self.about = dict(about or {})
         self._initialize = initialize
         self.state = State(state, self.world.device)
@@ -107,11 +109,12 @@ class Run:
         self._agreement: Agreement | None = None  # while the loop goes on
         self._metrics: Mapping[str, Any] = {}  # of the last step
         self._boundaries = 0  # how many this process has seen
+        self._error: BaseException | None = None  # that was seen last
         for optimizer in self.state.optimizers.values():
             optimizer.register_step_pre_hook(self._fence)
         with _watching(self.config):
             self._open(fresh=fresh)
-        if stop is None:
+        if self._host is not None:
             atexit.register(self._leave_program)
 
     # --- what the loop asks ------------------------------------------------------------------------------------------
@@ -167,6 +170,8 @@ class Run:
         if (notice := self._watcher.poll()) is not None and notice.kind == "stop":
             self.stop.ask(notice.text)
         stopping, save_is_due = self._agreement.exchange(bool(self.stop), self._seconds_are_over())
+        if stopping:
+            self.stop.settled = "stop"
         self._reporter.reached(self.global_step, self.epoch)
         self._log_if_due()
         self._save_if_due(now=bool(stopping or save_is_due or self._is_new_best()), must_succeed=bool(stopping))
@@ -197,6 +202,7 @@ class Run:
         if resume.on_first(self.world, lambda: self._committed_step if self._saver else None) != self.global_step:
             self._save(must_succeed=True)
         self.tell("done", f"done: step {self.global_step}  {in_words(self.state.progress.last)}", step=self.global_step)
+        self._leave_host()
 
     def evaluated(self, metric: str, values: Mapping[str, float], *, higher_is_better: bool = False) -> None:
         """Tells what an evaluation found, before the ``step`` that it belongs to; the best ``metric`` is remembered, and its
@@ -243,10 +249,23 @@ class Run:
         if self._saver is not None:
             self._tell_of(self._saver.give_up_after(self.config.stop.grace_seconds))
         self._reporter.close()
+        self._leave_host()
+
+    def _leave_host(self) -> None:
+        """The training is over: an error from now on is the program's own."""
+        if self._host is not None:
+            self._host.forget_errors(self._fail)
 
     def _leave_program(self) -> None:
-        self.close()
-        self.world.let_go()
+        if os.getpid() == self._pid:  # a forked child has none of the threads, and must not touch the parent's connections
+            self.close()
+            self.world.let_go()
+
+    def _before_leaving(self) -> None:
+        """Another rank has died, and this one leaves, in another thread: a save that is under way is worth some time."""
+        if self._saver is not None:
+            self._saver.let_end(self.config.stop.grace_seconds)
+        self._reporter.flush()
 
     # --- an attempt --------------------------------------------------------------------------------------------------
 
@@ -297,6 +316,7 @@ class Run:
             )
         for directory, why in resumed.passed_over.items() if resumed else ():
             self.tell("fallback", "", directory=directory, why=why)  # which was logged when it was found
+        outcome.resumed(self.global_step)
         where = f"resuming from {resumed.directory}" if resumed else f"starting in {catalog.store.url}"
         what = f"{world.size} x {world.device.type} ({world.backend}), step {self.global_step}"
         self.tell(
@@ -322,7 +342,15 @@ class Run:
     def _under_way(self) -> Iterator[None]:
         """The time of the loop: somebody watches; afterwards the end is saved."""
         cloud = self.config.preemption.watch if is_first_of_node() else "none"
-        with _watching(self.config) as self._watchdog, Watcher(cloud, self.config.preemption.base_url) as self._watcher:
+        host: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self._host is not None:
+            self._host.hear_of_errors(self._fail)
+            host = self._host.loop(self.config.stop.grace_seconds, self._saw)
+        with (
+            host,
+            _watching(self.config) as self._watchdog,
+            Watcher(cloud, self.config.preemption.base_url) as self._watcher,
+        ):
             self._agreement = Agreement(self.world, wants=2)
             try:
                 self._begin_here()
@@ -372,19 +400,29 @@ class Run:
         reason = self.stop.reason or "on another rank"
         stopped = Stopped(f"asked to stop ({reason}) at step {self.global_step}, {saved}")
         self.tell("stop", "", step=self.global_step, reason=reason)  # how the program ends is logged when it does
-        if self._ends_program:
-            self.close()
-            sys.exit(program.record_stop(stopped))
-        raise stopped
+        if self._host is None:
+            raise stopped
+        if program.is_interactive():  # the prompt goes on
+            raise KeyboardInterrupt(str(stopped)) if self.stop.reason == "SIGINT" else stopped
+        self.close()
+        sys.exit(program.record_stop(stopped))
 
     def _fail(self, error: BaseException) -> None:
         """Before an error ends the program."""
-        self.remember_crash(error)
+        self._saw(error)
         with contextlib.suppress(Exception):  # the error that is under way matters more
             self.close()
 
+    def _saw(self, error: BaseException) -> None:
+        """An error has ended the loop, or the program, or first the one and then the other."""
+        if error is not self._error:
+            self._error = error
+            self.remember_crash(error)
+
     def remember_crash(self, error: BaseException) -> None:
         """Leaves a record of an error in the training code, or in a sample, for the attempts to come."""
+        if not isinstance(error, Stopped):
+            self.stop.settled = "error"
         has_lost = has_lost_a_peer(error)  # what torch says of that has nothing to do with the training
         what = "lost contact with another rank" if has_lost else f"{type(error).__name__}: {error}".partition("\n")[0]
         if not isinstance(error, Stopped) and hasattr(self, "_reporter"):

@@ -49,8 +49,8 @@ def config(steps: int) -> dict:
 
 def test_the_command_line_gets_only_what_is_missing(monkeypatch):
     """What the user says stands; what torchrun would get wrong by default is added."""
-    plain = " ".join(command([], ["train", "c.yaml"]))
-    assert "--max-restarts=3 --shutdown-timeout=60 --standalone --nproc-per-node=auto -m harness train c.yaml" in plain
+    own = "--max-restarts=3 --shutdown-timeout=60 --standalone --local-addr=localhost --nproc-per-node=auto"
+    assert f"{own} -m harness train c.yaml" in " ".join(command([], ["train", "c.yaml"]))
     given = ["--max_restarts=9", "--nnodes=2", "--nproc-per-node=4", "--shutdown-timeout", "5"]
     assert command(given, ["train"])[3:] == [*given, "-m", "harness", "train"]
     monkeypatch.setenv("PET_NNODES", "2")
