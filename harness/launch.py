@@ -154,10 +154,10 @@ def _wait(agent: _Process, directory: str) -> bool:
 
 def _in_words(code: int, torchrun: int, outcomes: Sequence[Outcome]) -> str:
     """What the launch ended with, for people: the ranks' own word, where one has left any."""
+    if code == Stopped.exit_code:
+        return "stopped, as was asked; start the same command again to go on"
     if message := outcome.message(code, outcomes):
         return message
-    if code == Stopped.exit_code:
-        return "asked to stop, before a rank could say how far it was; start it again"
     if code == 130:
         return "interrupted twice, and ended at once: what was trained since the last checkpoint is trained again"
     return f"no rank has said why; torchrun ended with {torchrun}, and says above what it knows"

@@ -85,13 +85,13 @@ class Run:
         fresh: bool = False,
     ) -> None:
         self._host = program.host() if stop is None else None
+        self.stop = program.host().stop if stop is None else stop
         if self._host is not None:
             self._host.hear_of_errors(self._fail)
         self._pid = os.getpid()
         intervals = {"every_steps": every_steps, "every_seconds": every_seconds, "every_epochs": every_epochs}
         self.config = _settings(url, {**intervals, "keep_last": keep_last}, config)
         self.world = world or world_of_program(_device(state), self.config.world.timeout_seconds)
-        self.stop = self._host.stop if self._host is not None else stop or StopRequest()
         self.stop.before_leaving = self._before_leaving
         self.about = dict(about or {})
         self._initialize = initialize
