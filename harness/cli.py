@@ -83,8 +83,8 @@ def train(config_file: str, overrides: tuple[str, ...], fresh: bool) -> None:
     program.begin()
     with program.Program() as process:  # before torch is imported, which takes seconds
         config = load_config(config_file, overrides)
-        process.grace_seconds = config.stop.grace_seconds
         task = _build_task(config)
+        process.grace_seconds = config.stop.grace_seconds
         _train(config, task, process.stop, fresh=fresh)
 
 

@@ -51,7 +51,7 @@ class Program:
 
     def __init__(self) -> None:
         self.stop = StopRequest()
-        self.grace_seconds = math.inf  # until the configuration is known
+        self.grace_seconds = math.inf  # until the training begins: a stop that comes earlier has all of it from then on
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # no other may install handlers
@@ -65,13 +65,14 @@ class Program:
 
     def _leave_in_time(self, over: threading.Event) -> None:
         """Ends the process when the grace is over, or as soon as the signal turns out to be another rank's death."""
-        began = time.monotonic()
+        deadline = math.inf
         while True:
             if not self.stop.settled and another_has_failed():
                 with contextlib.suppress(Exception):  # leaving comes first
                     self.stop.before_leaving()
                 _leave(RankFailure("another rank has failed: all ranks start again"), speaks=is_first_of_node())
-            if time.monotonic() - began > self.grace_seconds:
+            deadline = min(deadline, time.monotonic() + self.grace_seconds)
+            if time.monotonic() > deadline:
                 _leave(self._late(), speaks=True)
             if over.wait(_LOOK_SECONDS):
                 return
@@ -198,6 +199,15 @@ class Host(Program):
             self._loops -= 1
             if self._loops == 0 and os.getpid() == self._pid:
                 self.__exit__()
+
+    @contextlib.contextmanager
+    def start(self, on_error: OnError) -> Iterator[None]:
+        """The time in which a run is made: an error then is no other than one in the loop."""
+        try:
+            yield
+        except Exception as error:
+            self._saw(on_error, error)
+            raise
 
     def hear_of_errors(self, on_error: OnError) -> None:
         """Has an error that nobody catches told as ``harness train`` tells it, after ``on_error``; not at a prompt."""

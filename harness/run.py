@@ -112,7 +112,7 @@ class Run:
         self._error: BaseException | None = None  # that was seen last
         for optimizer in self.state.optimizers.values():
             optimizer.register_step_pre_hook(self._fence)
-        with _watching(self.config):
+        with self._host.start(self._saw) if self._host else contextlib.nullcontext(), _watching(self.config):
             self._open(fresh=fresh)
         if self._host is not None:
             atexit.register(self._leave_program)
