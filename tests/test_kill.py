@@ -211,7 +211,7 @@ def test_short_kill_storm(tmp_path, straight):
 
 @pytest.mark.torchrun
 @pytest.mark.parametrize("launcher", ["harness launch", "torchrun"])
-def test_a_survivor_that_reaches_no_step_boundary(tmp_path, straight, launcher):
+def test_a_death_while_the_ranks_start_does_not_hold_up_the_others(tmp_path, straight, launcher):
     """A rank is killed while another builds its task, then while that is in a long step of its own: the survivor knows that
     torchrun's SIGTERM is no stop, and leaves at once, though it had a grace of minutes. The run goes on and completes."""
     (tmp_path / "paused").touch()
