@@ -77,17 +77,15 @@ def train(config_file: str, overrides: tuple[str, ...], fresh: bool) -> None:
     the model does not fit, 65 or 66 the run's checkpoints are damaged, 74 the storage fails, 75 stopped and saved: start it
     again, 76 a rank failed, 1 anything else, with a traceback.
     """
-    from harness.config import load_config  # noqa: PLC0415  # see the module's docstring
-    from harness.signals import StopRequest, die_with_parent  # noqa: PLC0415
+    from harness import program  # noqa: PLC0415  # see the module's docstring
+    from harness.config import load_config  # noqa: PLC0415
 
-    if is_under_torchrun():
-        die_with_parent()
-    outcome.forget()
-    stop = StopRequest()
-    stop.listen()  # before torch is imported, which takes seconds
-    config = load_config(config_file, overrides)
-    task = _build_task(config)
-    _train(config, task, stop, fresh=fresh)
+    program.begin()
+    with program.Program() as process:  # before torch is imported, which takes seconds
+        config = load_config(config_file, overrides)
+        task = _build_task(config)
+        process.grace_seconds = config.stop.grace_seconds
+        _train(config, task, process.stop, fresh=fresh)
 
 
 def _build_task(config: "Config") -> "Task":
@@ -109,7 +107,6 @@ def _train(config: "Config", task: "Task", stop: "StopRequest", *, fresh: bool) 
     from harness.signals import ignore_stop_signals  # noqa: PLC0415
     from harness.world import join_world  # noqa: PLC0415
 
-    program.leave_in_time(stop, config.stop.grace_seconds)
     world = join_world(config.world)
     logging.getLogger().setLevel(level())
     try:
@@ -129,7 +126,14 @@ def _train(config: "Config", task: "Task", stop: "StopRequest", *, fresh: bool) 
         program.fail(error, world.rank)
 
 
-@cli.command(context_settings={"ignore_unknown_options": True})
+class _Halves(click.Command):
+    """Has "--" among its arguments: click takes it away otherwise, and with it where the program begins."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, ["--", *args] if "--" in args else args)
+
+
+@cli.command(cls=_Halves, context_settings={"ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def launch(arguments: tuple[str, ...]) -> None:
     """Run `harness train`, `harness doctor` or a script with a harness.Run under torchrun.
@@ -138,19 +142,9 @@ def launch(arguments: tuple[str, ...]) -> None:
     torchrun needs to restart well and ends it when starting again cannot help. Exit codes: 0 done, 75 stopped and saved:
     start it again, 1, 74, 76 failed, starting again may help; 2, 65, 66, 70, 77 as for train: somebody has to act first.
     """
-    from harness.launch import launch  # noqa: PLC0415  # see the module's docstring
+    from harness.launch import halves, launch  # noqa: PLC0415  # see the module's docstring
 
-    # click takes the "--" away; the verb divides the two halves as well
-    start = next((index for index, word in enumerate(arguments) if _begins_program(word)), None)
-    if start is None:
-        raise click.UsageError(
-            "expected: harness launch [torchrun options] -- train CONFIG.yaml ... (or doctor, or SCRIPT.py)"
-        )
-    sys.exit(launch(arguments[:start], arguments[start:]))
-
-
-def _begins_program(word: str) -> bool:
-    return word in ("train", "doctor", "-m") or word.endswith(".py")
+    sys.exit(launch(*halves(arguments)))
 
 
 @cli.command()
@@ -165,16 +159,15 @@ def doctor(config_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     with which the run would end: 2 the configuration, the task or the machine, 66 no checkpoint is whole, 74 the storage
     fails, 76 the ranks do not meet.
     """
-    from harness.doctor import examine  # noqa: PLC0415  # see the module's docstring
-    from harness.signals import STOP_SIGNALS, die_with_parent  # noqa: PLC0415
+    from harness import program  # noqa: PLC0415  # see the module's docstring
+    from harness.doctor import examine  # noqa: PLC0415
+    from harness.signals import STOP_SIGNALS  # noqa: PLC0415
 
     if restarts():
         raise RankFailure("the doctor has spoken, and torchrun starts it again: see above, or use harness launch")
     for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)  # each ends it as ^C does, with everything cleaned up
-    if is_under_torchrun():
-        die_with_parent()
-    outcome.forget()
+    program.begin()
     code = examine(config_file, overrides, lambda found: _tell(found, as_json=as_json))
     if is_under_torchrun():
         from harness.world import leave_at_once  # noqa: PLC0415

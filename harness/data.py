@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from harness.dataset import Attributes, Sketch, others, sketch
 from harness.errors import ConfigError, Corrupt, Mismatch
-from harness.signals import STOP_SIGNALS, die_with_parent
+from harness.signals import STOP_SIGNALS, deaf_children, die_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ def batches(
         generator=torch.Generator("cpu").manual_seed(seed),  # else every iterator takes a number from the training's
     )
     before = multiprocessing.active_children()
-    with _on_cpu():
+    with _on_cpu(), deaf_children():
         fetched = iter(loader)
     processes = [process for process in multiprocessing.active_children() if process not in before]
     try:

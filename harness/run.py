@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import harness
-from harness import crashes, loaders, program, resume
+from harness import crashes, loaders, outcome, program, resume
 from harness.checkpoint.catalog import Catalog, Retention
 from harness.checkpoint.saver import Saved, Saver
 from harness.checkpoint.shares import Writers
@@ -96,13 +96,15 @@ class Run:
         fresh: bool = False,
         reopen: bool = False,
     ) -> None:
-        if stop is None:
-            program.on_error(self._fail)
+        self._host = program.host() if stop is None else None
+        self.stop = program.host().stop if stop is None else stop
+        if self._host is not None:
+            self._host.hear_of_errors(self._fail)
+        self._pid = os.getpid()
         intervals = {"every_steps": every_steps, "every_seconds": every_seconds, "every_epochs": every_epochs}
         self.config = _settings(url, {**intervals, "keep_last": keep_last}, config)
-        self._ends_program = stop is None
         self.world = world or world_of_program(_device(state), self.config.world.timeout_seconds)
-        self.stop = program.take_charge(self.config.stop.grace_seconds) if stop is None else stop
+        self.stop.before_leaving = self._before_leaving
         self.about = dict(about or {})
         self._initialize = initialize
         self.state = State(state, self.world.device, reset_options=reset_options, adapt=adapt, speaks=self.world.rank == 0)
@@ -126,16 +128,17 @@ class Run:
         self._is_in_loop = False  # the last of these has not come to its own end
         self._has_saved = False  # in this attempt
         self._is_by_steps = False  # the loop, and not by epochs
+        self._error: BaseException | None = None  # that was seen last
         self._given_by: Epochs | None = None  # the newest batch, where a loader of torch's kind tells
         self._trained_from: Epochs | None = None  # the last step, likewise
         self._omissions = Omissions(self.state, is_active=self.world.rank == 0)
         for optimizer in self.state.stepping():
             optimizer.register_step_pre_hook(self._before_optimizer)
-        with _watching(self.config):
+        with self._host.start(self._saw) if self._host else contextlib.nullcontext(), _watching(self.config):
             self._open(fresh=fresh)
         if reopen:
             self.state.progress.finished_loops = 0
-        if stop is None:
+        if self._host is not None:
             atexit.register(self._leave_program)
 
     # --- what the loop asks ------------------------------------------------------------------------------------------
@@ -193,6 +196,8 @@ class Run:
         if (notice := self._watcher.poll()) is not None and notice.kind == "stop":
             self.stop.ask(notice.text)
         stopping, save_is_wanted = self._agreement.exchange(bool(self.stop), self._wants_save())
+        if stopping:
+            self.stop.settled = "stop"
         self._has_stepped, self._trained_from = False, self._given_by
         self._reporter.reached(self.global_step, self.epoch)
         self._plan(save=bool(save_is_wanted), stop=bool(stopping))
@@ -272,6 +277,7 @@ class Run:
         if not resume.on_first(self.world, self._end_is_saved):
             self._save(must_succeed=True)
         self.tell("done", f"done: step {self.global_step}  {in_words(self.state.progress.last)}", step=self.global_step)
+        self._leave_host()
 
     def _end_is_saved(self) -> bool:
         """Whether the newest checkpoint has everything as it is now: a loop may change something after its last save."""
@@ -335,10 +341,23 @@ class Run:
         if self._saver is not None:
             self._tell_of(self._saver.give_up_after(self.config.stop.grace_seconds))
         self._reporter.close()
+        self._leave_host()
+
+    def _leave_host(self) -> None:
+        """The training is over: an error from now on is the program's own."""
+        if self._host is not None:
+            self._host.forget_errors(self._fail)
 
     def _leave_program(self) -> None:
-        self.close()
-        self.world.let_go()
+        if os.getpid() == self._pid:  # a forked child has none of the threads, and must not touch the parent's connections
+            self.close()
+            self.world.let_go()
+
+    def _before_leaving(self) -> None:
+        """Another rank has died, and this one leaves, in another thread: a save that is under way is worth some time."""
+        if self._saver is not None:
+            self._saver.let_end(self.config.stop.grace_seconds)
+        self._reporter.flush()
 
     # --- an attempt --------------------------------------------------------------------------------------------------
 
@@ -393,6 +412,7 @@ class Run:
             )
         for directory, why in resumed.passed_over.items() if resumed else ():
             self.tell("fallback", "", directory=directory, why=why)  # which was logged when it was found
+        outcome.resumed(self.global_step)
         where = f"resuming from {resumed.directory}" if resumed else f"starting in {catalog.store.url}"
         what = f"{world.size} x {world.device.type} ({world.backend}), step {self.global_step}"
         self.tell(
@@ -431,7 +451,15 @@ class Run:
     def _under_way(self) -> Iterator[None]:
         """The time of the loop: somebody watches; afterwards the end is saved."""
         cloud = self.config.preemption.watch if is_first_of_node() else "none"
-        with _watching(self.config) as self._watchdog, Watcher(cloud, self.config.preemption.base_url) as self._watcher:
+        host: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self._host is not None:
+            self._host.hear_of_errors(self._fail)
+            host = self._host.loop(self.config.stop.grace_seconds, self._saw)
+        with (
+            host,
+            _watching(self.config) as self._watchdog,
+            Watcher(cloud, self.config.preemption.base_url) as self._watcher,
+        ):
             self._agreement = Agreement(self.world, wants=2)
             self._due = None
             self._is_by_steps = False
@@ -505,19 +533,29 @@ class Run:
         reason = self.stop.reason or "on another rank"
         stopped = Stopped(f"asked to stop ({reason}) at step {self.global_step}, {saved}")
         self.tell("stop", "", step=self.global_step, reason=reason)  # how the program ends is logged when it does
-        if self._ends_program:
-            self.close()
-            sys.exit(program.record_stop(stopped))
-        raise stopped
+        if self._host is None:
+            raise stopped
+        if program.is_interactive():  # the prompt goes on
+            raise KeyboardInterrupt(str(stopped)) if self.stop.reason == "SIGINT" else stopped
+        self.close()
+        sys.exit(program.record_stop(stopped))
 
     def _fail(self, error: BaseException) -> None:
         """Before an error ends the program."""
-        self.remember_crash(error)
+        self._saw(error)
         with contextlib.suppress(Exception):  # the error that is under way matters more
             self.close()
 
+    def _saw(self, error: BaseException) -> None:
+        """An error has ended the loop, or the program, or first the one and then the other."""
+        if error is not self._error:
+            self._error = error
+            self.remember_crash(error)
+
     def remember_crash(self, error: BaseException) -> None:
         """Leaves a record of an error in the training code, or in a sample, for the attempts to come."""
+        if not isinstance(error, Stopped):
+            self.stop.settled = "error"
         has_lost = has_lost_a_peer(error)  # what torch says of that has nothing to do with the training
         what = "lost contact with another rank" if has_lost else f"{type(error).__name__}: {error}".partition("\n")[0]
         if not isinstance(error, Stopped) and hasattr(self, "_reporter"):

@@ -9,6 +9,7 @@ the CPU: it never waits for a GPU, and never stands in the way of a gradient.
 
 import contextlib
 import logging
+import math
 import os
 import socket
 import time
@@ -26,10 +27,12 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is pu
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from harness.config import WorldConfig
-from harness.environment import lends_its_store, max_restarts
+from harness.environment import is_under_torchrun, lends_its_store, max_restarts
 from harness.errors import ConfigError, RankFailure
 
 log = logging.getLogger(__name__)
+
+_NAME_SECONDS = 5.0  # for a name server that is slow, or starts with the ranks
 
 
 class World(Protocol):
@@ -287,6 +290,7 @@ def _fresh_store(rank: int, size: int, timeout: timedelta) -> Store:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     lent = lends_its_store()
     hosts = rank == 0 and not lent
+    _resolve(address, timeout)
     if not hosts and not lent:
         _wait_for_listener(address, port, timeout)
     store = TCPStore(address, port, size, is_master=hosts, timeout=timeout, wait_for_workers=False)
@@ -299,6 +303,31 @@ def _fresh_store(rank: int, size: int, timeout: timedelta) -> Store:
     prefix = store.get(f"harness/answer/{word}").decode()
     store.set(f"harness/thanks/{prefix}/{rank}", "")
     return PrefixStore(prefix, store)
+
+
+def _resolve(address: str, timeout: timedelta) -> None:
+    """Returns when the name of rank 0's machine leads somewhere. Raises ``RankFailure`` where it does not.
+
+    torchrun has met the other machines by now, so a few tries are enough for it. A cluster that starts the ranks itself may
+    publish the name late, with rank 0.
+    """
+    began = time.monotonic()
+    patience_seconds = min(timeout.total_seconds(), _NAME_SECONDS if is_under_torchrun() else math.inf)
+    warned = False
+    while True:
+        try:
+            socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
+            return
+        except socket.gaierror as error:
+            what = f"MASTER_ADDR is {address}, the machine of rank 0, and this machine does not find it: {error.strerror}"
+        waited_seconds = time.monotonic() - began
+        if waited_seconds >= patience_seconds:
+            advice = "name one that all machines find: torchrun --local-addr (on one machine localhost), or MASTER_ADDR"
+            raise RankFailure(f"{what} (tried for {waited_seconds:.0f} s); {advice}")
+        if waited_seconds >= _NAME_SECONDS and not warned:
+            warned = True
+            log.warning("%s; tried again for up to %.0f s", what, patience_seconds)
+        time.sleep(0.2)
 
 
 def _wait_for_listener(address: str, port: int, timeout: timedelta) -> None:

@@ -375,6 +375,25 @@ def test_a_store_with_old_addresses_is_warned_of(tmp_path, monkeypatch, caplog):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_name_that_leads_nowhere(monkeypatch, caplog, rank):
+    """It is told of within seconds, by every rank, with what is wrong; without torchrun it may still be published."""
+    address, port = "no-such-host.invalid", "29500"
+    environment = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": port}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("harness.world._NAME_SECONDS", 0.3)
+    words = f"MASTER_ADDR is {address}, the machine of rank 0, and this machine does not find it: .*--local-addr"
+    with pytest.raises(RankFailure, match=words):
+        join_world(WorldConfig(timeout_seconds=1))
+    assert "tried again for up to 1 s" in caplog.text
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    began = time.monotonic()
+    with pytest.raises(RankFailure, match=words):
+        join_world(WorldConfig(timeout_seconds=600))
+    assert time.monotonic() - began < 60
+
+
 def test_what_counts_as_a_lost_peer():
     """torch's own errors of communication, and gloo's, which have no class."""
     assert has_lost_a_peer(torch.distributed.DistNetworkError("connection reset"))

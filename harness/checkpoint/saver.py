@@ -232,6 +232,13 @@ class Saver:
             return None
         return Saved(order.step, *committed, seconds, blocked_seconds, self.catalog.store.retries - order.retries)
 
+    def let_end(self, seconds: float) -> None:
+        """Leaves a save that is under way some time to end, as ``give_up_after`` does. Any thread may call it."""
+        if (writing := self._under_way) is not None:
+            now = time.monotonic()
+            writing.order.latest = min(writing.order.latest, now + max(now - writing.began, _SHORTEST_PATIENCE_SECONDS))
+            writing.join(seconds)
+
     def give_up_after(self, seconds: float) -> Saved | None:
         """Leaves a save that is under way some time to end, whatever comes of it: the training is over. Raises nothing.
 
@@ -239,9 +246,7 @@ class Saver:
         """
         if (writing := self._under_way) is None:
             return None
-        now = time.monotonic()
-        writing.order.latest = min(writing.order.latest, now + max(now - writing.began, _SHORTEST_PATIENCE_SECONDS))
-        writing.join(seconds)
+        self.let_end(seconds)
         if not writing.is_over:
             log.warning("save of step %s given up after another %.0f s", writing.order.step, seconds)
             self._under_way, self._worker = None, Worker(_THREAD)
