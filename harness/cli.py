@@ -4,8 +4,8 @@ The verbs that read a run's URL import neither torch nor the user's code, and ne
 """
 
 import dataclasses
+import io
 import json
-import logging
 import signal
 import sys
 import time
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 import harness
-from harness import outcome
-from harness.console import Console, level
+from harness import console, outcome
 from harness.environment import is_first_of_node, is_under_torchrun, rank, restarts
-from harness.errors import Corrupt, HarnessError, NoCheckpoint, RankFailure, Stopped
+from harness.errors import ConfigError, Corrupt, HarnessError, NoCheckpoint, RankFailure, Stopped
 from harness.outcome import Outcome
+from harness.secrecy import scrubbed
 
 if TYPE_CHECKING:
     from harness.checkpoint.catalog import Catalog, Entry
@@ -40,27 +40,35 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Runs the command line. What a user did wrong gets one line; what we did wrong, a traceback."""
-    logging.basicConfig(level=logging.INFO, handlers=[Console()])
+    end = console.begin()
     try:
         cli.main(standalone_mode=False)
     except HarnessError as error:
         if is_first_of_node():
-            _complain(error)
+            console.complain_of(error)
         outcome.record(outcome.of(error))  # after the words: once it is there, the launcher may end this rank
         if not is_first_of_node():
             time.sleep(1)  # torchrun ends all ranks when the first one goes: the one that speaks must get to it
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        words = io.StringIO()
+        error.show(words)
+        console.complain(words.getvalue())
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "torch":
+            console.complain_of(error)
+            sys.exit(1)
+        console.complain(f"harness: {error}: this verb needs PyTorch; install it for {sys.executable}: pip install torch")
+        sys.exit(ConfigError.exit_code)
+    except Exception as error:
+        console.complain_of(error)
+        sys.exit(1)
+    finally:
+        end()
     sys.exit(0)
-
-
-def _complain(error: HarnessError) -> None:
-    for line in str(error).splitlines():
-        click.echo(f"harness: {line}", err=True)
 
 
 # --- train -----------------------------------------------------------------------------------------------------------
@@ -93,8 +101,9 @@ def train(config_file: str, overrides: tuple[str, ...], fresh: bool) -> None:
 def _build_task(config: "Config") -> "Task":
     """Everything that can be wrong with the configuration is found here, before the ranks meet."""
     from harness.checkpoint.store import open_store  # noqa: PLC0415  # see the module's docstring
-    from harness.task import find_builder  # noqa: PLC0415
+    from harness.task import find_builder, package_of  # noqa: PLC0415
 
+    console.hear(package_of(config.task))
     builder = find_builder(config.task, config.args)
     if config.checkpoint.url is not None:
         open_store(config.checkpoint.url, config.checkpoint.storage_options)
@@ -111,7 +120,6 @@ def _train(config: "Config", task: "Task", stop: "StopRequest", *, fresh: bool) 
 
     program.leave_in_time(stop, config.stop.grace_seconds)
     world = join_world(config.world)
-    logging.getLogger().setLevel(level())
     try:
         try:
             loop.train(config, task, world, stop, fresh=fresh)
@@ -126,7 +134,7 @@ def _train(config: "Config", task: "Task", stop: "StopRequest", *, fresh: bool) 
     except BaseException as error:
         if world.size == 1 or isinstance(error, Stopped):
             raise
-        program.fail(error, world.rank)
+        program.fail(error)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
@@ -189,10 +197,10 @@ def _tell(found: "Sequence[Finding]", *, as_json: bool) -> None:
     if rank():
         return
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(finding) for finding in found], indent=1))
+        click.echo(json.dumps(scrubbed([dataclasses.asdict(finding) for finding in found]), indent=1))
         return
     for finding in found:
-        click.echo(str(finding))
+        click.echo(console.printable(str(finding)))
 
 
 # --- reading a run ---------------------------------------------------------------------------------------------------
@@ -217,7 +225,7 @@ def _open_catalog(url: str, storage_options: tuple[str, ...]) -> "Catalog":
     from harness.checkpoint.store import open_store  # noqa: PLC0415
     from harness.config import parse_overrides  # noqa: PLC0415
 
-    return Catalog(open_store(url, parse_overrides(storage_options)))
+    return Catalog(open_store(url, parse_overrides(storage_options, may_be_secret=True)))
 
 
 @cli.command()

@@ -14,7 +14,6 @@ of Python, NumPy and torch are seeded from ``(seed, epoch, index)``, and in the 
 
 import functools
 import multiprocessing
-import os
 import random
 import signal
 import struct
@@ -32,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from harness.errors import ConfigError, Corrupt, Mismatch
 from harness.signals import STOP_SIGNALS, die_with_parent
+from harness.world import rank_and_size
 
 
 @dataclass(frozen=True)
@@ -262,8 +262,9 @@ class Loader:
     ) -> None:
         self.dataset = dataset
         self.schedule = Schedule(len(dataset), seed, global_batch_size, micro_batch_size)  # type: ignore[arg-type]
-        self.rank = int(os.environ.get("RANK", "0")) if rank is None else rank
-        self.world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+        own_rank, size = rank_and_size()
+        self.rank = own_rank if rank is None else rank
+        self.world_size = size if world_size is None else world_size
         self.cursor = Cursor()  # after the batch that was handed out last
         self.weight = 1.0
         self.waited_seconds = 0.0  # for batches, in all

@@ -4,14 +4,12 @@ import logging
 import re
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from types import TracebackType
 from typing import NoReturn
 
-from harness import outcome
-from harness.console import Console, level
-from harness.environment import is_under_torchrun, rank
+from harness import console, outcome
+from harness.environment import is_under_torchrun
 from harness.errors import HarnessError, RankFailure, Stopped
 from harness.signals import StopRequest, die_with_parent, ignore_stop_signals
 from harness.world import has_lost_a_peer, leave_at_once
@@ -25,7 +23,7 @@ def leave_in_time(stop: StopRequest, grace_seconds: float) -> None:
     def leave() -> None:
         late = Stopped(f"no step boundary within {grace_seconds:.0f} s of the signal: the last commit stands")
         outcome.record(outcome.of(late))
-        print(f"harness: {late}", file=sys.stderr, flush=True)
+        console.complain_of(late)
         leave_at_once(late.exit_code)
 
     stop.leave_in_time(grace_seconds, leave)
@@ -40,20 +38,29 @@ def record_stop(stopped: Stopped) -> int:
     return 0 if is_under_torchrun() else stopped.exit_code
 
 
-def fail(error: BaseException, own_rank: int) -> NoReturn:
+def fail(error: BaseException) -> NoReturn:
     """Ends a rank at once, after an error. The others may wait for it in a collective for minutes; torchrun frees them once
     this one is gone."""
     if has_lost_a_peer(error):
         reason = re.sub(r"\[\S*\.cc:\d+\] ", "", str(error)).partition(". ")[0]  # without gloo's good wishes
-        error = RankFailure(f"lost contact with another rank: {reason}")
-    if isinstance(error, HarnessError):
-        print("\n".join(f"harness: rank {own_rank}: {line}" for line in str(error).splitlines()), file=sys.stderr)
-    else:
-        traceback.print_exception(error)
+        error = RankFailure(f"lost contact with another rank: {reason}; {_where(reason)}")
+    console.complain_of(error)
     outcome.record(outcome.of(error))
     sys.stdout.flush()
     sys.stderr.flush()
     leave_at_once(error.exit_code if isinstance(error, HarnessError) else 1)
+
+
+def _where(reason: str) -> str:
+    """How far this rank is, to be compared with what the others say; after a wait that was too long, what to look for."""
+    step = console.here.step
+    place = (
+        "this rank was before its first step boundary" if step is None else f"this rank was at the boundary of step {step}"
+    )
+    if not re.search(r"time.?out|timed out", reason, re.IGNORECASE):
+        return place
+    advice = "compare with the other ranks (every rank has to call run.step() equally often), or raise world.timeout_seconds"
+    return f"{place}; {advice}"
 
 
 def take_charge(grace_seconds: float) -> StopRequest:
@@ -79,9 +86,7 @@ def _take_charge(grace_seconds: float) -> None:
     if is_under_torchrun():
         die_with_parent()
     outcome.forget()
-    if not logging.getLogger().handlers and not log.handlers:
-        log.addHandler(Console())
-        log.setLevel(level())
+    console.begin("harness")
 
 
 def on_error(remember: Callable[[BaseException], None]) -> None:
@@ -91,7 +96,10 @@ def on_error(remember: Callable[[BaseException], None]) -> None:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         remember(error)
         if isinstance(error, HarnessError) or (is_under_torchrun() and not isinstance(error, KeyboardInterrupt)):
-            fail(error, rank())
-        before(kind, error, trace)
+            fail(error)
+        if before is sys.__excepthook__ and not isinstance(error, KeyboardInterrupt):
+            console.complain_of(error)
+        else:
+            before(kind, error, trace)
 
     sys.excepthook = hook

@@ -26,6 +26,7 @@ from harness.checkpoint.shares import Writers
 from harness.checkpoint.staging import HostMemory
 from harness.checkpoint.store import open_store
 from harness.config import RunConfig, run_config
+from harness.console import complain
 from harness.crashes import Crash
 from harness.data import Loader, is_due
 from harness.environment import began, is_first_of_node, launch_id, rank, shutdown_grace_seconds
@@ -607,7 +608,7 @@ def _report_hang(config: RunConfig) -> Callable[[str], None]:
             store = open_store(config.checkpoint.url, config.checkpoint.storage_options, attempts=1, deadline_seconds=10)
             store.put(name, lambda: [text], len(text))
         except Exception as error:  # whatever it is, leaving comes first
-            print(f"harness: could not write {name}: {error}", file=sys.stderr, flush=True)
+            complain(f"harness: could not write {name}: {error}")
 
     return report
 

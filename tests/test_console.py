@@ -97,8 +97,14 @@ def test_a_terminal_has_one_live_line(tmp_path):
         assert sum(line.endswith(f"the program says {step}") for line in seen) == 2, seen  # each rank does
     for step in (15, 30, 40):
         assert sum(f"step {step}/40  saved" in line for line in seen) == 1, seen
-    assert not any("%|" in line or "samples/s" in line for line in seen), "the line is gone at the end, and left nothing"
+    assert not any("%|" in line for line in seen), "the line is gone at the end, and left nothing"
     assert "done: step 40" in seen[-1]
+    kept = [
+        int(step) for line in seen for step in re.findall(r"step (\d+)/40  epoch \d+  loss \S+  lr \S+  \S+ samples/s", line)
+    ]
+    assert kept[0] == 5, "the first line of training stays on the screen"
+    assert kept[1:], "and so does the newest one at each save"
+    assert len(kept) <= 4, "but no other in the first minute"
 
 
 def test_a_pipe_gets_plain_lines(tmp_path):
