@@ -17,7 +17,7 @@ import click
 
 import harness
 from harness import console, outcome
-from harness.environment import is_first_of_node, is_under_torchrun, rank, restarts
+from harness.environment import is_first_of_node, is_under_torchrun, rank, ranks, restarts
 from harness.errors import ConfigError, Corrupt, HarnessError, NoCheckpoint, RankFailure, Stopped
 from harness.outcome import Outcome
 from harness.secrecy import scrubbed
@@ -93,9 +93,20 @@ def train(config_file: str, overrides: tuple[str, ...], fresh: bool) -> None:
     outcome.forget()
     stop = StopRequest()
     stop.listen()  # before torch is imported, which takes seconds
+    _check_ranks()
     config = load_config(config_file, overrides)
     task = _build_task(config)
     _train(config, task, stop, fresh=fresh)
+
+
+def _check_ranks() -> None:
+    """Raises ``ConfigError`` where the launcher has started something else than ranks; any of them may be the wrong one."""
+    try:
+        ranks()
+    except ConfigError as mistake:
+        if not is_first_of_node():  # or else it is told of at the end
+            console.complain_of(mistake)
+        raise
 
 
 def _build_task(config: "Config") -> "Task":
@@ -183,6 +194,7 @@ def doctor(config_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     if is_under_torchrun():
         die_with_parent()
     outcome.forget()
+    _check_ranks()
     code = examine(config_file, overrides, lambda found: _tell(found, as_json=as_json))
     if is_under_torchrun():
         from harness.world import leave_at_once  # noqa: PLC0415
