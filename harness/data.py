@@ -242,7 +242,7 @@ class Loader:
     running hash of the samples that were trained. Raises ``ConfigError`` for an empty data set, and ``Mismatch`` from
     ``load_state_dict`` where seed, size, or the order of the samples are not those of the saved position.
 
-    ``rank`` and ``world_size`` are by default those that torchrun has given this process.
+    ``rank`` and ``world_size`` are by default those of ``init_process_group``, or that torchrun has given this process.
     """
 
     in_use: ClassVar[weakref.WeakSet["Loader"]] = weakref.WeakSet()  # those of this process that have handed out a batch
@@ -263,6 +263,7 @@ class Loader:
         self.dataset = dataset
         self.schedule = Schedule(len(dataset), seed, global_batch_size, micro_batch_size)  # type: ignore[arg-type]
         own_rank, size = rank_and_size()
+        self.is_placed = rank is not None or world_size is not None  # by the program, which may have its own reasons
         self.rank = own_rank if rank is None else rank
         self.world_size = size if world_size is None else world_size
         self.cursor = Cursor()  # after the batch that was handed out last

@@ -43,7 +43,7 @@ def fail(error: BaseException) -> NoReturn:
     this one is gone."""
     if has_lost_a_peer(error):
         reason = re.sub(r"\[\S*\.cc:\d+\] ", "", str(error)).partition(". ")[0]  # without gloo's good wishes
-        error = RankFailure(f"lost contact with another rank: {reason}; {_where(reason)}")
+        error = RankFailure(f"lost contact with another rank: {reason}; {where_this_rank_was(reason)}")
     console.complain_of(error)
     outcome.record(outcome.of(error))
     sys.stdout.flush()
@@ -51,7 +51,7 @@ def fail(error: BaseException) -> NoReturn:
     leave_at_once(error.exit_code if isinstance(error, HarnessError) else 1)
 
 
-def _where(reason: str) -> str:
+def where_this_rank_was(reason: str) -> str:
     """How far this rank is, to be compared with what the others say; after a wait that was too long, what to look for."""
     step = console.here.step
     place = (

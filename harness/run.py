@@ -96,6 +96,7 @@ class Run:
         self._initialize = initialize
         self.state = State(state, self.world.device)
         self.loader = next((each for each in state.values() if isinstance(each, Loader)), None)
+        _check_place(self.loader, self.world)
         self.total_steps: int | None = None
         self.total_epochs: int | None = None
         self._own_work = OwnWork(self.world.device, self.state.modules.values(), self.loader)
@@ -568,6 +569,17 @@ def _writers(world: World, config: RunConfig) -> Writers:
     is_one = world.rank == 0 or which == "all" or (which == "node" and is_first_of_node())
     ranks = tuple(rank for rank, writes in enumerate(world.all_gather(is_one)) if writes)
     return Writers(ranks, world.rank, 0.9 * config.world.timeout_seconds)  # before those who wait for rank 0 give it up
+
+
+def _check_place(loader: Loader | None, world: World) -> None:
+    """Raises ``ConfigError`` where a loader was made for another rank than this process has become since."""
+    if loader is None or loader.is_placed or (loader.rank, loader.world_size) == (world.rank, world.size):
+        return
+    made_for = f"rank {loader.rank} of {loader.world_size}"
+    raise ConfigError(
+        f"the Loader is for {made_for}, and this process is rank {world.rank} of {world.size}: make the Loader after "
+        "init_process_group, or give it rank= and world_size="
+    )
 
 
 def _device(state: Mapping[str, Any]) -> torch.device:

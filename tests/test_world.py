@@ -16,6 +16,7 @@ from cluster import launch, play, played, returned
 from torch import nn
 from torch.distributed import TCPStore
 
+from harness import console, program
 from harness.config import WorldConfig
 from harness.environment import Ranks
 from harness.errors import ConfigError, RankFailure
@@ -385,6 +386,18 @@ def test_a_store_with_old_addresses_is_warned_of(tmp_path, monkeypatch, caplog):
         assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in caplog.text
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_wait_that_was_too_long(monkeypatch):
+    """Says at which boundary this rank was, so that somebody can compare it with the others, and what to do."""
+    monkeypatch.setattr(console.here, "step", 7)
+    for reason in ("Application timeout caused pair closure", "Timed out waiting 5000ms for recv operation to complete"):
+        said = program.where_this_rank_was(reason)
+        assert said.startswith("this rank was at the boundary of step 7; compare with the other ranks")
+        assert "world.timeout_seconds" in said
+    assert program.where_this_rank_was("Connection closed by peer") == "this rank was at the boundary of step 7"
+    monkeypatch.setattr(console.here, "step", None)
+    assert "before its first step boundary" in program.where_this_rank_was("Connection closed by peer")
 
 
 def test_what_counts_as_a_lost_peer():
