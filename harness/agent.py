@@ -5,13 +5,14 @@ It takes the live line of its ranks away before it writes to their terminal.
 """
 
 import sys
+from typing import TextIO, cast
 
 from harness.console import Clearing
 from harness.startup import import_torch
 
 if __name__ == "__main__":
     if sys.stderr.isatty():
-        sys.stderr = Clearing(sys.stderr)
+        sys.stderr = cast("TextIO", Clearing(sys.stderr))
     import_torch("torch.distributed.run")
     from torch.distributed.run import main
 

@@ -148,25 +148,19 @@ def _clear() -> str:
     return "\r\x1b[K" if sys.stderr.isatty() else ""
 
 
-class Clearing(io.TextIOBase):
+class Clearing:
     """A terminal on which the live line of another process may stand: it is taken away before a line is written."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._is_new = stream, True
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
     def write(self, text: str) -> int:
         self._stream.write(_clear() + text if self._is_new and text else text)
         self._is_new = text.endswith("\n") if text else self._is_new
         return len(text)
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
-    def isatty(self) -> bool:
-        return self._stream.isatty()
 
 
 def speak(form: Literal["text", "json"]) -> None:

@@ -75,16 +75,21 @@ def ranks() -> Ranks | None:
 
 def _refuse_strangers() -> None:
     """Raises ``ConfigError`` where a launcher that is not torchrun has started several processes of this kind."""
+    if found := strangers():
+        raise ConfigError(
+            f"environment: {found}, and none knows its rank: each would train alone; start harness launch (torchrun) once "
+            "on each machine, as launch/slurm.sbatch does; where each is to train a run of its own, set WORLD_SIZE=1"
+        )
+
+
+def strangers() -> str:
+    """What another launcher than torchrun has started beside this process; empty where it is nothing."""
     if _given("SLURM_PTY_PORT"):  # a shell that srun has opened for a person, whatever it has reserved
-        return
-    for name, launcher in _OTHER_LAUNCHERS.items():
-        count = _number(name, 1)
-        if count > 1:
-            raise ConfigError(
-                f"environment: {launcher} has started {count} processes ({name}), and none knows its rank: each would train "
-                "alone; start harness launch (torchrun) once on each machine, as launch/slurm.sbatch does; where each is to "
-                "train a run of its own, set WORLD_SIZE=1"
-            )
+        return ""
+    counts = {name: _number(name, 1) for name in _OTHER_LAUNCHERS}
+    return next(
+        (f"{_OTHER_LAUNCHERS[name]} has started {n} processes ({name}={n})" for name, n in counts.items() if n > 1), ""
+    )
 
 
 def _given(name: str) -> str:

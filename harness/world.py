@@ -26,7 +26,19 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is pu
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from harness.config import WorldConfig
-from harness.environment import Ranks, lends_its_store, local_rank, local_size, max_restarts, rank, ranks, size
+from harness.environment import (
+    Ranks,
+    is_under_torchrun,
+    lends_its_store,
+    local_rank,
+    local_size,
+    max_restarts,
+    nodes,
+    rank,
+    ranks,
+    size,
+    strangers,
+)
 from harness.errors import ConfigError, RankFailure
 
 log = logging.getLogger(__name__)
@@ -238,6 +250,8 @@ def join_world(config: WorldConfig | None = None) -> World:
     device = choose_device(config)
     if is_alone:
         return _alone(device)
+    if is_under_torchrun() and rank() == 0 and nodes() == 1 and (others := strangers()):
+        log.warning("%s, and this torchrun knows of no other: give them one --rdzv-endpoint to train together", others)
     return TorchrunWorld(device, choose_backend(config, device), config.timeout_seconds)
 
 

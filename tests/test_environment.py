@@ -114,7 +114,7 @@ WRONG = {
     "a local rank too many": ({**FOUR, **LOCAL, "LOCAL_RANK": "2"}, "found LOCAL_RANK=2, LOCAL_WORLD_SIZE=2"),
     "a local rank alone": ({**FOUR, "LOCAL_RANK": "0"}, "expected LOCAL_WORLD_SIZE (the number of ranks on this machine)"),
     "a local rank without a rank": ({"LOCAL_RANK": "2"}, "expected LOCAL_WORLD_SIZE"),
-    "srun": ({"SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "1"}, "srun has started 3 processes (SLURM_STEP_NUM_TASKS)"),
+    "srun": ({"SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "1"}, "srun has started 3 processes (SLURM_STEP_NUM_TASKS=3)"),
     "Open MPI": ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun has started 2 processes"),
     "MPICH": ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "mpiexec has started 2 processes"),
 }
@@ -178,6 +178,21 @@ def test_the_verbs_say_so(tmp_path, verb):
         assert done.returncode == 2, done.stderr
         (line,) = done.stderr.splitlines()
         assert "harness: environment: " in line
+
+
+@pytest.mark.torchrun
+def test_several_torchruns_that_do_not_know_each_other(tmp_path):
+    """Each trains alone, which somebody may have meant: it is warned of."""
+    (tmp_path / "config.yaml").write_text("task: harness.tasks.linear:build\ntrain: {steps: 1, global_batch_size: 1}\n")
+    agent = ["-m", "harness.agent", "--standalone", "--nproc-per-node=1", "-m", "harness", "train", "config.yaml"]
+    variables = {**environment(), "SLURM_STEP_NUM_TASKS": "2"}
+    done = subprocess.run(
+        [sys.executable, *agent], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stderr.count("srun has started 2 processes (SLURM_STEP_NUM_TASKS=2), and this torchrun knows of no other") == 1
+    )
 
 
 def test_a_loop_of_ones_own(environ):

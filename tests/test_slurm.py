@@ -177,5 +177,5 @@ def test_ranks_that_srun_would_start(cluster, tmp_path):
     assert (lines[0], lines[-1]) == ("None", "None"), lines
     assert len(lines) == 4
     for line in lines[1:3]:
-        assert line.startswith("harness: environment: srun has started 2 processes (SLURM_STEP_NUM_TASKS)")
+        assert line.startswith("harness: environment: srun has started 2 processes (SLURM_STEP_NUM_TASKS=2)")
     assert not (tmp_path / "run").exists()
