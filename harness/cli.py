@@ -42,10 +42,10 @@ def main() -> NoReturn:
     """Runs the command line. What a user did wrong gets one line; what we did wrong, a traceback."""
     end = console.begin()
     try:
-        cli.main(standalone_mode=False)
+        _run()
     except HarnessError as error:
         if is_first_of_node():
-            console.complain_of(error)
+            console.complain_of(error, for_all=True)
         outcome.record(outcome.of(error))  # after the words: once it is there, the launcher may end this rank
         if not is_first_of_node():
             time.sleep(1)  # torchrun ends all ranks when the first one goes: the one that speaks must get to it
@@ -57,18 +57,23 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] != "torch":
-            console.complain_of(error)
-            sys.exit(1)
-        console.complain(f"harness: {error}: this verb needs PyTorch; install it for {sys.executable}: pip install torch")
-        sys.exit(ConfigError.exit_code)
     except Exception as error:
         console.complain_of(error)
         sys.exit(1)
     finally:
         end()
     sys.exit(0)
+
+
+def _run() -> None:
+    try:
+        cli.main(standalone_mode=False)
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] == "torch":
+            raise ConfigError(
+                f"{error}: this verb needs PyTorch; install it for {sys.executable}: pip install torch"
+            ) from error
+        raise
 
 
 # --- train -----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, TextIO
 
 from harness.environment import is_first_of_node, rank, size
@@ -35,11 +35,12 @@ class Here:
 
     rank: int
     host: str
+    ranks: int = 1
     attempt: str = ""
     step: int | None = None
 
 
-here = Here(rank(), platform.node())  # a process has one
+here = Here(rank(), platform.node(), size())  # a process has one; a program may join others by itself
 
 Line = tuple[str, Mapping[str, Any]]  # what an event says to people, and its values
 _SECONDS_BETWEEN_LINES = 60.0  # of those that the live line makes superfluous, so that a terminal keeps some
@@ -62,7 +63,8 @@ class Lines(logging.Formatter):
         return text if here.rank == 0 else _clear() + _of_rank(text)
 
     def _json(self, record: logging.LogRecord) -> str:
-        about = {"time": record.created, "level": record.levelname.lower(), **asdict(here), "message": record.getMessage()}
+        about = {"time": record.created, "level": record.levelname.lower(), "rank": here.rank, "host": here.host}
+        about |= {"attempt": here.attempt, "step": here.step, "message": record.getMessage()}
         if record.exc_info:
             about["traceback"] = self.formatException(record.exc_info)
         return json.dumps(
@@ -111,17 +113,18 @@ def hear(name: str) -> Callable[[], None]:
     return lambda: logger.setLevel(logging.NOTSET)
 
 
-def complain(text: str) -> None:
-    """Writes to stderr what is no line of the log: in one piece, each line with the rank where there are several."""
+def complain(text: str, *, for_all: bool = False) -> None:
+    """Writes to stderr what is no line of the log, in one piece. Where there are several ranks, each line has its rank,
+    unless it is said once ``for_all``."""
     text = printable(text).rstrip("\n")
-    sys.stderr.write(f"{_clear()}{_of_rank(text) if size() > 1 else text}\n")
+    sys.stderr.write(f"{_clear()}{text if for_all or here.ranks == 1 else _of_rank(text)}\n")
     sys.stderr.flush()
 
 
-def complain_of(error: BaseException) -> None:
+def complain_of(error: BaseException, *, for_all: bool = False) -> None:
     """Tells of an error: one of harness in its own words, any other with its traceback."""
     if isinstance(error, HarnessError):
-        complain("\n".join(f"harness: {line}" for line in str(error).splitlines()))
+        complain("\n".join(f"harness: {line}" for line in str(error).splitlines()), for_all=for_all)
     else:
         complain("".join(traceback.format_exception(error)))
 

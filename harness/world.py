@@ -26,6 +26,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is pu
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from harness.config import WorldConfig
+from harness.console import here
 from harness.environment import (
     Ranks,
     is_under_torchrun,
@@ -165,7 +166,7 @@ class TorchrunWorld:
                 "torchrun may need several restarts for one (torch 2.13 lends its workers a store with old addresses): use "
                 "harness launch, or export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
             )
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.rank, self.size = here.rank, here.ranks = dist.get_rank(), dist.get_world_size()
         self.device = device
         # "cpu:gloo,cuda:nccl", or so; a group that was made without naming any calls itself "undefined".
         backends = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
