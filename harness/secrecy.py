@@ -75,7 +75,7 @@ def without_secrets(text: str) -> str:
     for secret in _known:
         if secret in text:
             text = text.replace(secret, HIDDEN)
-    for pattern, replacement in _PATTERNS:
+    for pattern, replacement in () if text.isalnum() else _PATTERNS:  # most names are
         text = pattern.sub(replacement, text)
     return text
 
