@@ -7,6 +7,8 @@ instead of 1.7 s. Where the launcher gives a directory (``harness.outcome``):
   from a stop: both are SIGTERM;
 * a restart is told of in one line, and the restarts before it are forgotten when the ranks have come further since.
 
+On a terminal it takes the live line of its ranks away before it writes.
+
 Both hang on methods of torchrun that are not public. Where a version of torch has none such, nothing is told.
 """
 
@@ -14,9 +16,10 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO, cast
 
 from harness import outcome
+from harness.console import Clearing
 from harness.startup import import_torch
 
 COUNTS_PROGRESS_VARIABLE = "HARNESS_RESTARTS_WITHOUT_PROGRESS"  # set where --max-restarts is harness's own
@@ -95,4 +98,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.stderr.isatty():
+        sys.stderr = cast("TextIO", Clearing(sys.stderr))
     main()

@@ -4,8 +4,8 @@ The verbs that read a run's URL import neither torch nor the user's code, and ne
 """
 
 import dataclasses
+import io
 import json
-import logging
 import signal
 import sys
 import time
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 import harness
-from harness import outcome
-from harness.console import Console, level
-from harness.environment import is_first_of_node, is_under_torchrun, rank, restarts
-from harness.errors import Corrupt, HarnessError, NoCheckpoint, RankFailure, Stopped
+from harness import console, outcome
+from harness.environment import is_first_of_node, is_under_torchrun, rank, ranks, restarts
+from harness.errors import ConfigError, Corrupt, HarnessError, NoCheckpoint, RankFailure, Stopped
 from harness.outcome import Outcome
+from harness.secrecy import scrubbed
 
 if TYPE_CHECKING:
     from harness.checkpoint.catalog import Catalog, Entry
@@ -40,27 +40,40 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Runs the command line. What a user did wrong gets one line; what we did wrong, a traceback."""
-    logging.basicConfig(level=logging.INFO, handlers=[Console()])
+    end = console.begin()
     try:
-        cli.main(standalone_mode=False)
+        _run()
     except HarnessError as error:
         if is_first_of_node():
-            _complain(error)
+            console.complain_of(error, for_all=True)
         outcome.record(outcome.of(error))  # after the words: once it is there, the launcher may end this rank
         if not is_first_of_node():
             time.sleep(1)  # torchrun ends all ranks when the first one goes: the one that speaks must get to it
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        words = io.StringIO()
+        error.show(words)
+        console.complain(words.getvalue())
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
+    except Exception as error:
+        console.complain_of(error)
+        sys.exit(1)
+    finally:
+        end()
     sys.exit(0)
 
 
-def _complain(error: HarnessError) -> None:
-    for line in str(error).splitlines():
-        click.echo(f"harness: {line}", err=True)
+def _run() -> None:
+    try:
+        cli.main(standalone_mode=False)
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] == "torch":
+            raise ConfigError(
+                f"{error}: this verb needs PyTorch; install it for {sys.executable}: pip install torch"
+            ) from error
+        raise
 
 
 # --- train -----------------------------------------------------------------------------------------------------------
@@ -82,17 +95,29 @@ def train(config_file: str, overrides: tuple[str, ...], fresh: bool) -> None:
 
     program.begin()
     with program.Program() as process:  # before torch is imported, which takes seconds
+        _check_ranks()
         config = load_config(config_file, overrides)
         task = _build_task(config)
         process.grace_seconds = config.stop.grace_seconds
         _train(config, task, process.stop, fresh=fresh)
 
 
+def _check_ranks() -> None:
+    """Raises ``ConfigError`` where the launcher has started something else than ranks; any of them may be the wrong one."""
+    try:
+        ranks()
+    except ConfigError as mistake:
+        if not is_first_of_node():  # or else it is told of at the end
+            console.complain_of(mistake)
+        raise
+
+
 def _build_task(config: "Config") -> "Task":
     """Everything that can be wrong with the configuration is found here, before the ranks meet."""
     from harness.checkpoint.store import open_store  # noqa: PLC0415  # see the module's docstring
-    from harness.task import find_builder  # noqa: PLC0415
+    from harness.task import find_builder, package_of  # noqa: PLC0415
 
+    console.hear(package_of(config.task))
     builder = find_builder(config.task, config.args)
     if config.checkpoint.url is not None:
         open_store(config.checkpoint.url, config.checkpoint.storage_options)
@@ -108,7 +133,6 @@ def _train(config: "Config", task: "Task", stop: "StopRequest", *, fresh: bool) 
     from harness.world import join_world  # noqa: PLC0415
 
     world = join_world(config.world)
-    logging.getLogger().setLevel(level())
     try:
         try:
             loop.train(config, task, world, stop, fresh=fresh)
@@ -123,7 +147,7 @@ def _train(config: "Config", task: "Task", stop: "StopRequest", *, fresh: bool) 
     except BaseException as error:
         if world.size == 1 or isinstance(error, Stopped):
             raise
-        program.fail(error, world.rank)
+        program.fail(error)
 
 
 class _Halves(click.Command):
@@ -168,6 +192,7 @@ def doctor(config_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)  # each ends it as ^C does, with everything cleaned up
     program.begin()
+    _check_ranks()
     code = examine(config_file, overrides, lambda found: _tell(found, as_json=as_json))
     if is_under_torchrun():
         from harness.world import leave_at_once  # noqa: PLC0415
@@ -182,10 +207,10 @@ def _tell(found: "Sequence[Finding]", *, as_json: bool) -> None:
     if rank():
         return
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(finding) for finding in found], indent=1))
+        click.echo(json.dumps(scrubbed([dataclasses.asdict(finding) for finding in found]), indent=1))
         return
     for finding in found:
-        click.echo(str(finding))
+        click.echo(console.printable(str(finding)))
 
 
 # --- reading a run ---------------------------------------------------------------------------------------------------
@@ -210,7 +235,7 @@ def _open_catalog(url: str, storage_options: tuple[str, ...]) -> "Catalog":
     from harness.checkpoint.store import open_store  # noqa: PLC0415
     from harness.config import parse_overrides  # noqa: PLC0415
 
-    return Catalog(open_store(url, parse_overrides(storage_options)))
+    return Catalog(open_store(url, parse_overrides(storage_options, may_be_secret=True)))
 
 
 @cli.command()

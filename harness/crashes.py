@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Attempt
 from harness.errors import CrashLoop
+from harness.secrecy import scrubbed
 
 _RECORD_LIMIT_BYTES = 1 << 20
 _MOST_SAMPLES = 64
@@ -40,7 +41,7 @@ def _without_numbers(error: str) -> str:
 
 def record(catalog: Catalog, attempt: Attempt, crash: Crash) -> None:
     """Leaves a record beside the checkpoints. Raises ``StoreError``."""
-    text = json.dumps({**asdict(crash), "samples": list(crash.samples)[:_MOST_SAMPLES]}, indent=1).encode()
+    text = json.dumps({**scrubbed(asdict(crash)), "samples": list(crash.samples)[:_MOST_SAMPLES]}, indent=1).encode()
     catalog.store.put(f"attempts/{attempt.id}.crash-{crash.rank}.json", lambda: [text], len(text))
 
 

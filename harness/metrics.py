@@ -13,10 +13,11 @@ import xxhash
 from harness import console
 from harness.checkpoint.store import open_store
 from harness.config import RunConfig
-from harness.console import LiveLine, here
+from harness.console import LiveLine, here, number
 from harness.dashboards import Prometheus, TensorBoard
 from harness.errors import ConfigError
 from harness.journal import Journal
+from harness.secrecy import scrubbed, without_secrets
 
 log = logging.getLogger("harness")
 
@@ -55,15 +56,16 @@ class Reporter:
         """Tells of one event: ``message`` to the console (none where it is empty), the values to all others."""
         if not self._active:
             return
-        record = {"event": name, "time": time.time(), "attempt": self._attempt, **as_json(values)}
-        if message and not (self._live and name in self._live.shows):
-            log.info(message, extra={"values": record})
+        record = scrubbed({"event": name, "time": time.time(), "attempt": self._attempt, **as_json(values)})
+        if message:
+            for text, about in self._live.lines(name, (message, record)) if self._live else [(message, record)]:
+                log.info("%s", without_secrets(text), extra={"values": about})
         for sink in self._sinks:
             try:
                 sink.write(record)
             except Exception as error:  # whatever it is: what draws a training does not end it
                 if sink not in self._failed:
-                    log.warning("%s: %s", type(sink).__name__.strip("_"), error)
+                    log.warning("%s: %s", type(sink).__name__.strip("_"), without_secrets(str(error)))
                 self._failed.add(sink)
 
     def reached(self, step: int, epoch: int) -> None:
@@ -145,5 +147,8 @@ def number_of(metric: tuple[str, Any]) -> float:
 
 
 def in_words(values: dict[str, float]) -> str:
-    """Metrics for people: ``loss 0.5123  val_loss 0.6``."""
-    return "  ".join(f"{name} {value:.5g}" for name, value in values.items())
+    """Metrics for people: ``loss 0.5123  val_loss 0.6  41,140 samples/s``."""
+    return "  ".join(
+        f"{number(value, 4)} {name}" if name.endswith("/s") else f"{name} {number(value, 5)}"
+        for name, value in values.items()
+    )

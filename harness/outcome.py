@@ -16,6 +16,7 @@ from pathlib import Path
 from harness import errors
 from harness.environment import is_first_of_node, rank
 from harness.errors import HarnessError
+from harness.secrecy import without_secrets
 
 DIRECTORY_VARIABLE = "HARNESS_OUTCOME_DIRECTORY"
 POLL_SECONDS = 0.2  # the launcher looks as often as that
@@ -162,7 +163,7 @@ def of(error: BaseException) -> Outcome:
     """The outcome that an exception means."""
     if isinstance(error, HarnessError):
         return Outcome(error.exit_code, str(error).partition("\n")[0])
-    return Outcome(1, f"{type(error).__name__}: {error}".partition("\n")[0])
+    return Outcome(1, without_secrets(f"{type(error).__name__}: {error}").partition("\n")[0])
 
 
 def message(code: int, outcomes: Iterable[Outcome]) -> str:

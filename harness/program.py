@@ -20,15 +20,13 @@ import re
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
-from harness import outcome
-from harness.console import Console, level
-from harness.environment import is_first_of_node, is_under_torchrun, rank
+from harness import console, outcome
+from harness.environment import is_first_of_node, is_under_torchrun
 from harness.errors import HarnessError, RankFailure, Stopped
 from harness.signals import StopRequest, die_with_parent, ignore_stop_signals
 
@@ -92,7 +90,7 @@ def _leave(error: HarnessError, *, speaks: bool) -> NoReturn:
     """Ends the process from another thread, whatever the main thread is at."""
     outcome.record(outcome.of(error))
     if speaks:
-        print(f"harness: rank {rank()}: {error}", file=sys.stderr, flush=True)
+        console.complain_of(error)
     os._exit(error.exit_code)
 
 
@@ -128,14 +126,11 @@ def record_stop(stopped: Stopped) -> int:
     return 0 if is_under_torchrun() else stopped.exit_code
 
 
-def fail(error: BaseException, own_rank: int) -> NoReturn:
+def fail(error: BaseException) -> NoReturn:
     """Ends a rank at once, after an error. The others may wait for it in a collective for minutes; torchrun frees them once
     this one is gone."""
     error = _meant(error)
-    if isinstance(error, HarnessError):
-        print("\n".join(f"harness: rank {own_rank}: {line}" for line in str(error).splitlines()), file=sys.stderr)
-    else:
-        traceback.print_exception(error)
+    console.complain_of(error)
     outcome.record(outcome.of(error))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -149,7 +144,19 @@ def _meant(error: BaseException) -> BaseException:
     if not has_lost_a_peer(error):
         return error
     reason = re.sub(r"\[\S*\.cc:\d+\] ", "", str(error)).partition(". ")[0]  # without gloo's good wishes
-    return RankFailure(f"lost contact with another rank: {reason}")
+    return RankFailure(f"lost contact with another rank: {reason}; {where_this_rank_was(reason)}")
+
+
+def where_this_rank_was(reason: str) -> str:
+    """How far this rank is, to be compared with what the others say; after a wait that was too long, what to look for."""
+    step = console.here.step
+    place = (
+        "this rank was before its first step boundary" if step is None else f"this rank was at the boundary of step {step}"
+    )
+    if not re.search(r"time.?out|timed out", reason, re.IGNORECASE):
+        return place
+    advice = "compare with the other ranks (every rank has to call run.step() equally often), or raise world.timeout_seconds"
+    return f"{place}; {advice}"
 
 
 # --- a program that has a loop of its own ------------------------------------------------------------------------------
@@ -170,9 +177,7 @@ class Host(Program):
         self._last_word: BaseException | None = None  # an error that the program has caught, and that no restart can mend
         begin()
         atexit.register(self._say_last_word)
-        if not logging.getLogger().handlers and not log.handlers:
-            log.addHandler(Console())
-            log.setLevel(level())
+        console.begin("harness")
 
     @contextlib.contextmanager
     def loop(self, grace_seconds: float, on_error: OnError) -> Iterator[None]:
@@ -228,8 +233,11 @@ class Host(Program):
         for on_error in runs:
             on_error(error)
         if runs and (isinstance(error, HarnessError) or (is_under_torchrun() and not isinstance(error, KeyboardInterrupt))):
-            fail(error, rank())
-        self._before(kind, error, trace)
+            fail(error)
+        if runs and self._before is sys.__excepthook__ and not isinstance(error, KeyboardInterrupt):
+            console.complain_of(error)
+        else:
+            self._before(kind, error, trace)
 
     def _saw(self, on_error: OnError, error: BaseException) -> None:
         """An error has ended a loop. The program may catch it and end with any exit code, or try again."""

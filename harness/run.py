@@ -27,6 +27,7 @@ from harness.checkpoint.shares import Writers
 from harness.checkpoint.staging import HostMemory
 from harness.checkpoint.store import open_store
 from harness.config import Config, RunConfig, run_config
+from harness.console import complain
 from harness.crashes import Crash
 from harness.data import Loader, is_due, nothing
 from harness.environment import began, is_first_of_node, launch_id, rank, shutdown_grace_seconds
@@ -109,6 +110,7 @@ class Run:
         self._initialize = initialize
         self.state = State(state, self.world.device, reset_options=reset_options, adapt=adapt, speaks=self.world.rank == 0)
         self.loader = next((each for each in state.values() if isinstance(each, Loader)), None)
+        _check_place(self.loader, self.world)
         self.total_steps: int | None = None
         self.total_epochs: int | None = None
         self._own_work = OwnWork(self.world.device, self.state.modules.values(), self.loader)
@@ -780,6 +782,17 @@ def _writers(world: World, config: RunConfig) -> Writers:
     return Writers(ranks, world.rank, 0.9 * config.world.timeout_seconds)  # before those who wait for rank 0 give it up
 
 
+def _check_place(loader: Loader | None, world: World) -> None:
+    """Raises ``ConfigError`` where a loader was made for another rank than this process has become since."""
+    if loader is None or loader.is_placed or (loader.rank, loader.world_size) == (world.rank, world.size):
+        return
+    made_for = f"rank {loader.rank} of {loader.world_size}"
+    raise ConfigError(
+        f"the Loader is for {made_for}, and this process is rank {world.rank} of {world.size}: make the Loader after "
+        "init_process_group, or give it rank= and world_size="
+    )
+
+
 def _device(state: Mapping[str, Any]) -> torch.device:
     """Where the program trains: on the device of its first parameter."""
     for each in state.values():
@@ -818,7 +831,7 @@ def _report_hang(config: RunConfig) -> Callable[[str], None]:
             store = open_store(config.checkpoint.url, config.checkpoint.storage_options, attempts=1, deadline_seconds=10)
             store.put(name, lambda: [text], len(text))
         except Exception as error:  # whatever it is, leaving comes first
-            print(f"harness: could not write {name}: {error}", file=sys.stderr, flush=True)
+            complain(f"harness: could not write {name}: {error}")
 
     return report
 

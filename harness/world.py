@@ -27,7 +27,20 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is pu
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from harness.config import WorldConfig
-from harness.environment import is_under_torchrun, lends_its_store, max_restarts
+from harness.console import here
+from harness.environment import (
+    Ranks,
+    is_under_torchrun,
+    lends_its_store,
+    local_rank,
+    local_size,
+    max_restarts,
+    nodes,
+    rank,
+    ranks,
+    size,
+    strangers,
+)
 from harness.errors import ConfigError, RankFailure
 
 log = logging.getLogger(__name__)
@@ -140,12 +153,13 @@ class TorchrunWorld:
     def __init__(self, device: torch.device, backend: str, timeout_seconds: float) -> None:
         timeout = timedelta(seconds=timeout_seconds)
         if not dist.is_initialized():
-            rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            place = ranks()
+            assert place is not None, "it is one of several"
             dist.init_process_group(
                 backend,
-                store=_fresh_store(rank, size, timeout),
-                rank=rank,
-                world_size=size,
+                store=_fresh_store(place, timeout),
+                rank=place.rank,
+                world_size=place.size,
                 timeout=timeout,
                 device_id=device if device.type == "cuda" else None,
             )
@@ -155,7 +169,7 @@ class TorchrunWorld:
                 "torchrun may need several restarts for one (torch 2.13 lends its workers a store with old addresses): use "
                 "harness launch, or export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
             )
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.rank, self.size = here.rank, here.ranks = dist.get_rank(), dist.get_world_size()
         self.device = device
         # "cpu:gloo,cuda:nccl", or so; a group that was made without naming any calls itself "undefined".
         backends = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
@@ -236,9 +250,12 @@ def join_world(config: WorldConfig | None = None) -> World:
     what the machine has not, before any group is made.
     """
     config = config or WorldConfig()
+    is_alone = not dist.is_initialized() and ranks() is None
     device = choose_device(config)
-    if "WORLD_SIZE" not in os.environ and not dist.is_initialized():
-        return SoloWorld(device)
+    if is_alone:
+        return _alone(device)
+    if is_under_torchrun() and rank() == 0 and nodes() == 1 and (others := strangers()):
+        log.warning("%s, and this torchrun knows of no other: give them one --rdzv-endpoint to train together", others)
     return TorchrunWorld(device, choose_backend(config, device), config.timeout_seconds)
 
 
@@ -246,10 +263,21 @@ def world_of_program(device: torch.device, timeout_seconds: float) -> World:
     """The world that the program is already in, with its own device. Raises ``ConfigError`` where it has yet to join it."""
     if dist.is_initialized():
         return TorchrunWorld(device, dist.get_backend(), timeout_seconds)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if (place := ranks()) is not None and place.size > 1:
         raise ConfigError(
             "expected torch.distributed.init_process_group (or harness.join_world) before harness.Run, found none"
         )
+    return _alone(device)
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Which rank this is and how many there are: in the group that the program has joined, or as the launcher says."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (rank(), size())
+
+
+def _alone(device: torch.device) -> SoloWorld:
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        log.warning("MASTER_ADDR is set, RANK and WORLD_SIZE are not: this is one plain process; for several, use torchrun")
     return SoloWorld(device)
 
 
@@ -260,13 +288,12 @@ def leave_at_once(code: int) -> NoReturn:
 
 def choose_device(config: WorldConfig) -> torch.device:
     """The device of this rank, which becomes the current one. Raises ``ConfigError`` where the machine has too few."""
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     count = torch.cuda.device_count() if config.device != "cpu" else 0
-    if config.device == "cuda" and count < local_size:
-        raise ConfigError(f"world.device: expected a CUDA device for each of {local_size} local ranks, found {count}")
-    if count < local_size:
+    if config.device == "cuda" and count < local_size():
+        raise ConfigError(f"world.device: expected a CUDA device for each of {local_size()} local ranks, found {count}")
+    if count < local_size():
         return torch.device("cpu")
-    device = torch.device("cuda", local_rank)
+    device = torch.device("cuda", local_rank())
     torch.cuda.set_device(device)
     return device
 
@@ -279,7 +306,7 @@ def choose_backend(config: WorldConfig, device: torch.device) -> str:
     return backend
 
 
-def _fresh_store(rank: int, size: int, timeout: timedelta) -> Store:
+def _fresh_store(place: Ranks, timeout: timedelta) -> Store:
     """The store through which the ranks of this very start find each other.
 
     torchrun (2.13) lends its workers the agent's own store, and it keeps the keys of earlier starts: after a restart, a
@@ -287,7 +314,7 @@ def _fresh_store(rank: int, size: int, timeout: timedelta) -> Store:
     a prefix that nobody has used. Rank 0 cannot just publish one, since the others could not tell it from an old one:
     every rank greets with a word of its own making, and rank 0's answer is filed under that word.
     """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, size, address, port = place.rank, place.size, place.address, place.port
     lent = lends_its_store()
     hosts = rank == 0 and not lent
     _resolve(address, timeout)
@@ -355,14 +382,14 @@ def _answer_greetings(store: Store, size: int, timeout: timedelta) -> str:
     answered: set[tuple[int, bytes]] = set()
     deadline = time.monotonic() + timeout.total_seconds()
     while waiting:
-        for rank in sorted(waiting):
-            if store.check([f"harness/greeting/{rank}"]):
-                word = store.get(f"harness/greeting/{rank}")
-                if (rank, word) not in answered:
+        for other in sorted(waiting):
+            if store.check([f"harness/greeting/{other}"]):
+                word = store.get(f"harness/greeting/{other}")
+                if (other, word) not in answered:
                     store.set(f"harness/answer/{word.decode()}", prefix)
-                    answered.add((rank, word))
-            if store.check([f"harness/thanks/{prefix}/{rank}"]):
-                waiting.discard(rank)
+                    answered.add((other, word))
+            if store.check([f"harness/thanks/{prefix}/{other}"]):
+                waiting.discard(other)
         if time.monotonic() > deadline:
             raise RankFailure(f"ranks {sorted(waiting)} did not come within {timeout.total_seconds():.0f} s")
         time.sleep(0.005)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import harness
 from harness import Loader, Run, StopRequest
 from harness.errors import ConfigError, Mismatch, NoCheckpoint, Stopped, Unsupported
+from harness.world import SoloWorld
 
 SAMPLES, BATCH = 10, 4  # three steps an epoch
 
@@ -384,6 +385,27 @@ def test_epochs_of_somebody_elses_loader():
     with pytest.raises(ConfigError, match=r"epoch 1: the loop did not call run\.step\(\)"):
         for _ in run.epochs(3):
             pass
+
+
+def test_a_loader_takes_its_place_from_the_group(tmp_path, monkeypatch):
+    """Where the program has joined one, as under ``torch.multiprocessing.spawn``, whatever the environment says."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    early = Loader(TensorDataset(torch.arange(8.0)), 2)
+    assert (early.rank, early.world_size) == (3, 4)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        late = Loader(TensorDataset(torch.arange(8.0)), 2)
+        chosen = Loader(TensorDataset(torch.arange(8.0)), 2, rank=1, world_size=2)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert (late.rank, late.world_size) == (0, 1)
+    with pytest.raises(
+        ConfigError, match="the Loader is for rank 3 of 4, and this process is rank 0 of 1: make the Loader after"
+    ):
+        Run(None, {"loader": early}, world=SoloWorld(torch.device("cpu")), stop=StopRequest())
+    for loader in (late, chosen):
+        Run(None, {"loader": loader}, world=SoloWorld(torch.device("cpu")), stop=StopRequest()).close()
 
 
 def test_a_loader_that_was_left_out(tmp_path, caplog):

@@ -27,7 +27,6 @@ import errno
 import functools
 import io
 import os
-import re
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,11 +38,13 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
+from harness import secrecy
 from harness.checkpoint import unbuffered
 from harness.checkpoint.calls import THREAD, Row, check_awaited, in_words, insist, is_transient, while_awaited
 from harness.checkpoint.threads import Background, in_order
 from harness.checkpoint.unbuffered import Buffer
 from harness.errors import ConfigError, StoreError
+from harness.secrecy import without_user
 
 T = TypeVar("T")
 
@@ -411,6 +412,8 @@ def open_store(
     no such filesystem or its package is not installed, ``StoreError`` when it cannot be connected to.
     """
 
+    secrecy.learn(url, storage_options, fsspec.config.conf)
+
     def connect() -> tuple[AbstractFileSystem, str]:
         return fsspec.core.url_to_fs(url, **(storage_options or {}))  # type: ignore[no-any-return]
 
@@ -436,7 +439,7 @@ def shown(url: str) -> str:
     """A URL as it may be shown: without user name, password and query, where secrets can stand."""
     if "://" not in url:
         return url.rstrip("/")
-    return re.sub(r"//[^/]*@", "//", url).partition("?")[0].rstrip("/")
+    return without_user(url).partition("?")[0].rstrip("/")
 
 
 class _Joined(io.RawIOBase):
