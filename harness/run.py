@@ -61,11 +61,11 @@ class Run:
     ``initialize`` is called where there is nothing to resume from (to load weights, say); what it returns is logged.
     ``about`` goes into each manifest and must be the same on all ranks. A stop signal, or a cloud's notice, ends the program
     after the step, saved, with exit code 75 (0 under torchrun); given a ``stop`` request of its own, ``step`` raises
-    ``Stopped`` instead. ``fresh`` refuses a URL that holds a run.
+    ``Stopped`` instead. ``fresh`` refuses a URL that holds a run, ``must_exist`` one that holds none.
 
     Raises ``ConfigError`` for a bad setting, ``Mismatch`` where the newest checkpoint does not fit the state,
-    ``NoCheckpoint`` where none is whole, ``StoreError`` where the storage fails, ``CrashLoop`` where attempts die of the
-    same error again and again.
+    ``NoCheckpoint`` where none is whole, or none there that ``must_exist``, ``StoreError`` where the storage fails,
+    ``CrashLoop`` where attempts die of the same error again and again.
     """
 
     def __init__(
@@ -83,11 +83,12 @@ class Run:
         world: World | None = None,
         stop: StopRequest | None = None,
         fresh: bool = False,
+        must_exist: bool = False,
     ) -> None:
         if stop is None:
             program.on_error(self._fail)
         intervals = {"every_steps": every_steps, "every_seconds": every_seconds, "every_epochs": every_epochs}
-        self.config = _settings(url, {**intervals, "keep_last": keep_last}, config)
+        self.config = _settings(url, {**intervals, "keep_last": keep_last, "must_exist": must_exist or None}, config)
         self._ends_program = stop is None
         self.world = world or world_of_program(_device(state), self.config.world.timeout_seconds)
         self.stop = program.take_charge(self.config.stop.grace_seconds) if stop is None else stop
@@ -262,6 +263,10 @@ class Run:
         self._catalog = catalog = Catalog(open_store(checkpoint.url, checkpoint.storage_options))
         if fresh:
             resume.on_first(world, lambda: resume.refuse_to_reuse(catalog, launch_id()))
+        if checkpoint.must_exist:
+            if fresh:
+                raise ConfigError("checkpoint.must_exist expects a run in checkpoint.url, fresh an unused one: choose")
+            resume.on_first(world, lambda: resume.refuse_to_begin(catalog))
         looping = resume.on_first(world, lambda: crashes.is_looping(catalog, self.config.crash_loop.same_failures))
         self._begin_attempt(pass_over_newest=looping)
 

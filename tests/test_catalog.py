@@ -53,7 +53,7 @@ def remove(store: Store, directory: str, file: str) -> None:
 def test_a_run_that_has_not_begun(store):
     """Where nothing was ever written there is nothing, and that is said."""
     catalog = Catalog(store)
-    assert (catalog.entries(), catalog.candidates(), catalog.attempts()) == ([], [], [])
+    assert (catalog.entries(), [*catalog.candidates()], catalog.attempts()) == ([], [], [])
     with pytest.raises(NoCheckpoint, match=rf"{store.url}: there is no whole checkpoint$"):
         catalog.newest()
     assert catalog.prune(Retention(keep_last=1)) == []
@@ -94,7 +94,7 @@ def test_an_unfinished_save(store):
     directory = save(store, 10)
     remove(store, directory, "manifest.json")
     assert [entry.state for entry in Catalog(store).entries()] == ["unfinished"]
-    assert Catalog(store).candidates() == []
+    assert [*Catalog(store).candidates()] == []
     with pytest.raises(NoCheckpoint):
         Catalog(store).open(directory)
 
@@ -129,10 +129,9 @@ def test_what_is_not_ours_is_left_alone(store, tmp_path):
     for name in ("notes.txt", "step-12/manifest.json", "logs/events", "step-latest/model.bin", ".hidden/manifest.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
-    (tmp_path / "step-000000000099-000009-00000000-00000000").mkdir()  # a directory alone says nothing
     catalog = Catalog(store)
     before = store.list()
-    assert steps(catalog.entries()) == [(1, 10)]
+    assert steps(catalog.entries()) == steps(catalog.candidates()) == [(1, 10)]
     assert catalog.prune(Retention(keep_last=1)) == []
     assert store.list() == before
 
@@ -184,7 +183,7 @@ def test_the_same_step_twice(store):
     first, second = save(store, 10, FIRST), save(store, 10, SECOND)
     assert [entry.directory for entry in Catalog(store).candidates()] == [second, first]
     third = save(store, 10, SECOND)
-    assert {entry.directory for entry in Catalog(store).candidates()[:2]} == {second, third}
+    assert {entry.directory for entry in [*Catalog(store).candidates()][:2]} == {second, third}
 
 
 def test_a_writer_that_was_believed_dead(store):
@@ -223,7 +222,7 @@ def test_falling_back(store):
     middle, last = save(store, 20), save(store, 30)
     remove(store, last, "model.safetensors")
     os.truncate(f"{store.root}/{middle}/manifest.json", 10)
-    entries = Catalog(store).candidates()
+    entries = [*Catalog(store).candidates()]
     assert [(entry.step, entry.state) for entry in entries] == [(30, "damaged"), (20, "damaged"), (10, "whole")]
     assert Catalog(store).newest().step == 10
 
@@ -288,29 +287,118 @@ def test_nothing_is_deleted_where_nothing_is_whole(store):
 
 
 def test_rubbish_goes_when_a_newer_checkpoint_is_whole(store):
-    """Unfinished and damaged saves older than the newest whole one go; a newer one may be somebody's who still writes."""
+    """Unfinished and damaged saves older than the newest whole one go; a newer one of the last attempt may be somebody's who
+    still writes, and goes when its owner says that nobody does."""
     unfinished, damaged = save(store, 10), save(store, 20)
     remove(store, unfinished, "manifest.json")
     remove(store, damaged, "model.safetensors")
     save(store, 30, SECOND, [(FIRST, 5)])
-    writing = save(store, 40, SECOND)
+    superseded = save(store, 40, SECOND)
+    remove(store, superseded, "manifest.json")
+    writing = save(store, 5, THIRD)
     remove(store, writing, "manifest.json")
-    younger = save(store, 5, THIRD)
-    remove(store, younger, "manifest.json")
     gone = Catalog(store).prune(EVERYTHING)
-    assert [entry.directory for entry in gone] == [unfinished]
+    assert [entry.directory for entry in gone] == [superseded, unfinished]
     gone = Catalog(store).prune(Retention(keep_last=1))
     assert [entry.directory for entry in gone] == [damaged]
-    assert {name.partition("/")[0] for name in store.list()} >= {writing, younger}
+    assert {name.partition("/")[0] for name in store.list()} >= {writing}
+    gone = Catalog(store).prune(Retention(keep_last=1), unfinished=True)
+    assert [entry.directory for entry in gone] == [writing]
+    assert kept(store) == [30]
+
+
+def test_unfinished_saves_where_nothing_is_whole(store):
+    """They may be all that their owner has left, who has to say so."""
+    directories = [save(store, 10), save(store, 20, SECOND)]
+    for directory in directories:
+        remove(store, directory, "manifest.json")
+    assert Catalog(store).prune(Retention(keep_last=1)) == []
+    Catalog(store).sweep(THIRD)
+    assert {name.partition("/")[0] for name in store.list()} == {*directories}
+    assert len(Catalog(store).prune(Retention(keep_last=1), unfinished=True)) == 2
+    assert os.listdir(store.root) == []
+
+
+def test_directories_that_hold_nothing(store, tmp_path):
+    """A save that failed at its first file, and the empty directories that other programs make within one, go as well."""
+    save(store, 20)
+    empty = "step-000000000010-000001-00000001-00000000"
+    (tmp_path / empty / ".ipynb_checkpoints/deeper").mkdir(parents=True)
+    old = save(store, 15)
+    (tmp_path / old / "@eaDir").mkdir()
+    assert [(entry.directory, entry.state) for entry in Catalog(store).entries()[1:]] == [
+        (old, "whole"),
+        (empty, "unfinished"),
+    ]
+    Catalog(store).tidy(Retention(keep_last=1), None, FIRST)
+    assert len(os.listdir(store.root)) == 1
+    assert kept(store) == [20]
+
+
+def test_what_an_attempt_before_has_left_unfinished(store):
+    """A start deletes what lies after the newest whole checkpoint, and nothing of its own attempt, and nothing damaged."""
+    save(store, 10)
+    dead, damaged, own = save(store, 20), save(store, 30), save(store, 11, SECOND)
+    for directory in (dead, own):
+        remove(store, directory, "manifest.json")
+    remove(store, damaged, "model.safetensors")
+    Catalog(store).sweep(SECOND)
+    assert steps(Catalog(store).entries()) == [(2, 11), (1, 30), (1, 10)]
 
 
 def test_a_line_that_was_left_goes(store):
-    """What a writer that was believed dead committed is deleted with the old, though its steps are later."""
+    """What a writer that was believed dead committed stays as long as it goes further than the line, its last one alone."""
     save(store, 10, FIRST)
-    save(store, 20, SECOND, [(FIRST, 10)])
-    save(store, 1000, FIRST)
-    gone = Catalog(store).prune(Retention(keep_last=2))
-    assert steps(gone) == [(1, 1000)]
+    newest = save(store, 20, SECOND, [(FIRST, 10)])
+    for step in (15, 25, 30):
+        save(store, step, FIRST)
+    damaged = save(store, 40, FIRST)
+    remove(store, damaged, "model.safetensors")
+    catalog = Catalog(store)
+    assert steps(catalog.further(catalog.newest())) == [(1, 30)]
+    gone = catalog.prune(Retention(keep_last=2))
+    assert steps(gone) == [(1, 40), (1, 25), (1, 15)]
+    assert (kept(store), catalog.newest().directory) == ([10, 20, 30], newest)
+    save(store, 29, SECOND, [(FIRST, 10)])
+    assert steps(catalog.prune(Retention(keep_last=1))) == [(2, 20), (1, 10)]
+    save(store, 30, SECOND, [(FIRST, 10)])
+    assert steps(catalog.prune(Retention(keep_last=1))) == [(2, 29), (1, 30)]
+
+
+def test_two_lines_that_have_one_past(store):
+    """Of two copies of a run that went on apart and were put together, the later attempt's is the line. The other one was
+    left, is told of as what goes further, and stays, whoever deletes, until the line has passed it."""
+    save(store, 200, FIRST)
+    for step in (300, 400):
+        save(store, step, SECOND, [(FIRST, 200)])
+    other, fourth = Attempt("000002-0000000f"), Attempt("000004-00000004")
+    save(store, 210, other, [(FIRST, 200)])
+    save(store, 220, THIRD, [(FIRST, 200), (other, 210)])
+    stands_on = [(FIRST, 200), (other, 210), (THIRD, 220)]
+    save(store, 230, fourth, stands_on)
+    catalog = Catalog(store)
+    assert steps(catalog.candidates()) == [(4, 230), (3, 220), (2, 210), (1, 200)]
+    assert steps(catalog.further(catalog.newest())) == [(2, 400)]
+    claimed = catalog.claim_attempt({})
+    save(store, 240, claimed, [*stands_on, (fourth, 230)])
+    catalog.tidy(Retention(keep_last=1), None, claimed)
+    assert kept(store) == [240, 400]
+    save(store, 400, claimed, [*stands_on, (fourth, 230)])
+    catalog.tidy(Retention(keep_last=1), None, claimed)
+    assert steps(catalog.entries()) == [(5, 400)]
+
+
+def test_several_saves_of_a_step(store):
+    """Those of one attempt are one checkpoint, of which the newest counts: of the others none takes a place among the last.
+    Where it is damaged, the one before is there."""
+    for step in (10, 20, 20, 20):
+        save(store, step)
+    twice = sorted(entry.directory for entry in Catalog(store).entries() if entry.step == 20)
+    assert Catalog(store).newest().directory == twice[-1]
+    remove(store, twice[-1], "model.safetensors")
+    assert Catalog(store).newest().directory == twice[-2]
+    Catalog(store).prune(Retention(keep_last=2))
+    assert {entry.directory for entry in Catalog(store).entries() if entry.step == 20} == {*twice[-2:]}
     assert kept(store) == [10, 20]
 
 
