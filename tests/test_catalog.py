@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 
+import harness
 from harness.checkpoint import commit
 from harness.checkpoint.catalog import Catalog, Entry, Retention, verify_all
 from harness.checkpoint.format import Ancestor, Attempt, checksum, parse_directory
@@ -160,6 +161,88 @@ def test_verifying_reads_every_byte(store):
     assert [(entry.step, entry.state) for entry in found] == [(20, "damaged"), (10, "whole")]
     assert "model.safetensors" in found[0].problem
     assert [entry.step for entry in verify_all(catalog, step=10, deep=True)] == [10]
+
+
+# --- what is not there, or not ours ----------------------------------------------------------------------------------
+
+
+def test_checkpoints_behind_links(store, tmp_path):
+    """A checkpoint that was moved to another disk, and a file of one, count where a link leads to them. Whoever deletes
+    takes the link away, and nothing of what it leads to."""
+    elsewhere = tmp_path.with_name(f"{tmp_path.name}-elsewhere")
+    elsewhere.mkdir()
+    for step in (10, 20):
+        directory = save(store, step)
+        os.rename(tmp_path / directory, elsewhere / directory)
+        os.symlink(elsewhere / directory, tmp_path / directory)
+    behind = save(store, 30)
+    os.rename(tmp_path / behind / "model.safetensors", elsewhere / "weights")
+    os.symlink(elsewhere / "weights", tmp_path / behind / "model.safetensors")
+    os.symlink(elsewhere, tmp_path / behind / "more")
+    catalog = Catalog(store)
+    assert [(entry.step, entry.state) for entry in catalog.entries()] == [(30, "whole"), (20, "whole"), (10, "whole")]
+    for entry in catalog.entries():
+        catalog.verify(entry)
+    lay = sorted(path.relative_to(elsewhere) for path in elsewhere.rglob("*"))
+    last = save(store, 40)
+    assert steps(catalog.prune(Retention(keep_last=1))) == [(1, 30), (1, 20), (1, 10)]
+    assert os.listdir(tmp_path) == [last]
+    assert sorted(path.relative_to(elsewhere) for path in elsewhere.rglob("*")) == lay
+
+
+def test_links_in_a_circle(store, tmp_path):
+    """A listing comes to its end."""
+    first, second = save(store, 10), save(store, 20)
+    for directory in (first, second):
+        os.symlink(tmp_path, tmp_path / directory / "run")
+        os.symlink(tmp_path / first, tmp_path / directory / "first")
+    assert [entry.state for entry in Catalog(store).entries()] == ["whole", "whole"]
+    assert steps(Catalog(store).prune(Retention(keep_last=1))) == [(1, 10)]
+    assert os.listdir(tmp_path) == [second]
+
+
+def test_a_link_that_leads_nowhere(store, tmp_path):
+    """A disk that is not mounted is not a run that has not begun, nor one that goes on from an older checkpoint."""
+    save(store, 10)
+    directory = save(store, 20)
+    os.rename(tmp_path / directory, tmp_path / "moved")
+    os.symlink(tmp_path / "nowhere", tmp_path / directory)
+    for look in (Catalog(store).newest, Catalog(store).entries, lambda: harness.latest(store.root)):
+        with pytest.raises(StoreError, match=f"list .*{directory}: it is a link, and what it leads to is not there"):
+            look()
+
+
+def test_names_that_begin_like_those_of_saves(store, tmp_path):
+    """A run does not start anew beside what may be its checkpoints; beside such as are understood, others do not matter."""
+    (tmp_path / "step-1200").mkdir()
+    (tmp_path / "step-000000001300-000002-00000000-00000000.bak").mkdir()
+    for look in (lambda: [*Catalog(store).candidates()], Catalog(store).newest, lambda: harness.latest(store.root)):
+        with pytest.raises(UnknownFormat, match=r"expected checkpoints, found step-000000001300-.*\.bak, a name that"):
+            look()
+    directory = save(store, 10)
+    assert harness.latest(store.root) == 10
+    remove(store, directory, "manifest.json")
+    with pytest.raises(UnknownFormat):
+        harness.latest(store.root)
+
+
+def test_directories_of_others(public_path, ordinary_user):
+    """What is not the run's may be unreadable: nobody looks. What is the run's may not, and is named."""
+    os.makedirs(f"{public_path}/run/lost+found")
+    os.chmod(f"{public_path}/run", 0o777)
+    os.chmod(f"{public_path}/run/lost+found", 0)
+    with ordinary_user():
+        store = open_store(f"{public_path}/run")
+        catalog = Catalog(store)
+        attempt = catalog.claim_attempt({})
+        for step in (10, 20):
+            directory = save(store, step, attempt)
+        catalog.tidy(Retention(keep_last=1), None, attempt)
+        assert steps(catalog.entries()) == [(1, 20)]
+        os.chmod(f"{public_path}/run/{directory}", 0)
+        with pytest.raises(StoreError, match=f"list .*{directory}: Permission denied"):
+            Catalog(store).newest()
+        os.chmod(f"{public_path}/run/{directory}", 0o700)
 
 
 # --- order and lineage -----------------------------------------------------------------------------------------------

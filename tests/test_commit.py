@@ -266,7 +266,7 @@ def test_a_meta_that_is_no_json_commits_nothing(tmp_path, meta):
     """The manifest's own part is checked as well, before anything is written: no manifest is better than one that cannot be
     read."""
     store = open_store(str(tmp_path))
-    with pytest.raises(Unsupported, match="^meta: expected JSON: "):
+    with pytest.raises(Unsupported, match=r"^meta: expected JSON: "):
         write(store, meta=meta)
     assert store.list() == {}
 
