@@ -261,11 +261,11 @@ class Run:
             resume.check_lockstep(world, self.state, self.about, resumed=False)
             return
         self._catalog = catalog = Catalog(open_store(checkpoint.url, checkpoint.storage_options))
+        if fresh and checkpoint.must_exist:
+            raise ConfigError("checkpoint.must_exist expects a run in checkpoint.url, fresh an unused one: choose")
         if fresh:
             resume.on_first(world, lambda: resume.refuse_to_reuse(catalog, launch_id()))
         if checkpoint.must_exist:
-            if fresh:
-                raise ConfigError("checkpoint.must_exist expects a run in checkpoint.url, fresh an unused one: choose")
             resume.on_first(world, lambda: resume.refuse_to_begin(catalog))
         looping = resume.on_first(world, lambda: crashes.is_looping(catalog, self.config.crash_loop.same_failures))
         self._begin_attempt(pass_over_newest=looping)

@@ -211,15 +211,18 @@ class Catalog:
         raise StoreError(f"read {self.store.url}: checkpoints are deleted faster than they can be read", transient=True)
 
     def further(self, newest: Entry) -> list[Entry]:
-        """What goes further than the newest checkpoint of the line, and is not on it: the last whole one of each attempt."""
+        """What goes further than the newest checkpoint of the line, and is not on it: the last whole one of each other
+        line."""
         return self._further(_saves(self.store.names()), newest.step, self._look)
 
     def _further(self, saves: Iterable[_Save], step: int, look: Callable[[_Save], Entry]) -> list[Entry]:
-        found: dict[Attempt, Entry] = {}
+        found, told = list[Entry](), set[str]()
         for save in saves:
-            if save.step > step and save.attempt not in found and (entry := look(save)).state == "whole":
-                found[save.attempt] = entry
-        return [*found.values()]
+            if save.step > step and save.attempt.id not in told and (entry := look(save)).state == "whole":
+                found.append(entry)
+                stands_on = entry.manifest.lineage if entry.manifest else ()
+                told |= {save.attempt.id, *(ancestor.attempt for ancestor in stands_on)}
+        return found
 
     def verify(self, entry: Entry) -> None:
         """Reads every byte of a checkpoint and compares it with the manifest. Raises ``Corrupt``."""
@@ -234,7 +237,7 @@ class Catalog:
         """Deletes what is not to be kept and returns it. For a run that is not training.
 
         What is kept are whole checkpoints of the line that the run is on; ``best_step`` names one more of them. Of each
-        attempt that was left and went further, the last one stays until the line has passed it. All else goes that is older
+        line that was left and went further, the last one stays until the line has passed it. All else goes that is older
         than the newest one kept: checkpoints, what they left behind when a deletion was cut short, saves that were never
         finished, lines that were left. With ``keep_last=None`` only the unfinished ones go.
 
