@@ -61,7 +61,7 @@ def read_foreign(src: str, *, trust: bool = False, storage_options: Mapping[str,
     with files.Place(src, storage_options) as place:
         if place.is_file:
             value, what = files.read_file(place.path(), place.url)
-        elif any(parse_directory(name.partition("/")[0]) for name in place.files):
+        elif any(parse_directory(name) for name in place.store.names()):
             return Catalog(place.store).reading(lambda entry: _of_entry(place.store, entry))
         elif parse_directory(place.store.root.rpartition("/")[2]):
             run, directory = split(place.store)
