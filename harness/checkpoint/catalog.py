@@ -1,6 +1,7 @@
 """What lies in a run's URL: list, open, verify, prune. Only what is committed counts. No torch."""
 
 import contextlib
+import functools
 import json
 import math
 import time
@@ -24,6 +25,8 @@ from harness.checkpoint.threads import in_threads
 from harness.errors import CheckpointError, Corrupt, NoCheckpoint, StoreError, Superseded, UnknownFormat
 
 T = TypeVar("T")
+Item = TypeVar("Item")
+Seen = dict[str, set[str]]  # the names of the objects in each directory that was looked into
 
 _TRIES = 50  # to find a run as it is, while it goes on
 _LOOKS_AT_ONCE = 8
@@ -89,24 +92,29 @@ class Catalog:
 
     def entries(self) -> list[Entry]:
         """All saves, the latest attempt's first, within an attempt the latest step first."""
-        for _ in range(_TRIES):
-            found = in_threads(self._at_once, self._look, _saves(self.store.names()))
-            unfinished = {entry.directory for entry in found if entry.state == "unfinished"}
-            vanished = unfinished - {*self.store.names()} if unfinished else unfinished
-            if not vanished:
+        for count in range(_TRIES):
+            there, seen = {*self.store.names()}, Seen()
+            found = self._for_each(functools.partial(self._look, seen=seen), _saves(there))
+            doubtful = {entry.directory for entry in found if entry.state == "unfinished"}
+            if not doubtful:
                 break
-        return [entry for entry in found if entry.directory not in vanished]
+            before, there = there, {*self.store.names()}
+            # What is being deleted looks unfinished. Then something newer was committed, and that changes what is seen.
+            is_settled = there == before and all({*self.store.list(each)} == seen[each] for each in doubtful)
+            if is_settled or (count and any(entry.state == "whole" for entry in found)):
+                break
+        return [entry for entry in found if entry.directory in there]
 
-    @property
-    def _at_once(self) -> int:
-        """How many saves are worth a look, or are deleted, at a time."""
-        return _LOOKS_AT_ONCE if self.store.has_ranges else 1
+    def _for_each(self, function: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
+        """What a function makes of each of many saves, of several at a time where that is faster."""
+        at_once = _LOOKS_AT_ONCE if self.store.has_ranges else 1
+        return self.store.together(lambda: in_threads(at_once, function, items)).result()
 
-    def _look(self, save: _Save, seen: dict[str, dict[str, int]] | None = None) -> Entry:
-        """What a save is now. Its objects go to ``seen``."""
+    def _look(self, save: _Save, seen: Seen | None = None) -> Entry:
+        """What a save is now. The names of its objects go to ``seen``."""
         directory, objects = save.directory, self.store.list(save.directory)
         if seen is not None:
-            seen[directory] = objects
+            seen[directory] = {*objects}
         if f"{directory}/{MANIFEST}" not in objects:
             return Entry(directory, save.step, save.attempt, "unfinished")
         manifest = self._opened.get(directory)
@@ -160,10 +168,10 @@ class Catalog:
 
     # --- what to go on from ------------------------------------------------------------------------------------------
 
-    def candidates(self, seen: dict[str, dict[str, int]] | None = None) -> Iterator[Entry]:
+    def candidates(self, seen: Seen | None = None) -> Iterator[Entry]:
         """What a run may resume from, best first; damaged ones are among them, so that they can be told of.
 
-        Each is looked at when it is asked for; the objects of what was looked at go to ``seen``. Raises ``UnknownFormat``
+        Each is looked at when it is asked for; the names of its objects go to ``seen``. Raises ``UnknownFormat``
         when it has given none and there are names that begin as those of saves do: they are not taken for nothing.
         """
         names, way, is_empty = self.store.names(), _Line(), True
@@ -180,9 +188,9 @@ class Catalog:
 
     def newest(self, step: int | None = None) -> Entry:
         """The newest whole checkpoint of the line the run is on, or that of a certain step. Raises ``NoCheckpoint``."""
-        before: dict[str, dict[str, int]] | None = None
+        before: Seen | None = None
         for _ in range(_TRIES):
-            seen: dict[str, dict[str, int]] = {}
+            seen = Seen()
             wanted = (entry for entry in self.candidates(seen) if entry.state == "whole" and step in (None, entry.step))
             found = next(wanted, None)
             # What was passed over may have been deleted, since something newer was there: that changes what is seen.
@@ -246,7 +254,7 @@ class Catalog:
         """
         saves = _saves(self.store.names())
         last = max({*self.attempts(), *(save.attempt for save in saves)}, default=None)
-        found = dict(zip(saves, in_threads(self._at_once, self._look, saves), strict=True))
+        found = dict(zip(saves, self._for_each(self._look, saves), strict=True))
         kept = self._kept(saves, retention, best_step, found.__getitem__)
         old = {*self._old(saves, kept, found.__getitem__)}
 
@@ -257,7 +265,7 @@ class Catalog:
 
         gone = [entry for save, entry in found.items() if goes(save, entry)]
         if not dry_run:
-            in_threads(self._at_once, self._delete, [entry.directory for entry in reversed(gone)])
+            self._for_each(self._delete, [entry.directory for entry in reversed(gone)])
         return gone
 
     def tidy(self, retention: Retention, best_step: int | None, attempt: Attempt) -> None:
@@ -440,7 +448,7 @@ def _attempts(objects: Iterable[str]) -> list[Attempt]:
 def _saves(names: Iterable[str]) -> list[_Save]:
     """The saves among the names in a run's URL, the latest first."""
     found = [_Save(parsed[1], parsed[0], name) for name in names if (parsed := parse_directory(name))]
-    return sorted(found, reverse=True)
+    return sorted(found, key=lambda save: (save.attempt.id, save.step, save.directory), reverse=True)  # they may be many
 
 
 def verify_all(catalog: Catalog, *, step: int | None = None, deep: bool = False) -> list[Entry]:

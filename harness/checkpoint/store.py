@@ -183,7 +183,7 @@ class Store:
 
         def delete() -> None:
             with contextlib.suppress(FileNotFoundError):
-                self.fs.rm_file(self._path(name))
+                self._remove(self._path(name))
 
         self._call("delete", name, delete)
 
@@ -192,7 +192,7 @@ class Store:
 
         def unlink() -> bool:
             if is_link := self._is_link(self._path(name)):
-                self.fs.rm_file(self._path(name))
+                self._remove(self._path(name))
             return is_link
 
         return self._call("delete", name, unlink)
@@ -213,6 +213,9 @@ class Store:
 
     def _is_link(self, path: str) -> bool:  # noqa: ARG002  # an object store has none
         return False
+
+    def _remove(self, path: str) -> None:
+        self.fs.rm_file(path)
 
     @contextlib.contextmanager
     def without_traces(self) -> Iterator[None]:
@@ -432,6 +435,12 @@ class _SftpStore(Store):
             return S_ISLNK(self.fs.ftp.lstat(path).st_mode)
         except (AttributeError, FileNotFoundError):  # another library's filesystem, or nothing
             return False
+
+    def _remove(self, path: str) -> None:
+        if hasattr(self.fs, "ftp"):
+            self.fs.ftp.remove(path)  # of a link to a directory, fsspec would remove the directory
+        else:
+            super()._remove(path)
 
     def _open(self, path: str) -> Any:
         file = super()._open(path)
