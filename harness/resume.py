@@ -6,8 +6,9 @@ checkpoint before, and say so. A run whose checkpoints are all damaged stops: tr
 owner to decide. Random states come last, and nothing is trained until all ranks have shown that they hold the same state.
 """
 
+import functools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -85,8 +86,7 @@ def resume(
         random = parts[RANDOM].get(str(world.rank)) if meta.get("world_size") == world.size else None
         ancestor = Ancestor(entry.manifest.attempt, entry.step)
         lineage = [*entry.manifest.lineage, ancestor]
-        further = on_first(world, lambda entry=entry: catalog.further(entry))
-        _tell_of_other_lines([other for other in further if other.directory not in passed_over])
+        on_first(world, functools.partial(_tell_of_other_lines, catalog, entry, passed_over))
         return Resumed(entry.directory, entry.step, lineage, random, save_seconds(meta), passed_over)
     if storage_failed:  # what cannot be read today is not damaged
         raise StoreError(f"{catalog.store.url}: no checkpoint could be read: {'; '.join(problems)}", transient=True)
@@ -121,8 +121,10 @@ def _without_newest(entries: Iterator[Entry], passed_over: dict[str, str]) -> It
         yield first
 
 
-def _tell_of_other_lines(further: Iterable[Entry]) -> None:
-    for entry in further:
+def _tell_of_other_lines(catalog: Catalog, newest: Entry, passed_over: Mapping[str, str]) -> None:
+    for entry in catalog.further(newest):
+        if entry.directory in passed_over:
+            continue
         log.warning(
             "also there: step %s of attempt %s, not on this line, and further than it: %s. It stays until this line has "
             "passed it. To go on from it instead, stop, and move what later attempts have saved out of the URL",

@@ -563,7 +563,7 @@ class Objects(Store):
         start = f"{directory}/" if directory else ""
         return [*{name.removeprefix(start).partition("/")[0] for name in self.objects if name.startswith(start)}]
 
-    def list(self, prefix: str = "", *, follow: bool = True) -> dict[str, int]:
+    def list(self, prefix: str = "", **how: Any) -> dict[str, int]:
         self.before("list", prefix)
         start = f"{prefix}/" if prefix else ""
         return {name: len(data) for name, data in self.objects.items() if name.startswith(start)}

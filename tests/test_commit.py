@@ -59,9 +59,9 @@ class Observed(Store):
         self._note("put", name)
         super().put(name, chunks, size_bytes)
 
-    def list(self, prefix="", *, follow=True):
+    def list(self, prefix="", **how):
         self._note("list", f"{prefix}/")
-        return super().list(prefix, follow=follow)
+        return super().list(prefix, **how)
 
     def read_range(self, name, start, size_bytes):
         self._note("read", name)

@@ -94,7 +94,7 @@ class Catalog:
         """All saves, the latest attempt's first, within an attempt the latest step first."""
         for count in range(_TRIES):
             there, seen = {*self.store.names()}, Seen()
-            found = self._for_each(functools.partial(self._look, seen=seen), _saves(there))
+            found = self._look_at_all(_saves(there), seen)
             doubtful = {entry.directory for entry in found if entry.state == "unfinished"}
             if not doubtful:
                 break
@@ -103,16 +103,25 @@ class Catalog:
             is_settled = there == before and all({*self.store.list(each)} == seen[each] for each in doubtful)
             if is_settled or (count and any(entry.state == "whole" for entry in found)):
                 break
-        return [entry for entry in found if entry.directory in there]
+        return [entry for entry in found if entry.state != "unfinished" or entry.directory in there]
 
     def _for_each(self, function: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
         """What a function makes of each of many saves, of several at a time where that is faster."""
         at_once = _LOOKS_AT_ONCE if self.store.has_ranges else 1
         return self.store.together(lambda: in_threads(at_once, function, items)).result()
 
-    def _look(self, save: _Save, seen: Seen | None = None) -> Entry:
+    def _look_at_all(self, saves: Sequence[_Save], seen: Seen | None = None) -> list[Entry]:
+        """What saves are now. An object store tells all their objects at once."""
+        if not self.store.has_ranges:
+            return self._for_each(functools.partial(self._look, seen=seen), saves)
+        listed: dict[str, dict[str, int]] = {save.directory: {} for save in saves}
+        for name, size_bytes in self.store.list(beginning="step-").items():
+            listed.get(name.partition("/")[0], {})[name] = size_bytes
+        return self._for_each(lambda save: self._look(save, seen, listed[save.directory]), saves)
+
+    def _look(self, save: _Save, seen: Seen | None = None, objects: Mapping[str, int] | None = None) -> Entry:
         """What a save is now. The names of its objects go to ``seen``."""
-        directory, objects = save.directory, self.store.list(save.directory)
+        directory, objects = save.directory, self.store.list(save.directory) if objects is None else objects
         if seen is not None:
             seen[directory] = {*objects}
         if f"{directory}/{MANIFEST}" not in objects:
@@ -201,8 +210,10 @@ class Catalog:
             return found
         if seen != before:
             raise StoreError(f"list {self.store.url}: it changes faster than it can be looked at", transient=True)
-        wanted_words = "whole checkpoint" if step is None else f"whole checkpoint of step {step}"
-        raise NoCheckpoint(f"{self.store.url}: there is no {wanted_words}")
+        words = "whole checkpoint" if step is None else f"whole checkpoint of step {step}"
+        others = [save.attempt.number for save in _saves(self.store.names()) if save.step == step]
+        hint = f"; that of attempt {others[0]} is damaged, unfinished, or on a line that was left" if others else ""
+        raise NoCheckpoint(f"{self.store.url}: there is no {words}{hint}")
 
     def reading(self, function: Callable[[Entry], T], step: int | None = None) -> T:
         """What a function makes of the newest whole checkpoint, or that of a certain step. Raises ``NoCheckpoint``.
@@ -254,7 +265,7 @@ class Catalog:
         """
         saves = _saves(self.store.names())
         last = max({*self.attempts(), *(save.attempt for save in saves)}, default=None)
-        found = dict(zip(saves, self._for_each(self._look, saves), strict=True))
+        found = dict(zip(saves, self._look_at_all(saves), strict=True))
         kept = self._kept(saves, retention, best_step, found.__getitem__)
         old = {*self._old(saves, kept, found.__getitem__)}
 

@@ -66,7 +66,10 @@ def load(
 
 
 def latest(url: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> int | None:
-    """The step of the newest whole checkpoint of a run; None where there is none. Reads no tensors."""
+    """The step of the newest whole checkpoint of a run; None where there is none. Reads no tensors.
+
+    Raises ``UnknownFormat`` where there is none and something is called like one: that is not nothing.
+    """
     try:
         return Catalog(open_store(os.fspath(url), storage_options)).newest().step
     except NoCheckpoint:

@@ -148,17 +148,18 @@ class Store:
 
         return self._call("list", directory, look)
 
-    def list(self, prefix: str = "", *, follow: bool = True) -> dict[str, int]:
+    def list(self, prefix: str = "", *, beginning: str = "", follow: bool = True) -> dict[str, int]:
         """All objects below a prefix (a directory's name), with their sizes in bytes. Directories do not count.
 
-        A link counts as what it leads to; without ``follow`` as an object of its own, which can be deleted. Raises
+        ``beginning`` is that of the names below it that are wanted; for object stores (``has_ranges``) alone. A link counts
+        as what it leads to; without ``follow`` as an object of its own, which can be deleted. Raises
         ``StoreError`` where the prefix itself is a link that leads nowhere.
         """
         place = f"{self.root}/{prefix}".rstrip("/")
 
         def find() -> dict[str, int]:
             start = len(self.root) + 1
-            found = {info["name"][start:]: info["size"] for info in _files(self.fs, place, follow=follow)}
+            found = {info["name"][start:]: info["size"] for info in _files(self.fs, place, beginning, follow=follow)}
             if not found and self._is_link(place) and not self.fs.exists(place):
                 what = "it is a link, and what it leads to is not there; mount that, or delete the link"
                 raise StoreError(f"list {self.url}/{prefix}: {what}")
@@ -545,14 +546,15 @@ def _gathered(chunks: Iterable[Buffer], size_bytes: int) -> Iterator[bytes]:
 
 
 def _files(
-    fs: AbstractFileSystem, place: str, *, follow: bool = True, is_behind_link: bool = False
+    fs: AbstractFileSystem, place: str, beginning: str = "", *, follow: bool = True, is_behind_link: bool = False
 ) -> Iterator[dict[str, Any]]:
     """What fsspec knows of each file below a place, and behind the links in it; without ``follow`` of each link itself.
 
     Behind a link to a directory none to another directory is followed: so there is no circle.
     """
     if getattr(type(fs), "_find", AsyncFileSystem._find) is not AsyncFileSystem._find:  # an object store: one listing
-        yield from (info for info in fs.find(place, detail=True).values() if info["type"] == "file")
+        found = fs.find(place, detail=True, **({"prefix": beginning} if beginning else {}))
+        yield from (info for info in found.values() if info["type"] == "file")
         return
     try:
         found = fs.ls(place, detail=True)  # not find(), which leaves out what it may not list
