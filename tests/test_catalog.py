@@ -471,6 +471,25 @@ def test_two_lines_that_have_one_past(store):
     assert steps(catalog.entries()) == [(5, 400)]
 
 
+@pytest.mark.parametrize("is_writer", [True, False])
+def test_milestones_of_a_line_that_was_left(store, is_writer):
+    """They go with the rest of it; those of the line stay, and so do those of attempts that have nothing to do with it."""
+    fourth = Attempt("000004-00000004")
+    for step in (10, 20, 30):
+        save(store, step, FIRST)
+        save(store, step, SECOND)
+    for step in (25, 30, 40):
+        save(store, step, THIRD, [(SECOND, 20)])
+    for step in (30, 45, 50):
+        save(store, step, fourth, [(SECOND, 20)])
+    retention = Retention(keep_last=1, keep_every_steps=10)
+    if is_writer:
+        Catalog(store).tidy(retention, None, fourth)
+    else:
+        Catalog(store).prune(retention)
+    assert steps(Catalog(store).entries()) == [(4, 50), (4, 30), (2, 20), (2, 10), (1, 30), (1, 20), (1, 10)]
+
+
 def test_several_saves_of_a_step(store):
     """Those of one attempt are one checkpoint, of which the newest counts: of the others none takes a place among the last.
     Where it is damaged, the one before is there."""

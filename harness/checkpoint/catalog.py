@@ -308,14 +308,14 @@ class Catalog:
     ) -> list[_Save]:
         """The whole checkpoints that are to be kept, the newest first; of several of one step and attempt the newest.
 
-        With ``by_name`` those besides the last ones are not looked at.
+        With ``by_name`` those besides the last ones are not looked at, one of an attempt that nothing is known of excepted.
         """
         way, kept, counted = _Line(), list[_Save](), set[tuple[Attempt, int]]()
         for save in saves:
             age = len(counted)
             if not (way.may_have(save.attempt, save.step) and retention.keeps(age, save.step, best_step)):
                 continue
-            if by_name and retention.keep_last is not None and age >= retention.keep_last:
+            if by_name and retention.keep_last is not None and age >= retention.keep_last and way.knows(save.attempt):
                 kept.append(save)
             elif way.take(entry := look(save)) and entry.state == "whole" and (save.attempt, save.step) not in counted:
                 kept.append(save)
@@ -326,7 +326,8 @@ class Catalog:
         """What is older than the newest that is kept, and is neither kept nor further than it."""
         if not kept:
             return []
-        old = [save for save in saves if save < kept[0] and save not in {*kept}]
+        stays = {*kept}
+        old = [save for save in saves if save not in stays and save < kept[0]]
         further = {entry.directory for entry in self._further(old, kept[0].step, look)}
         return [save for save in old if save.directory not in further]
 
@@ -423,6 +424,10 @@ class _Line:
 
     def __init__(self) -> None:
         self._until: dict[str, float] = {}  # the last step of each attempt that belongs to the line
+
+    def knows(self, attempt: Attempt) -> bool:
+        """Whether the saves so far have said what of an attempt is on the line."""
+        return attempt.id in self._until
 
     def may_have(self, attempt: Attempt, step: int) -> bool:
         """Whether a save may be on the line, for all that its name says."""
