@@ -83,7 +83,8 @@ def _run() -> None:
 @click.argument("config_file", metavar="CONFIG.yaml")
 @click.argument("overrides", metavar="[dotted.key=value]...", nargs=-1)
 @click.option("--fresh", is_flag=True, help="Refuse a checkpoint.url that already holds a run, instead of resuming it.")
-def train(config_file: str, overrides: tuple[str, ...], fresh: bool) -> None:
+@click.option("--resume", is_flag=True, help="Refuse a checkpoint.url that holds no run, instead of beginning one.")
+def train(config_file: str, overrides: tuple[str, ...], fresh: bool, resume: bool) -> None:
     """Train, from the newest whole checkpoint if the run has one.
 
     Runs under torchrun and as one plain process, with the same configuration. Exit codes: 0 done, 2 the configuration or
@@ -96,7 +97,7 @@ def train(config_file: str, overrides: tuple[str, ...], fresh: bool) -> None:
     program.begin()
     with program.Program() as process:  # before torch is imported, which takes seconds
         _check_ranks()
-        config = load_config(config_file, overrides)
+        config = load_config(config_file, (*overrides, "checkpoint.must_exist=true") if resume else overrides)
         task = _build_task(config)
         process.grace_seconds = config.stop.grace_seconds
         _train(config, task, process.stop, fresh=fresh)
@@ -317,6 +318,7 @@ def verify(url: str, storage_options: tuple[str, ...], as_json: bool, step: int 
 @_reads_run
 @click.option("--keep-last", type=click.IntRange(min=1), required=True, help="How many of the newest whole ones stay.")
 @click.option("--keep-every-steps", type=click.IntRange(min=1), help="Keep those whose step is a multiple of this, too.")
+@click.option("--unfinished", is_flag=True, help="Delete the last attempt's unfinished saves, too: it is dead.")
 @click.option("--dry-run", is_flag=True, help="Say what would be deleted, and delete nothing.")
 def prune(
     url: str,
@@ -324,21 +326,31 @@ def prune(
     as_json: bool,
     keep_last: int,
     keep_every_steps: int | None,
+    unfinished: bool,
     dry_run: bool,
 ) -> None:
     """Delete old checkpoints, and what unfinished saves have left behind. The newest whole checkpoint always stays.
 
     For a run that is not training: a run that is does it by itself (checkpoint.keep_last).
     """
-    from harness.checkpoint.catalog import Retention  # noqa: PLC0415  # see the module's docstring
+    from harness.checkpoint.catalog import Retention, line  # noqa: PLC0415  # see the module's docstring
 
     retention = Retention(keep_last, keep_every_steps)
-    gone = _open_catalog(url, storage_options).prune(retention, dry_run=dry_run)
+    catalog = _open_catalog(url, storage_options)
+    gone = catalog.prune(retention, dry_run=dry_run, unfinished=unfinished)
     if as_json:
         click.echo(json.dumps([_summary(entry) for entry in gone], indent=1))
         return
     for entry in gone:
         click.echo(f"{'would delete' if dry_run else 'deleted'}  {entry.state:<10}  {entry.directory}")
+    there = [entry for entry in catalog.entries() if entry not in gone]
+    in_line = {entry.directory for entry in line(there)}
+    for entry in there:
+        if entry.state == "unfinished":
+            what = "the last attempt may still be writing it; if it is dead, --unfinished deletes it"
+            click.echo(f"stays  unfinished  {entry.directory}  {what}")
+        elif entry.state == "whole" and entry.directory not in in_line:
+            click.echo(f"stays  left  {entry.directory}  it goes further than the line that the run is on, and that left it")
 
 
 @cli.command()
@@ -360,9 +372,12 @@ def export(
     from harness.interchange import export_model  # noqa: PLC0415  # see the module's docstring
 
     catalog = _open_catalog(url, storage_options)
-    entry = catalog.newest(step)
-    assert entry.manifest is not None, "a whole checkpoint has a manifest"
-    written = export_model(catalog.store, entry.directory, entry.manifest, out, part=part, overwrite=overwrite)
+
+    def write(entry: "Entry") -> tuple["Entry", dict[str, int]]:
+        assert entry.manifest is not None, "a whole checkpoint has a manifest"
+        return entry, export_model(catalog.store, entry.directory, entry.manifest, out, part=part, overwrite=overwrite)
+
+    entry, written = catalog.reading(write, step)
     if as_json:
         click.echo(json.dumps({"directory": entry.directory, "step": entry.step, "files": written}, indent=1))
         return
@@ -423,5 +438,9 @@ def _summary(entry: "Entry") -> dict[str, Any]:
     if entry.problem:
         known["problem"] = entry.problem
     if entry.manifest is not None:
-        known |= {"created": entry.manifest.created, "bytes": entry.manifest.bytes, **entry.manifest.meta}
+        known |= {"created": entry.manifest.created, "bytes": entry.manifest.bytes}
+        known |= {key: value for key, value in entry.manifest.meta.items() if key not in _OWN_KEYS}
     return known
+
+
+_OWN_KEYS = {"directory", "state", "step", "attempt", "problem", "created", "bytes", "in_line", "digest", "files", "lineage"}

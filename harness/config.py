@@ -83,6 +83,8 @@ class CheckpointConfig(_Section):
 
     url: str | None = Field(default=None, min_length=1)
     """Any fsspec URL or a path; one URL is one run. None: the run is not saved."""
+    must_exist: bool = False
+    """Refuse a ``url`` without a checkpoint (exit code 66): a mistyped one, or a disk that is not mounted, is no new run."""
     every_steps: int | None = Field(default=None, ge=1)
     """Save after so many optimizer steps."""
     every_seconds: float | None = Field(default=None, gt=0)

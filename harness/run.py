@@ -70,12 +70,12 @@ class Run:
     called before a checkpoint is compared, with dtype and shape of its tensors by part and name, to give a model or an
     optimizer that grows what it had then. A stop signal, or a cloud's notice, ends the program
     after the step, saved, with exit code 75 (0 under torchrun); given a ``stop`` request of its own, ``step`` raises
-    ``Stopped`` instead. ``fresh`` refuses a URL that holds a run. A loop that ``finish`` has ended early has nothing left to
-    do when the program is started again; ``reopen`` trains on.
+    ``Stopped`` instead. ``fresh`` refuses a URL that holds a run, ``must_exist`` one that holds none. A loop that ``finish``
+    has ended early has nothing left to do when the program is started again; ``reopen`` trains on.
 
     Raises ``ConfigError`` for a bad setting, ``Mismatch`` where the newest checkpoint does not fit the state,
-    ``NoCheckpoint`` where none is whole, ``StoreError`` where the storage fails, ``CrashLoop`` where attempts die of the
-    same error again and again.
+    ``NoCheckpoint`` where none is whole, or none there that ``must_exist``, ``StoreError`` where the storage fails,
+    ``CrashLoop`` where attempts die of the same error again and again.
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class Run:
         stop: StopRequest | None = None,
         fresh: bool = False,
         reopen: bool = False,
+        must_exist: bool = False,
     ) -> None:
         self._host = program.host() if stop is None else None
         self.stop = program.host().stop if stop is None else stop
@@ -103,7 +104,7 @@ class Run:
             self._host.hear_of_errors(self._fail)
         self._pid = os.getpid()
         intervals = {"every_steps": every_steps, "every_seconds": every_seconds, "every_epochs": every_epochs}
-        self.config = _settings(url, {**intervals, "keep_last": keep_last}, config)
+        self.config = _settings(url, {**intervals, "keep_last": keep_last, "must_exist": must_exist or None}, config)
         self.world = world or world_of_program(_device(state), self.config.world.timeout_seconds)
         self.stop.before_leaving = self._before_leaving
         self.about = dict(about or {})
@@ -373,8 +374,12 @@ class Run:
             resume.check_lockstep(world, self.state, self.about, resumed=False)
             return
         self._catalog = catalog = Catalog(open_store(checkpoint.url, checkpoint.storage_options))
+        if fresh and checkpoint.must_exist:
+            raise ConfigError("checkpoint.must_exist expects a run in checkpoint.url, fresh an unused one: choose")
         if fresh:
             resume.on_first(world, lambda: resume.refuse_to_reuse(catalog, launch_id()))
+        if checkpoint.must_exist:
+            resume.on_first(world, lambda: resume.refuse_to_begin(catalog))
         looping = resume.on_first(world, lambda: crashes.is_looping(catalog, self.config.crash_loop.same_failures))
         self._begin_attempt(pass_over_newest=looping)
         if world.rank == 0:

@@ -424,11 +424,12 @@ def test_a_local_disk_and_a_launcher_that_speaks_of_several_machines(write, kept
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 24 MB."""
+def small_disk(request, tmp_path):
+    """A file system of 24 MB, and of as few files as the test says."""
     place = tmp_path / "disk"
     place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", place], check=False, capture_output=True)
+    size = f"size=24m,nr_inodes={getattr(request, 'param', 10_000)}"
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", place], check=False, capture_output=True)
     if done.returncode:
         pytest.skip(f"cannot mount a tmpfs here: {done.stderr.decode()}")
     yield place
@@ -444,6 +445,15 @@ def test_a_disk_that_is_too_small(write, small_disk):
     code, found = examined(write(), f"checkpoint.url={small_disk}/run", "args.width=4")
     assert (code, one(found, "space").level) == (74, "error")
     assert examined(write(), f"checkpoint.url={small_disk}/run", "checkpoint.keep_last=1")[1]["space"][0].level == "ok"
+
+
+@needs_root
+@pytest.mark.parametrize("small_disk", [12], indirect=True)
+def test_a_disk_that_takes_no_more_files(write, small_disk):
+    """It has room, and no inodes: an error, 74."""
+    code, found = examined(write(), f"checkpoint.url={small_disk}/run", "checkpoint.keep_last=1")
+    assert (code, one(found, "space").level) == (74, "error")
+    assert "more files fit: the file system has no more inodes" in one(found, "space").found
 
 
 def test_a_run_whose_checkpoints_are_damaged(write, kept_path):

@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from cluster import harness, newest, play, played, read_json, returned, train_here
-from faults import Flawed
+from faults import Flawed, Life, parts_at
 from torch import nn
 from torch.utils.data import TensorDataset, random_split
 
 from harness import Loader, Run, StopRequest, Task
+from harness.checkpoint import commit
+from harness.checkpoint.catalog import Catalog
+from harness.checkpoint.format import Ancestor, Attempt
+from harness.checkpoint.store import open_store
 from harness.config import Config
 from harness.errors import ConfigError, Mismatch, NoCheckpoint, StoreError
 from harness.loop import build_task
@@ -114,6 +118,29 @@ def test_it_falls_back_as_far_as_it_must(url, caplog):
     assert "step-000000000002" in next(
         message for message in caplog.messages if "resuming from step" in message and "NOT" not in message
     )
+
+
+def test_another_line_that_goes_further_is_told_of(tmp_path, caplog):
+    """Where two copies of a run went on apart and were put together: what is on the other one, and that it stays."""
+    store = open_store(str(tmp_path))
+    life = Life(store, keep_last=None)
+    life.save(200)
+    for step in (300, 400):
+        Life(store, keep_last=None).save(step)
+    other = Catalog(store)
+    elsewhere = [Attempt(f"00000{number}-eeeeeeee") for number in (4, 5)]
+    lineage = [Ancestor(life.attempt.id, 200)]
+    for attempt, step in zip(elsewhere, (210, 230), strict=True):
+        commit.write(store, parts_at(step), step=step, attempt=attempt, lineage=lineage, meta={"world_size": 2})
+        lineage.append(Ancestor(attempt.id, step))
+    last = Life(store, keep_last=1)
+    assert (last.restored.step, last.restored.exact) == (230, True)
+    (told,) = [record.message for record in caplog.records if "also there" in record.message]
+    assert told.startswith(
+        "also there: step 400 of attempt 3, not on this line, and further than it: step-000000000400-000003-"
+    )
+    last.save(240)
+    assert [entry.step for entry in other.entries()] == [240, 400]
 
 
 def test_an_unfinished_save_is_no_checkpoint(url, caplog):

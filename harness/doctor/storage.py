@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from fsspec.implementations.memory import MemoryFileSystem
 
-from harness.checkpoint.catalog import Catalog
+from harness.checkpoint.catalog import Catalog, Entry
 from harness.checkpoint.format import checksum
 from harness.checkpoint.store import Store, open_store, shown
 from harness.config import CheckpointConfig
@@ -27,6 +27,7 @@ from harness.resume import on_first, save_seconds
 
 _PROBE_BYTES = 8 << 20  # large enough to be streamed as the shards are
 _APPEARS_WITHIN_SECONDS = 5.0  # NFS may take a moment to show what another machine wrote
+_FEW_INODES = 20  # a checkpoint is some ten files and a directory
 _EPHEMERAL = {
     "tmpfs": "it is memory, and gone after a reboot",
     "ramfs": "it is memory, and gone after a reboot",
@@ -181,7 +182,7 @@ def run(case: Case) -> list[Finding]:
         return []
     tried = f"looked for checkpoints in {case.store.url}"
     try:
-        entries = Catalog(case.store).candidates()
+        entries = _looked_at(case)
     except HarnessError as problem:
         return [error(tried, str(problem), "see that it can be listed and read", type(problem))]
     whole = [entry for entry in entries if entry.state == "whole"]
@@ -197,6 +198,18 @@ def run(case: Case) -> list[Finding]:
     if entries[0] is not whole[0]:
         return [warn(tried, f"{newest}; a newer one is not: {entries[0].problem}", "know that a run goes back to that step")]
     return [ok(tried, newest)]
+
+
+def _looked_at(case: Case) -> list[Entry]:
+    """What a run may resume from, as far as the checkpoints that are to be kept."""
+    assert case.store is not None
+    found, count = list[Entry](), 0
+    for entry in Catalog(case.store).candidates():
+        found.append(entry)
+        count += entry.state == "whole"
+        if count >= (case.config.checkpoint.keep_last or 1):
+            break
+    return found
 
 
 # --- for how long, and how much --------------------------------------------------------------------------------------
@@ -243,6 +256,11 @@ def space(case: Case) -> list[Finding]:
         return []
     disk = next(above for above in _upwards(case.store.root) if os.path.isdir(above))
     free_bytes = shutil.disk_usage(disk).free
+    about = os.statvfs(disk)
+    if about.f_files and about.f_favail < _FEW_INODES:
+        what = f"{about.f_favail} more files fit: the file system has no more inodes, whatever room it has"
+        advice = "delete small files there, or choose another checkpoint.url"
+        return [error(f"counted the files that {disk} has room for", what, advice, StoreError)]
     count = _count(case)
     tried = f"compared the free space of {disk} with {count or 'two'} checkpoints of {case.state_bytes / 1e6:.1f} MB"
     what = f"{free_bytes / 1e6:.0f} MB are free"

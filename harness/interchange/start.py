@@ -47,20 +47,18 @@ def import_run(
     in any data; a run starts from it as from any other source. ``storage_options`` are those of ``src``.
     """
     catalog = Catalog(store)
-    if any(entry.state != "unfinished" for entry in catalog.entries()):
+    if next(catalog.candidates(), None) is not None:
         raise ConfigError(f"{store.url}: expected an unused URL, found a run")
     foreign = read_foreign(src, trust=trust, storage_options=storage_options)
     training = None if foreign.versions is None else {"module_versions": {"model": foreign.versions}}
     parts = {"model": foreign.model, "optimizer": foreign.optimizer, "training": training}
     about = {"source": foreign.source, "what": foreign.what}
     loss = {"loss": foreign.loss} if foreign.loss is not None and math.isfinite(foreign.loss) else {}
-    directory, _ = commit.write(
-        store,
-        {name: part for name, part in parts.items() if part is not None},
-        step=0,
-        attempt=catalog.claim_attempt({"imported": about}),
-        meta={"epoch": foreign.epoch, "world_size": None, "metrics": {"last": loss}, "imported": about},
-    )
+    meta = {"epoch": foreign.epoch, "world_size": None, "metrics": {"last": loss}, "imported": about}
+    attempt = catalog.claim_attempt({"imported": about})
+    with catalog.new_directory(0, attempt) as directory:
+        found = {name: part for name, part in parts.items() if part is not None}
+        commit.write(store, found, step=0, attempt=attempt, meta=meta, directory=directory)
     return directory, foreign
 
 
