@@ -54,13 +54,13 @@ class TestS3(StoreContract):
 def test_the_parts_of_an_object_travel_together(s3):
     """Two of them meet on the way."""
     store = open_store(s3.url(uuid.uuid4().hex), s3.storage_options)
-    send, meeting = store._send, threading.Barrier(2)
+    send, meeting = store._send_part, threading.Barrier(2)
 
     def send_when_all_are_there(*part):
         meeting.wait(30)
         return send(*part)
 
-    store._send = send_when_all_are_there
+    store._send_part = send_when_all_are_there
     put(store, "file.bin", content(32 * MIB))
     assert store.get("file.bin", 32 * MIB) == content(32 * MIB)
 

@@ -16,7 +16,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import checksum
-from harness.checkpoint.store import Store, open_store, shown
+from harness.checkpoint.store import Store, open_store
+from harness.checkpoint.urls import shown
 from harness.config import CheckpointConfig
 from harness.data import Schedule
 from harness.doctor.case import Case
