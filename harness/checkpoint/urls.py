@@ -40,10 +40,9 @@ def connect(url: str, storage_options: Mapping[str, Any]) -> tuple[AbstractFileS
             return fsspec.filesystem("file", **storage_options), _local_path(url)
         links = url.split("::")
         if "://" in links[0] and not _lies_over_another(protocol):  # the rest is a part of its path
-            fs, _ = fsspec.core.url_to_fs(links[0], **storage_options)
-            root = fs._strip_protocol(url)
+            root = get_filesystem_class(protocol)._strip_protocol(url)
             _refuse_losses(url, root)
-            return fs, root
+            return fsspec.core.url_to_fs(links[0], **storage_options)[0], root
         for link in links[:-1]:
             if not _lies_over_another(protocol_of(link if "://" in link or "/" in link else f"{link}://")):
                 raise ConfigError(
@@ -62,7 +61,7 @@ def protocol_of(url: str) -> str:
     if _CONTROL.search(url) or (url != url.strip() and _LIKE_A_URL.match(url.strip())):
         raise ConfigError(f"{shown(url.strip())!r}: expected no control character in it and no space around it; take it out")
     name = url[: re.match(r"[^/:]*", url).end()]  # type: ignore[union-attr]  # matches everything
-    rest, known = url[len(name) :], name in available_protocols()
+    rest, known = url[len(name) :], name in {*available_protocols(), *fsspec.registry}
     if _LIKE_A_URL.match(url) or (known and rest.startswith("::")):
         if known:
             return name
