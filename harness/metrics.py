@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from harness import console
@@ -17,6 +17,41 @@ from harness.errors import ConfigError
 from harness.journal import Journal
 
 log = logging.getLogger("harness")
+
+# What a record says by itself, on the console, in the journal and in the log: no metric may have such a name.
+_OF_RECORD = ("event", "time", "attempt", "step", "uptime_seconds", "lr", "samples/s", "steps/s")
+_OF_CONSOLE = ("message", "level", "rank", "host", "traceback")
+OWN_NAMES = frozenset({*_OF_RECORD, *_OF_CONSOLE})
+
+
+def check_metric_names(names: Iterable[str]) -> None:
+    """Raises ``ConfigError`` for a name of a metric that a record has for something else."""
+    if taken := sorted(OWN_NAMES.intersection(names)):
+        which = f"the names {', '.join(map(repr, taken))} are" if len(taken) > 1 else f"the name {taken[0]!r} is"
+        raise ConfigError(f"run.step: {which} harness's own; give the metric another name, such as {f'my_{taken[0]}'!r}")
+
+
+def check_metrics(metrics: Mapping[str, Any]) -> None:
+    """Raises ``ConfigError`` for a metric with a name of harness's own, or that is not a number."""
+    check_metric_names(metrics)
+    for name, value in metrics.items():
+        if not _is_number(value):
+            raise ConfigError(
+                f"run.step: the metric {name!r} is {_kind(value)}; expected a number, or a tensor with one element"
+            )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether ``float(value)`` has a meaning. Tensors and arrays are known by what they have; torch is not imported."""
+    if isinstance(value, str | bytes | complex) or not hasattr(value, "__float__"):
+        return False
+    is_complex = getattr(value, "is_complex", None)
+    return math.prod(getattr(value, "shape", ())) == 1 and not (callable(is_complex) and is_complex())
+
+
+def _kind(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return f"a {type(value).__name__}" + ("" if shape is None else f" of shape {list(shape)}")
 
 
 class Reporter:
@@ -49,11 +84,13 @@ class Reporter:
             self._journal = Journal(store, attempt, metrics.every_seconds)
             self._sinks.append(self._journal)
 
-    def event(self, name: str, message: str, **values: Any) -> None:
-        """Tells of one event: ``message`` to the console (none where it is empty), the values to all others."""
+    def event(self, name: str, message: str, /, **values: Any) -> None:
+        """Tells of one event: ``message`` to the console (none where it is empty), the values to all others. A value never
+        takes the place of what the record says itself."""
         if not self._active:
             return
-        record = {"event": name, "time": time.time(), "attempt": self._attempt, **as_json(values)}
+        own = {"event": name, "time": time.time(), "attempt": self._attempt}
+        record = {**own, **as_json(values), **own}
         if message and not (self._live and name in self._live.shows):
             log.info(message, extra={"values": record})
         for sink in self._sinks:
@@ -120,10 +157,22 @@ def _directory(wanted: bool | str, url: str | None) -> str:
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as JSON has them: a number that is none (``nan``, ``inf``) is told in a word."""
-    return {
-        key: repr(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
-    }
+    """Values as JSON has them: a number that is none (``nan``, ``inf``) is told in a word, and so is what is no JSON."""
+    return {str(key): _as_json(value) for key, value in values.items()}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else repr(float(value))
+    if isinstance(value, Mapping):
+        return as_json(value)
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_as_json(item) for item in value]
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    return _as_json(float(value)) if _is_number(value) else str(value)
 
 
 def in_words(values: dict[str, float]) -> str:
