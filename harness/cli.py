@@ -19,7 +19,8 @@ import harness
 from harness import outcome
 from harness.console import Console, level
 from harness.environment import is_first_of_node, is_under_torchrun, rank, restarts
-from harness.errors import Corrupt, HarnessError, NoCheckpoint, RankFailure, Stopped
+from harness.errors import ConfigError, Corrupt, HarnessError, NoCheckpoint, RankFailure, Stopped
+from harness.escapes import for_terminal
 from harness.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -225,11 +226,13 @@ def _open_catalog(url: str, storage_options: tuple[str, ...]) -> "Catalog":
 def ls(url: str, storage_options: tuple[str, ...], as_json: bool) -> None:
     """List the saves of a run: whole, damaged, unfinished, and those on a line that the run has left.
 
-    The latest attempt comes first, the latest step first within it.
+    The latest attempt comes first, the latest step first within it. Exit code 66 where there is no run at all.
     """
     from harness.checkpoint.catalog import line  # noqa: PLC0415  # see the module's docstring
 
-    entries = _open_catalog(url, storage_options).entries()
+    catalog = _open_catalog(url, storage_options)
+    entries = catalog.entries()
+    _refuse_nothing(catalog, entries)
     in_line = {entry.directory for entry in line(entries)}
     if as_json:
         click.echo(json.dumps([{**_summary(entry), "in_line": entry.directory in in_line} for entry in entries], indent=1))
@@ -240,7 +243,18 @@ def ls(url: str, storage_options: tuple[str, ...], as_json: bool) -> None:
         about = entry.manifest
         state = "left" if entry.state == "whole" and entry.directory not in in_line else entry.state
         what = f"epoch {about.meta.get('epoch')}  {about.bytes / 1e6:.1f} MB  {about.created}" if about else ""
-        click.echo(f"{state:<10}  step {entry.step:<10} {what}  {entry.directory}  {entry.problem}".rstrip())
+        _print(f"{state:<10}  step {entry.step:<10} {what}  {entry.directory}  {entry.problem}".rstrip())
+
+
+def _print(line: str) -> None:
+    """Prints a line with text out of a run's URL."""
+    click.echo(for_terminal(line))
+
+
+def _refuse_nothing(catalog: "Catalog", entries: "Sequence[Entry]") -> None:
+    """Raises ``NoCheckpoint`` for a URL where no run has ever begun: it is mistyped, more often than not."""
+    if not entries and not catalog.attempts():
+        raise NoCheckpoint(f"{catalog.store.url}: there is no run here, not even an empty one; look at the URL for a typo")
 
 
 @cli.command()
@@ -262,13 +276,15 @@ def inspect(url: str, storage_options: tuple[str, ...], as_json: bool, step: int
         return
     for key, value in details.items():
         if isinstance(value, list):
-            click.echo(f"{key}:")
+            _print(f"{key}:")
             for item in value:
-                click.echo("  " + "  ".join(str(field) for field in item.values()))
+                _print("  " + "  ".join(str(field) for field in (item.values() if isinstance(item, dict) else [item])))
         elif isinstance(value, dict):
-            click.echo(f"{key}:" + "".join(f"\n  {name}  {item}" for name, item in value.items()))
+            _print(f"{key}:")
+            for name, item in value.items():
+                _print(f"  {name}  {item}")
         else:
-            click.echo(f"{key}: {value}")
+            _print(f"{key}: {value}")
 
 
 @cli.command()
@@ -287,7 +303,7 @@ def verify(url: str, storage_options: tuple[str, ...], as_json: bool, step: int 
         click.echo(json.dumps([_summary(entry) for entry in entries], indent=1))
     else:
         for entry in entries:
-            click.echo(f"{entry.state:<10}  step {entry.step:<10} {entry.directory}  {entry.problem}".rstrip())
+            _print(f"{entry.state:<10}  step {entry.step:<10} {entry.directory}  {entry.problem}".rstrip())
     if not entries:
         raise NoCheckpoint(f"{url}: there is no checkpoint to verify")
     damaged = [entry for entry in entries if entry.state == "damaged"]
@@ -315,12 +331,14 @@ def prune(
     from harness.checkpoint.catalog import Retention  # noqa: PLC0415  # see the module's docstring
 
     retention = Retention(keep_last, keep_every_steps)
-    gone = _open_catalog(url, storage_options).prune(retention, dry_run=dry_run)
+    catalog = _open_catalog(url, storage_options)
+    gone = catalog.prune(retention, dry_run=dry_run)
+    _refuse_nothing(catalog, gone)
     if as_json:
         click.echo(json.dumps([_summary(entry) for entry in gone], indent=1))
         return
     for entry in gone:
-        click.echo(f"{'would delete' if dry_run else 'deleted'}  {entry.state:<10}  {entry.directory}")
+        _print(f"{'would delete' if dry_run else 'deleted'}  {entry.state:<10}  {entry.directory}")
 
 
 @cli.command()
@@ -349,7 +367,7 @@ def export(
         click.echo(json.dumps({"directory": entry.directory, "step": entry.step, "files": written}, indent=1))
         return
     for name, size_bytes in written.items():
-        click.echo(f"{name}  {size_bytes / 1e6:.1f} MB  (step {entry.step})")
+        _print(f"{name}  {size_bytes / 1e6:.1f} MB  (step {entry.step})")
 
 
 @cli.command()
@@ -367,12 +385,18 @@ def report(url: str, out: str | None, storage_options: tuple[str, ...], as_json:
     catalog = _open_catalog(url, storage_options)
     records = journal.read(catalog.store)
     if metrics:
-        for record in journal.merged(records):
+        for record in journal.merged(records, numbers.newest_lineage(catalog)):
             click.echo(json.dumps(record))
+        if records.unreadable:
+            click.echo(f"harness: {records.unreadable} lines could not be read", err=True)
         return
     found = numbers.read(catalog, records, time.time())
     if out is not None:
-        Path(out).write_text(page.page(found, records), encoding="utf-8")
+        text = page.page(found, records)
+        try:
+            Path(out).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{out}: cannot be written: {error.strerror}") from None
     click.echo(json.dumps(found.as_json(), indent=1) if as_json else words.short(found))
 
 
@@ -392,7 +416,7 @@ def import_(src: str, url: str, storage_options: tuple[str, ...], as_json: bool,
     if as_json:
         click.echo(json.dumps({"directory": directory, "what": foreign.what, "entries": len(foreign.model)}, indent=1))
     else:
-        click.echo(f"{directory}  {len(foreign.model)} entries of the model, from {foreign.what}")
+        _print(f"{directory}  {len(foreign.model)} entries of the model, from {foreign.what}")
 
 
 def _summary(entry: "Entry") -> dict[str, Any]:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from harness import journal
 from harness.checkpoint.format import Attempt
 from harness.checkpoint.store import open_store
-from harness.report import numbers, page, words
+from harness.report import numbers, page, units
 
 FIRST, SECOND, THIRD = (Attempt(f"{number:06}-aaaaaaaa") for number in (1, 2, 3))
 
@@ -101,6 +101,7 @@ def test_the_numbers(report):
         "ending": "done",
         "attempts": 3,
         "deaths": 2,
+        "unclaimed_deaths": 0,
         "wall_seconds": 185,
         "goodput": 41 / 185,
         "training_seconds": 41,
@@ -110,6 +111,7 @@ def test_the_numbers(report):
         "lost_seconds": 29,
         "down_seconds": 60,
         "lost_steps": 25,
+        "lost_steps_are_exact": False,
         "mean_time_to_recovery_seconds": 90,
         "saves": 2,
         "save_stall_seconds_median": 2.5,
@@ -121,6 +123,7 @@ def test_the_numbers(report):
         "fallbacks": 1,
         "nonfinite_steps": 0,
         "stragglers": 0,
+        "doubts": [],
     }
 
 
@@ -184,7 +187,7 @@ def test_no_time_is_counted_twice(seed):
 def test_durations_in_words():
     """In units that suit them."""
     seconds = (0.0131, 41.23, 723, 25_500, 183_700)
-    assert [words.duration(each) for each in seconds] == ["0.013 s", "41.2 s", "12 min 3 s", "7 h 5 min", "2 d 3 h"]
+    assert [units.duration(each) for each in seconds] == ["0.013 s", "41.2 s", "12 min 3 s", "7 h 5 min", "2 d 3 h"]
 
 
 # --- a real run, beside a stopwatch ----------------------------------------------------------------------------------
