@@ -28,7 +28,15 @@ from harness.checkpoint.store import open_store
 from harness.config import RunConfig, run_config
 from harness.crashes import Crash
 from harness.data import Loader, is_due
-from harness.environment import began, is_first_of_node, launch_id, rank, shutdown_grace_seconds
+from harness.environment import (
+    began,
+    is_first_of_node,
+    launch_id,
+    launcher_began,
+    rank,
+    restarts,
+    shutdown_grace_seconds,
+)
 from harness.errors import ConfigError, HarnessError, NoCheckpoint, Stopped, StoreError
 from harness.metrics import Reporter, as_json, in_words
 from harness.notices import Watcher
@@ -269,7 +277,7 @@ class Run:
         """Claims an attempt, resumes, and makes sure that all ranks hold the same."""
         checkpoint, world, catalog = self.config.checkpoint, self.world, self._catalog
         about: dict[str, Any] = {"launch": launch_id(), "world_size": world.size, "host": platform.node()}
-        about |= {"pid": os.getpid(), "began": began()}
+        about |= {"pid": os.getpid(), "began": began(), "restarts": restarts(), "launcher_began": launcher_began()}
         attempt = resume.on_first(world, lambda: catalog.claim_attempt(about))
         self._reporter = Reporter(self.config, active=world.rank == 0, attempt=attempt.id)
         self._record_crash = functools.partial(crashes.record, catalog, attempt)

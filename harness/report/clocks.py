@@ -69,9 +69,12 @@ def on_one_clock(
     doubts: list[str] = []
     before: Attempt | None = None
     ahead = 0.0  # what is to be added to what this attempt's clock says
-    for attempt in sorted(claims):
-        claim, told = claims[attempt], records.get(attempt, ())
-        began, claimed = _begin(claim, told, found[before].ended - ahead if before else 0.0)
+    begins = [_begin(claims[attempt], records.get(attempt, ())) for attempt in sorted(claims)]
+    first = next(filter(None, begins), (0.0, 0.0))[0]
+    for attempt, begin in zip(sorted(claims), begins, strict=True):
+        told = records.get(attempt, ())
+        otherwise = found[before].ended - ahead if before else first
+        began, claimed = begin or (otherwise, otherwise)
         if before is not None:
             began, claimed, ahead, doubt = _after(
                 found, before, claims, attempt, began + ahead, claimed + ahead, ahead, told
@@ -83,20 +86,21 @@ def on_one_clock(
         if abs(jumped) > _ALIKE_SECONDS:
             way = "ahead" if jumped > 0 else "back"
             cost = "" if all("uptime_seconds" in record for record in told) else "; some of its time may be missing"
-            doubts.append(f"the clock was set {way} by {duration(abs(jumped))} within attempt {attempt.number}{cost}")
+            doubts.append(f"the clock was set {way} by about {duration(abs(jumped))} within attempt {attempt.number}{cost}")
         last = told[-1]["time"] if told else claimed - ahead
-        found[attempt] = Timed(began, claimed, timed, last)
+        found[attempt] = Timed(began, claimed, timed, float(last))
         before = attempt
     return found, doubts
 
 
-def _begin(claim: Claim, told: Sequence[Record], otherwise: float) -> tuple[float, float]:
-    """When an attempt's process began, and when it numbered itself, by its own clock."""
+def _begin(claim: Claim, told: Sequence[Record]) -> tuple[float, float] | None:
+    """When an attempt's process began, and when it numbered itself, by its own clock; None where nothing says so."""
     claimed = claim.started
     if claimed is None:
-        claimed = told[0]["time"] if told else claim.began if claim.began is not None else otherwise
-    began = claimed if claim.began is None else min(claim.began, claimed)
-    return began, max(claimed, began)
+        claimed = told[0]["time"] if told else claim.began
+    if claimed is None:
+        return None
+    return claimed if claim.began is None else min(claim.began, claimed), claimed
 
 
 def _after(

@@ -239,7 +239,8 @@ def of(
     silent = [str(attempt.number) for attempt in kept if not records.get(attempt)]
     if silent:
         more_doubts.append(f"the run stands on what attempt {', '.join(silent)} trained, which told nothing that is here")
-    began = min(filter(None, [known[attempts[0]].launcher_began, lives[0].began]))
+    launcher_began = known[attempts[0]].launcher_began
+    began = lives[0].began if launcher_began is None else min(launcher_began, lives[0].began)
     return Report(
         url,
         lives,
