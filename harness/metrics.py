@@ -25,20 +25,16 @@ OWN_NAMES = frozenset({*_OF_RECORD, *_OF_CONSOLE})
 
 
 def check_metric_names(names: Iterable[str]) -> None:
-    """Raises ``ConfigError`` for a name of a metric that a record has for something else."""
-    if taken := sorted(OWN_NAMES.intersection(names)):
-        which = f"the names {', '.join(map(repr, taken))} are" if len(taken) > 1 else f"the name {taken[0]!r} is"
-        raise ConfigError(f"run.step: {which} harness's own; give the metric another name, such as {f'my_{taken[0]}'!r}")
-
-
-def check_metrics(metrics: Mapping[str, Any]) -> None:
-    """Raises ``ConfigError`` for a metric with a name of harness's own, or that is not a number."""
-    check_metric_names(metrics)
-    for name, value in metrics.items():
-        if not _is_number(value):
+    """Raises ``ConfigError`` for a metric's name that a record has for something else, or that is no text."""
+    for name in names:
+        if name in OWN_NAMES:
             raise ConfigError(
-                f"run.step: the metric {name!r} is {_kind(value)}; expected a number, or a tensor with one element"
+                f"run.step: the name {name!r} is harness's own; give the metric another one, such as 'my_{name}'"
             )
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"run.step: the name {name!r} holds half of a character, and cannot be written") from None
 
 
 def _is_number(value: Any) -> bool:
@@ -47,11 +43,6 @@ def _is_number(value: Any) -> bool:
         return False
     is_complex = getattr(value, "is_complex", None)
     return math.prod(getattr(value, "shape", ())) == 1 and not (callable(is_complex) and is_complex())
-
-
-def _kind(value: Any) -> str:
-    shape = getattr(value, "shape", None)
-    return f"a {type(value).__name__}" + ("" if shape is None else f" of shape {list(shape)}")
 
 
 class Reporter:

@@ -230,7 +230,6 @@ CLAIMS = st.dictionaries(
 @given(
     lines=st.lists(st.lists(mutated(), max_size=12), max_size=3),
     claims=st.lists(VALUES | CLAIMS, max_size=3),
-    number=st.uuids(),
 )
 def test_whatever_lies_in_the_url_makes_a_report(lines, claims):
     """Journals and claims with anything in them: numbers that add up, lines for a terminal, a page."""
