@@ -154,19 +154,24 @@ def _begins_program(word: str) -> bool:
     return word in ("train", "doctor", "-m") or word.endswith(".py")
 
 
-@cli.command()
-@click.argument("config_file", metavar="CONFIG.yaml")
-@click.argument("overrides", metavar="[dotted.key=value]...", nargs=-1)
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.argument("what", metavar="CONFIG.yaml")
+@click.argument("arguments", metavar="[dotted.key=value]...", nargs=-1, type=click.UNPROCESSED)
+@click.option(
+    "--fresh", is_flag=True, help="Find fault with a checkpoint.url that already holds a run, as train --fresh does."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(config_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
+def doctor(what: str, arguments: tuple[str, ...], fresh: bool, as_json: bool) -> None:
     """Say what will bite on this machine and with this launcher, before a run is started.
 
     Start it as the training will be started: harness launch [torchrun options] -- doctor CONFIG.yaml ... It tries what it
-    can, and leaves nothing behind. Exit codes: 0 nothing would keep the run from working (warnings do not count), else that
-    with which the run would end: 2 the configuration, the task or the machine, 66 no checkpoint is whole, 74 the storage
-    fails, 76 the ranks do not meet.
+    can, and leaves nothing behind. In place of CONFIG.yaml it takes SCRIPT.py, or -m MODULE, with its arguments (after --,
+    where they are named like the doctor's), and runs that until it makes its harness.Run. Exit codes: 0 nothing would keep
+    the run from working (warnings do not count), else that with which the run would end: 2 the configuration, the task, the
+    script, the machine, or a checkpoint of another model, 66 no checkpoint is whole, 70 a crash loop, 74 the storage fails,
+    76 the ranks do not meet.
     """
-    from harness.doctor import examine  # noqa: PLC0415  # see the module's docstring
+    from harness.doctor import examine, examine_script  # noqa: PLC0415  # see the module's docstring
     from harness.signals import STOP_SIGNALS, die_with_parent  # noqa: PLC0415
 
     if restarts():
@@ -176,14 +181,28 @@ def doctor(config_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     if is_under_torchrun():
         die_with_parent()
     outcome.forget()
-    code = examine(config_file, overrides, lambda found: _tell(found, as_json=as_json))
-    if is_under_torchrun():
-        from harness.world import leave_at_once  # noqa: PLC0415
 
-        sys.stdout.flush()
+    def tell(found: "Sequence[Finding]") -> None:
+        _tell(found, as_json=as_json)
+
+    if what == "-m" or what.endswith(".py"):
+        _leave_doctor(examine_script((what, *arguments), tell, _leave_doctor, fresh=fresh), at_once=is_under_torchrun())
+    _leave_doctor(examine(what, arguments, tell, fresh=fresh), at_once=is_under_torchrun())
+
+
+def _leave_doctor(code: int, *, at_once: bool = True) -> NoReturn:
+    """Ends the doctor; at once where a script is under way, none of whose own endings is to be run."""
+    if not at_once:
+        sys.exit(code)
+    from harness.world import leave_at_once  # noqa: PLC0415  # see the module's docstring
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_under_torchrun():
         outcome.record(Outcome(code, verdict=True))
-        leave_at_once(0 if outcome.is_wanted() else code)  # torchrun would start again what ends with anything else
-    sys.exit(code)
+    leave_at_once(
+        0 if is_under_torchrun() and outcome.is_wanted() else code
+    )  # torchrun would start again what ends with anything else
 
 
 def _tell(found: "Sequence[Finding]", *, as_json: bool) -> None:

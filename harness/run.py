@@ -48,6 +48,9 @@ from harness.world import Agreement, World, has_lost_a_peer, leave_at_once, worl
 
 log = logging.getLogger(__name__)
 
+# The doctor's, while it runs a script: it is given what a Run is made of, looks at that, and ends the program.
+examiner: Callable[[RunConfig, Mapping[str, Any], World | None, bool], None] | None = None
+
 
 class Run:
     """A training that survives the death of its processes.
@@ -96,8 +99,10 @@ class Run:
             program.on_error(self._fail)
         intervals = {"every_steps": every_steps, "every_seconds": every_seconds, "every_epochs": every_epochs}
         self.config = _settings(url, {**intervals, "keep_last": keep_last}, config)
+        if examiner is not None:
+            examiner(self.config, state, world, fresh)
         self._ends_program = stop is None
-        self.world = world or world_of_program(_device(state), self.config.world.timeout_seconds)
+        self.world = world or world_of_program(device_of(state), self.config.world.timeout_seconds)
         self.stop = program.take_charge(self.config.stop.grace_seconds) if stop is None else stop
         self.about = dict(about or {})
         self._initialize = initialize
@@ -577,7 +582,7 @@ def _writers(world: World, config: RunConfig) -> Writers:
     return Writers(ranks, world.rank, 0.9 * config.world.timeout_seconds)  # before those who wait for rank 0 give it up
 
 
-def _device(state: Mapping[str, Any]) -> torch.device:
+def device_of(state: Mapping[str, Any]) -> torch.device:
     """Where the program trains: on the device of its first parameter."""
     for each in state.values():
         if isinstance(each, torch.nn.Module):
