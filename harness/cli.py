@@ -407,7 +407,8 @@ def report(url: str, out: str | None, storage_options: tuple[str, ...], as_json:
         for record in journal.merged(records, numbers.newest_lineage(catalog)):
             click.echo(json.dumps(record))
         if records.unreadable:
-            click.echo(f"harness: {records.unreadable} lines could not be read", err=True)
+            count = f"{records.unreadable} line{'s' * (records.unreadable > 1)}"
+            click.echo(f"harness: {count} could not be read", err=True)
         return
     found = numbers.read(catalog, records, time.time())
     if out is not None:

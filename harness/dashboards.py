@@ -27,7 +27,7 @@ class TensorBoard:
         """Takes an event: an attempt's opening, or metrics."""
         if record["event"] in ("start", "resume"):
             self._writer = self._open(record.get("step", 0) + 1)
-        elif record["event"] in ("train", "evaluate"):
+        elif record["event"] in ("train", "evaluate") and "step" in record:
             for name, value in numbers_of(record).items():
                 self._writer.add_scalar(
                     f"{record['event']}/{for_terminal(name)}", value, record["step"], walltime=record["time"]

@@ -467,6 +467,49 @@ def test_nothing_to_report(tmp_path):
     assert "there is nothing in metrics/ to report on" in done.stderr
 
 
+DIES_TWICE = """
+import os, pathlib, signal
+starts = pathlib.Path("starts")
+starts.write_text(starts.read_text() + "x" if starts.exists() else "x")
+if len(starts.read_text()) < 3:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.torchrun
+def test_ranks_that_die_before_they_have_an_attempt(tmp_path):
+    """Killed twice while they start: two deaths that no attempt tells of, and the time since the launcher began."""
+    (tmp_path / "slow.py").write_text(DIES_TWICE + SLOW)
+    config = {
+        "task": "slow.py:build",
+        "train": {"steps": 4, "global_batch_size": 8},
+        "checkpoint": {"url": "run", "every_steps": 2},
+        "world": {"device": "cpu"},
+    }
+    began = time.time()
+    with launch(tmp_path, config, ranks=1, max_restarts=3) as run:
+        run.succeed()
+    found = read_json("report", str(tmp_path / "run"))
+    assert (found["attempts"], found["deaths"], found["unclaimed_deaths"], found["ending"]) == (1, 2, 2, "done")
+    assert 0 < found["down_seconds"] < found["wall_seconds"] <= time.time() - began
+
+
+def test_what_the_command_says_of_lines_that_it_cannot_read(tmp_path):
+    """A line on the error output beside the metrics, whose lines stay JSON; a page that cannot be written."""
+    (tmp_path / "metrics").mkdir()
+    records = [*RECORDS[FIRST], {"event": "train"}, {"event": "train", "time": 1045, "step": 23, "loss": float("nan")}]
+    (tmp_path / f"metrics/{FIRST.id}-000000.jsonl").write_text("\n".join(map(json.dumps, records)))
+    done = harness("report", str(tmp_path), "--metrics")
+    steps = [
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["step"]
+        for line in done.stdout.splitlines()
+    ]
+    assert (done.returncode, steps, done.stderr) == (0, [10, 22, 23], "harness: 1 line could not be read\n")
+    done = harness("report", str(tmp_path), str(tmp_path / "missing" / "page.html"))
+    assert done.returncode == 2
+    assert done.stderr == f"harness: {tmp_path}/missing/page.html: cannot be written: No such file or directory\n"
+
+
 # --- the page --------------------------------------------------------------------------------------------------------
 
 

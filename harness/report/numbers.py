@@ -375,7 +375,7 @@ def curves(
     """A metric of the training by attempt, and its name: by default the loss, or whatever the loop logs first."""
     trained = {attempt: [each for each in told if each["event"] == "train"] for attempt, told in records.items()}
     if name is None:
-        names = [key for told in trained.values() for key in (told[0] if told else ()) if key not in _NO_CURVE]
+        names = [key for told in trained.values() for key in (numbers_of(told[0]) if told else ()) if key not in _NO_CURVE]
         name = "loss" if "loss" in names or not names else names[0]
     return name, {
         attempt: [(each["step"], numbers[name]) for each in told if name in (numbers := numbers_of(each))]
@@ -383,4 +383,4 @@ def curves(
     }
 
 
-_NO_CURVE = {"event", "time", "attempt", "step", "lr", "samples/s", "steps/s"}
+_NO_CURVE = {"lr", "samples/s", "steps/s"}
