@@ -118,7 +118,7 @@ def test_a_metrics_name_is_shown_as_it_is(elements):
     """With its dollars and its brackets, beside its curve."""
     html = shown(*written("memory://hostile/name", told(f"$R^2$ {SCRIPT}")))[1]
     assert html.count("x$R^2$ &quot;&gt;&lt;script&gt;alert(1)") == 2, "the heading, and what is read aloud"
-    assert 'x$R^2$ "&gt;&lt;script&gt;alert(1)' in html, "beside the axis"
+    assert 'x$R^2$ "&gt;&lt;script&gt;alert(1)' in re.sub("<!--.*?-->", "", html), "beside the axis"
     assert "<script" not in html
 
 
