@@ -3,11 +3,16 @@
 DDP gathers gradients in buckets, and orders the buckets anew after the first backward pass, in the order in which the
 gradients came. With three ranks or more the place of a gradient within a bucket decides in which order its parts are added,
 so the first step after a restart would differ in its last bits from that of the run that never stopped. The order of the
-first backward pass is therefore a part of the training's state: written down here, saved, and, before a resumed run trains,
-gone through once more with gradients of zero.
+first backward pass is therefore a part of the training's state: written down here, saved, and, before anything of a resumed
+run is restored, gone through once more with gradients of zero.
+
+Nobody is to notice that. Hooks of parameters do not hear of it. A communication hook that remembers what it sees is called
+only where what it remembers is restored afterwards.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Container, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -20,28 +25,41 @@ class GradientOrder:
     def __init__(self, model: DistributedDataParallel) -> None:
         self.order: list[int] = []
         self._model = model
-        self._parameters = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
+        self._parameters = _reduced(model)
         # One that looks for unused parameters keeps its first order. With a static graph DDP remembers more than an order.
         reorders = not model.find_unused_parameters and not model.static_graph
         self._hooks: list[RemovableHandle] = []
         for number, parameter in enumerate(self._parameters if reorders else ()):
-            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._note(number)))
+            handle = parameter.register_post_accumulate_grad_hook(self._note(number))  # type: ignore[no-untyped-call]
+            self._hooks.append(handle)
 
-    def settle(self, order: list[int]) -> None:
-        """Has DDP take over an order that was noted before. All ranks call it. Does nothing once DDP has an order."""
+    def settle(self, order: list[int], restored: Container[int] = ()) -> str | None:
+        """Has DDP take over an order that was noted before. All ranks call it. Does nothing once DDP has an order.
+
+        ``restored`` has the ids of those objects whose state is restored afterwards. Where a communication hook remembers
+        more than that, nothing is done, and its name is returned.
+        """
         if not self._hooks or self.order or len(order) != len(self._parameters):
-            return
+            return None
+        for hook, state in getattr(self._model, "_comm_hooks", ()):
+            memories = [each for each in (state, getattr(hook, "__self__", None)) if each is not None]
+            if not (_forgets(hook) or any(id(each) in restored for each in memories)):
+                return getattr(hook, "__qualname__", type(hook).__name__)
         self._remove_hooks()
         self.order = order
         before = [parameter.grad for parameter in self._parameters]
+        for parameter in self._parameters:
+            parameter.grad = None  # one that is there would be averaged over the ranks
         reducer = self._model.reducer
-        reducer.prepare_for_forward()
-        reducer.prepare_for_backward([])
-        for number in order:  # one by one: within one backward pass, torch would choose the order
-            parameter = self._parameters[number]
-            torch.autograd.backward(parameter, torch.zeros_like(parameter))
+        with _unheard(self._parameters):
+            reducer.prepare_for_forward()
+            reducer.prepare_for_backward([])
+            for number in order:  # one by one: within one backward pass, torch would choose the order
+                parameter = self._parameters[number]
+                torch.autograd.backward(parameter, torch.zeros_like(parameter))
         for parameter, gradient in zip(self._parameters, before, strict=True):
             parameter.grad = gradient
+        return None
 
     def stop_noting(self) -> None:
         """Once the order is known, what notes it only takes time."""
@@ -58,3 +76,44 @@ class GradientOrder:
                 self.order.append(number)
 
         return note
+
+
+def _reduced(model: DistributedDataParallel) -> list[torch.Tensor]:
+    """The parameters whose gradients DDP adds up."""
+    ignored = getattr(model, "parameters_to_ignore", ())
+    return [each for name, each in model.module.named_parameters() if each.requires_grad and name not in ignored]
+
+
+def _forgets(hook: Any) -> bool:
+    """Whether this is one of torch's communication hooks that remember nothing. Wrappers of other hooks may."""
+    home, _, name = getattr(hook, "__module__", "").rpartition(".")
+    is_plain = home == "torch.distributed.algorithms.ddp_comm_hooks" and name in ("default_hooks", "quantization_hooks")
+    return is_plain and "<locals>" not in getattr(hook, "__qualname__", "<locals>")
+
+
+@contextlib.contextmanager
+def _unheard(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
+    """For a while no hook of these parameters is called but DDP's own, which are not Python's. The dictionaries that torch
+    looks into are emptied and filled again: what a hook's handle removes, it removes from them."""
+    silenced = [(hooks, dict(hooks)) for parameter in parameters for hooks in _hooks_of(parameter)]
+    for hooks, _ in silenced:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in silenced:
+            hooks.update(before)
+
+
+def _hooks_of(parameter: torch.Tensor) -> Iterator[dict[int, Any]]:
+    """The hooks of a parameter, and of the node of the graph that adds its gradient up, where it has any."""
+    for hooks in (parameter._backward_hooks, parameter._post_accumulate_grad_hooks):
+        if hooks:
+            yield hooks
+    node = torch.autograd.graph.get_gradient_edge(parameter).node
+    for register in (node.register_hook, node.register_prehook):
+        handle = register(lambda *_: None)  # a node shows its hooks to nobody but those who register one
+        hooks = handle.hooks_dict_ref()
+        handle.remove()
+        if hooks:
+            yield hooks

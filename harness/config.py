@@ -40,6 +40,9 @@ class TrainConfig(_Section):
     """fp32, or autocast to bf16, or autocast to fp16 with a gradient scaler."""
     clip_grad_norm: float | None = Field(default=None, gt=0)
     """The largest norm of all gradients together. None: no clipping."""
+    reset_options: list[str] = Field(default_factory=list)
+    """Options of the optimizer and settings of the scheduler (``lr``, ``weight_decay``, ``T_max``) of which the task's
+    values count at a resume."""
     deterministic: bool = True
     """Choose deterministic kernels where torch has them and warn where it has not; off is faster on GPUs, and then a
     resumed run is not bit-identical."""
@@ -86,14 +89,15 @@ class CheckpointConfig(_Section):
     mode: Literal["async", "sync"] = "async"
     """``async``: beside the training, from a copy in the host's memory; ``sync``: while the training waits, without one."""
     overlap: bool = True
-    """Copy what only the optimizer's step changes beside the next forward and backward pass. Off: copy all at the step
-    boundary, for a training that changes parameters by hand before the optimizer does."""
+    """Copy what only the optimizer's step changes beside the next forward and backward pass, once the first two saves of an
+    attempt have shown that nothing else changes it. Off: copy all at the step boundary."""
     when_busy: Literal["wait", "skip"] = "wait"
     """What a save does that is due while the one before is still being written; either way the log says so."""
     memory_limit_bytes: int | None = Field(default=None, ge=0)
     """How large the copy may be; a larger state is saved while the training waits. None: as large as the state."""
     check_snapshots: bool = False
-    """Compare what is written with the state at the step boundary, at the cost of a pass over it."""
+    """Compare every save with the state at the step boundary, at the cost of a pass over it, and end the run where they
+    differ. Without it the first two saves of an attempt are compared, and the later ones by version counters."""
     shard_bytes: int | None = Field(default=None, ge=1 << 10)
     """The largest size of a shard. None: 1 GiB on a disk, 128 MiB on an object store."""
     writers: Literal["rank0", "node", "all"] = "rank0"
@@ -263,7 +267,8 @@ class Config(RunConfig):
 
     def digest(self) -> str:
         """Identifies what is trained; equal digests mean equal runs, wherever they are saved."""
-        what = self.model_dump(mode="json", include={"task", "init_from", "init_optimizer", "args", "seed", "train"})
+        included = {"task", "init_from", "init_optimizer", "args", "seed", "train"}
+        what = self.model_dump(mode="json", include=included, exclude={"train": {"reset_options"}})
         return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

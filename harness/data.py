@@ -107,11 +107,13 @@ def _order(samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return torch.randperm(samples, generator=generator).numpy()
 
 
-def is_due(step: int, cursor: Cursor | None, every_steps: int | None, every_epochs: int | None) -> bool:
-    """Whether an interval ends with a step, of this number, that leads to this position (None: nobody knows of epochs)."""
+def is_due(step: int, epochs: tuple[int, int], every_steps: int | None, every_epochs: int | None) -> bool:
+    """Whether an interval ends with a step of this number. ``epochs`` are those of the next batch, at the boundary before
+    and at this one: an interval of epochs ends where the number passes a multiple, whatever the steps do."""
     if every_steps is not None and step % every_steps == 0:
         return True
-    return every_epochs is not None and cursor is not None and cursor.offset == 0 and cursor.epoch % every_epochs == 0
+    before, now = epochs
+    return every_epochs is not None and now // every_epochs > before // every_epochs
 
 
 def mix(*numbers: int) -> int:
@@ -243,6 +245,9 @@ class Loader:
     ``load_state_dict`` where seed, size, or the order of the samples are not those of the saved position.
 
     ``rank`` and ``world_size`` are by default those that torchrun has given this process.
+
+    A loop that asks for a batch has done with the one before. ``on_return`` is called then, before anything else; and
+    ``on_exit`` when the loop over an epoch's batches has ended, however it did.
     """
 
     in_use: ClassVar[weakref.WeakSet["Loader"]] = weakref.WeakSet()  # those of this process that have handed out a batch
@@ -268,6 +273,9 @@ class Loader:
         self.weight = 1.0
         self.waited_seconds = 0.0  # for batches, in all
         self.gaps: list[Gap] = []
+        self.handed_out = 0  # batches, in this process
+        self.on_return: Callable[[], None] = nothing
+        self.on_exit: Callable[[], None] = nothing
         self._workers = workers
         self._collate = collate
         self._pin_memory = pin_memory
@@ -280,27 +288,37 @@ class Loader:
         """The epoch of the next batch."""
         return self.cursor.epoch
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a batch has been handed out since the loader was made, or went elsewhere."""
+        return self._fetched is not None
+
     def __len__(self) -> int:
         """Batches in a whole epoch."""
         return self.schedule.steps_per_epoch()
 
     def __iter__(self) -> Iterator[Any]:
         epoch = self.cursor.epoch
-        while self.cursor.epoch == epoch:
-            step = self.next_step(whole=True)
-            if step:
-                (batch, share), *_ = step
-                self.weight = share * self.world_size
-                yield batch
+        try:
+            while self.cursor.epoch == epoch:
+                step = self.next_step(whole=True)
+                if step:
+                    (batch, share), *_ = step
+                    self.weight = share * self.world_size
+                    yield batch
+        finally:
+            self.on_exit()
 
     def next_step(self, *, whole: bool = False) -> Step:
         """The micro-batches of the next global batch, of this epoch or the one after it, and what the mean loss of each
         counts in that of the global batch; nothing for a batch that is not to be trained."""
+        self.on_return()
         began = time.perf_counter()
         self._note()
         here = self.cursor
         step = [] if self.is_gap(here) else next(self._fetch(whole=whole))
         self._handed_out = here
+        self.handed_out += 1
         self.cursor = self.schedule.after(here)
         self.waited_seconds += time.perf_counter() - began
         return step
@@ -413,6 +431,10 @@ class Loader:
                 pin_memory=self._pin_memory,
             )
         return self._fetched
+
+
+def nothing() -> None:
+    """Nobody wants to know."""
 
 
 class _Ledger:

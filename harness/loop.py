@@ -1,12 +1,14 @@
 """The training loop of ``harness train``, in training order. What keeps it alive is in ``harness.run``."""
 
 import contextlib
+import inspect
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from harness import data, interchange, nonfinite, resume
 from harness.config import Config
@@ -43,6 +45,7 @@ def train(config: Config, task: Task, world: World, stop: StopRequest, *, fresh:
         config=config,
         initialize=trainer.initialize,
         about={"seed": config.seed, "samples": trainer.loader.schedule.samples, "config": config.digest()},
+        reset_options=config.train.reset_options,
         world=world,
         stop=stop,
         fresh=fresh,
@@ -84,7 +87,9 @@ class _Trainer:
         data.seed_everything(config.seed, world.rank + 1)
         self.model = world.wrap(task.model)
         self.parameters = list(task.model.parameters())  # walking through the modules takes longer than many a step
-        self.loss = torch.zeros(())  # this rank's part of the mean loss over the last global batch; the parts add up
+        self.loss = torch.zeros(
+            (), device="cpu"
+        )  # this rank's part of the mean loss over the last global batch; the parts add up
 
     def state(self) -> dict[str, Any]:
         """What is saved and restored."""
@@ -110,7 +115,7 @@ class _Trainer:
         while (micro_batches := self.loader.next_step()) and not self.step(micro_batches):
             if not self.pass_over(run):
                 break
-        if self.task.scheduler is not None:
+        if self.task.scheduler is not None and not _waits_for_evaluations(self.task.scheduler):
             self.task.scheduler.step()
 
     def step(self, micro_batches: Step) -> bool:
@@ -189,10 +194,13 @@ class _Trainer:
     def evaluate_if_due(self, run: Run) -> None:
         """Evaluates where an interval ends with the step that was just trained, or the run does."""
         every, step = self.config.evaluation, run.global_step + 1
-        due = step >= self.total_steps or data.is_due(step, self.loader.cursor, every.every_steps, every.every_epochs)
+        epochs = (self.loader.trained_epoch, self.loader.epoch)
+        due = step >= self.total_steps or data.is_due(step, epochs, every.every_steps, every.every_epochs)
         if self.task.evaluation is not None and due:
             values = self.evaluate()
             run.evaluated(self.task.evaluation.metric, values, higher_is_better=self.task.evaluation.higher_is_better)
+            if _waits_for_evaluations(self.task.scheduler):
+                self.task.scheduler.step(values[self.task.evaluation.metric])
 
     def evaluate(self) -> dict[str, float]:
         """Judges the model in ``eval()`` mode and leaves it, and the random states, as they were."""
@@ -237,6 +245,33 @@ def state_of(task: Task, model: nn.Module, scaler: torch.amp.GradScaler) -> dict
     return state if task.scheduler is None else {**state, "scheduler": task.scheduler}
 
 
+def _waits_for_evaluations(scheduler: Any) -> TypeGuard[ReduceLROnPlateau]:
+    """Whether a scheduler is stepped with what an evaluation has found, not with each step."""
+    return isinstance(scheduler, ReduceLROnPlateau)
+
+
+def _check_steps(config: Config, task: Task) -> None:
+    """Raises ``ConfigError`` for an optimizer or a scheduler that the loop could not step."""
+    if (closure := inspect.signature(task.optimizer.step).parameters.get("closure")) and closure.default is closure.empty:
+        kind = type(task.optimizer).__name__
+        raise ConfigError(
+            f"task: {kind} asks for a closure, and harness train has none; use it in a loop of your own with Run"
+        )
+    if _waits_for_evaluations(task.scheduler):
+        every = config.evaluation
+        if task.evaluation is None or every.every_steps is every.every_epochs is None:
+            raise ConfigError(
+                "task: ReduceLROnPlateau waits for evaluations; expected Task(evaluation=...) and an interval "
+                "(evaluation.every_steps or evaluation.every_epochs), found none"
+            )
+    elif task.scheduler is not None:
+        try:
+            inspect.signature(task.scheduler.step).bind()
+        except TypeError:
+            kind = type(task.scheduler).__name__
+            raise ConfigError(f"task: expected a scheduler with step(), found {kind}, whose step wants arguments") from None
+
+
 def _be_deterministic(wanted: bool) -> None:
     """Bit-identical results ask for kernels that add in a fixed order."""
     if not wanted:
@@ -254,4 +289,5 @@ def build_task(config: Config, builder: Any) -> Task:
     task = builder(**config.args)
     if not isinstance(task, Task):
         raise ConfigError(f"task: expected {config.task} to return a harness.Task, found {type(task).__name__}")
+    _check_steps(config, task)
     return task

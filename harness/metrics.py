@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import xxhash
+
 from harness import console
 from harness.checkpoint.store import open_store
 from harness.config import RunConfig
@@ -164,6 +166,22 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, int):
         return int(value)
     return _as_json(float(value)) if _is_number(value) else str(value)
+
+
+def hash_of(names: Iterable[str]) -> int:
+    """A number that differs where names, or their order, do. It is exact as a float."""
+    return xxhash.xxh3_64_intdigest("\0".join(names).encode()) >> 11
+
+
+def number_of(metric: tuple[str, Any]) -> float:
+    """The value of a named metric. Raises ``ConfigError`` for what is no number."""
+    name, value = metric
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        shape = f" of shape {list(value.shape)}" if hasattr(value, "shape") else ""
+        found = f"{type(value).__name__}{shape}"
+        raise ConfigError(f"run.step: {name}: expected a number or a tensor with one element, found {found}") from None
 
 
 def in_words(values: dict[str, float]) -> str:

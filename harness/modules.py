@@ -65,6 +65,11 @@ def model_state(model: nn.Module) -> dict[str, Any]:
             raise Unsupported(
                 f"model/{plain[name]}: nothing can be loaded into an expanded tensor; register a clone() of it"
             )
+        if isinstance(value, torch.Tensor) and tree.is_composed(value) and not _is_extra(name):
+            kind = type(value).__name__
+            raise Unsupported(
+                f"model/{plain[name]}: a tensor of the subclass {kind}: nobody knows what can be loaded into it"
+            )
     return {plain[name]: value for name, value in state.items()}
 
 
@@ -93,6 +98,94 @@ def check_model(model: nn.Module, saved: Mapping[str, Any], what: str = "model")
         ]
     if lines:
         raise Mismatch(listed(f"the checkpoint does not fit the {what}", lines))
+
+
+# Classes whose objects give each rank a part of what they hold, by name: their modules are not imported for this.
+_SHARDING = {
+    "FullyShardedDataParallel": "gives each rank its own shard of the parameters",
+    "FSDPModule": "gives each rank its own shard of the parameters",
+    "ShardedDataParallel": "gives each rank its own shard of the optimizer's state",
+    "DeepSpeedEngine": "keeps and saves the state itself",
+    "ZeroRedundancyOptimizer": "gives each rank its own shard of the state",
+    "OSS": "gives each rank its own shard of the state",
+    "DeepSpeedZeroOptimizer": "gives each rank its own shard of the state",
+    "DeepSpeedZeroOptimizer_Stage3": "gives each rank its own shard of the parameters",
+}
+
+
+def check_not_sharded(name: str, each: Any) -> None:
+    """Raises ``Unsupported`` for a module or an optimizer of which each rank has another part, in whatever is around it."""
+    for path, part in each.named_modules() if isinstance(each, nn.Module) else [("", each)]:
+        for kind in type(part).__mro__:
+            if what := _SHARDING.get(kind.__name__):
+                instead = "DistributedDataParallel" if isinstance(each, nn.Module) else "the optimizer within it"
+                where = f"{name}{'.' if path else ''}{path}"
+                raise Unsupported(f"{where}: {kind.__name__} {what}. Sharded states cannot be saved yet; use {instead}")
+    for path, parameter in each.named_parameters() if isinstance(each, nn.Module) else ():
+        if any(kind.__name__ == "DTensor" for kind in type(parameter).__mro__):
+            raise Unsupported(
+                f"{name}.{path}: a DTensor, of which each rank has a shard (fully_shard, tensor parallelism). Sharded "
+                "states cannot be saved yet; use DistributedDataParallel"
+            )
+
+
+def check_is_whole(name: str, model: nn.Module) -> str | None:
+    """Raises ``Unsupported`` for a model that could not be restored from its own ``state_dict()``. Returns what there is to
+    warn of: frozen parameters that it leaves out."""
+    model = unwrap(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for path, parameter in parameters.items():
+        if nn.parameter.is_lazy(parameter):
+            raise Unsupported(f"{name}.{path}: an uninitialized parameter; run the model once before Run")
+    state = model.state_dict()
+    kept = {(value.device, value.data_ptr()) for value in state.values() if _is_dense(value)}
+    left_out = [path for path in parameters if path not in state]
+    lost = [path for path in left_out if (parameters[path].device, parameters[path].data_ptr()) not in kept]
+    if learning := [path for path in lost if parameters[path].requires_grad and not _writes_its_own(model, path)]:
+        raise Unsupported(
+            f"{name}: its state_dict() leaves out parameters that are trained: {some(learning)}. They would be lost; save "
+            "them, or freeze them before Run (requires_grad_(False))"
+        )
+    loads_its_own = type(model).load_state_dict is not nn.Module.load_state_dict
+    if left_out or loads_its_own or state.keys() - parameters.keys() - _buffers(model):
+        try:
+            model.load_state_dict(state, strict=True)  # its own values: nothing changes
+        except (RuntimeError, TypeError, KeyError) as error:
+            reason = "; ".join(line.strip() for line in str(error).splitlines()[:4])
+            raise Unsupported(f"{name}: its own state_dict() cannot be loaded into it: {reason}") from None
+    frozen = [path for path in lost if not parameters[path].requires_grad]
+    return f"{name}: its state_dict() leaves out {some(frozen)}: a resume takes what the program builds" if frozen else None
+
+
+def _writes_its_own(model: nn.Module, path: str) -> bool:
+    """Whether the module that owns a parameter has its own way to write and to read it: packed, say."""
+    owner = type(model.get_submodule(path.rpartition(".")[0]))
+    return (
+        owner._save_to_state_dict is not nn.Module._save_to_state_dict
+        and owner._load_from_state_dict is not nn.Module._load_from_state_dict
+    )
+
+
+def _buffers(model: nn.Module) -> set[str]:
+    """The names of buffers and extra states."""
+    found = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    return found | {f"{name}{'.' if name else ''}_extra_state" for name, _ in model.named_modules(remove_duplicate=False)}
+
+
+def some(names: Iterable[str], limit: int = 5) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{', '.join(names[:limit])}{more}"
+
+
+def frozen(model: nn.Module) -> list[str]:
+    """The plain names of the parameters that are not trained."""
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return []
+    model = unwrap(model)
+    plain = plain_names(model)
+    return sorted({plain[name] for name, each in model.named_parameters() if not each.requires_grad})
 
 
 def restore_model(model: nn.Module, saved: Mapping[str, Any], versions: Mapping[str, int | None] | None = None) -> None:

@@ -79,7 +79,7 @@ def resume(
         if RANDOM not in parts:
             raise Mismatch(f"{entry.directory}: was not written by a run; start a run elsewhere with init_from it")
         try:
-            state.restore(parts, entry.step, world.rank)
+            state.restore(parts, entry.step, world.rank, int(meta.get("epoch") or 0))
         except Mismatch as error:
             where = f"{catalog.store.url}/{entry.directory}"
             raise Mismatch(f"{where}: {error}\nif that is meant, it is another run, and belongs to another URL") from None
@@ -116,6 +116,22 @@ def check_lockstep(world: World, state: State, about: Mapping[str, Any], *, resu
             raise RankFailure(what)
         hint = "; DistributedDataParallel, which makes models equal, comes before Run" if state.modules.keys() & keys else ""
         raise ConfigError(f"{what}{hint}")
+
+
+def check_alike(world: World, state: State) -> None:
+    """Raises ``ConfigError`` unless all ranks hold the same parameters and optimizer states, bit for bit. Called before an
+    attempt saves for the first time: a checkpoint has rank 0's, or pieces of each, and gives them to all."""
+    if world.size == 1:
+        return
+    found = world.all_gather(state.steady_digests())
+    if not (different := [rank for rank in range(world.size) if found[rank] != found[0]]):
+        return
+    names = [name for name in found[0] if found[0][name] != found[different[0]].get(name)]
+    raise ConfigError(
+        f"step {state.progress.step}: {', '.join(names)} differs between rank 0 and ranks {different}, nothing is saved. "
+        "harness saves what is the same on all ranks: wrap each trained module in DistributedDataParallel, or average what "
+        "the ranks hold before run.step()"
+    )
 
 
 def on_first(world: World, function: Any) -> Any:

@@ -8,12 +8,13 @@ import atexit
 import contextlib
 import functools
 import logging
+import math
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -25,9 +26,9 @@ from harness.checkpoint.saver import Saved, Saver
 from harness.checkpoint.shares import Writers
 from harness.checkpoint.staging import HostMemory
 from harness.checkpoint.store import open_store
-from harness.config import RunConfig, run_config
+from harness.config import Config, RunConfig, run_config
 from harness.crashes import Crash
-from harness.data import Loader, is_due
+from harness.data import Loader, is_due, nothing
 from harness.environment import (
     began,
     is_first_of_node,
@@ -38,10 +39,11 @@ from harness.environment import (
     shutdown_grace_seconds,
 )
 from harness.errors import ConfigError, HarnessError, NoCheckpoint, Stopped, StoreError
-from harness.metrics import Reporter, as_json, in_words
+from harness.metrics import Reporter, as_json, hash_of, in_words, number_of
 from harness.notices import Watcher
+from harness.omissions import Omissions
 from harness.signals import StopRequest
-from harness.state import State, restore_random_state
+from harness.state import Adapt, State, restore_random_state
 from harness.stragglers import OwnWork, Stragglers
 from harness.watchdog import Watchdog
 from harness.world import Agreement, World, has_lost_a_peer, leave_at_once, world_of_program
@@ -66,13 +68,19 @@ class Run:
 
     Every rank makes it with the same arguments, after ``init_process_group`` and after the model was wrapped. A checkpoint
     is written every ``every_steps`` steps, ``every_seconds`` seconds and ``every_epochs`` epochs, and at the end; the last
-    ``keep_last`` are kept (None: all). ``config`` has further sections as in the configuration of ``harness train``:
+    ``keep_last`` are kept (None: all). It has all that the loop does before it asks for the next batch, or, after the last
+    one of an epoch, for the next epoch: a save that is due waits for that, and so does a stop. ``config`` has further
+    sections as in the configuration of ``harness train``:
     ``{"checkpoint": {…}, "watchdog": {…}}``. ``url=None`` saves nothing.
 
     ``initialize`` is called where there is nothing to resume from (to load weights, say); what it returns is logged.
-    ``about`` goes into each manifest and must be the same on all ranks. A stop signal, or a cloud's notice, ends the program
+    ``about`` goes into each manifest and must be the same on all ranks. At a resume the checkpoint's learning rates and
+    schedules count; of the ``reset_options`` that are named (``["lr"]``) the program's. ``adapt(step, epoch, names)`` is
+    called before a checkpoint is compared, with dtype and shape of its tensors by part and name, to give a model or an
+    optimizer that grows what it had then. A stop signal, or a cloud's notice, ends the program
     after the step, saved, with exit code 75 (0 under torchrun); given a ``stop`` request of its own, ``step`` raises
-    ``Stopped`` instead. ``fresh`` refuses a URL that holds a run.
+    ``Stopped`` instead. ``fresh`` refuses a URL that holds a run. A loop that ``finish`` has ended early has nothing left to
+    do when the program is started again; ``reopen`` trains on.
 
     Raises ``ConfigError`` for a bad setting, ``Mismatch`` where the newest checkpoint does not fit the state,
     ``NoCheckpoint`` where none is whole, ``StoreError`` where the storage fails, ``CrashLoop`` where attempts die of the
@@ -91,9 +99,12 @@ class Run:
         config: Mapping[str, Any] | RunConfig | None = None,
         initialize: Callable[[], str | None] | None = None,
         about: Mapping[str, Any] | None = None,
+        reset_options: Sequence[str] = (),
+        adapt: Adapt | None = None,
         world: World | None = None,
         stop: StopRequest | None = None,
         fresh: bool = False,
+        reopen: bool = False,
     ) -> None:
         if stop is None:
             program.on_error(self._fail)
@@ -106,7 +117,7 @@ class Run:
         self.stop = program.take_charge(self.config.stop.grace_seconds) if stop is None else stop
         self.about = dict(about or {})
         self._initialize = initialize
-        self.state = State(state, self.world.device)
+        self.state = State(state, self.world.device, reset_options=reset_options, adapt=adapt, speaks=self.world.rank == 0)
         self.loader = next((each for each in state.values() if isinstance(each, Loader)), None)
         self.total_steps: int | None = None
         self.total_epochs: int | None = None
@@ -120,10 +131,20 @@ class Run:
         self._agreement: Agreement | None = None  # while the loop goes on
         self._metrics: Mapping[str, Any] = {}  # of the last step
         self._boundaries = 0  # how many this process has seen
-        for optimizer in self.state.optimizers.values():
-            optimizer.register_step_pre_hook(self._fence)
+        self._due: _Due | None = None  # what waits for the end of the body of the step that was just taken
+        self._epoch_before = 0  # at the boundary before
+        self._has_stepped = False  # an optimizer, since the last boundary
+        self._loops = 0  # over ``epochs`` or ``steps`` that have begun
+        self._is_in_loop = False  # the last of these has not come to its own end
+        self._has_saved = False  # in this attempt
+        self._ends_of_bodies_show = False  # the loop comes back here between two steps
+        self._omissions = Omissions(self.state, is_active=self.world.rank == 0)
+        for optimizer in self.state.stepping():
+            optimizer.register_step_pre_hook(self._before_optimizer)
         with _watching(self.config):
             self._open(fresh=fresh)
+        if reopen:
+            self.state.progress.finished_loops = 0
         if stop is None:
             atexit.register(self._leave_program)
 
@@ -141,36 +162,37 @@ class Run:
 
     def epochs(self, total: int) -> Iterator[int]:
         """The epochs that are still to be trained, the one that was interrupted first. The end is saved."""
-        self.total_epochs = total
+        self.total_epochs, self.total_steps = total, None
         with self._under_way():
             may_be_empty = self.loader is None  # what is left of an epoch, by a position that others keep
-            while (epoch := self.epoch) < total:
+            while not self._is_finished() and (epoch := self.epoch) < total:
                 boundaries = self._boundaries
+                self._fence()  # the loop may change anything before its first step
                 yield epoch
                 if self._boundaries == boundaries and not may_be_empty:
                     raise ConfigError(f"epoch {epoch}: the loop did not call run.step()")
                 may_be_empty = False
-                if self.loader:
-                    self.loader.end_epoch(epoch)  # which the loop may have left early
-                else:
-                    self._end_epoch()
+                self._end_epoch(epoch)
 
     def steps(self, total: int) -> Iterator[int]:
         """The steps that are still to be trained, by their number from 0; each must call ``step``. The end is saved."""
-        self.total_steps = total
+        self.total_steps, self.total_epochs = total, None
         with self._under_way():
-            while self.global_step < total:
+            self._ends_of_bodies_show = True
+            while not self._is_finished() and self.global_step < total:
                 boundaries = self._boundaries
                 yield self.global_step
                 if self._boundaries == boundaries:
                     raise ConfigError(f"step {self.global_step + 1}: the loop did not call run.step()")
+                self._end_body()
 
     def step(self, **metrics: Any) -> None:
         """A step boundary: the optimizer has taken its step, and every rank is here. Metrics (numbers or 0-dim tensors) are
-        averaged over the ranks where they are logged.
+        averaged over the ranks where they are logged; all ranks tell the same.
 
         Raises ``StoreError`` after too many failed saves in a row, ``Superseded`` where a newer attempt trains this run,
-        ``Stopped`` (see the class).
+        ``Stopped`` (see the class), ``ConfigError`` where the ranks tell different metrics. In a loop over a ``Loader``, or
+        over ``steps``, what is due happens when the loop asks for more, and raises there.
         """
         if self._agreement is None:
             raise ConfigError("run.step() belongs into a loop over run.epochs() or run.steps()")
@@ -179,50 +201,109 @@ class Run:
         self._metrics = {name: each.detach() if isinstance(each, torch.Tensor) else each for name, each in metrics.items()}
         if (notice := self._watcher.poll()) is not None and notice.kind == "stop":
             self.stop.ask(notice.text)
-        stopping, save_is_due = self._agreement.exchange(bool(self.stop), self._seconds_are_over())
+        stopping, save_is_wanted = self._agreement.exchange(bool(self.stop), self._wants_save())
+        self._has_stepped = False
         self._reporter.reached(self.global_step, self.epoch)
-        self._log_if_due()
-        self._save_if_due(now=bool(stopping or save_is_due or self._is_new_best()), must_succeed=bool(stopping))
+        self._plan(save=bool(save_is_wanted), stop=bool(stopping))
+        if self._saver is not None:
+            self._tell_of(self._saver.poll())
+        self._omissions.at_boundary(self.loader, self._own_work.forwards)
         if self._boundaries == 1:
             self._after_first_step()
         if self._watchdog is not None:
             self._watchdog.step()
-        if stopping and not self._is_over():
+        if not self._ends_of_bodies_show:
+            self._end_body()
+
+    def _plan(self, *, save: bool, stop: bool) -> None:
+        """Notes what is due at this boundary; what the boundary before has left is still due."""
+        checkpoint, step, epochs = self.config.checkpoint, self.global_step, (self._epoch_before, self.epoch)
+        self._epoch_before = self.epoch
+        before = self._due or _Due()
+        save = save or is_due(step, epochs, checkpoint.every_steps, checkpoint.every_epochs)
+        self._due = _Due(save=save or before.save, stop=stop or before.stop)
+        if self._is_last_step() or is_due(step, epochs, self.config.log.every_steps, self.config.log.every_epochs):
+            self._log()
+
+    def _end_batch(self) -> None:
+        """The loop asks for another batch."""
+        if self._due is not None:
+            self._omissions.at_next_batch(self._own_work.forwards)
+            self._end_body()
+
+    def _end_epoch(self, epoch: int) -> None:
+        """The body of an epoch has ended, which the loop may have left early."""
+        if self.loader:
+            self.loader.end_epoch(epoch)
+        else:
+            self.state.progress.epoch += 1
+        if self.epoch != self._epoch_before:
+            checkpoint, log_every = self.config.checkpoint, self.config.log.every_epochs
+            epochs = (self._epoch_before, self.epoch)
+            self._epoch_before = self.epoch
+            due = self._due or _Due()
+            self._due = _Due(due.save or is_due(1, epochs, None, checkpoint.every_epochs), due.stop)
+            if is_due(1, epochs, None, log_every):
+                self._log()
+        self._end_body()
+        self._omissions.at_epoch_end()
+
+    def _end_body(self) -> None:
+        """The loop has done with a step, and with all that it does after it: now is the time for what is due."""
+        due, self._due = self._due, None
+        if due is None or self._is_over():  # the end is saved by itself
+            return
+        if due.save or due.stop or self._is_new_best():
+            self._save(must_succeed=due.stop)
+        if due.stop:
             self._leave()
 
     def _after_first_step(self) -> None:
         """What the first step of this process has shown."""
         for gradients in self.state.gradients.values():
             gradients.stop_noting()
-        if self.world.rank == 0:
-            self._warn_of_what_is_left_out()
-
-    def _warn_of_what_is_left_out(self) -> None:
-        left_out = "is not in the run's state: a resume would begin"
-        if self.loader is None and Loader.in_use:
-            log.warning("a harness.Loader hands out batches and %s its epoch anew", left_out)
-        for name in self.state.without_scheduler():
-            log.warning("%s has a learning rate scheduler, which %s its schedule anew", name, left_out)
+        self.state.check_frozen()
+        self._omissions.warn()
 
     def finish(self) -> None:
-        """Saves the end, and waits for it: for a loop that is left early. ``epochs`` and ``steps`` do it at theirs."""
+        """Saves the end, and waits for it: for a loop that is left early, which is over then: when the program is started
+        again, it has nothing left to do. ``epochs`` and ``steps`` save at their own end."""
+        self._due = None
+        if self._is_in_loop:
+            self.state.progress.finished_loops = self._loops
         self._wait_for_save()
-        if resume.on_first(self.world, lambda: self._committed_step if self._saver else None) != self.global_step:
+        if not resume.on_first(self.world, self._end_is_saved):
             self._save(must_succeed=True)
         self.tell("done", f"done: step {self.global_step}  {in_words(self.state.progress.last)}", step=self.global_step)
 
+    def _end_is_saved(self) -> bool:
+        """Whether the newest checkpoint has everything as it is now: a loop may change something after its last save."""
+        if self._saver is None or self._committed is None or self._committed[0] != self.global_step:
+            return False
+        return self.state.is_that_of(self._catalog.open(self._committed[1]))
+
+    def _is_finished(self) -> bool:
+        """Whether an earlier attempt has ended this loop early, for good."""
+        return self._loops <= self.state.progress.finished_loops
+
     def evaluated(self, metric: str, values: Mapping[str, float], *, higher_is_better: bool = False) -> None:
-        """Tells what an evaluation found, before the ``step`` that it belongs to; the best ``metric`` is remembered, and its
-        checkpoint kept where ``checkpoint.keep_best`` says so. Every rank calls it with the same values."""
+        """Tells what an evaluation found; the best ``metric`` is remembered, and its checkpoint kept where
+        ``checkpoint.keep_best`` says so. NaN is never the best. Every rank calls it with the same values.
+
+        What was judged is the step of the last ``step()``, or, where an optimizer has taken a step since, the one after it.
+        """
+        self._fence()  # weights may be put in another place for an evaluation, and back after it
         progress = self.state.progress
         if metric not in values:
-            raise ConfigError(f"task: evaluation.metric is {metric!r}, measured were {', '.join(values)}")
+            raise ConfigError(f"evaluation.metric is {metric!r}, but measured were: {', '.join(values)}")
+        judged = progress.step + self._has_stepped
         progress.last |= values
-        value, best = values[metric], progress.best.get(metric)
-        if best is None or (value > best if higher_is_better else value < best):
-            progress.best = {**values, "step": progress.step + 1}
-        message = f"step {self._of_total(progress.step + 1)}  evaluation  {in_words(dict(values))}"
-        self.tell("evaluate", message, step=progress.step + 1, **values)
+        if _is_better(values[metric], progress.best.get(metric), higher_is_better=higher_is_better):
+            progress.best = {**values, "step": judged}
+        message = f"step {self._of_total(judged)}  evaluation  {in_words(dict(values))}"
+        self.tell("evaluate", message, step=judged, **values)
+        if self._is_new_best() and self._due is None and not self._ends_of_bodies_show and not self._has_stepped:
+            self._save(must_succeed=False)  # else it is saved at the end of the body
 
     def tell(self, event: str, message: str, **values: Any) -> None:
         """Logs an event: ``message`` for people, the values for programs. Rank 0 speaks."""
@@ -243,6 +324,7 @@ class Run:
         if not self.can_roll_back():
             raise NoCheckpoint(f"{self.config.checkpoint.url}: there is no checkpoint yet to go back to")
         self._boundaries += 1  # the step is over, in its way
+        self._due = None
         resume.on_first(self.world, lambda: self._catalog.refuse_superseded(self._saver.attempt) if self._saver else None)
         self.tell("rollback", "", step=self.global_step)
         self._reporter.close()
@@ -277,6 +359,8 @@ class Run:
             resume.on_first(world, lambda: resume.refuse_to_reuse(catalog, launch_id()))
         looping = resume.on_first(world, lambda: crashes.is_looping(catalog, self.config.crash_loop.same_failures))
         self._begin_attempt(pass_over_newest=looping)
+        if world.rank == 0:
+            self._tell_of_differences()
 
     def _begin_attempt(self, *, pass_over_newest: bool = False) -> None:
         """Claims an attempt, resumes, and makes sure that all ranks hold the same."""
@@ -290,7 +374,8 @@ class Run:
         if resumed is None:
             self._start_anew()
         self._random = resumed.random if resumed else None
-        self._committed_step = resumed.step if resumed else None
+        self._committed = (resumed.step, resumed.directory) if resumed else None
+        self._has_saved = False
         resume.check_lockstep(world, self.state, self.about, resumed=resumed is not None)
         writers = _writers(world, self.config)
         if world.rank in writers.ranks:
@@ -307,6 +392,7 @@ class Run:
                 memory_limit_bytes=checkpoint.memory_limit_bytes,
                 before_commit=self._reporter.flush,
                 on_failure=lambda step, error: self.tell("save_failed", "", step=step, error=error),
+                proofs=_PROOFS,
             )
         for directory, why in resumed.passed_over.items() if resumed else ():
             self.tell("fallback", "", directory=directory, why=why)  # which was logged when it was found
@@ -320,9 +406,22 @@ class Run:
             lineage=[(ancestor.attempt, ancestor.until_step) for ancestor in resumed.lineage] if resumed else [],
             world_size=world.size,
         )
+        intervals = (checkpoint.every_steps, checkpoint.every_seconds, checkpoint.every_epochs)
+        if world.rank == 0 and intervals == (None, None, None):
+            log.warning(
+                "nothing is saved before the end of the run: a death costs all of it. Give every_steps, every_seconds or "
+                "every_epochs (checkpoint.every_… in a configuration)"
+            )
         if world.rank == 0 and resumed is not None:
             self._save_seconds = resumed.save_seconds
             self._warn_if_saves_are_slow()
+
+    def _tell_of_differences(self) -> None:
+        """Says what somebody has edited in the program since the checkpoint, and whose word counts."""
+        for each in self.state.differences:
+            is_task = isinstance(self.config, Config)
+            how = f"train.reset_options=[{each.name}]" if is_task else f'Run(..., reset_options=["{each.name}"])'
+            log.warning("%s%s", each, f". To use the program's: {how}" if each.who_counts == "checkpoint" else "")
 
     def _start_anew(self) -> None:
         """Gives a new run what it is to begin with."""
@@ -337,13 +436,37 @@ class Run:
         cloud = self.config.preemption.watch if is_first_of_node() else "none"
         with _watching(self.config) as self._watchdog, Watcher(cloud, self.config.preemption.base_url) as self._watcher:
             self._agreement = Agreement(self.world, wants=2)
+            self._due = None
+            self._ends_of_bodies_show = self.loader is not None
+            self._loops += 1
+            self._is_in_loop = True
+            if self._is_finished():
+                log.warning(
+                    "run.finish() has ended this run early, at step %s: there is nothing left to train. To train on, give "
+                    "Run reopen=True",
+                    self.global_step,
+                )
             try:
-                self._begin_here()
-                yield
+                with self._followed():
+                    self._begin_here()
+                    yield
+                self._is_in_loop = False
                 self._agreement.finish()
                 self.finish()
             finally:
                 self._agreement = None
+
+    @contextlib.contextmanager
+    def _followed(self) -> Iterator[None]:
+        """The time in which the loop shows where it is, by what it asks the loader for."""
+        if self.loader:
+            self.loader.on_return, self.loader.on_exit = self._end_batch, self._fence
+        with self._omissions.looking(self.loader):
+            try:
+                yield
+            finally:
+                if self.loader:
+                    self.loader.on_return = self.loader.on_exit = nothing
 
     def _begin_here(self) -> None:
         """Has the clocks run, and the random numbers come, from where the state is."""
@@ -354,25 +477,20 @@ class Run:
         )
         self._last_saved_time = self._last_logged_time = time.monotonic()
         self._last_logged_step = self.global_step
+        self._epoch_before = self.epoch
         by_epochs = self.total_epochs * len(self.loader) if self.total_epochs and self.loader else None
         self._reporter.show(self.global_step, self.total_steps or by_epochs)
+        self.state.check_lengths(self.total_steps or by_epochs, self.total_epochs, each_step=isinstance(self.config, Config))
         if self._random is not None:
             restore_random_state(self._random, self.world.device)
             self._random = None
 
-    def _end_epoch(self) -> None:
-        """The end of an epoch that no loader of ours counts."""
-        self.state.progress.epoch += 1
-        every = self.config.checkpoint.every_epochs
-        if every is not None and self.epoch % every == 0 and self.epoch != self.total_epochs:
-            self._save(must_succeed=False)
-
     def _is_over(self) -> bool:
-        return self.total_steps is not None and self.global_step >= self.total_steps
+        """Whether the loop is at its own end."""
+        return self._is_last_step() or (self.total_epochs is not None and self.epoch >= self.total_epochs)
 
-    def _is_due(self, every_steps: int | None, every_epochs: int | None) -> bool:
-        """Whether an interval ends with the step that was just finished."""
-        return is_due(self.global_step, self.loader.cursor if self.loader else None, every_steps, every_epochs)
+    def _is_last_step(self) -> bool:
+        return self.total_steps is not None and self.global_step >= self.total_steps
 
     def _of_total(self, step: int) -> str:
         return str(step) if self.total_steps is None else f"{step}/{self.total_steps}"
@@ -411,17 +529,15 @@ class Run:
 
     # --- logging -----------------------------------------------------------------------------------------------------
 
-    def _log_if_due(self) -> None:
-        every = self.config.log
-        if not (self._is_over() or self._is_due(every.every_steps, every.every_epochs)):
-            return
+    def _log(self) -> None:
         own_seconds = self._note_metrics()
         progress, now = self.state.progress, time.monotonic()
         steps_per_second = (self.global_step - self._last_logged_step) / max(now - self._last_logged_time, 1e-9)
         self._last_logged_time, self._last_logged_step = now, self.global_step
         values = {name: progress.last[name] for name in self._metrics}
         for optimizer in list(self.state.optimizers.values())[:1]:
-            values["lr"] = float(optimizer.param_groups[0]["lr"])
+            if "lr" in optimizer.param_groups[0]:  # few optimizers have no such option
+                values["lr"] = float(optimizer.param_groups[0]["lr"])
         if self.loader:
             values["samples/s"] = self.loader.schedule.global_batch_size * steps_per_second
         else:
@@ -433,39 +549,50 @@ class Run:
                 self.tell("straggler", str(found), step=self.global_step, **asdict(found))
 
     def _note_metrics(self) -> list[float]:
-        """Averages this step's metrics over the ranks, and returns the seconds of own work of each. All ranks call it."""
-        own = [float(value) for value in self._metrics.values()]
+        """Averages this step's metrics over the ranks, and returns the seconds of own work of each. All ranks call it.
+
+        Raises ``ConfigError`` where they tell different metrics. The names travel with the first numbers, as a hash.
+        """
+        own = [self._own_work.seconds(), float(hash_of(self._metrics)), *map(number_of, self._metrics.items())]
+        first, rest = own[:_FLOATS_AT_ONCE], own[_FLOATS_AT_ONCE:]
+        rows = self.world.all_gather_floats([*first, *[0.0] * (_FLOATS_AT_ONCE - len(first))])  # a length that all agree on
+        if any(row[1] != rows[0][1] for row in rows):
+            told = [
+                f"rank {rank} tells {', '.join(names)}" for rank, names in enumerate(self.world.all_gather([*self._metrics]))
+            ]
+            raise ConfigError(f"run.step: all ranks must tell the same metrics, in the same order; {'; '.join(told)}")
+        more = self.world.all_gather_floats(rest) if rest else [[] for _ in rows]
+        seconds, _, *metrics = zip(
+            *([*row[: len(first)], *others] for row, others in zip(rows, more, strict=True)), strict=True
+        )
         # Added in rank order, since an all-reduce may add in another order at every size of the message.
-        *metrics, seconds = zip(*self.world.all_gather_floats([*own, self._own_work.seconds()]), strict=True)
         means = [sum(values) / self.world.size for values in metrics]
         self.state.progress.last |= dict(zip(self._metrics, means, strict=True))
         return list(seconds)
 
     # --- saving ------------------------------------------------------------------------------------------------------
 
-    def _seconds_are_over(self) -> bool:
-        """Whether ``checkpoint.every_seconds`` have passed, by rank 0's clock."""
+    def _wants_save(self) -> bool:
+        """Whether this rank asks for a save: ``checkpoint.every_seconds`` have passed by rank 0's clock, or the last one saw
+        the state change while it was copied."""
         every = self.config.checkpoint.every_seconds
-        return every is not None and self.world.rank == 0 and time.monotonic() - self._last_saved_time >= every
+        seconds_are_over = every is not None and self.world.rank == 0 and time.monotonic() - self._last_saved_time >= every
+        return seconds_are_over or (self._saver is not None and self._saver.must_repeat)
 
     def _is_new_best(self) -> bool:
         """Whether this step's evaluation is the best so far, and such a checkpoint is to be kept."""
         return self.config.checkpoint.keep_best and self.state.progress.best.get("step") == self.global_step
 
-    def _fence(self, *_args: object) -> None:
-        """Before an optimizer changes what a save may still be copying."""
+    def _before_optimizer(self, *_args: object) -> None:
+        """An optimizer is about to take its step."""
+        self._has_stepped = True
+        self._fence()
+        self._omissions.at_optimizer()
+
+    def _fence(self) -> None:
+        """Before anything may change what a save may still be copying."""
         if self._saver is not None:
             self._saver.fence()
-
-    def _save_if_due(self, *, now: bool, must_succeed: bool) -> None:
-        """Saves the state as it is at this step boundary. All ranks call it; rank 0 writes."""
-        checkpoint = self.config.checkpoint
-        if self._saver is not None:
-            self._tell_of(self._saver.poll())
-        if self._is_over():  # the end is saved by itself
-            return
-        if now or self._is_due(checkpoint.every_steps, checkpoint.every_epochs):
-            self._save(must_succeed=must_succeed)
 
     def _wait_for_save(self) -> None:
         self._on_writers(lambda saver: self._tell_of(saver.wait()))
@@ -479,6 +606,9 @@ class Run:
     def _save(self, *, must_succeed: bool) -> None:
         if self.config.checkpoint.url is None:
             return
+        if not self._has_saved:
+            resume.check_alike(self.world, self.state)
+            self._has_saved = True
         self._note_metrics()
         ranks = self.world.gather(self.state.capture_rank())
         self._last_saved_time = time.monotonic()
@@ -523,12 +653,14 @@ class Run:
             self._tell_of(saver.save(parts, **about, must_succeed=must_succeed))
         else:
             saver.begin(parts, **about, overlap=checkpoint.overlap, check=checkpoint.check_snapshots)
+        if not self._ends_of_bodies_show:
+            self._omissions.after_save(progress.step)
 
     def _tell_of(self, saved: Saved | None) -> None:
         """Logs a save that has been committed."""
         if saved is None:
             return
-        self._committed_step = saved.step
+        self._committed = (saved.step, saved.directory)
         times = f"in {saved.seconds:.2f} s, of which training waited {saved.blocked_seconds:.3f} s"
         message = f"step {self._of_total(saved.step)}  saved {saved.directory} {times}"
         self.tell("save", message, **asdict(saved))
@@ -560,6 +692,25 @@ class Run:
             "python": platform.python_version(),
             "harness": harness.__version__,
         }
+
+
+_PROOFS = 2  # saves of an attempt that show whether only the optimizer changes what it owns
+_FLOATS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class _Due:
+    """What is to be done when the body of a step has ended."""
+
+    save: bool = False
+    stop: bool = False
+
+
+def _is_better(value: float, best: float | None, *, higher_is_better: bool) -> bool:
+    """Whether a value is better than the best so far. NaN is better than nothing."""
+    if math.isnan(value):
+        return False
+    return best is None or math.isnan(best) or (value > best if higher_is_better else value < best)
 
 
 def _settings(

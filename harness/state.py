@@ -4,9 +4,11 @@ Restoring checks everything first and touches the live objects last. It is stric
 consumed, and what is live must be filled.
 """
 
+import json
+import logging
 import random
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,18 +19,55 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from harness.buckets import GradientOrder
-from harness.checkpoint import commit
+from harness.checkpoint import commit, tree
 from harness.checkpoint.collector import without_collections
-from harness.checkpoint.format import check_part_name
+from harness.checkpoint.format import Manifest, check_part_name, span
+from harness.data import Loader
 from harness.errors import ConfigError, Mismatch, Unsupported
-from harness.modules import check_model, listed, model_state, module_versions, restore_model, unwrap
+from harness.modules import (
+    check_is_whole,
+    check_model,
+    check_not_sharded,
+    frozen,
+    kind_of,
+    listed,
+    model_state,
+    module_versions,
+    restore_model,
+    some,
+    unwrap,
+)
 from harness.optimizers import (
+    Attributes,
     check_optimizer,
     check_scheduler,
     optimizer_state,
+    plain_optimizer,
     restore_optimizer,
+    saved_parameters,
     scheduler_state,
+    with_step_hooks,
 )
+from harness.options import (
+    Built,
+    Difference,
+    attributes_of,
+    built_groups,
+    built_schedule,
+    check_length,
+    differences,
+    options_of,
+    plain_items,
+    position,
+    reset_groups,
+    reset_schedule,
+    saved_schedule,
+)
+
+log = logging.getLogger(__name__)
+
+# Called before a checkpoint is compared, with its step, its epoch, and dtype and shape of each tensor of each part.
+Adapt = Callable[[int, int, Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]], None]
 
 
 @dataclass
@@ -39,6 +78,7 @@ class Progress:
     epoch: int = 0  # where no loader of ours counts them
     last: dict[str, float] = field(default_factory=dict)  # the newest metrics, the training loss among them
     best: dict[str, float] = field(default_factory=dict)  # the metrics and the step of the best evaluation
+    finished_loops: int = 0  # of the program's loops, that are over although they have not come to their own end
 
 
 class State:
@@ -51,29 +91,59 @@ class State:
     further parts are made here: ``training`` has the versions of the modules, the order of DDP's gradients and the progress,
     ``random`` each rank's generators.
 
-    Raises ``ConfigError`` for an object that has no state, ``Unsupported`` for an optimizer of foreign parameters.
+    ``reset_options`` names options of optimizers and settings of schedules of which, at a resume, the program's values count
+    and not the checkpoint's. ``adapt`` is called before a checkpoint is compared, and may give the live objects what it has.
+    Only one rank ``speaks``, that is, warns.
+
+    Raises ``ConfigError`` for an object that has no state, or an option that none has, ``Unsupported`` for an optimizer of
+    foreign parameters, for a model whose ``state_dict()`` leaves out what is trained, and for what the ranks share out.
     """
 
-    def __init__(self, objects: Mapping[str, Any], device: torch.device) -> None:
+    def __init__(
+        self,
+        objects: Mapping[str, Any],
+        device: torch.device,
+        *,
+        reset_options: Sequence[str] = (),
+        adapt: Adapt | None = None,
+        speaks: bool = True,
+    ) -> None:
         self.device = device
         self.progress = Progress()
-        self.modules = {name: each for name, each in objects.items() if isinstance(each, nn.Module)}
-        self.optimizers = {name: each for name, each in objects.items() if isinstance(each, Optimizer)}
+        self._speaks = speaks
+        self._adapt = adapt
+        self._objects = {name: plain_optimizer(each) for name, each in objects.items()}
+        self.modules = {name: each for name, each in self._objects.items() if isinstance(each, nn.Module)}
+        self.optimizers = {name: each for name, each in self._objects.items() if isinstance(each, Optimizer)}
+        self._parts = {name: self._part(name, each) for name, each in self._objects.items()}
         self.gradients = {
             name: GradientOrder(each)
             for name, module in self.modules.items()
             for each in module.modules()
             if isinstance(each, nn.parallel.DistributedDataParallel)
         }
-        self._parts = {name: self._part(name, each) for name, each in objects.items()}
+        self.differences: list[Difference] = []  # between this program and the one that wrote the checkpoint
+        self._built = {name: part.built for name, part in self._parts.items()}  # as the next checkpoint tells it
+        self._reset_options = sorted({*reset_options})
+        self._was_frozen: dict[str, list[str]] | None = None  # in the checkpoint, where this program builds it otherwise
+        self._names = self._current_names()
+        self._sizes: dict[str, Any] | None = None  # of the parts that a save has, at the first
+        self._check_reset_options()
+
+    @property
+    def objects(self) -> list[Any]:
+        """What was given."""
+        return [part.live for part in self._parts.values()]
 
     def _part(self, name: str, each: Any) -> "_Part":
         check_part_name(name)
         if name in (TRAINING, RANDOM):
             raise ConfigError(f"state: {name!r} is the name of a part that harness writes; choose another one")
+        check_not_sharded(name, each)
         if isinstance(each, nn.Module):
+            self._warn(check_is_whole(name, each))
             return _Module(name, each, self.device)
-        if isinstance(each, Optimizer):
+        if isinstance(each, Optimizer) and "param_groups" in (state := each.state_dict()) and "state" in state:
             return _Optimizer(name, each, self._owner(name, each), self.device)
         if isinstance(each, LRScheduler):
             return _Scheduler(name, each)
@@ -99,6 +169,22 @@ class State:
             raise Unsupported(f"{name}: none of its parameters is one of a module in the state; put its model there, too")
         return nn.ModuleDict(having)
 
+    def _warn(self, message: str | None) -> None:
+        if message and self._speaks:
+            log.warning("%s", message)
+
+    def stepping(self) -> list[Optimizer]:
+        """The optimizers that call hooks before they step. Raises ``ConfigError`` for one that neither does nor has one that
+        does: nobody could know when it changes the parameters."""
+        found = {name: list(with_step_hooks(optimizer)) for name, optimizer in self.optimizers.items()}
+        for name, hooked in found.items():
+            if not hooked:
+                kind = type(self.optimizers[name]).__name__
+                raise ConfigError(
+                    f"{name}: {kind} calls no step hooks; have its __init__ call torch.optim.Optimizer.__init__"
+                )
+        return list({id(each): each for hooked in found.values() for each in hooked}.values())
+
     def without_scheduler(self) -> list[str]:
         """The names of those optimizers whose learning rate is a scheduler's that no object of the state is, or has.
 
@@ -106,7 +192,7 @@ class State:
         """
         others = [part.live for part in self._parts.values() if not isinstance(part.live, nn.Module | Optimizer)]
         held = [each for other in others for each in (other, *_attributes(other).values())]
-        scheduled = {id(_attributes(each).get("optimizer")) for each in held}
+        scheduled = {id(plain_optimizer(_attributes(each).get("optimizer"))) for each in held}
         return [
             name
             for name, optimizer in self.optimizers.items()
@@ -117,7 +203,9 @@ class State:
 
     def capture(self) -> dict[str, dict[str, Any]]:
         """The parts that are the same on every rank. Tensors are the live ones, not copies."""
-        return {**self._captured(per_rank=False), TRAINING: self._training()}
+        captured = self._captured(per_rank=False)
+        self._notice_changed_names(captured)
+        return {**captured, TRAINING: self._training()}
 
     def capture_rank(self) -> dict[str, Any]:
         """What is this rank's own: the states of its generators, and of the objects that differ between ranks."""
@@ -134,15 +222,90 @@ class State:
             "epoch": self.progress.epoch,
             "last": self.progress.last,
             "best": self.progress.best,
+            "finished_loops": self.progress.finished_loops,
+            "built": self._built,
+            "reset_options": self._reset_options,
+            "frozen": {name: frozen(module) for name, module in self.modules.items()},
         }
 
+    def _notice_changed_names(self, captured: Mapping[str, Mapping[str, Any]]) -> None:
+        """Says at the first save that has other names than the run was made with that the next start will be refused."""
+        sizes = {name: part.size(captured[name]) for name, part in self._parts.items() if name in captured}
+        if sizes == self._sizes or self._adapt is not None:
+            return
+        self._sizes = sizes
+        before, now = self._names, self._current_names()
+        lines = [f"{key}: new, {now[key]}" for key in now if key not in before]
+        lines += [f"{key}: gone" for key in before if key not in now]
+        lines += [f"{key}: {before[key]} before, now {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
+        self._names = now
+        if lines:
+            what = "what is saved has other names and shapes than when Run was made"
+            self._warn(
+                f"{listed(what, lines, 10)}\nA program that builds what this one has built cannot be resumed from it: build "
+                "it like this before Run, or in a function that Run(..., adapt=...) calls with the checkpoint's names"
+            )
+
+    def _current_names(self) -> dict[str, str]:
+        """The entries of the modules and the parameters of the optimizers' groups, and what kind each is."""
+        return {f"{name}: {key}": kind for name, part in self._parts.items() for key, kind in part.names().items()}
+
     def is_steady(self) -> Callable[[torch.Tensor], bool]:
-        """Tells the tensors that nothing changes but an optimizer's step: its parameters, and its own state."""
+        """Tells the tensors that nothing changes but an optimizer's step: its parameters, and its own state.
+
+        A frozen parameter in an optimizer's groups is moved by somebody else, if at all: a momentum encoder. So is the
+        weight of an embedding with ``max_norm``, by its forward pass.
+        """
+        renormed = {
+            module.weight.data_ptr()
+            for model in self.modules.values()
+            for module in model.modules()
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+        }
         places = set()
         for optimizer in self.optimizers.values():
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            parameters = [each for group in optimizer.param_groups for each in group["params"] if each.requires_grad]
             places |= {tensor.data_ptr() for tensor in tensors_in([parameters, *optimizer.state.values()])}
+        places -= renormed
         return lambda tensor: tensor.data_ptr() in places
+
+    def is_that_of(self, manifest: Manifest) -> bool:
+        """Whether a checkpoint has this state, bit for bit, where it is the same on every rank."""
+        if manifest.parts[TRAINING].tree.get("finished_loops", 0) != self.progress.finished_loops:
+            return False
+        parts = self._captured(per_rank=False)
+        return all(commit.digest_of(part, name) == manifest.parts[name].digest for name, part in parts.items())
+
+    def marks(self) -> dict[str, Any]:
+        """By part, what shows that something has changed it, at little cost: plain values, and the versions of tensors.
+
+        Modules, optimizers and loaders are left out, which change in each step.
+        """
+        found = {}
+        for name, part in self._parts.items():
+            if not isinstance(part, _Module | _Optimizer | _DataLoader) and not isinstance(part.live, Loader):
+                encoded = tree.encode(part.capture(), name)
+                versions = {path: (tensor.data_ptr(), tensor._version) for path, tensor in encoded.tensors.items()}
+                found[name] = (json.dumps(encoded.tree, sort_keys=True), versions)
+        return found
+
+    def holds(self) -> tuple[set[int], set[int]]:
+        """What is in the state: the identities of objects, those that they have as attributes included, and the addresses of
+        tensors."""
+        lives = [part.live for part in self._parts.values()]
+        held = [each for live in lives for each in (live, *_attributes(live).values())]
+        held += [item for each in held if isinstance(each, list | tuple) for item in each]
+        tensors = tensors_in([part.capture() for part in self._parts.values()])
+        return {id(each) for each in held}, {tensor.data_ptr() for tensor in tensors}
+
+    def steady_digests(self) -> dict[str, str]:
+        """Of each module's parameters and each optimizer's state on this rank, by part: what has to be the same on all ranks
+        between two steps. Buffers may differ."""
+        found = {}
+        for name, part in self._parts.items():
+            if not part.per_rank and (values := part.steady()):
+                found[name] = commit.digest_of(values, name)
+        return found
 
     def digests(self) -> dict[str, Any]:
         """What must be the same on all ranks before they train together."""
@@ -151,12 +314,15 @@ class State:
 
     # --- restoring ---
 
-    def restore(self, parts: Mapping[str, Mapping[str, Any]], step: int, rank: int = 0) -> None:
+    def restore(self, parts: Mapping[str, Mapping[str, Any]], step: int, rank: int = 0, epoch: int = 0) -> None:
         """Puts the parts of a checkpoint into the live objects. Raises ``Mismatch`` before it touches any of them.
 
         The generators are not touched: see ``restore_random_state``.
         """
         saved = {name: part for name, part in parts.items() if name not in (TRAINING, RANDOM)}
+        if self._adapt is not None:
+            self._adapt(step, epoch, {name: _shapes(part, name) for name, part in saved.items()})
+            self._parts = {name: self._part(name, each) for name, each in self._objects.items()}
         lines = [
             f"{name}: not in the checkpoint; the run has {part}" for name, part in self._parts.items() if name not in saved
         ]
@@ -173,11 +339,104 @@ class State:
         checked = {}
         for part in sorted(self._parts.values(), key=lambda part: part.checked):
             checked[part.name] = part.check(own[part.name])
+        self._compare(own, training)
+        self._settle(training["gradient_order"])  # before the rest: what a hook remembers of it is overwritten
         for part in sorted(self._parts.values(), key=lambda part: part.restored):
+            if isinstance(part, _Optimizer):
+                part.saved_parameters = saved_parameters(self.modules, own)
             part.restore(checked[part.name], training)
+        self._reset()
+        last, best = dict(training["last"]), dict(training["best"])
+        self.progress = Progress(step, int(training["epoch"]), last, best, int(training.get("finished_loops", 0)))
+
+    def _settle(self, orders: Mapping[str, Any]) -> None:
+        lives = [part.live for part in self._parts.values()]
+        restored = {id(live) for live in lives}
+        # What a module has as an attribute is not in its state_dict(); with other objects, it is what they are there for.
+        restored |= {id(value) for live in lives if not isinstance(live, nn.Module) for value in _attributes(live).values()}
         for name, gradients in self.gradients.items():
-            gradients.settle(list(training["gradient_order"].get(name, [])))
-        self.progress = Progress(step, int(training["epoch"]), dict(training["last"]), dict(training["best"]))
+            if stranger := gradients.settle(list(orders.get(name, [])), restored):
+                self._warn(
+                    f"{name}: the communication hook {stranger} keeps a state that is not in the run's; with three ranks or "
+                    "more the first step may differ in its last bits. Give Run an object whose state_dict() has it"
+                )
+
+    # --- what the program says, and the checkpoint ---
+
+    def _check_reset_options(self) -> None:
+        known = {key.rpartition(".")[2] for part in self._parts.values() if part.resets for key in part.built}
+        for name in self._reset_options:
+            if name not in known:
+                raise ConfigError(
+                    f"reset_options: no optimizer or scheduler has the option {name!r}; there are {', '.join(sorted(known))}"
+                )
+
+    def _compare(self, own: Mapping[str, Mapping[str, Any]], training: Mapping[str, Any]) -> None:
+        """Notes what this program says otherwise than the one that wrote the checkpoint, and what the next one is to say."""
+        was_built, was_reset = training.get("built", {}), training.get("reset_options", [])
+        self.differences = []
+        for name, part in self._parts.items():
+            there = was_built[name] if name in was_built else part.built_of(own[name])
+            found = list(differences(name, part.built, there))
+            # Once: an automatic restart of the same program must not undo what has become of the option since.
+            part.to_reset = {
+                key
+                for option in part.built
+                if part.resets and (key := option.rpartition(".")[2]) in self._reset_options
+                if key not in was_reset or any(each.name == key for each in found)
+            }
+            for each in found:
+                wins = not part.resets or each.name in part.to_reset
+                self.differences.append(replace(each, who_counts="program", scheduled="") if wins else each)
+            counts = {each.option for each in found if each.who_counts == "checkpoint" and each.name not in part.to_reset}
+            self._built[name] = {
+                key: there[key] if key in counts and part.resets else here for key, here in part.built.items()
+            }
+        was_frozen = training.get("frozen", {})
+        now_frozen = {name: frozen(module) for name, module in self.modules.items()}
+        self._was_frozen = was_frozen if was_frozen and was_frozen != now_frozen else None
+
+    def _reset(self) -> None:
+        """Gives optimizers and schedules those of the program's settings that are to count."""
+        rates = {
+            id(optimizer): [
+                (float(group["lr"]), group.get("initial_lr")) for group in optimizer.param_groups if "lr" in group
+            ]
+            for optimizer in self.optimizers.values()
+        }
+        changed = {id(part.live) for part in self._parts.values() if {"lr", "max_lr"} & part.to_reset}
+        for part in sorted(self._parts.values(), key=lambda part: part.restored):
+            if isinstance(part, _Scheduler):
+                optimizer = id(plain_optimizer(part.live.optimizer))
+                part.reset(rates.get(optimizer, []), moves_rate=optimizer in changed)
+            elif part.to_reset:
+                part.reset_own()
+
+    def check_frozen(self) -> None:
+        """After the first step of a resumed run: warns where other parameters are trained than when the checkpoint was
+        written, since ``requires_grad`` is restored by nobody but the program."""
+        if self._was_frozen is None:
+            return
+        for name, module in self.modules.items():
+            now, before = {*frozen(module)}, {*self._was_frozen.get(name, [])}
+            lines = [f"{some(sorted(now - before))}: trained then, frozen now"] if now - before else []
+            lines += [f"{some(sorted(before - now))}: frozen then, trained now"] if before - now else []
+            if lines:
+                advice = "requires_grad is not restored; set it before Run as the training has it at this step"
+                self._warn(f"{name}: other parameters are trained than in the checkpoint: {'; '.join(lines)}. {advice}")
+
+    def check_lengths(self, total_steps: int | None, total_epochs: int | None, *, each_step: bool = False) -> None:
+        """Raises ``ConfigError`` where a schedule would end, with an error, before the run does.
+
+        Whether a scheduler is stepped with each step (``each_step``) or with each epoch is seen from where it is, if at all.
+        """
+        for name, part in self._parts.items():
+            if isinstance(part, _Scheduler):
+                at, step, epoch = position(part.live), self.progress.step, self.progress.epoch
+                if total_steps is not None and (each_step or (at == step and step > 0)):
+                    check_length(name, part.live, total_steps)
+                elif total_epochs is not None and at == epoch and 0 < epoch < step:
+                    check_length(name, part.live, total_epochs)
 
 
 TRAINING, RANDOM = "training", "random"
@@ -188,13 +447,39 @@ class _Part:
 
     checked = restored = 3
     per_rank = False
+    resets = False  # the checkpoint's settings count, unless they are reset
 
     def __init__(self, name: str, live: Any) -> None:
         self.name = name
         self.live = live
+        self.to_reset: set[str] = set()  # the settings of which the program's value counts
+        self.built = self.described()
 
     def __str__(self) -> str:
         return type(self.live).__name__
+
+    def described(self) -> Built:
+        """The settings of the live object."""
+        return {}
+
+    def built_of(self, _saved: Mapping[str, Any]) -> Built:
+        """The same of a saved state, as far as it has them."""
+        return {}
+
+    def names(self) -> dict[str, str]:
+        """What must be there before a checkpoint can be restored, and of what kind it is."""
+        return {}
+
+    def size(self, _captured: Mapping[str, Any]) -> Any:
+        """Changes when the names of a captured state do, nearly always, and costs little."""
+        return None
+
+    def steady(self) -> Mapping[str, Any]:
+        """What nothing changes but an optimizer's step."""
+        return {}
+
+    def reset_own(self) -> None:
+        """Puts in the program's values of ``to_reset``."""
 
     def capture(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -215,6 +500,15 @@ class _Module(_Part):
         super().__init__(name, live)
         self.device = device
 
+    def names(self) -> dict[str, str]:
+        return {name: kind_of(name, value) for name, value in model_state(self.live).items()}
+
+    def size(self, captured: Mapping[str, Any]) -> Any:
+        return len(captured), sum(value.numel() for value in captured.values() if isinstance(value, torch.Tensor))
+
+    def steady(self) -> Mapping[str, Any]:
+        return dict(unwrap(self.live).named_parameters())
+
     def capture(self) -> dict[str, Any]:
         return model_state(self.live)
 
@@ -228,24 +522,67 @@ class _Module(_Part):
 
 class _Optimizer(_Part):
     checked, restored = 2, 1
+    resets = True
+    saved_parameters: Mapping[int, torch.Tensor]  # of the checkpoint that is restored, by the ids of the live ones
 
     def __init__(self, name: str, live: Optimizer, owner: nn.Module, device: torch.device) -> None:
         super().__init__(name, live)
         self.owner = owner
         self.device = device
+        self.options = options_of(live)
+        self.option_names = [set(group) for group in live.param_groups]
+        self.attributes = Attributes(live)
+
+    def described(self) -> Built:
+        return built_groups(self.live.param_groups)
+
+    def built_of(self, saved: Mapping[str, Any]) -> Built:
+        return built_groups(saved["param_groups"])
+
+    def names(self) -> dict[str, str]:
+        groups = optimizer_state(self.live, self.owner)["param_groups"]
+        return {f"{name} of group {index}": "" for index, group in enumerate(groups) for name in group["params"]}
+
+    def size(self, captured: Mapping[str, Any]) -> Any:
+        return [len(group["params"]) for group in captured["param_groups"]]
+
+    def steady(self) -> Mapping[str, Any]:
+        return {"state": optimizer_state(self.live, self.owner)["state"]}
+
+    def reset_own(self) -> None:
+        reset_groups(self.live, self.options, self.to_reset)
 
     def capture(self) -> dict[str, Any]:
-        return optimizer_state(self.live, self.owner)
+        attributes = self.attributes.changed()
+        return {**optimizer_state(self.live, self.owner), **({"attributes": attributes} if attributes else {})}
 
     def check(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         return check_optimizer(self.live, self.owner, saved)
 
     def restore(self, saved: Mapping[str, Any], _training: Mapping[str, Any]) -> None:
-        restore_optimizer(self.live, {**saved, "state": sent(saved["state"], self.device)})
+        there = sent(dict(saved), self.device)
+        restore_optimizer(self.live, there, self.saved_parameters, self.option_names)
+        self.attributes.restore(there.get("attributes", {}))
 
 
 class _Scheduler(_Part):
     checked, restored = 1, 2
+    resets = True
+
+    def __init__(self, name: str, live: LRScheduler) -> None:
+        super().__init__(name, live)
+        self.attributes = attributes_of(live)
+
+    def described(self) -> Built:
+        return built_schedule(self.live)
+
+    def built_of(self, saved: Mapping[str, Any]) -> Built:
+        return saved_schedule(saved["state"])
+
+    def reset(self, rates: Sequence[tuple[float, float | None]], *, moves_rate: bool) -> None:
+        """Puts in the program's settings, and the rate that follows from them; ``rates`` are the checkpoint's."""
+        if self.to_reset or moves_rate:
+            reset_schedule(self.live, self.attributes, self.to_reset | ({"lr"} if moves_rate else set()), rates)
 
     def capture(self) -> dict[str, Any]:
         return scheduler_state(self.live)
@@ -265,6 +602,12 @@ class _Other(_Part):
         super().__init__(name, live)
         self.per_rank = bool(getattr(live, "per_rank", False))
 
+    def described(self) -> Built:
+        """Of a loader: what a batch is."""
+        places = (self.live, getattr(self.live, "schedule", None))
+        keys = ("batch_size", "global_batch_size", "micro_batch_size", "drop_last")
+        return plain_items({key: getattr(place, key) for key in keys for place in places if hasattr(place, key)})
+
     def capture(self) -> dict[str, Any]:
         return {"state": self.live.state_dict()}
 
@@ -278,6 +621,15 @@ class _Other(_Part):
 
 
 class _Scaler(_Other):
+    resets = True
+
+    def described(self) -> Built:
+        state = self.live.state_dict()
+        return plain_items({key: value for key, value in state.items() if key != "scale" and not key.startswith("_")})
+
+    def reset_own(self) -> None:
+        self.live.load_state_dict({**self.live.state_dict(), **{key: self.built[key] for key in self.to_reset}})
+
     def check(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         if bool(saved["state"]) != self.live.is_enabled():
             raise Mismatch(
@@ -303,6 +655,15 @@ class _DataLoader(_Other):
         live.generator = live.generator or torch.Generator().manual_seed(torch.initial_seed())
         if getattr(live.sampler, "generator", live.generator) is None:
             live.sampler.generator = live.generator
+
+
+def _shapes(part: Mapping[str, Any], name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The dtype and shape of each tensor of a part, by its path."""
+    encoded = commit.encode({name: part})[name]
+    found = {
+        path: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for path, tensor in encoded.tensors.items()
+    }
+    return found | {further: found[first] for further, first in encoded.aliases.items()}
 
 
 def _attributes(value: Any) -> Mapping[str, Any]:
@@ -342,12 +703,16 @@ class _Stage:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.halves = [torch.empty(_STAGE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self.halves = [torch.empty(_STAGE_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(2)]
         self.arrived = [torch.cuda.Event() for _ in self.halves]  # type: ignore[no-untyped-call]
 
     def send(self, tensor: torch.Tensor) -> torch.Tensor:
-        target = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
-        pieces = (torch.split(each.view(-1).view(torch.uint8), _STAGE_BYTES) for each in (tensor, target))
+        if not (places := span(tensor.shape, tensor.stride())):
+            tensor = tensor.contiguous()
+            places = tensor.numel()
+        target = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
+        flat = (each.detach().as_strided((places,), (1,)).view(torch.uint8) for each in (tensor, target))
+        pieces = (torch.split(each, _STAGE_BYTES) for each in flat)
         for number, (here, there) in enumerate(zip(*pieces, strict=True)):
             half, arrived = self.halves[number % 2][: len(here)], self.arrived[number % 2]
             arrived.synchronize()  # at once, where nothing is on its way

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +27,7 @@ class OwnWork:
     def __init__(self, device: torch.device, modules: Iterable[nn.Module], loader: Loader | None = None) -> None:
         self._device = device
         self._loader = loader
+        self.forwards = 0  # passes of modules in training, so far
         self._seconds = 0.0
         self._began: float | None = None
         self._events: list[torch.cuda.Event] = []  # beginnings and ends in turn, not yet counted
@@ -37,8 +39,13 @@ class OwnWork:
                 inner.register_forward_pre_hook(self._begin_forward)
                 inner.register_forward_hook(self._end_forward)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of a module takes its hooks along. In the copy they note down nothing that counts."""
+        return type(self), (self._device, ())
+
     def _begin_forward(self, model: nn.Module, _inputs: object) -> None:
         if model.training:
+            self.forwards += 1
             self._began = time.perf_counter()
             self._record_event()
 

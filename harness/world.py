@@ -183,7 +183,7 @@ class TorchrunWorld:
     def all_gather_floats(self, values: Sequence[float]) -> list[list[float]]:
         if self.size == 1:
             return [list(values)]
-        own = torch.tensor(values, dtype=torch.float64)
+        own = torch.tensor(values, dtype=torch.float64, device="cpu")
         found = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(found, own, group=self._control)
         return [each.tolist() for each in found]
@@ -198,7 +198,7 @@ class TorchrunWorld:
         dist.all_gather(list(found), own, group=self._control)
 
     def begin_max(self, values: Sequence[int]) -> PendingMax:
-        tensor = torch.tensor(values, dtype=torch.int64)
+        tensor = torch.tensor(values, dtype=torch.int64, device="cpu")
         work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._control, async_op=True)
         return _Reducing(tensor, work)
 

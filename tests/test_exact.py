@@ -24,10 +24,11 @@ from cluster import (
     train_here,
 )
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from harness import Evaluation, Task
+from harness import Evaluation, Run, StopRequest, Task
 from harness.buckets import GradientOrder
 from harness.data import Cursor, Schedule
 from harness.tasks import gpt
@@ -316,6 +317,53 @@ def fp16(world, place: Path):
     return in_two_halves(world, place, build_dropout, precision="fp16", micro_batch_size=1)
 
 
+class Fading:
+    """Makes the gradients of a model a little smaller each time that one comes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.seen = 0
+        for parameter in model.parameters():
+            parameter.register_hook(self.fade)
+
+    def fade(self, gradient: torch.Tensor) -> torch.Tensor:
+        self.seen += 1
+        return gradient * 0.999**self.seen
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.seen = state["seen"]
+
+
+def hooked(world, place: Path):
+    """The digests as from ``in_two_halves``, and how many gradients the hooks have seen, of a loop whose gradients pass
+    through hooks of parameters and a communication hook."""
+    found = []
+    for url, steps in (("straight", 4), ("halves", 2), ("halves", 4)):
+        torch.manual_seed(SEED)
+        plain = nn.Sequential(nn.Linear(6, 300), nn.Tanh(), nn.Linear(300, 3))
+        unsaved: list[None] = []  # which nobody puts back
+        for parameter in plain.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _, unsaved=unsaved: unsaved.append(None))
+        fading = Fading(plain)
+        model = world.wrap(plain)
+        model.register_comm_hook(None, default_hooks.fp16_compress_hook)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        state = {"model": model, "optimizer": optimizer, "fading": fading}
+        run = Run(place / url, state, world=world, stop=StopRequest(), config={"log": {"every_steps": None}})
+        began = run.global_step
+        for step in run.steps(steps):
+            optimizer.zero_grad()
+            generator = torch.Generator().manual_seed(10 * step + world.rank)
+            model(torch.randn(5, 6, generator=generator)).square().mean().backward()
+            optimizer.step()
+            run.step()
+        found.append((len(unsaved) / (steps - began), newest(place / url)["digests"]))
+        run.close()
+    return [{**digests, "seen": seen} for seen, digests in (found[0], found[2])]
+
+
 @pytest.fixture(scope="module")
 def on_three_ranks(tmp_path_factory):
     """What three ranks made of the scenarios, and where."""
@@ -361,10 +409,10 @@ def test_fewer_samples_than_ranks(tmp_path, on_three_ranks):
 
 
 @pytest.mark.torchrun
-@pytest.mark.parametrize("scenario", ["awkward", "compiled", "forgotten", "bf16", "fp16"])
+@pytest.mark.parametrize("scenario", ["awkward", "compiled", "forgotten", "bf16", "fp16", "hooked"])
 def test_resumed_on_three_ranks(on_three_ranks, scenario):
     """Under DDP, a run in two halves ends with the bits of the run in one go: whatever the model's children are called and
-    wrapped in, and in reduced precision, with clipping."""
+    wrapped in, in reduced precision, and when gradients pass through hooks, which notice nothing of a resume."""
     straight, halves = returned(on_three_ranks[1][scenario])[0]
     assert halves == straight
 
@@ -400,4 +448,4 @@ def test_resumed_in_one_process(tmp_path, task, precision):
 
 
 if __name__ == "__main__":
-    play([uneven, fewer_samples_than_ranks, awkward, compiled, forgotten, bf16, fp16], Path(sys.argv[1]))
+    play([uneven, fewer_samples_than_ranks, awkward, compiled, forgotten, bf16, fp16, hooked], Path(sys.argv[1]))

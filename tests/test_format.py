@@ -65,6 +65,7 @@ def test_directories_say_step_and_attempt():
     assert name.startswith("step-000000001200-000002-1f3a9c2e-")
     assert parse_directory(name) == (1200, ATTEMPT)
     assert name != new_directory(1200, ATTEMPT)
+    assert sorted(names := [new_directory(1200, ATTEMPT, number) for number in range(300)]) == names
 
 
 @pytest.mark.parametrize(

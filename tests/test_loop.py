@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
-from harness import Evaluation, Task
+from harness import Evaluation, Run, StopRequest, Task
 from harness.checkpoint.saver import Saver
 from harness.config import Config
 from harness.errors import ConfigError, StoreError
@@ -429,6 +429,22 @@ def last_save_fails(world, place: Path):
     train_here(lambda: build_full(str(full), room_at=50), world, url=place / "run-0", train=TRAIN)
 
 
+def other_metrics(world, _place: Path):
+    """What becomes of a loop whose ranks tell different metrics, or the same in another order."""
+    told = []
+    for metrics in ({"loss": 1.0, **({"accuracy": 1.0} if world.rank == 0 else {})}, {"ab"[world.rank]: 1.0}, {"loss": 1.0}):
+        model = torch.nn.Linear(1, 1)
+        state = {"model": world.wrap(model)}
+        run = Run(None, state, world=world, stop=StopRequest(), config={"log": {"every_steps": 1}})
+        try:
+            for _ in run.steps(1):
+                run.step(**metrics)
+            told.append("")
+        except ConfigError as error:
+            told.append(str(error).partition("; ")[2])
+    return told
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     directory = tmp_path_factory.mktemp("loop")
@@ -443,6 +459,13 @@ def test_ranks_share_an_evaluation(results):
     records = [json.loads(line) for line in (directory / "evaluated" / "judged.jsonl").read_text().splitlines()]
     means = [record["x"] for record in records if record["event"] == "evaluate"]
     assert means == [pytest.approx(0, abs=1e-6)] * 4
+
+
+@pytest.mark.torchrun
+def test_metrics_are_matched_by_name(results):
+    """Never by position: means over different metrics are none."""
+    told = ["rank 0 tells loss, accuracy; rank 1 tells loss", "rank 0 tells a; rank 1 tells b", ""]
+    assert returned(results[1]["other_metrics"]) == [told, told]
 
 
 @pytest.mark.torchrun
@@ -474,4 +497,4 @@ def test_a_save_that_outlasts_the_grace_is_warned_of_at_the_next_start(run, capl
 
 
 if __name__ == "__main__":
-    play([evaluated, empty_shares, saved_late, last_save_fails], Path(sys.argv[1]))
+    play([evaluated, empty_shares, saved_late, last_save_fails, other_metrics], Path(sys.argv[1]))

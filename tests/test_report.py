@@ -283,6 +283,16 @@ def test_a_line_that_was_left_is_not_the_runs():
     assert [record["step"] for record in journal.merged(records)] == [10, 30]
 
 
+def test_a_commit_that_the_kill_left_no_word_of():
+    """The checkpoint is there, so its steps are not lost."""
+    records = {FIRST: RECORDS[FIRST][:4]}
+    about = {FIRST: CLAIMS[FIRST]}
+    without, found = (
+        numbers.of("there", about, records, {}, now=9999, lineage=each) for each in ([], [Ancestor(FIRST.id, 20)])
+    )
+    assert (without.step, found.step, found.lost_steps) == (0, 20, 2)
+
+
 def test_a_newer_checkpoint_whose_attempt_told_nothing():
     """The run stands on it, not on the line of the last attempt that told something; that this is missing is said."""
     fourth = Attempt("000004-aaaaaaaa")

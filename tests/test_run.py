@@ -32,13 +32,13 @@ class Script:
         self.run = Run(url, state, every_steps=every_steps, config=quiet, stop=self.stop, **options)
 
     def train(self, epochs: int, *, until: int | None = None) -> "Script":
-        """Trains; ``until`` is a step after which the program dies, as it were."""
+        """Trains; ``until`` is a step before the successor of which the program dies, as it were."""
         for epoch in self.run.epochs(epochs):
             for (x,) in self.loader:
-                self.step(x)
                 if self.run.global_step == until:
                     self.run.close()
                     return self
+                self.step(x)
                 self.seen.append(epoch)
         return self
 
@@ -124,6 +124,82 @@ def test_a_loop_that_is_left_early_says_so(tmp_path):
     assert newest(tmp_path)["step"] == 4
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_run_that_was_finished_early_stays_finished(tmp_path, caplog, inside):
+    """A restart trains nothing; ``reopen`` does, and so does a second loop of the same program."""
+
+    def program(**options) -> Script:
+        script = Script(tmp_path, **options)
+        for _ in script.run.epochs(4):
+            for (x,) in script.loader:
+                script.step(x)
+                script.seen.append(script.run.global_step)
+            if script.run.epoch >= 2:
+                if inside:
+                    script.run.finish()
+                break
+        if not inside and script.seen:
+            script.run.finish()
+        return script
+
+    assert program().seen == [1, 2, 3, 4, 5, 6]
+    again = program()
+    assert again.seen == []
+    assert "run.finish() has ended this run early, at step 6" in caplog.text
+    for _ in again.run.steps(7):
+        again.step(torch.ones(1, 2))
+    assert newest(tmp_path)["step"] == 7
+    assert Script(tmp_path, reopen=True).train(3).seen == [2, 2, 2]
+
+
+def test_what_changes_after_the_last_save_is_saved_by_finish(tmp_path):
+    """Averages that get their statistics when the loop is over, say."""
+    script = Script(tmp_path).train(1)
+    script.run.finish()
+    assert saved_steps(tmp_path) == [3], "nothing has changed"
+    with torch.no_grad():
+        script.model[0].weight.mul_(0.5)
+    script.run.finish()
+    assert saved_steps(tmp_path) == [3, 3]
+    assert torch.equal(harness.load(tmp_path)["model"]["0.weight"], script.model[0].weight)
+    assert Script(tmp_path).train(2).seen == [1, 1, 1], "the loop was at its own end"
+
+
+@pytest.mark.parametrize("every", [2, 4])
+def test_epochs_that_end_between_two_steps(tmp_path, every):
+    """Batches that are left over at the end of an epoch hide none of its intervals."""
+    log = {"log": {"every_steps": None, "every_epochs": every, "jsonl": str(tmp_path / "log.jsonl")}}
+    script = Script(tmp_path / "run", every_epochs=every, config=log)
+    for _ in script.run.epochs(9):
+        for number, (x,) in enumerate(script.loader, 1):
+            if number % 2 == 0:  # of three
+                script.step(x)
+    assert saved_steps(tmp_path / "run") == [*range(every, 9, every), 9]
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if record["event"] == "train"] == [*range(every, 9, every)]
+
+
+def test_metrics_that_are_no_numbers():
+    """Are named."""
+    script = Script(None, config={"log": {"every_steps": 1}})
+    with pytest.raises(ConfigError, match=r"run\.step: logits: expected a number .* found Tensor of shape \[3\]"):
+        for _ in script.run.steps(2):
+            script.run.step(logits=torch.ones(3))
+
+
+def test_more_metrics_than_fit_into_one_message(tmp_path):
+    """All are logged."""
+    log = {"log": {"every_steps": 1, "jsonl": str(tmp_path / "log.jsonl")}}
+    script = Script(None, config=log)
+    values = {f"metric {number}": float(number) for number in range(100)}
+    for _ in script.run.steps(1):
+        script.run.step(**values)
+    (record,) = [
+        each for each in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()) if each["event"] == "train"
+    ]
+    assert {name: record[name] for name in values} == values
+
+
 def test_without_a_url_nothing_is_saved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Script(None).train(1).run.global_step == 3
@@ -145,10 +221,32 @@ def test_the_best_is_kept(tmp_path):
     for loss in (3.0, 1.0, 2.0, 5.0):
         script.run.total_steps = None
         for _ in script.run.steps(script.run.global_step + 1):
-            script.run.evaluated("loss", {"loss": loss})
             script.step(torch.ones(1, 2))
+            script.run.evaluated("loss", {"loss": loss})
     assert saved_steps(tmp_path) == [2, 4]
     assert Script(tmp_path).run.state.progress.best == {"loss": 1.0, "step": 2}
+
+
+def test_the_best_is_the_one_that_was_judged(tmp_path):
+    """At the end of an epoch it is that of the step before; NaN is never the best, not even as the first."""
+    script = Script(tmp_path, every_steps=1, keep_last=1, config={"checkpoint": {"keep_best": True}})
+    for epoch in script.run.epochs(4):
+        for (x,) in script.loader:
+            script.step(x)
+        script.run.evaluated("err", {"err": [float("nan"), 0.1, 0.5, float("nan")][epoch]})
+    assert script.run.state.progress.best == {"err": 0.1, "step": 6}
+    assert saved_steps(tmp_path) == [6, 12]
+
+
+def test_an_evaluation_between_the_optimizer_and_the_boundary(tmp_path):
+    """Is one of the step that is about to be told of."""
+    script = Script(tmp_path, keep_last=1, config={"checkpoint": {"keep_best": True}})
+    for number, _ in enumerate(script.run.steps(4)):
+        script.optimizer.step()
+        script.run.evaluated("err", {"err": [3.0, 1.0, 2.0, 2.0][number]})
+        script.run.step()
+    assert script.run.state.progress.best["step"] == 2
+    assert saved_steps(tmp_path) == [2, 4]
 
 
 def test_it_goes_back(tmp_path):

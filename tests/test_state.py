@@ -387,7 +387,7 @@ def test_extra_state_survives(value):
     [
         ({"callback": [print]}, "/callback/0", "a value of type builtins.builtin_function_or_method"),
         (object(), "", "a value of type builtins.object"),
-        ({("a", 1): 2}, "", "a key of type builtins.tuple"),
+        ({("a", 1.5): 2}, "", "a key of type builtins.tuple"),
         ({"sparse": torch.eye(2).to_sparse()}, "/sparse", "a tensor of layout torch.sparse_coo"),
         ([torch.empty(1, device="meta")], "/0", "a tensor on the meta device"),
     ],

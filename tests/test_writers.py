@@ -428,6 +428,24 @@ def test_other_bits_on_another_rank_are_found(small_blocks):
     assert MANIFEST not in " ".join(objects)
 
 
+def test_a_share_that_was_torn_is_made_up_for(small_blocks, caplog):
+    """What changes on any rank while it is copied keeps the save from being committed. It is no failure of a writer."""
+    objects: dict[str, bytes] = {}
+    writers = savers(Objects(objects), Objects(objects))
+    states = [parts(), parts()]
+    about = {"step": 1, "meta": {}, "directory": writers[0].new_directory(1), "is_steady": everything}
+    for writer, state in zip(writers, states, strict=True):
+        writer.begin(state, **about)
+        if writer is writers[1]:
+            for tensor in state["model"].values():
+                tensor.zero_()
+    assert [writer.wait() for writer in reversed(writers)] == [None, None]
+    assert [(writer.failures, writer.must_repeat) for writer in writers] == [(0, True), (0, False)]
+    assert failed(caplog) == []
+    saved = save(writers, 2, states=states)
+    assert writers[0].catalog.newest().directory == saved.directory
+
+
 def test_an_error_of_the_program_is_told_and_raised(small_blocks, monkeypatch):
     """A writer that has a mistake in it dies of it, and the first one does not wait."""
     objects: dict[str, bytes] = {}

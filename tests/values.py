@@ -1,7 +1,7 @@
 """Comparing nested values by every bit of them, and a state with its objects at hand."""
 
 import struct
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,8 @@ def bits(value: Any) -> Any:
         return (kind.__name__, {repr(bits(key)): bits(item) for key, item in value.items()})
     if isinstance(value, list | tuple):
         return ("tuple" if isinstance(value, tuple) else "list", [bits(item) for item in value])
+    if isinstance(value, deque):
+        return ("deque", value.maxlen, [bits(item) for item in value])
     if isinstance(value, set | frozenset):
         return (type(value).__name__, sorted(map(repr, map(bits, value))))
     if isinstance(value, float):

@@ -51,6 +51,14 @@ from harness.checkpoint.unbuffered import Buffer
 from harness.errors import Corrupt, StoreError, Unsupported
 
 
+class Torn(Exception):
+    """The state has changed while it was copied; this save must not be committed. ``paths`` are those of the tensors."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+        super().__init__(", ".join(paths[:5]) + more)
+
+
 def write(
     store: Store,
     parts: Mapping[str, Mapping[str, Any]],
@@ -156,7 +164,8 @@ def put_receipt(store: Store, directory: str, receipt: Receipt) -> None:
 def collect(store: Store, directory: str, plan: Plan, latest: Callable[[], float]) -> list[Receipt]:
     """The receipts of the other writers, which are waited for while the (monotonic) time is not later than ``latest()``.
 
-    Raises ``StoreError`` where one has failed or does not come, ``Unsupported`` where one holds something else.
+    Raises ``StoreError`` where one has failed or does not come, ``Torn`` where one's state has changed while it was copied,
+    ``Unsupported`` where one holds something else.
     """
     found: dict[int, Receipt] = {}
     missing = {*plan.writers.ranks[1:]}
@@ -182,6 +191,8 @@ def _receipt(store: Store, directory: str, plan: Plan, rank: int) -> Receipt:
         receipt = Receipt.decode(receipt_name(rank), store.get(name, MANIFEST_LIMIT_BYTES) or b"")
     except Corrupt as error:
         raise StoreError(f"read {store.url}/{directory}/{error}", transient=True) from None
+    if receipt.is_torn:
+        raise Torn([f"{receipt.problem} (rank {rank})"])
     if receipt.problem:
         raise (StoreError if receipt.is_of_storage else Unsupported)(f"rank {rank}: {receipt.problem}")
     if receipt.rank != rank or not plan.fits(receipt):

@@ -12,7 +12,8 @@ One URL is one run. It holds::
 
 What else lies there (``attempts/*.crash-*.json``, ``hangs/``) is for people, and decides nothing about checkpoints.
 
-**Directories.** ``step-<global step, 12 digits>-<number of the attempt, 6 digits>-<8 hex digits, random per save>``.
+**Directories.** ``step-<global step, 12 digits>-<id of the attempt>-<8 hex digits>``. The last ones differ between all saves
+of an attempt, and rise: of two saves of the same step in one attempt the later one has the larger.
 What exists is decided by the manifest alone; a directory without a valid one is rubbish or still being written.
 
 **Parts.** A checkpoint is a few named *parts*, each a nested value (a ``state_dict``). The tensors of a part lie in its
@@ -25,6 +26,12 @@ header, raw bytes). The header ends with so many spaces that the raw bytes begin
 a disk can then fetch them from memory that begins on a page. Within a shard, tensors are sorted by falling item size, then
 by path, so that each is aligned. A dtype that safetensors cannot name is stored as ``U8`` with one more dimension, of the
 item's size; its real name is in the header's ``__metadata__`` under ``dtype:<path>``.
+
+**Layout.** The bytes of a tensor are in row-major order, whatever its strides were. Where these were others, they are in the
+header's ``__metadata__`` under ``strides:<path>``, in items, separated by commas: some kernels go through memory and not
+through indices. A reader lays the tensor out like that, or leaves it in row-major order. Strides put no two items in one
+place, and span at most ``MOST_SPREAD`` times the tensor's items; a tensor whose strides do not is noted with those that
+torch gives its copies. Digests do not depend on strides.
 
 **Slices.** A large tensor may lie in several *pieces*, ranges of its raw bytes in row-major order that follow each other and
 begin at multiples of ``BLOCK_BYTES``. Each is a ``U8`` tensor of one dimension in some shard of the part, under
@@ -43,9 +50,11 @@ checksum of the block. So it can be told by those who have each seen some of the
 took from each; the writer itself is not in it. A step that an attempt wrote beyond that belongs to a line that was left.
 """
 
+import functools
 import itertools
 import json
 import math
+import operator
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
@@ -65,6 +74,7 @@ HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors reference imple
 CHECKSUM = "xxh3_128"
 BLOCK_BYTES = 16 << 20
 DATA_ALIGNMENT_BYTES = 4096  # of the first tensor in a shard: a page, and a block of every disk
+MOST_SPREAD = 4  # how many times its items a tensor with gaps may span: what a file asks for stays in bounds
 
 # torch's name of a dtype → safetensors' name and the bytes of an item. None: no name there, stored as U8.
 DTYPES: Mapping[str, tuple[str | None, int]] = {
@@ -157,6 +167,7 @@ def checksum_of_blocks(blocks: Blocks) -> str:
 
 _DIRECTORY = re.compile(r"step-([0-9]{12})-([0-9]{6}-[0-9a-f]{8})-([0-9a-f]{8})")
 _ATTEMPT_ID = re.compile(r"[0-9]{6}-[0-9a-f]{8}")
+_STRIDES = re.compile(r"[0-9]{1,15}(,[0-9]{1,15})*")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
 
 
@@ -182,9 +193,9 @@ class Attempt:
         return int(self.id[:6])
 
 
-def new_directory(step: int, attempt: Attempt) -> str:
-    """A name for the directory of one save, that no other save has had."""
-    return f"step-{step:012}-{attempt.id}-{secrets.token_hex(4)}"
+def new_directory(step: int, attempt: Attempt, number: int = 0) -> str:
+    """A name for the directory of one save, that no other save has had; ``number`` counts those of its attempt."""
+    return f"step-{step:012}-{attempt.id}-{number % (1 << 20):05x}{secrets.token_hex(2)[:3]}"
 
 
 def parse_directory(name: str) -> tuple[int, Attempt] | None:
@@ -217,11 +228,12 @@ def piece_name(path: str, offset: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor without its bytes: path, torch's name of the dtype, shape."""
+    """A tensor without its bytes: path, torch's name of the dtype, shape; its strides, where they are not row-major."""
 
     path: str
     dtype: str
     shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = field(default=None, repr=False, compare=False)  # how it lies, not what it is
     nbytes: int = field(init=False, repr=False, compare=False)  # asked for ten times in a save
 
     def __post_init__(self) -> None:
@@ -230,6 +242,30 @@ class TensorInfo:
     @property
     def itemsize(self) -> int:
         return DTYPES[self.dtype][1]
+
+
+@functools.lru_cache(4096)
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a tensor whose items lie in row-major order without gaps, as torch has them."""
+    strides = list(itertools.accumulate((max(size, 1) for size in reversed(shape[1:])), operator.mul, initial=1))
+    return tuple(reversed(strides)) if shape else ()
+
+
+def span(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """How many places there are from a tensor's first item to its last; 0 where two items may lie in the same place."""
+    extent = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return 0
+            extent += (size - 1) * stride
+    return extent
+
+
+@functools.lru_cache(4096)
+def can_be_noted(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether a file may ask for these strides."""
+    return 0 < span(shape, strides) <= MOST_SPREAD * math.prod(shape)
 
 
 def plan_shards(tensors: Iterable[TensorInfo], limit_bytes: int) -> list[list[TensorInfo]]:
@@ -256,6 +292,8 @@ def encode_header(tensors: Sequence[TensorInfo]) -> bytes:
         if code is None:
             code, shape = "U8", (*shape, itemsize)
             metadata[f"dtype:{tensor.path}"] = tensor.dtype
+        if tensor.strides is not None:
+            metadata[f"strides:{tensor.path}"] = ",".join(map(str, tensor.strides))
         sizes = ",".join(map(str, shape))
         entries.append(f'{json.dumps(tensor.path)}:{{"dtype":"{code}","shape":[{sizes}],"data_offsets":[{offset},{end}]}}')
         offset = end
@@ -302,7 +340,16 @@ def _decode_entry(path: str, entry: Mapping[str, Any], metadata: Mapping[str, st
         if dtype != "uint8" or not shape or shape[-1] != DTYPES[real][1]:
             raise Corrupt(f"{path}: {real} cannot be stored as {entry['dtype']} {shape}")
         dtype, shape = real, shape[:-1]
-    return TensorInfo(path, dtype, tuple(shape))
+    noted = metadata.get(f"strides:{path}")
+    return TensorInfo(path, dtype, tuple(shape), None if noted is None else _decode_strides(path, shape, noted))
+
+
+def _decode_strides(path: str, shape: list[int], text: str) -> tuple[int, ...]:
+    if not _STRIDES.fullmatch(text) or len(strides := tuple(map(int, text.split(",")))) != len(shape):
+        raise Corrupt(f"{path}: impossible strides {text!r:.200} of {shape}")
+    if max(strides) >= 1 << 48 or not can_be_noted(tuple(shape), strides):
+        raise Corrupt(f"{path}: impossible strides {text!r:.200} of {shape}")
+    return strides
 
 
 def _check_shape(path: str, shape: Any) -> None:
@@ -487,6 +534,7 @@ class Receipt:
     blocks: dict[str, dict[str, Blocks]] = field(default_factory=dict)  # of each tensor or piece, by part and name
     problem: str = ""  # why it has failed
     is_of_storage: bool = False  # whether that is the storage's doing
+    is_torn: bool = False  # whether its state has changed while it was copied
 
     @property
     def name(self) -> str:

@@ -148,7 +148,7 @@ class _Wholes:
         if needed_bytes > (there_bytes := sum(files[file].bytes for file in part.files)):
             raise Corrupt(f"{directory}: {name}: pieces of {needed_bytes} bytes in files of {there_bytes}")
         for path, slices in part.slices.items():
-            self.tensors[path] = tensor = torch.empty(slices.shape, dtype=getattr(torch, slices.dtype))
+            self.tensors[path] = tensor = torch.empty(slices.shape, dtype=getattr(torch, slices.dtype), device="cpu")
             for piece, start, stop in slices.pieces(path):
                 self.places[piece] = _bytes_of(tensor)[start:stop]
 
@@ -231,6 +231,9 @@ class _Reader:
             raise Corrupt(f"expected {self.size_bytes} bytes, found more")
         if (found := f"{self.algorithm}:{self.whole.hexdigest()}") != self.expected:
             raise Corrupt(f"expected {self.expected}, found {found}")
+        for info in infos:  # one by one, so that there are never two copies of all
+            if info.strides is not None and info.path in tensors:
+                tensors[info.path] = tree.laid_out(tensors[info.path], info.strides)
         return tensors, {info.path: each.blocks() for info, each in zip(infos, own, strict=True)}
 
     def header(self) -> tuple[list[TensorInfo], int]:
@@ -251,7 +254,7 @@ class _Reader:
     def place(self, info: TensorInfo, tensors: dict[str, torch.Tensor]) -> memoryview:
         """The memory for what is stored under a name: a new tensor's, or the piece's within the whole."""
         if (place := self.target.places.get(info.path)) is None:
-            tensors[info.path] = tensor = torch.empty(info.shape, dtype=getattr(torch, info.dtype))
+            tensors[info.path] = tensor = torch.empty(info.shape, dtype=getattr(torch, info.dtype), device="cpu")
             return _bytes_of(tensor)
         if (info.dtype, info.shape) != ("uint8", (len(place),)):
             raise Corrupt(f"{info.path}: expected {len(place)} bytes, found {info.dtype} {list(info.shape)}")
@@ -370,8 +373,8 @@ class _Relay:
             return
         rank, size = self.peers.rank, self.peers.size
         own = self._own(self.schedule[rank::size])
-        sent = torch.zeros(1 + self.piece_bytes, dtype=torch.uint8)
-        found = torch.empty((size, 1 + self.piece_bytes), dtype=torch.uint8)
+        sent = torch.zeros(1 + self.piece_bytes, dtype=torch.uint8, device="cpu")
+        found = torch.empty((size, 1 + self.piece_bytes), dtype=torch.uint8, device="cpu")
         for start in range(0, len(self.schedule), size):
             pieces = self.schedule[start : start + size]
             try:

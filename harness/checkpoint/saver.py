@@ -8,6 +8,10 @@ handed out by ``poll`` or ``wait``. ``save`` does everything before it returns, 
 The threads have the priority of any other. With less of it, it takes as much from a training that keeps all cores busy, only
 later: at a niceness of 10 a checkpoint of 0.5 GB was durable after 1.3 s instead of 0.4 s, and the steps lost no less.
 
+A save whose state has changed while it was copied (``Torn``) is not committed. From then on all is copied at the step
+boundary, and ``must_repeat`` asks for another save at the next one. The first saves of an attempt (``proofs``) are copied so
+from the beginning, and show whether the others need be.
+
 A save that fails is told of each time and counted; training goes on, because the checkpoints that exist are untouched, and
 the disk may have room again at the next one. After ``failures_allowed`` in a row, or when the save was the last thing to
 do, the error is raised.
@@ -28,6 +32,7 @@ from typing import Any
 from harness.checkpoint import commit, staging
 from harness.checkpoint.catalog import Catalog, Retention
 from harness.checkpoint.collector import without_collections
+from harness.checkpoint.commit import Torn
 from harness.checkpoint.format import Ancestor, Attempt, Receipt, new_directory
 from harness.checkpoint.shares import Found, IsSteady, Plan, Writers, nothing_is_steady
 from harness.checkpoint.staging import HostMemory, Snapshot
@@ -82,14 +87,19 @@ class Saver:
     memory_limit_bytes: int | None = None
     before_commit: Callable[[], None] = lambda: None  # called before a commit, in the thread that writes
     on_failure: Callable[[int, str], None] = lambda _step, _error: None  # called with a save that failed
+    proofs: int = 0  # so many more saves show that only the optimizer changes what is copied beside the training
     failures: int = 0
+    must_repeat: bool = False  # the save before was torn
+    _directories: int = 0  # that were named
+    _changes_elsewhere: bool = False  # what is copied beside the training
     _plan: Plan | None = None  # of the save before
     _under_way: "_Writing | None" = None
     _worker: Worker = field(default_factory=lambda: Worker(_THREAD))
 
     def new_directory(self, step: int) -> str:
         """A name for the directory of a save: the first writer chooses it, and all write there."""
-        return new_directory(step, self.attempt)
+        self._directories += 1
+        return new_directory(step, self.attempt, self._directories)
 
     def save(
         self,
@@ -122,6 +132,7 @@ class Saver:
 
         committed = self._committed(step, write, must_succeed=must_succeed)
         seconds = time.monotonic() - began
+        self.must_repeat = False
         return self._saved(order, committed, seconds, seconds)
 
     def begin(
@@ -140,11 +151,13 @@ class Saver:
 
         Whoever changes a tensor for which ``is_steady`` calls ``fence`` first; without ``overlap`` all is copied before
         ``begin`` returns. ``check`` compares what is written with the state as it is now, and raises ``Unsupported`` from
-        ``poll`` or ``wait`` when something has changed it in between. It costs a pass over the state. A state that does not
+        ``poll`` or ``wait`` when something has changed it in between. It costs a pass over the state. Without it such a save
+        is dropped (see ``must_repeat``). A state that does not
         fit into ``memory_limit_bytes`` is written before ``begin`` returns.
         """
         assert self._under_way is None, "the result of the save before this one comes first"
         began = time.monotonic()
+        self.must_repeat = False
         order = self._order(directory, step, meta, best_step)
         with self._telling(order), without_collections():
             encoded = commit.encode(parts)
@@ -155,10 +168,14 @@ class Saver:
             snapshot = None
             if self.memory_limit_bytes is None or staging.size_bytes(shards) <= self.memory_limit_bytes:
                 own, steady = plan.own(encoded, is_steady)
-                snapshot = Snapshot(shards, own, self.memory, steady if overlap else nothing_is_steady)
+                overlap = overlap and not self._changes_elsewhere
+                is_proof = overlap and not check and self.proofs > 0
+                self.proofs -= is_proof
+                snapshot = Snapshot(shards, own, self.memory, steady, overlap=overlap, is_proof=is_proof)
             contents = commit.streamed(plan, encoded) if snapshot is None else snapshot.images
             rest = {name: replace(part, tensors={}) for name, part in encoded.items()}  # which are not held any longer
-            write = functools.partial(self._write, plan, rest, contents, order)
+            confirm = None if snapshot is None or check else snapshot.refuse_torn
+            write = functools.partial(self._write, plan, rest, contents, order, confirm)
             self._under_way = _Writing(snapshot, lambda: self.catalog.store.together(write), order, began, self._worker)
         if snapshot is None:
             self._under_way.join()
@@ -173,8 +190,19 @@ class Saver:
 
     def fence(self) -> None:
         """To be called before anything steady is changed: waits until the snapshot does not need it any more."""
-        if (writing := self._under_way) is not None:  # another thread may wait for it, and take it away
-            writing.fence()
+        writing = self._under_way  # another thread may wait for it, and take it away
+        if writing is not None and (strayed := writing.fence()):
+            self._copy_at_once(Torn(strayed))
+
+    def _copy_at_once(self, torn: Torn) -> None:
+        """From here on all is copied at the step boundary. Says so, once."""
+        if not self._changes_elsewhere:
+            log.warning(
+                "%s changed outside of optimizer.step(): from now on each save copies everything at the step boundary, "
+                "which takes longer. No checkpoint is wrong. Set checkpoint.overlap to false to avoid this message",
+                torn,
+            )
+        self._changes_elsewhere = True
 
     @property
     def is_busy(self) -> bool:
@@ -229,12 +257,22 @@ class Saver:
         return _Order(directory, step, meta, best_step, latest, self.catalog.store.retries)
 
     def _write(
-        self, plan: Plan, parts: Mapping[str, Encoded], contents: Sequence[commit.Content], order: _Order
+        self,
+        plan: Plan,
+        parts: Mapping[str, Encoded],
+        contents: Sequence[commit.Content],
+        order: _Order,
+        confirm: Callable[[], None] | None = None,
     ) -> tuple[str, int] | None:
-        """Writes this rank's share. The first writer commits, and then tidies up: the directory and its bytes."""
+        """Writes this rank's share. The first writer commits, and then tidies up: the directory and its bytes.
+
+        ``confirm`` raises ``Torn`` where what was written is not the state of the step boundary.
+        """
         store, directory = self.catalog.store, order.directory
         with self._telling(order):
             receipt = commit.write_share(store, directory, plan, contents, self.streams)
+            if confirm is not None:
+                confirm()
             if not self.writers.is_first:
                 commit.put_receipt(store, directory, receipt)
                 return None
@@ -267,12 +305,16 @@ class Saver:
         except Exception as error:
             if self.writers.is_first:
                 raise
-            rank, is_ours = self.writers.rank, isinstance(error, HarnessError)
+            rank, is_torn = self.writers.rank, isinstance(error, Torn)
+            is_ours = is_torn or isinstance(error, HarnessError)
             problem = str(error) if is_ours else f"{type(error).__name__}: {error}"
-            log.error("save of step %s: the share of rank %s FAILED: %s", order.step, rank, problem)  # noqa: TRY400
+            if isinstance(error, Torn):
+                self._copy_at_once(error)
+            else:
+                log.error("save of step %s: the share of rank %s FAILED: %s", order.step, rank, problem)  # noqa: TRY400
             with contextlib.suppress(StoreError):  # then it is the silence that tells
                 is_of_storage = isinstance(error, StoreError)
-                receipt = Receipt(rank, problem=problem, is_of_storage=is_of_storage)
+                receipt = Receipt(rank, problem=problem, is_of_storage=is_of_storage, is_torn=is_torn)
                 commit.put_receipt(self.catalog.store, order.directory, receipt)
             if not is_ours:
                 raise
@@ -283,6 +325,10 @@ class Saver:
         """What ``_write`` says; None when it failed, which is told of and counted, and training may go on."""
         try:
             committed = write()
+        except Torn as torn:
+            self._copy_at_once(torn)
+            self.must_repeat = True
+            return None
         except StoreError as error:
             self.failures += 1
             what = f"save of step {step} FAILED ({self.failures} in a row)"
@@ -325,11 +371,14 @@ class _Writing:
         finally:
             self.seconds = time.monotonic() - self.began
 
-    def fence(self) -> None:
-        if self._snapshot is not None:
-            began = time.monotonic()
-            self._snapshot.fence()
-            self.blocked_seconds += time.monotonic() - began
+    def fence(self) -> list[str]:
+        """Waits until the snapshot does not need the state any more; what it has proved to change elsewhere."""
+        if self._snapshot is None:
+            return []
+        began = time.monotonic()
+        self._snapshot.fence()
+        self.blocked_seconds += time.monotonic() - began
+        return self._snapshot.strayed
 
     @property
     def is_over(self) -> bool:

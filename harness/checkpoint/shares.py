@@ -30,7 +30,8 @@ from harness.checkpoint.format import (
 from harness.checkpoint.tree import Encoded
 
 IsSteady = Callable[[torch.Tensor], bool]
-_Form = tuple[str, torch.dtype, torch.Size, bool, bool]  # path, ..., whether it can be cut, whether it may be divided
+# Path, dtype, shape, strides to note, whether it can be cut, whether it may be divided.
+_Form = tuple[str, torch.dtype, torch.Size, tuple[int, ...] | None, bool, bool]
 Found = Mapping[str, Mapping[str, Blocks]]  # the checksums of what lies in shards, by part and name
 
 
@@ -142,8 +143,9 @@ def _forms_of(parts: Mapping[str, Encoded], writers: Writers, is_steady: IsStead
 
 
 def _form(path: str, tensor: torch.Tensor, may_be_divided: bool) -> _Form:
-    can_be_cut = tensor.nbytes > layout.BLOCK_BYTES and tree.is_flat(tensor)
-    return path, tensor.dtype, tensor.shape, can_be_cut, may_be_divided
+    strides = tree.strides_to_note(tensor)
+    can_be_cut = tensor.nbytes > layout.BLOCK_BYTES and strides is None and tree.is_flat(tensor)
+    return path, tensor.dtype, tensor.shape, strides, can_be_cut, may_be_divided
 
 
 class Plan:

@@ -5,6 +5,15 @@ before the step boundary is left. What only the optimizer's step changes, its pa
 is copied beside the next forward and backward pass, and the optimizer's step waits (``fence``) in case that takes longer. A
 version counter would not do in place of the fence: fused optimizers and ``.data`` change tensors without counting.
 
+Programs change parameters elsewhere, too: ``Embedding(max_norm=…)`` in its forward pass, averages of weights that are
+swapped in for a validation, schedule-free optimizers in ``eval()``. Two checks keep such a state from being committed:
+
+* The version counters of what is steady are compared from the boundary to the end of the copy, or to the fence where that
+  comes first. Where one has moved the snapshot is *torn* (``refuse_torn``).
+* A snapshot that is a *proof* copies everything at the boundary, so that it is right whatever happens. At the fence the live
+  tensors are compared with it, byte for byte: what has ``strayed`` must not be copied later from then on. This finds what no
+  counter sees.
+
 The copy of a shard is its file, byte for byte, in memory that begins on a page (``Image``), from where a disk can fetch it.
 One thread copies, and hashes each piece while that is still in the processor's cache; another one follows and writes. Once
 the optimizer waits, the hashes wait, too, and both threads copy: the one whose turn it was from the front, the one that
@@ -23,6 +32,7 @@ import numpy as np
 import torch
 
 from harness.checkpoint import tree
+from harness.checkpoint.commit import Torn
 from harness.checkpoint.format import CHECKSUM, DATA_ALIGNMENT_BYTES, BlockHasher, Blocks, TensorInfo, hasher
 from harness.checkpoint.shares import Shard
 from harness.checkpoint.tree import Encoded
@@ -36,18 +46,45 @@ class HostMemory:
     """One block of the host's memory that all saves share, one after the other."""
 
     pinned: bool
-    block: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    block: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8, device="cpu"))
 
     def at_least(self, size_bytes: int) -> torch.Tensor:
         """The block, uint8, of this size or more, from the beginning of a page on; its content is whatever it was."""
         if self.block.numel() < (needed_bytes := size_bytes + DATA_ALIGNMENT_BYTES):
-            self.block = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
-            self.block = torch.empty(needed_bytes, dtype=torch.uint8, pin_memory=self.pinned)
+            self.block = torch.empty(0, dtype=torch.uint8, device="cpu")  # the old one goes before the new one comes
+            self.block = torch.empty(needed_bytes, dtype=torch.uint8, device="cpu", pin_memory=self.pinned)
         return self.block[-self.block.data_ptr() % DATA_ALIGNMENT_BYTES :]
 
 
+@dataclass(frozen=True)
+class _Watched:
+    """A steady tensor: its version at the step boundary, and the place of its copy."""
+
+    path: str
+    tensor: torch.Tensor
+    version: int
+    place: torch.Tensor  # uint8
+
+    def has_moved(self) -> bool:
+        return self.tensor._version != self.version
+
+    def differs(self) -> bool:
+        """Whether the tensor has other bytes than its copy."""
+        if self.tensor.device.type != "cpu":
+            flat = self.tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+            pairs = zip(*(torch.split(each, _WINDOW_BYTES) for each in (flat, self.place)), strict=True)
+            return any(not torch.equal(live, copy.to(live.device)) for live, copy in pairs)
+        start, copy = 0, self.place.numpy()
+        for chunk in tree.raw_bytes(self.tensor):
+            if not np.array_equal(copy[start : start + len(chunk)], np.frombuffer(chunk, np.uint8)):
+                return True
+            start += len(chunk)
+        return False
+
+
 class Snapshot:
-    """The shards of a state, of which a copy is being made."""
+    """The shards of a state, of which a copy is being made. Without ``overlap`` all of it is made at once; ``is_proof`` says
+    that the copy is then compared with what is live at the fence."""
 
     def __init__(
         self,
@@ -55,6 +92,9 @@ class Snapshot:
         parts: Mapping[str, Encoded],
         memory: HostMemory,
         is_steady: Callable[[torch.Tensor], bool],
+        *,
+        overlap: bool = True,
+        is_proof: bool = False,
     ) -> None:
         shards = list(shards)
         block, offset = memory.at_least(size_bytes(shards)), 0
@@ -67,7 +107,12 @@ class Snapshot:
         self._drained = threading.Event()  # and so is what the other one has taken
         self._stream = torch.cuda.Stream() if memory.pinned else None  # type: ignore[no-untyped-call]
         self._copied: torch.cuda.Event | None = None
-        self._copy_now(is_steady)
+        self.strayed: list[str] = []  # of a proof: what was found at the fence to have changed since the boundary
+        self._torn: list[str] | None = None  # None: nobody has looked yet
+        self._looking = threading.Lock()
+        self._watched = [each for image in self.images for each in image.watch(is_steady)] if overlap or is_proof else []
+        self._is_proof = is_proof
+        self._copy_now(is_steady if overlap and not is_proof else _nothing)
 
     def drain(self) -> None:
         """Makes the rest of the copy, beside the writer, who waits for it. What goes wrong is raised there."""
@@ -76,14 +121,34 @@ class Snapshot:
                 self._copy_from_gpu(self._stream)
             for image in self.images:
                 image.fill(self._awaited, self._hurry)
+            self._look()
         except BaseException as error:
             self._fail(error)
         finally:
             self._drained.set()
 
+    def refuse_torn(self) -> None:
+        """Raises ``Torn`` where something steady has changed before it was copied. Called when all images are whole."""
+        self._look()
+        if self._torn:
+            raise Torn(self._torn)
+
+    def _look(self) -> None:
+        """Notes what has changed since the boundary: once, before the optimizer may change anything."""
+        with self._looking:
+            if self._torn is None:
+                torn = [] if self._is_proof else [each.path for each in self._watched if each.has_moved()]
+                self._torn = sorted(torn)
+
+    def _prove(self) -> None:
+        if self._is_proof and not self._awaited.is_set():
+            self.strayed = sorted(each.path for each in self._watched if each.differs())
+
     def fence(self) -> None:
         """Waits until what was steady may change, and helps to copy it. On a GPU, it is the computing stream that waits."""
         try:
+            self._look()
+            self._prove()
             self._awaited.set()
             if self._stream is None and not self._drained.is_set():
                 for image in reversed(self.images):
@@ -145,6 +210,14 @@ class Image:
         self._changed = threading.Condition()
         self._ready_bytes = -1  # that the writer may have; all of them when the checksums are there, too
         self._failure: BaseException | None = None
+
+    def watch(self, is_steady: Callable[[torch.Tensor], bool]) -> list[_Watched]:
+        """Those tensors that nothing but the optimizer should change, before any of them is copied."""
+        return [
+            _Watched(path, tensor, tensor._version, self._memory[start : start + tensor.nbytes])
+            for path, (start, tensor) in self._missing.items()
+            if is_steady(tensor)
+        ]
 
     def __call__(self) -> Iterator[Buffer]:
         """The bytes of the file, each when it is there. Raises what has kept the image from being filled."""
@@ -230,6 +303,10 @@ def size_bytes(shards: Iterable[Shard]) -> int:
 
 def _everything(_tensor: torch.Tensor) -> bool:
     return True
+
+
+def _nothing(_tensor: torch.Tensor) -> bool:
+    return False
 
 
 def _exhaust(copying: Iterator[memoryview]) -> None:

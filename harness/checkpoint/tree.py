@@ -8,9 +8,16 @@ object with one tagged key:
     b"ab"             {"$bytes": "YWI="}            1+2j                {"$complex": "<32 hex digits>"}
     inf, -inf, nan    {"$float": "<16 hex digits>"} Counter({5: 1})     {"$counter": [[5, 1]]}
     numpy scalar      {"$numpy": [dtype, hex]}      numpy array         {"$array": dtype} and a tensor
+    torch.float16    {"$dtype": "float16"}          torch.device("cpu") {"$device": "cpu"}, without a number
+    deque([1], 5)    {"$deque": {"maxlen": 5, "items": [1]}}
     a tensor within a list                          {"$tensor": true}
 
-Keys that are not text are written as ``$:`` and their JSON; a ``$`` at the beginning of a text key is doubled. A tensor
+A tensor of a subclass that consists of tensors (``__tensor_flatten__``) is written as these, and as ``{"$subclass": …}``
+with its class, shape and whatever else it says. Nothing is imported for it: the class must be one of those that the program
+has declared safe to load, by ``torch.serialization.add_safe_globals``, as torchao does for its own.
+
+Keys that are not text are written as ``$:`` and their JSON (of a tuple, a list's); a ``$`` at the beginning of a text key is
+doubled. A tensor
 in a dictionary leaves nothing behind in the JSON, nor does a dictionary that holds only tensors: the paths say it all, and
 20,000 small tensors cost 20,000 header entries and no more. Dictionaries of all kinds come back as ``dict``, with the
 keys in another order.
@@ -23,7 +30,7 @@ import json
 import math
 import re
 import struct
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,8 +38,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.checkpoint.format import DTYPES, TensorInfo
-from harness.errors import Corrupt, Unsupported
+from harness.checkpoint.format import DTYPES, TensorInfo, can_be_noted, row_major
+from harness.errors import ConfigError, Corrupt, Unsupported
 
 _CHUNK_BYTES = 1 << 20  # small enough that what was copied is still in the processor's cache when it is hashed and written
 
@@ -54,8 +61,36 @@ def encode(value: Mapping[str, Any], name: str) -> Encoded:
 
 
 def info(path: str, tensor: torch.Tensor) -> TensorInfo:
-    """A tensor's path, dtype and shape."""
-    return TensorInfo(path, dtype_name(tensor.dtype), tuple(tensor.shape))
+    """A tensor's path, dtype and shape, and its strides, where they are worth a note."""
+    return TensorInfo(path, dtype_name(tensor.dtype), tuple(tensor.shape), strides_to_note(tensor))
+
+
+def strides_to_note(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """The strides that a copy of a tensor is to have; None where they are row-major, as most are.
+
+    They are the tensor's own, unless these let several items share a place, or leave very large gaps.
+    """
+    if tensor.is_contiguous() and (tensor.dim() < 2 or 1 not in tensor.shape):  # where a size is 1, any stride will do
+        return None
+    strides, usual = tensor.stride(), row_major(tensor.shape)
+    if strides == usual or not tensor.numel():
+        return None
+    if not can_be_noted(tensor.shape, strides):
+        strides = torch.empty_like(tensor, device="meta").stride()
+    return None if strides == usual else strides
+
+
+def laid_out(tensor: torch.Tensor, strides: tuple[int, ...] | None) -> torch.Tensor:
+    """A row-major tensor of the CPU, or a copy of it with other strides."""
+    if strides is None:
+        return tensor
+    found = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device="cpu")
+    plain = _PLAIN[tensor.element_size()]  # torch copies items of some dtypes by their value, and of others not at all
+    found.view(plain).copy_(tensor.view(plain))
+    return found
+
+
+_PLAIN = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
 @functools.cache
@@ -123,6 +158,8 @@ class _Encoder:
         if kind is float:
             return value if math.isfinite(value) else {"$float": struct.pack(">d", value).hex()}
         if isinstance(value, torch.Tensor):
+            if is_composed(value):
+                return self.subclass_at(path, value)
             self.tensor_at(path, value)
             return {"$tensor": True} if keep else _TAKEN_OUT
         if kind in (dict, OrderedDict):
@@ -146,12 +183,21 @@ class _Encoder:
             return f"${key}" if key.startswith("$") else key
         if key is None or type(key) in (bool, int) or (type(key) is float and math.isfinite(key)):
             return f"$:{json.dumps(key)}"
+        if type(key) is tuple and all(type(item) in (int, str) for item in key):
+            return f"$:{json.dumps(key)}"
         raise self.unsupported(path, f"a key of type {_type_name(key)}")
 
     def rare_at(self, path: tuple[str, ...], value: Any) -> Any:
         kind = type(value)
         if kind is bytes:
             return {"$bytes": base64.b64encode(value).decode()}
+        if kind is torch.dtype and dtype_name(value) in DTYPES:
+            return {"$dtype": dtype_name(value)}
+        if kind is torch.device:
+            return {"$device": value.type}
+        if kind is deque:
+            items = [self.value_at((*path, str(index)), item, keep=True) for index, item in enumerate(value)]
+            return {"$deque": {"maxlen": value.maxlen, "items": items}}
         if kind is complex:
             return {"$complex": struct.pack(">dd", value.real, value.imag).hex()}
         if kind in (set, frozenset):
@@ -164,6 +210,25 @@ class _Encoder:
             self.tensor_at(path, torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C")))
             return {"$array": value.dtype.str}
         raise self.unsupported(path, f"a value of type {_type_name(value)}")
+
+    def subclass_at(self, path: tuple[str, ...], value: Any) -> Any:
+        kind = type(value)
+        if kind not in torch.serialization.get_safe_globals():
+            where = _join((self.name, *path))
+            what = f"a tensor of the subclass {_type_name(value)} can only be written where it may be loaded again"
+            advice = f"torch.serialization.add_safe_globals([{kind.__qualname__}])"
+            raise Unsupported(f"{where}: {what}; declare its class safe before Run is made: {advice}")
+        names, context = value.__tensor_flatten__()
+        inner = {name: getattr(value, name) for name in names}
+        return {
+            "$subclass": {
+                "class": _class_name(kind),
+                "shape": list(value.shape),
+                "strides": list(value.stride()),
+                "context": self.hashable_at((*path, "context"), context),
+                "tensors": self.dict_at(path, inner, keep=True),
+            }
+        }
 
     def hashable_at(self, path: tuple[str, ...], value: Any) -> Any:
         count = len(self.out.tensors) + len(self.out.aliases)
@@ -200,7 +265,7 @@ def _why_not(tensor: torch.Tensor) -> str | None:
         return f"a tensor of layout {tensor.layout}, quantized {tensor.is_quantized}, nested {tensor.is_nested}"
     if tensor.is_meta:
         return "a tensor on the meta device, which has no bytes,"
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+    if type(tensor) not in _PLAIN_TENSORS:
         return f"a tensor of the subclass {_type_name(tensor)}"
     if dtype_name(tensor.dtype) not in DTYPES:
         return f"a tensor of dtype {tensor.dtype}"
@@ -217,8 +282,20 @@ def _why_no_name(path: str) -> str | None:
     return None
 
 
+def is_composed(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is of a subclass that has its bytes in other tensors."""
+    return type(tensor) not in _PLAIN_TENSORS and hasattr(tensor, "__tensor_flatten__")
+
+
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
 def _type_name(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+    return _class_name(type(value))
+
+
+def _class_name(kind: Any) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def decode(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -252,7 +329,12 @@ def _with_slots(tree: Any, paths: Iterable[str]) -> Any:
 
 
 def _items(node: Any) -> Any:
-    return node["$tuple"] if isinstance(node, dict) and "$tuple" in node else node
+    if not isinstance(node, dict) or len(node) != 1:
+        return node
+    match node:
+        case {"$tuple": items} | {"$deque": {"items": items}} | {"$subclass": {"tensors": items}}:
+            return items
+    return node
 
 
 def _unescape(key: str) -> str:
@@ -288,6 +370,14 @@ class _Decoder:
                 return _as_array(self.take(path).numpy(), _dtype(body))
             case "$tuple":
                 return tuple(self.list_at(path, body))
+            case "$dtype":
+                return getattr(torch, body) if body in DTYPES else _unknown(body)
+            case "$device":
+                return torch.device(body)
+            case "$deque":
+                return deque(self.list_at(path, body["items"]), body["maxlen"])
+            case "$subclass":
+                return self.subclass_at(path, body)
             case "$set":
                 return set(self.list_at(path, body))
             case "$frozenset":
@@ -303,6 +393,20 @@ class _Decoder:
             case "$numpy":
                 return np.frombuffer(bytes.fromhex(body[1]), _dtype(body[0]))[0]
         raise ValueError(f"unknown tag {tag}")
+
+    def subclass_at(self, path: tuple[str, ...], body: dict[str, Any]) -> torch.Tensor:
+        known = {_class_name(each): each for each in torch.serialization.get_safe_globals() if isinstance(each, type)}
+        if (kind := known.get(body["class"])) is None:
+            advice = "import its library before, or declare it safe with torch.serialization.add_safe_globals"
+            raise ConfigError(
+                f"{_join(path)}: a tensor of the class {body['class']}, which this program does not know; {advice}"
+            )
+        inner = {_key(key): self.value_at((*path, key), item) for key, item in body["tensors"].items()}
+        context = self.value_at((*path, "context"), body["context"])
+        built = kind.__tensor_unflatten__(inner, context, torch.Size(body["shape"]), tuple(body["strides"]))  # type: ignore[attr-defined]
+        if not isinstance(built, torch.Tensor):
+            raise TypeError(f"{body['class']} is no tensor")
+        return built
 
     def take(self, path: tuple[str, ...]) -> torch.Tensor:
         joined = _join(path)
@@ -323,7 +427,12 @@ def _as_array(array: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[A
     return array.astype(dtype, copy=False)
 
 
+def _unknown(text: str) -> Any:
+    raise ValueError(f"{text!r} is not a dtype of tensors")
+
+
 def _key(written: str) -> Any:
     if written.startswith("$:"):
-        return json.loads(written[2:])
+        key = json.loads(written[2:])
+        return tuple(key) if isinstance(key, list) else key
     return written.removeprefix("$")

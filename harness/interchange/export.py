@@ -14,6 +14,7 @@ import re
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 import torch
@@ -92,7 +93,9 @@ def _tensors(model: Mapping[str, Any], out: str) -> dict[str, torch.Tensor]:
 
 
 def _shards(tensors: Mapping[str, torch.Tensor], limit_bytes: int) -> list[list[TensorInfo]]:
-    return plan_shards((tree.info(name, tensor) for name, tensor in tensors.items()), limit_bytes) or [[]]
+    # How a tensor lay in memory is nothing that other programs would look for.
+    infos = (replace(tree.info(name, tensor), strides=None) for name, tensor in tensors.items())
+    return plan_shards(infos, limit_bytes) or [[]]
 
 
 def _put_directory(store: Store, tensors: dict[str, torch.Tensor], shard_bytes: int, old: Iterable[str]) -> dict[str, int]:

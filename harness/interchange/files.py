@@ -181,7 +181,9 @@ def _read_safetensors(path: str, shown: str, size_bytes: int) -> dict[str, torch
             raw = raw.clone()
         end += info.nbytes
         dtype = getattr(torch, info.dtype)
-        tensors[info.path] = raw.view(dtype).reshape(info.shape) if info.nbytes else torch.empty(info.shape, dtype=dtype)
+        tensors[info.path] = (
+            raw.view(dtype).reshape(info.shape) if info.nbytes else torch.empty(info.shape, dtype=dtype, device="cpu")
+        )
     return tensors
 
 

@@ -222,6 +222,7 @@ def of(
     """The report of attempts that claimed, told and died of these things; ``now`` is when somebody asks, ``lineage`` that of
     the newest checkpoint."""
     kept = journal.line(records, lineage)
+    committed = {Attempt(ancestor.attempt): ancestor.until_step for ancestor in lineage}
     attempts = sorted(claims)
     known = {attempt: Claim.of(about) for attempt, about in claims.items()}
     times, more_doubts = on_one_clock(known, records)
@@ -231,7 +232,7 @@ def of(
         ending = _ending(timed, errors.get(attempt), None if successor else now)
         until_step = kept.get(attempt, 0)
         if until_step is None and ending not in ("running", *_SAID.values()):
-            until_step = max((record["step"] for record in timed.told if record["event"] == "save"), default=0)
+            until_step = max([committed.get(attempt, 0), *_saved_steps(timed.told)])
         limit = None if successor is None else times[successor].began
         about = {"host": known[attempt].host, "ranks": known[attempt].ranks, "is_in_line": attempt in kept}
         lives.append(_life(attempt, about, timed, ending, until_step, limit))
@@ -251,6 +252,11 @@ def of(
         _unclaimed([known[attempt] for attempt in attempts]),
         [*doubts, *more_doubts],
     )
+
+
+def _saved_steps(told: Iterable[Record]) -> Iterable[int]:
+    """The steps whose saves an attempt told of. A kill may have come between the last commit and its word."""
+    return (record["step"] for record in told if record["event"] == "save")
 
 
 def _lines(count: int) -> str:
