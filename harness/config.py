@@ -38,6 +38,8 @@ class TrainConfig(_Section):
     """Samples that a rank puts through the model at once; more are accumulated. None: a rank's whole share."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """fp32, or autocast to bf16, or autocast to fp16 with a gradient scaler."""
+    drop_last: bool = False
+    """Leave the last batch of an epoch out where it would be shorter; each epoch leaves out other samples."""
     clip_grad_norm: float | None = Field(default=None, gt=0)
     """The largest norm of all gradients together. None: no clipping."""
     reset_options: list[str] = Field(default_factory=list)
@@ -65,6 +67,9 @@ class DataConfig(_Section):
 
     workers: int = Field(default=0, ge=0)
     """Loader processes for each rank; 0 fetches in the training process. The samples are the same."""
+    fingerprint: bool = True
+    """Compare what three samples look like with the checkpoint, and between the ranks. Off: for data that is another on
+    purpose, or takes long to fetch."""
 
 
 class CheckpointConfig(_Section):
@@ -269,6 +274,8 @@ class Config(RunConfig):
         """Identifies what is trained; equal digests mean equal runs, wherever they are saved."""
         included = {"task", "init_from", "init_optimizer", "args", "seed", "train"}
         what = self.model_dump(mode="json", include=included, exclude={"train": {"reset_options"}})
+        if not what["train"]["drop_last"]:
+            del what["train"]["drop_last"]  # which earlier versions did not have
         return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

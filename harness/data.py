@@ -1,8 +1,9 @@
 """Which samples are trained when, and by whom: a function of the seed and of one global position.
 
 The order of epoch *e* is a permutation that depends on ``(seed, e)`` alone. A global batch is the next
-``global_batch_size`` samples of it (the last of an epoch may be shorter: every sample is trained once an epoch). The
-position is data, not replay: ``Cursor`` says how many samples of which epoch have been trained, at any world size.
+``global_batch_size`` samples of it (the last of an epoch may be shorter: every sample is trained once an epoch; with
+``drop_last`` it is left out, and each epoch leaves out other samples). The position is data, not replay: ``Cursor`` says how
+many samples of which epoch have been trained, at any world size.
 
 A batch is divided among the ranks in contiguous shares whose sizes differ by at most one. Gradients are weighted by samples,
 so the sum over ranks is the mean over the batch whatever the shares. A rank whose share is empty (a batch of fewer
@@ -12,7 +13,10 @@ What a sample looks like must not depend on which process fetches it, nor when: 
 of Python, NumPy and torch are seeded from ``(seed, epoch, index)``, and in the training process put back afterwards.
 """
 
+import contextlib
 import functools
+import itertools
+import logging
 import multiprocessing
 import os
 import random
@@ -21,7 +25,8 @@ import struct
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,8 +35,11 @@ import xxhash
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
+from harness.dataset import Attributes, Sketch, others, sketch
 from harness.errors import ConfigError, Corrupt, Mismatch
 from harness.signals import STOP_SIGNALS, die_with_parent
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,10 +67,14 @@ class Schedule:
     seed: int
     global_batch_size: int
     micro_batch_size: int | None
+    drop_last: bool = False
 
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ConfigError("task: expected a data set with samples, found an empty one")
+        if self.drop_last and self.samples < self.global_batch_size:
+            sizes = f"{self.samples} samples, and a global batch {self.global_batch_size}"
+            raise ConfigError(f"drop_last: expected at least one whole batch; the data set has {sizes}")
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """The permutation of an epoch. Shape (samples,), int64. NumPy's, which cuts a batch out of it ten times as fast."""
@@ -74,15 +86,31 @@ class Schedule:
 
     def after(self, cursor: Cursor) -> Cursor:
         """The position after the batch that begins at ``cursor``."""
-        offset = min(cursor.offset + self.global_batch_size, self.samples)
-        return Cursor(cursor.epoch + 1) if offset == self.samples else Cursor(cursor.epoch, offset)
+        return self.settled(Cursor(cursor.epoch, min(cursor.offset + self.global_batch_size, self.samples)))
+
+    def settled(self, cursor: Cursor) -> Cursor:
+        """The position itself, or the next epoch's beginning where no batch of this one is left."""
+        left = self.samples - cursor.offset
+        is_over = left < self.global_batch_size if self.drop_last else left == 0
+        return Cursor(cursor.epoch + 1) if is_over else cursor
 
     def steps_per_epoch(self) -> int:
         """How many global batches an epoch has."""
-        return -(-self.samples // self.global_batch_size)
+        return self.samples // self.global_batch_size + (not self.drop_last and self.samples % self.global_batch_size > 0)
+
+    def fewest_at_once(self, world_size: int) -> int:
+        """How many samples the smallest micro-batch of an epoch has, over all ranks; a rank without a share has one to go
+        along with."""
+        sizes = {min(self.global_batch_size, self.samples)}
+        if not self.drop_last:
+            sizes.add(self.samples % self.global_batch_size or self.global_batch_size)
+        shares = {max(1, (size + extra) // world_size) for size in sizes for extra in (0, world_size - 1)}
+        micro_batches = {(share, self.micro_batch_size or share) for share in shares}
+        return min(share % at_once or at_once for share, at_once in micro_batches)
 
     def steps(self, cursor: Cursor, rank: int, world_size: int) -> Iterator[list[MicroBatch]]:
         """The rank's micro-batches of every step from a position on, without end."""
+        cursor = self.settled(cursor)
         while True:
             order = self.order(cursor.epoch)
             while True:
@@ -103,8 +131,8 @@ class Schedule:
 
 @functools.lru_cache(maxsize=2)  # the loader's workers may be an epoch ahead
 def _order(samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    generator = torch.Generator().manual_seed(mix(seed, epoch))
-    return torch.randperm(samples, generator=generator).numpy()
+    generator = torch.Generator("cpu").manual_seed(mix(seed, epoch))  # whatever torch.set_default_device says
+    return torch.randperm(samples, generator=generator, device="cpu").numpy()
 
 
 def is_due(step: int, epochs: tuple[int, int], every_steps: int | None, every_epochs: int | None) -> bool:
@@ -130,14 +158,19 @@ def seed_everything(*numbers: int) -> None:
 
 
 @dataclass
-class _Seeded(Dataset[Any]):
+class Seeded(Dataset[Any]):
     """A data set whose samples are drawn with random numbers of their own."""
 
     dataset: Dataset[Any]
     seed: int | None
+    set_epoch: Callable[[int], Any] | None  # called before the first sample of an epoch, in the process that fetches it
+    epoch: int | None = None
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, index = key
+        if self.set_epoch is not None and epoch != self.epoch:
+            self.set_epoch(epoch)
+            self.epoch = epoch
         if self.seed is None:
             return self.dataset[index]
         seed = mix(self.seed, epoch, index)
@@ -155,13 +188,16 @@ def batches(
     workers: int,
     collate: Callable[[list[Any]], Any] | None = None,
     pin_memory: bool = False,
+    tells_epoch: bool = False,
 ) -> Generator[list[tuple[Any, float]]]:
     """Fetches what a plan says: for each step, the collated micro-batches and their weights.
 
     Loader workers, where there are any, run ahead through the plan, over the ends of epochs too, and are never started
-    anew. ``close()`` ends them.
+    anew. ``close()`` ends them. What ``collate`` draws goes on from the numbers of the last sample of its micro-batch.
+    Samples are made on the CPU, since a worker could not make them elsewhere.
     """
-    draws = type(dataset) is not TensorDataset  # that one is known to draw nothing, and seeding takes longer than fetching
+    # torch's own collate and this data set are known to draw nothing, and seeding takes longer than fetching.
+    draws = type(dataset) is not TensorDataset or collate is not None
     announced: list[list[MicroBatch]] = []  # steps whose batches were asked for and have not come yet, oldest first
 
     def keys() -> Iterator[list[tuple[int, int]]]:
@@ -171,25 +207,24 @@ def batches(
                 yield [(micro.epoch, index) for index in micro.indices]
 
     loader = DataLoader(
-        _Seeded(dataset, seed if draws else None),
+        Seeded(dataset, seed if draws else None, _set_epoch(dataset) if tells_epoch else None),
         batch_sampler=keys(),
         num_workers=workers,
         collate_fn=collate or default_collate,
         pin_memory=pin_memory,
         worker_init_fn=_shield_worker if workers else None,
-        generator=torch.Generator().manual_seed(seed),  # else every iterator takes a number from the training's generator
+        generator=torch.Generator("cpu").manual_seed(seed),  # else every iterator takes a number from the training's
     )
-    others = multiprocessing.active_children()
-    fetched = iter(loader)
-    processes = [process for process in multiprocessing.active_children() if process not in others]
+    before = multiprocessing.active_children()
+    with _on_cpu():
+        fetched = iter(loader)
+    processes = [process for process in multiprocessing.active_children() if process not in before]
     try:
         while True:
-            state = _generators() if draws and not workers else None
-            first = next(fetched)
-            step = announced.pop(0)
-            micro_batches = [(first, step[0].weight)] + [(next(fetched), micro.weight) for micro in step[1:]]
-            if state is not None:
-                _set_generators(state)
+            with _generators_kept(draws and not workers), _on_cpu():
+                first = next(fetched)
+                step = announced.pop(0)
+                micro_batches = [(first, step[0].weight)] + [(next(fetched), micro.weight) for micro in step[1:]]
             yield micro_batches
     finally:
         if processes:
@@ -207,14 +242,31 @@ def _shield_worker(_worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def _generators() -> tuple[Any, Any, torch.Tensor]:
-    return random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002  # as above
+@contextlib.contextmanager
+def _generators_kept(wanted: bool) -> Iterator[None]:
+    """Puts the generators back afterwards, after an error, too."""
+    if not wanted:
+        yield
+        return
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002  # as above
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002  # as above
+        torch.default_generator.set_state(states[2])
 
 
-def _set_generators(state: tuple[Any, Any, torch.Tensor]) -> None:
-    random.setstate(state[0])
-    np.random.set_state(state[1])  # noqa: NPY002  # as above
-    torch.default_generator.set_state(state[2])
+def _on_cpu() -> contextlib.AbstractContextManager[Any]:
+    """Has tensors made on the CPU where ``torch.set_default_device`` says otherwise."""
+    return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+
+
+def _set_epoch(dataset: Any) -> Callable[[int], Any] | None:
+    """The data set's ``set_epoch``, or that of the one within it, if there is one."""
+    while dataset is not None and not callable(getattr(dataset, "set_epoch", None)):
+        dataset = getattr(dataset, "dataset", None)
+    return getattr(dataset, "set_epoch", None)
 
 
 # --- the loader ------------------------------------------------------------------------------------------------------
@@ -237,12 +289,18 @@ class Loader:
     ``for batch in loader`` gives the rest of the current epoch, collated; afterwards the loader is at the beginning of the
     next one. The order of an epoch depends on ``seed`` and its number alone, and the random numbers that a sample draws
     (Python's, NumPy's, torch's) on ``seed``, the epoch and the sample: the batches are the same with any number of
-    ``workers``, and the global batches at any world size. The last batch of an epoch may be shorter; ``weight`` is what
-    this rank's mean loss counts in the mean over all ranks, and 1 where the shares are equal.
+    ``workers``, and the global batches at any world size. The last batch of an epoch may be shorter, or is left out with
+    ``drop_last``; ``weight`` is what this rank's mean loss counts in the mean over all ranks, and 1 where the shares are
+    equal.
+
+    Workers have a copy of the data set. They are started anew when an attribute of it was changed between two batches, so
+    that they see the change as the process of the training does. With ``tells_epoch`` its ``set_epoch(epoch)`` is called in
+    the process that fetches, before the first sample of each epoch.
 
     ``state_dict()`` is the position after the batch that was handed out last, the same on every rank, with a ledger: a
-    running hash of the samples that were trained. Raises ``ConfigError`` for an empty data set, and ``Mismatch`` from
-    ``load_state_dict`` where seed, size, or the order of the samples are not those of the saved position.
+    running hash of the samples that were trained; and, where it is asked for before the first batch, with a ``fingerprint``:
+    what three samples look like. Raises ``ConfigError`` for an empty data set or one whose length has changed, and
+    ``Mismatch`` from ``load_state_dict`` where seed, size, order or samples are not those of the saved position.
 
     ``rank`` and ``world_size`` are by default those that torchrun has given this process.
 
@@ -262,24 +320,39 @@ class Loader:
         workers: int = 0,
         collate: Callable[[list[Any]], Any] | None = None,
         pin_memory: bool = False,
+        drop_last: bool = False,
+        tells_epoch: bool = False,
+        fingerprint: bool = True,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
         self.dataset = dataset
-        self.schedule = Schedule(len(dataset), seed, global_batch_size, micro_batch_size)  # type: ignore[arg-type]
+        samples: int = len(dataset)  # type: ignore[arg-type]
+        self.schedule = Schedule(samples, seed, global_batch_size, micro_batch_size, drop_last)
         self.rank = int(os.environ.get("RANK", "0")) if rank is None else rank
-        self.world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        self.world_size = ranks if world_size is None else world_size
         self.cursor = Cursor()  # after the batch that was handed out last
         self.weight = 1.0
         self.waited_seconds = 0.0  # for batches, in all
+        self.used_at = 0.0  # when the last batch was asked for, by the performance counter
         self.gaps: list[Gap] = []
-        self.handed_out = 0  # batches, in this process
         self.on_return: Callable[[], None] = nothing
         self.on_exit: Callable[[], None] = nothing
         self._workers = workers
         self._collate = collate
         self._pin_memory = pin_memory
+        self._tells_epoch = tells_epoch
+        self.taken = 0  # batches, since the position was set
+        self._latest: Cursor | None = None  # the batch that was handed out last
+        self._is_unknown = (
+            fingerprint and self.world_size >= ranks
+        )  # a loader that shares nothing may have a rank's own data
+        self._fingerprint: list[tuple[int, Sketch]] | None = None
         self._fetched: Generator[Step] | None = None
+        self._fetched_from: tuple[Dataset[Any], Attributes | None] = dataset, None
+        self._has_failed = self._has_told = False
+        self._changes = 0  # of the data set, that workers had to be started anew for
         self._handed_out: Cursor | None = None  # the batch that is being trained, and is not in the ledger yet
         self._ledger = _Ledger(self.schedule)
 
@@ -289,9 +362,12 @@ class Loader:
         return self.cursor.epoch
 
     @property
-    def is_under_way(self) -> bool:
-        """Whether a batch has been handed out since the loader was made, or went elsewhere."""
-        return self._fetched is not None
+    def batch(self) -> int:
+        """The number of the batch that was handed out last, within its epoch and from 0; -1 before the first one. It goes on
+        after a restart, where ``enumerate`` would begin anew."""
+        if self._latest is not None:
+            return self._latest.offset // self.schedule.global_batch_size
+        return self.cursor.offset // self.schedule.global_batch_size - 1
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
@@ -311,14 +387,19 @@ class Loader:
 
     def next_step(self, *, whole: bool = False) -> Step:
         """The micro-batches of the next global batch, of this epoch or the one after it, and what the mean loss of each
-        counts in that of the global batch; nothing for a batch that is not to be trained."""
+        counts in that of the global batch; nothing for a batch that is not to be trained. After an error the next call tries
+        to fetch the same batch."""
         self.on_return()
         began = time.perf_counter()
         self._note()
         here = self.cursor
-        step = [] if self.is_gap(here) else next(self._fetch(whole=whole))
-        self._handed_out = here
-        self.handed_out += 1
+        self._has_failed = True  # until it has come
+        self.used_at = began
+        self._follow_changes()
+        step = [] if self.is_gap(here) else self._fetch(whole=whole)
+        self._has_failed = False
+        self._handed_out = self._latest = here
+        self.taken += 1
         self.cursor = self.schedule.after(here)
         self.waited_seconds += time.perf_counter() - began
         return step
@@ -353,7 +434,22 @@ class Loader:
         self.gaps = list(gaps)
 
     def end_epoch(self, epoch: int) -> None:
-        """Goes to the beginning of the next epoch, if the loader is still within this one."""
+        """Goes to the beginning of the next epoch, if the loader is still within this one.
+
+        Raises ``ConfigError`` where the loop went on without a batch that could not be fetched, or has gone through more
+        epochs than this one.
+        """
+        if self._has_failed:
+            raise ConfigError(
+                f"epoch {epoch}: a batch could not be fetched, and the loop went on without the rest of the epoch; let the "
+                "error end the program, or have the data set give another sample in place of a bad one"
+            )
+        if self.cursor.epoch > epoch + 1:
+            times = self.cursor.epoch - epoch
+            raise ConfigError(
+                f"epoch {epoch}: the loop went through the loader {times} times, and each time is an epoch; go through it "
+                "once, or make a second Loader"
+            )
         if self.cursor.epoch == epoch:
             self._note()
             self.close()
@@ -371,6 +467,7 @@ class Loader:
     def state_dict(self) -> dict[str, Any]:
         """The position after the batch that was handed out last, as plain numbers and words."""
         self._note()
+        fingerprint = self.fingerprint()
         return {
             "seed": self.schedule.seed,
             "samples": self.schedule.samples,
@@ -378,6 +475,7 @@ class Loader:
             "offset": self.cursor.offset,
             "gaps": [[gap.epoch, gap.offset, gap.samples] for gap in self.gaps],
             **self._ledger.state_dict(self.cursor),
+            **({} if fingerprint is None else {"fingerprint": [list(each) for each in fingerprint]}),
         }
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -391,6 +489,7 @@ class Loader:
         numbers = [state.get("epoch"), state.get("offset")]
         if not all(type(number) is int and number >= 0 for number in numbers) or state["offset"] >= self.schedule.samples:
             raise Corrupt(f"impossible position in the data: epoch {numbers[0]!r}, offset {numbers[1]!r}")
+        self._refuse_others(state.get("fingerprint"))
         return _Ledger.restored(self.schedule, Cursor(state["epoch"], state["offset"]), state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -398,9 +497,16 @@ class Loader:
         ledger = self._checked(state)
         self.close()
         self._ledger = ledger
-        self._handed_out = None
-        self.cursor = Cursor(state["epoch"], state["offset"])
+        self._handed_out = self._latest = None
+        self.taken, self._has_failed = 0, False
+        saved = Cursor(state["epoch"], state["offset"])
+        self.cursor = self.schedule.settled(saved)
         self.gaps = [Gap(*gap) for gap in state["gaps"]]
+        self._fingerprint = state.get("fingerprint") or self._fingerprint
+        if self.cursor != saved and self.rank == 0:
+            log.warning(
+                "epoch %d ends at sample %d: what is left of it is less than a batch, and drop_last is new", *astuple(saved)
+            )
 
     def _note(self) -> None:
         """Puts the batch that was handed out last into the ledger: it has been trained."""
@@ -418,19 +524,137 @@ class Loader:
                 yield share
             cursor = schedule.after(cursor)
 
-    def _fetch(self, *, whole: bool) -> Generator[Step]:
-        if self._fetched is None:
-            Loader.in_use.add(self)
-            schedule = replace(self.schedule, micro_batch_size=None) if whole else self.schedule
-            self._fetched = batches(
-                self.dataset,
-                self._plan(schedule),
-                seed=self.schedule.seed,
-                workers=self._workers,
-                collate=self._collate,
-                pin_memory=self._pin_memory,
+    def _fetch(self, *, whole: bool) -> Step:
+        try:
+            if self._fetched is None:
+                Loader.in_use.add(self)
+                self._fetched = self._fetching(replace(self.schedule, micro_batch_size=None) if whole else self.schedule)
+                watched = Attributes(SimpleNamespace(dataset=self.dataset, collate=self._collate)) if self._workers else None
+                self._fetched_from = self.dataset, watched
+            return next(self._fetched)
+        except BaseException:
+            self.close()
+            raise
+
+    def _fetching(self, schedule: Schedule) -> Generator[Step]:
+        return batches(
+            self.dataset,
+            self._plan(schedule),
+            seed=self.schedule.seed,
+            workers=self._workers,
+            collate=self._collate,
+            pin_memory=self._pin_memory,
+            tells_epoch=self._tells_epoch,
+        )
+
+    def _follow_changes(self) -> None:
+        """Has the next batch fetched from the data set as it is now. Raises ``ConfigError`` where its length has changed."""
+        dataset, watched = self._fetched_from
+        if self._fetched is not None:
+            changed = "dataset" if dataset is not self.dataset else watched and watched.changed()
+            if changed:
+                self.close()
+                self._tell_of_change(changed)
+        if self._fetched is None or self.cursor.offset == 0:
+            samples: int = len(self.dataset)  # type: ignore[arg-type]
+            if samples != self.schedule.samples:
+                raise ConfigError(
+                    f"epoch {self.cursor.epoch}: the data set has {samples} samples, and had {self.schedule.samples} when "
+                    "its Loader was made; keep its length, and let indices stand for other samples where it should change"
+                )
+
+    def _tell_of_change(self, changed: str) -> None:
+        self._changes += 1
+        if self.rank != 0 or not self._workers:
+            return
+        if self._changes == 1:
+            log.info("%s was changed: the loader's workers are started anew, now and whenever it is", changed)
+        if self._changes == _MANY_CHANGES:
+            log.warning(
+                "the loader's workers were started anew %d times because %s was changed, which takes time; change it less "
+                "often, or use workers=0 (data.workers=0)",
+                self._changes,
+                changed,
             )
-        return self._fetched
+
+    # --- what the samples look like ----------------------------------------------------------------------------------
+
+    def fingerprint(self) -> list[tuple[int, Sketch]] | None:
+        """What three samples look like, as pairs of an index and a sketch: as the checkpoint has it that was loaded, or as
+        they were before the first batch. None where nobody has asked then, where they cannot be fetched, or where they are
+        others each time."""
+        if self._is_unknown:
+            self._is_unknown = False
+            if not self.taken:
+                self._fingerprint = self._draw_fingerprint()
+        return self._fingerprint
+
+    def agree(self, all_gather: Callable[[Any], list[Any]]) -> None:
+        """Gives all ranks rank 0's fingerprint. All ranks call it. Raises ``ConfigError`` where they have other samples."""
+        for rank, found in enumerate(gathered := all_gather(self.fingerprint())):
+            if gathered[0] and found and _are_others(gathered[0], found):
+                raise ConfigError(f"the samples are not the same on ranks 0 and {rank}: {_ADVICE}")
+        self._fingerprint = gathered[0]
+
+    def _refuse_others(self, saved: Any) -> None:
+        """Raises ``Mismatch`` where a fingerprint that was saved is not that of this data set."""
+        own = self.fingerprint()
+        if not saved or not own or not _are_others(saved, own):
+            return
+        if all(
+            again == own for again in (self._draw_fingerprint() for _ in range(3))
+        ):  # they do not draw anything by chance
+            which = f"(sample {', '.join(map(str, others(saved, own)))} of the data set)"
+            raise Mismatch(f"the samples are not those that were trained {which}: {_ADVICE}")
+
+    def _draw_fingerprint(self) -> list[tuple[int, Sketch]] | None:
+        """Fetches the samples twice, as for a batch of epoch 0."""
+        size, begin = self.schedule.samples, mix(self.schedule.seed, 0)
+        indices = sorted({(begin + number * size // _FINGERS) % size for number in range(_FINGERS)})
+        plan = [[MicroBatch(0, (index,), 1.0)] * 2 for index in indices]
+        fetching = batches(
+            self.dataset,
+            iter(plan),
+            seed=self.schedule.seed,
+            workers=min(1, self._workers),
+            collate=_sketch_first,
+            tells_epoch=self._tells_epoch,
+        )
+        try:
+            with contextlib.closing(fetching):
+                drawn = [[batch for batch, _ in step] for step in itertools.islice(fetching, len(plan))]
+        except Exception as error:  # whatever it is, the training will meet it, too
+            log.debug("no fingerprint of the data set: %s", error)
+            return None
+        for index, (first, second) in zip(indices, drawn, strict=True):
+            if _are_others([(index, first)], [(index, second)]):
+                if self.rank == 0 and not self._has_told:
+                    self._has_told = True
+                    log.warning(
+                        "sample %d of the data set is another one each time: a resume trains on others than the run that "
+                        "never stopped; draw its random numbers from Python's, NumPy's or torch's own generators",
+                        index,
+                    )
+                return None
+        return [(index, first) for index, (first, _) in zip(indices, drawn, strict=True)]
+
+
+_MANY_CHANGES = 20
+_FINGERS = 3  # samples that are looked at; more than half of them must be others before anything is refused
+_ADVICE = (
+    "give random_split a generator with a seed, and sort what a directory listing gives; if other data is meant, start with "
+    "Loader(fingerprint=False) (data.fingerprint=false)"
+)
+
+
+def _sketch_first(samples: list[Any]) -> Sketch:
+    return sketch(samples[0])
+
+
+def _are_others(saved: Sequence[Any], live: Sequence[Any]) -> bool:
+    """Whether most of the samples that both fingerprints have are not alike."""
+    both = len({index for index, _ in saved} & {index for index, _ in live})
+    return 2 * len(others(saved, live)) > both
 
 
 def nothing() -> None:

@@ -78,6 +78,9 @@ class _Trainer:
             workers=config.data.workers,
             collate=task.collate,
             pin_memory=world.device.type == "cuda",
+            drop_last=train.drop_last,
+            tells_epoch=True,
+            fingerprint=config.data.fingerprint,
             rank=world.rank,
             world_size=world.size,
         )

@@ -9,6 +9,7 @@ functions that are under way, and through what these hold, some thousand objects
 import contextlib
 import logging
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from itertools import chain, islice
@@ -23,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
 from harness.data import Loader
+from harness.loaders import INTO_THE_STATE
 from harness.state import State
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,8 @@ class Omissions:
         self._stepped: dict[int, Optimizer] = {}  # those that have taken a step
         self._versions: dict[int, int] = {}  # of the modules that the state has not, when they were seen first
         self._has_ended_epoch = False
-        self._loaders: dict[int, int] = {}  # of harness, and how many batches each had handed out before the loop
+        self._began = 0.0  # the loop, by the performance counter
+        self._boundaries: int | None = None  # since the epoch began, where no loader of ours counts them
         self._fetched: list[int] = []  # batches in all: before the loop, at its first boundary, and at the newest one
         self._forwards = 0  # at the last boundary
         self._marks: tuple[int, Mapping[str, Any]] | None = None  # of the save that was begun in ``step``, and its step
@@ -50,8 +53,8 @@ class Omissions:
     @contextlib.contextmanager
     def looking(self, loader: Loader | None) -> Iterator[None]:
         """The time of a loop."""
-        self._fetched = [loader.handed_out] if loader else []
-        self._loaders = {id(each): each.handed_out for each in Loader.in_use}
+        self._fetched = [loader.taken] if loader else []
+        self._began = time.perf_counter()
         if not self._is_active:
             yield
             return
@@ -77,8 +80,7 @@ class Omissions:
         """Names what the loop has used so far and the state lacks."""
         if not self._is_active:
             return
-        has_loader = any(isinstance(each, Loader) for each in self._state.objects)
-        if not has_loader and any(each.handed_out > self._loaders.get(id(each), 0) for each in Loader.in_use):
+        if any(each.used_at >= self._began for each in Loader.in_use) and not self._state.loaders:
             self._say(
                 "a harness.Loader hands out batches and is not in the run's state: after a restart its epoch would start "
                 'over. Add it: state={..., "loader": loader}'
@@ -92,8 +94,8 @@ class Omissions:
             what = f"{name} ({type(each).__name__})" if name else type(each).__name__
             if issubclass(type(each), DataLoader):
                 self._say(
-                    f"{what} is not in the run's state, which has no loader: after a restart an epoch would start over. Use "
-                    "harness.Loader, or torchdata's StatefulDataLoader, and add it to the state"
+                    f"{what} is not in the run's state, which has no loader: after a restart an epoch would start "
+                    f"over; {INTO_THE_STATE}"
                 )
             else:
                 self._say(
@@ -113,12 +115,12 @@ class Omissions:
             yield next(name for name, each in found if each is module), module
         named = {id(self._state.optimizers[name]) for name in self._state.without_scheduler()}
         unnamed = {id(optimizer) for optimizer in self._state.optimizers.values()} - named
-        has_loader = any(isinstance(each, Loader | DataLoader) for each in self._state.objects)
+        has_position = bool(self._state.loaders) or self._state.may_have_position
         for name, each in found:
             is_used = (
                 (issubclass(type(each), LRScheduler) and id(getattr(each, "optimizer", None)) in unnamed)
                 or (issubclass(type(each), torch.amp.GradScaler) and getattr(each, "_scale", None) is not None)
-                or (issubclass(type(each), DataLoader) and not has_loader)
+                or (issubclass(type(each), DataLoader) and not has_position)
             )
             if is_used and id(each) not in objects:
                 yield name, each
@@ -139,10 +141,12 @@ class Omissions:
     def at_boundary(self, loader: Loader | None, forwards: int) -> None:
         """Looks whether each step has had its batch."""
         self._forwards = forwards
+        if self._boundaries is not None:
+            self._boundaries += 1
         if loader is None:
             return
-        fetched, now = self._fetched, loader.handed_out
-        if now == fetched[-1] and loader.is_under_way:
+        fetched, now = self._fetched, loader.taken
+        if now == fetched[-1] > 0:
             self._say(
                 "run.step() was called again before another batch was fetched: a step has no batch of its own, or batches "
                 "are fetched ahead. A restart goes on after the batch that was fetched last. Fetch each batch in the step "
@@ -159,6 +163,21 @@ class Omissions:
         """Looks whether the step before is over when its successor's batch is fetched."""
         if forwards != self._forwards:
             self._say(_AHEAD.format("a batch was fetched after the model had begun the next step"))
+
+    # --- a position that nobody keeps --------------------------------------------------------------------------------
+
+    def at_epoch_begin(self) -> None:
+        self._boundaries = 0
+
+    def at_save(self, epoch: int) -> None:
+        """Looks whether a restart would know how far the epoch is."""
+        has_position = bool(self._state.loaders) or self._state.may_have_position
+        if self._boundaries and not has_position and not any("DataLoader" in message for message in self._said):
+            self._say(
+                f"epoch {epoch} is saved in its middle, and nothing in the state says where that is: a restart goes through "
+                f"all of the epoch again; {INTO_THE_STATE}",
+                about="position",
+            )
 
     # --- what comes after a boundary ---------------------------------------------------------------------------------
 
@@ -181,6 +200,7 @@ class Omissions:
 
     def at_epoch_end(self) -> None:
         """Looks once more: some things are used at the end of an epoch."""
+        self._boundaries = None
         if not self._has_ended_epoch:
             self._has_ended_epoch = True
             self.warn()

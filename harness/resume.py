@@ -105,6 +105,7 @@ def check_lockstep(world: World, state: State, about: Mapping[str, Any], *, resu
 
     ``about`` are further values that must be the same: what is trained.
     """
+    state.agree(world.all_gather)
     found = world.all_gather({**about, **state.digests()})
     different = [rank for rank in range(world.size) if found[rank] != found[0]]
     if different:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import harness
-from harness import crashes, program, resume
+from harness import crashes, loaders, program, resume
 from harness.checkpoint.catalog import Catalog, Retention
 from harness.checkpoint.saver import Saved, Saver
 from harness.checkpoint.shares import Writers
@@ -39,7 +39,7 @@ from harness.environment import (
     shutdown_grace_seconds,
 )
 from harness.errors import ConfigError, HarnessError, NoCheckpoint, Stopped, StoreError
-from harness.metrics import Reporter, as_json, hash_of, in_words, number_of
+from harness.metrics import Reporter, as_json, check_metric_names, hash_of, in_words, number_of
 from harness.notices import Watcher
 from harness.omissions import Omissions
 from harness.signals import StopRequest
@@ -168,6 +168,7 @@ class Run:
             while not self._is_finished() and (epoch := self.epoch) < total:
                 boundaries = self._boundaries
                 self._fence()  # the loop may change anything before its first step
+                self._omissions.at_epoch_begin()
                 yield epoch
                 if self._boundaries == boundaries and not may_be_empty:
                     raise ConfigError(f"epoch {epoch}: the loop did not call run.step()")
@@ -186,7 +187,7 @@ class Run:
                     raise ConfigError(f"step {self.global_step + 1}: the loop did not call run.step()")
                 self._end_body()
 
-    def step(self, **metrics: Any) -> None:
+    def step(self, /, **metrics: Any) -> None:
         """A step boundary: the optimizer has taken its step, and every rank is here. Metrics (numbers or 0-dim tensors) are
         averaged over the ranks where they are logged; all ranks tell the same.
 
@@ -198,6 +199,8 @@ class Run:
             raise ConfigError("run.step() belongs into a loop over run.epochs() or run.steps()")
         self._boundaries += 1
         self.state.progress.step += 1
+        if metrics.keys() != self._metrics.keys():
+            check_metric_names(metrics)
         self._metrics = {name: each.detach() if isinstance(each, torch.Tensor) else each for name, each in metrics.items()}
         if (notice := self._watcher.poll()) is not None and notice.kind == "stop":
             self.stop.ask(notice.text)
@@ -264,6 +267,8 @@ class Run:
             gradients.stop_noting()
         self.state.check_frozen()
         self._omissions.warn()
+        if self.loader and self.world.rank == 0:
+            loaders.warn_of_single_samples(self.loader, self.state.modules.items())
 
     def finish(self) -> None:
         """Saves the end, and waits for it: for a loop that is left early, which is over then: when the program is started
@@ -305,7 +310,7 @@ class Run:
         if self._is_new_best() and self._due is None and not self._ends_of_bodies_show and not self._has_stepped:
             self._save(must_succeed=False)  # else it is saved at the end of the body
 
-    def tell(self, event: str, message: str, **values: Any) -> None:
+    def tell(self, event: str, message: str, /, **values: Any) -> None:
         """Logs an event: ``message`` for people, the values for programs. Rank 0 speaks."""
         self._reporter.event(event, message, **values)
 
@@ -612,6 +617,7 @@ class Run:
         self._note_metrics()
         ranks = self.world.gather(self.state.capture_rank())
         self._last_saved_time = time.monotonic()
+        self._omissions.at_save(self.epoch)
         directory = self._directory_of_save(must_succeed=must_succeed)
         if directory is None:
             return

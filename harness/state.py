@@ -24,6 +24,7 @@ from harness.checkpoint.collector import without_collections
 from harness.checkpoint.format import Manifest, check_part_name, span
 from harness.data import Loader
 from harness.errors import ConfigError, Mismatch, Unsupported
+from harness.loaders import Epochs
 from harness.modules import (
     check_is_whole,
     check_model,
@@ -249,6 +250,22 @@ class State:
     def _current_names(self) -> dict[str, str]:
         """The entries of the modules and the parameters of the optimizers' groups, and what kind each is."""
         return {f"{name}: {key}": kind for name, part in self._parts.items() for key, kind in part.names().items()}
+
+    @property
+    def loaders(self) -> list[Any]:
+        """The objects of the state that are known to keep a position in data."""
+        return [part.live for part in self._parts.values() if isinstance(part.live, Loader | DataLoader)]
+
+    @property
+    def may_have_position(self) -> bool:
+        """Whether there is an object of the program's own, which may keep one."""
+        return any(type(part) is _Other for part in self._parts.values())
+
+    def agree(self, all_gather: Callable[[Any], list[Any]]) -> None:
+        """Raises ``ConfigError`` where the data sets of the ranks' loaders are not the same. All ranks call it."""
+        for loader in self.loaders:
+            if isinstance(loader, Loader):
+                loader.agree(all_gather)
 
     def is_steady(self) -> Callable[[torch.Tensor], bool]:
         """Tells the tensors that nothing changes but an optimizer's step: its parameters, and its own state.
@@ -646,15 +663,26 @@ class _DataLoader(_Other):
     """A loader of torch's kind with a state, each rank its own.
 
     An iterator of it draws a number when it is made: after a resume that is in the middle of an epoch, where the run that
-    never stopped drew none. So it gets a generator of its own to draw from.
+    never stopped drew none. So it gets a generator of its own to draw from, which is saved with those of its samplers.
     """
 
     def __init__(self, name: str, live: Any) -> None:
         super().__init__(name, live)
         self.per_rank = True
-        live.generator = live.generator or torch.Generator().manual_seed(torch.initial_seed())
-        if getattr(live.sampler, "generator", live.generator) is None:
-            live.sampler.generator = live.generator
+        self.epochs = Epochs(name, live)
+
+    def capture(self) -> dict[str, Any]:
+        return {**super().capture(), "generators": self.epochs.state_dict()}
+
+    def check(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+        if "generators" in saved:  # not before version 0.2
+            self.epochs.check_state_dict(saved["generators"])
+        return super().check(saved)
+
+    def restore(self, saved: Mapping[str, Any], training: Mapping[str, Any]) -> None:
+        if "generators" in saved:
+            self.epochs.load_state_dict(saved["generators"])
+        super().restore(saved, training)
 
 
 def _shapes(part: Mapping[str, Any], name: str) -> dict[str, tuple[str, tuple[int, ...]]]:

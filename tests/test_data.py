@@ -1,6 +1,7 @@
 """Which samples are trained when, by whom, and what they look like."""
 
 import itertools
+import json
 import random
 from collections import Counter
 from typing import NamedTuple
@@ -8,9 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset, random_split
 
+from harness import data
 from harness.data import Cursor, Gap, Loader, MicroBatch, Schedule, batches, mix, seed_everything, to_device
+from harness.dataset import others, sketch
 from harness.errors import ConfigError, Corrupt, Mismatch
 
 # Python 3.12 warns of every fork in a process that has threads, and torch has some.
@@ -413,3 +416,416 @@ def test_a_loader_that_is_told_what_to_leave_out():
         [] if step in (1, 4) else [straight[step]] for step in range(6)
     ]
     assert len(epochs(told, 1)[0]) == 2  # of the four of the second epoch, one was left out and one is trained
+
+
+# --- a last batch that is left out -----------------------------------------------------------------------------------
+
+
+def test_a_short_last_batch_is_left_out():
+    """Each epoch leaves out other samples, ends a batch earlier, and is divided at any world size as ever."""
+    schedule = Schedule(SAMPLES, 3, BATCH, 2, drop_last=True)
+    assert schedule.steps_per_epoch() == 3
+    whole = [trained(step) for step in plans(schedule, 1, 9)]
+    assert [len(batch) for batch in whole] == [BATCH] * 9
+    assert [trained(step) for step in plans(schedule, 5, 9)] == whole
+    assert [trained(step) for step in plans(schedule, 1, 8, schedule.after(Cursor()))] == whole[1:]
+    left_out = [set(range(SAMPLES)) - {*itertools.chain(*whole[3 * epoch : 3 * epoch + 3])} for epoch in range(3)]
+    assert len(set(map(frozenset, left_out))) == 3
+    assert schedule.after(Cursor(0, 12)) == Cursor(1, 0)
+    even = Schedule(12, 0, 6, None, drop_last=True)
+    assert (even.after(Cursor(0, 6)), even.steps_per_epoch()) == (Cursor(1, 0), 2)
+    with pytest.raises(ConfigError, match="drop_last: expected at least one whole batch; the data set has 5 samples"):
+        Schedule(5, 0, 6, None, drop_last=True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_that_leaves_it_out_goes_on(workers):
+    """From each position, the ledger with it; ``len`` is what an epoch gives."""
+    straight = [batch for epoch in epochs(loader(drop_last=True), 3) for batch in epoch]
+    assert len(straight) == 3 * len(loader(drop_last=True)) == 9
+    for done in (1, 3, 5):
+        first, second = loader(drop_last=True), loader(drop_last=True, workers=workers)
+        taken = [plain(first.next_step()[0][0]) for _ in range(done)]
+        second.load_state_dict(first.state_dict())
+        assert taken + [plain(second.next_step()[0][0]) for _ in range(9 - done)] == straight
+        second.close()
+
+
+def test_a_resume_that_begins_to_leave_it_out(caplog):
+    """Where the rest of the epoch is less than a batch, the epoch is over, and that is told; elsewhere it goes on."""
+    first = loader()
+    for batches_done, place in ((2, Cursor(0, 12)), (3, Cursor(1, 0))):
+        while first.cursor.offset < batches_done * BATCH:
+            first.next_step()
+        second = loader(drop_last=True)
+        second.load_state_dict(first.state_dict())
+        assert second.cursor == place
+    assert caplog.text.count("epoch 0 ends at sample 18") == 1
+    back = loader()
+    back.load_state_dict(second.state_dict())
+    assert [len(epoch) for epoch in epochs(back, 1)] == [4]
+
+
+# --- data sets that change -------------------------------------------------------------------------------------------
+
+
+class Staged(Dice):
+    """Samples that depend on what the loop has made of the data set."""
+
+    def __init__(self) -> None:
+        self.epoch, self.scale, self.extra, self.options = 0, np.ones(1), torch.zeros(1), {"crop": [1, 2]}
+        self.told = TensorDataset(torch.zeros(1))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __getitem__(self, index: int):
+        state = [self.epoch, float(self.scale[0]), float(self.extra), self.options["crop"][0], float(self.told.tensors[0])]
+        return index, torch.tensor([*state, random.random()])
+
+
+CHANGES = {
+    "an attribute": lambda dataset, number: dataset.set_epoch(number),
+    "an array": lambda dataset, number: dataset.scale.fill(number),
+    "a tensor": lambda dataset, number: dataset.extra.fill_(number),
+    "an item": lambda dataset, number: dataset.options["crop"].__setitem__(0, number),
+    "within another": lambda dataset, number: dataset.told.tensors[0].add_(number),
+    "nothing": lambda dataset, number: None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_workers_see_what_the_loop_changes(change, caplog):
+    """Between epochs and within one: the next batch is a changed one, as it is without workers, and after a resume."""
+
+    def walk(workers: int, done: int = 0) -> list:
+        current, found = loader(Staged(), workers=workers), []
+        for number in range(7):
+            if number in (2, 4, 5):
+                CHANGES[change](current.dataset, number)
+            if number < done:  # by another process, which has died
+                current.cursor = current.schedule.after(current.cursor)
+            else:
+                found.append(plain(current.next_step()[0][0]))
+        current.close()
+        return found
+
+    caplog.set_level("INFO")
+    whole = walk(0)
+    assert "started anew" not in caplog.text
+    assert walk(1) == whole
+    assert ("the loader's workers are started anew" in caplog.text) == (change != "nothing")
+    assert walk(2, done=3) == whole[3:]
+
+
+def test_another_data_set_in_its_place():
+    """A batch comes from the one that is there now."""
+    current = loader(TensorDataset(torch.zeros(SAMPLES)))
+    current.next_step()
+    current.dataset = TensorDataset(torch.ones(SAMPLES))
+    assert current.next_step()[0][0][0].tolist() == [1.0] * BATCH
+
+
+def test_workers_that_are_started_anew_all_the_time(caplog):
+    """It is exact, and slow: that is told, with what it comes from."""
+    current = loader(Staged(), workers=1)
+    for number in range(21):
+        current.dataset.set_epoch(number)
+        current.next_step()
+    current.close()
+    assert caplog.text.count("started anew 20 times because dataset.epoch was changed") == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_epoch_is_told_where_a_sample_is_fetched(workers):
+    """``tells_epoch``: also to workers that are an epoch ahead of the loop, and to a data set within another."""
+    current = loader(Subset(Staged(), range(SAMPLES)), tells_epoch=True, workers=workers)
+    for epoch in (0, 1, 2):
+        for _, values in current:
+            assert set(values[:, 0].tolist()) == {epoch}
+    current.close()
+    assert current._changes == 0
+
+
+def test_a_length_that_changes_is_refused():
+    """Samples beyond the old one would never be trained, and nobody would know."""
+    values = [1.0] * SAMPLES
+    current = loader(values)
+    epochs(loader(values), 1)
+    for _ in current:
+        pass
+    values.append(2.0)
+    with pytest.raises(ConfigError, match="epoch 1: the data set has 24 samples, and had 23 when its Loader was made"):
+        next(iter(current))
+
+
+# --- random numbers of a collate -------------------------------------------------------------------------------------
+
+
+def mixed(samples: list) -> tuple[torch.Tensor, list[float]]:
+    """Mixes the samples of a batch with each other, as mixup does."""
+    values = torch.stack([torch.as_tensor(sample[0], dtype=torch.float64) for sample in samples])
+    share = torch.rand(()) + random.random() + np.random.rand()
+    return share * values + (1 - share) * values[torch.randperm(len(values))], [float(share)]
+
+
+class Named(TensorDataset):
+    """A data set of torch's with another name."""
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        TensorDataset(torch.arange(SAMPLES)),
+        Named(torch.arange(SAMPLES)),
+        Subset(TensorDataset(torch.arange(SAMPLES)), range(SAMPLES)),
+        Dice(),
+    ],
+    ids=["tensors", "subclass", "subset", "random"],
+)
+def test_a_collate_that_draws(dataset, micro_batch_size):
+    """Its numbers are those of the batch: with any number of workers, after a resume, with no trace in the training."""
+
+    def walk(workers: int, done: int = 0) -> list:
+        current = loader(dataset, workers=workers, collate=mixed, micro_batch_size=micro_batch_size)
+        current.cursor = Cursor(0, done * BATCH)
+        found = [[(values.tolist(), share) for (values, share), _ in current.next_step()] for _ in range(6 - done)]
+        current.close()
+        return found
+
+    seed_everything(3)
+    before = states()
+    whole = walk(0)
+    assert states() == before
+    shares = [share[0] for step in whole for _, share in step]
+    assert len(set(shares)) == len(shares)
+    assert walk(2) == whole
+    assert walk(1, done=3) == whole[3:]
+
+
+# --- what a loop may do ----------------------------------------------------------------------------------------------
+
+
+def test_batches_are_counted_within_their_epoch():
+    """From 0, also after a restart in the middle, where ``enumerate`` would begin anew; saving does not move it."""
+    first = loader()
+    assert first.batch == -1
+    for _ in first:
+        first.state_dict()
+    assert (first.batch, first.cursor) == (3, Cursor(1, 0))
+    first.next_step()
+    first.next_step()
+    assert first.batch == 1
+    second = loader()
+    second.load_state_dict(first.state_dict())
+    assert second.batch == 1
+    assert [second.batch for _ in second] == [2, 3]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_fails_once(workers):
+    """The batch comes with the next try, and nothing is left out: neither by the loader nor by the end of an epoch."""
+
+    class Once(Dice):
+        """It fails in the third batch, until it is mended."""
+
+        bad = frozenset(loader().schedule.order(0)[2 * BATCH : 3 * BATCH].tolist())
+
+        def __getitem__(self, index: int):
+            if index in self.bad:
+                raise OSError(f"sample {index}")
+            return super().__getitem__(index)
+
+    current, straight = loader(Once(), workers=workers), epochs(loader(), 1)[0]
+    seed_everything(11)
+    before = states()
+    found = [plain(batch) for batch in itertools.islice(current, 2)]
+    with pytest.raises(OSError, match="sample"):
+        current.next_step()
+    assert states() == before
+    with pytest.raises(ConfigError, match="epoch 0: a batch could not be fetched, and the loop went on without the rest"):
+        current.end_epoch(0)
+    current.dataset.bad = frozenset()
+    found += [plain(batch) for batch in current]
+    current.end_epoch(0)
+    current.close()
+    assert found == straight
+
+
+def test_a_second_walk_within_an_epoch_is_refused():
+    """It is the next epoch already, which the loop over the epochs would then leave out."""
+    current = loader()
+    epochs(current, 2)
+    with pytest.raises(ConfigError, match="epoch 0: the loop went through the loader 2 times"):
+        current.end_epoch(0)
+
+
+def test_iterators_share_one_position():
+    """Two of them, and one that is never finished, give each batch once, in order."""
+    current, straight = loader(), epochs(loader(), 1)[0]
+    one, other = iter(current), iter(current)
+    found = [plain(next(one)), plain(next(other)), plain(next(one))]
+    del one
+    assert [*found, *map(plain, other)] == straight
+
+
+# --- what the samples look like --------------------------------------------------------------------------------------
+
+
+def split(seed: int, kind: type = TensorDataset) -> Subset:
+    """A training set, cut from another by chance."""
+    whole = torch.randn(200, 3, generator=torch.Generator().manual_seed(1))
+    return random_split(kind(whole), [150, 50], torch.Generator().manual_seed(seed))[0]
+
+
+def test_another_split_is_refused():
+    """A resume that would train samples that it was to be judged by says so, and changes nothing."""
+    first = Loader(split(0), BATCH)
+    saved = first.state_dict()
+    assert len(saved["fingerprint"]) == 3
+    Loader(split(0), BATCH, workers=1).load_state_dict(saved)
+    second = Loader(split(1), BATCH)
+    before = second.state_dict()
+    with pytest.raises(Mismatch, match=r"not those that were trained .*give random_split a generator with a seed"):
+        second.load_state_dict(saved)
+    assert second.state_dict() == before
+    free = Loader(split(1), BATCH, fingerprint=False)
+    free.load_state_dict(saved)
+    assert "fingerprint" in saved
+
+
+def test_an_older_position_has_no_fingerprint():
+    """It is taken over as ever, and has one from then on."""
+    saved = loader().state_dict()
+    fingerprint = saved.pop("fingerprint", None)
+    current = loader()
+    current.load_state_dict(saved)
+    assert current.state_dict()["fingerprint"] == fingerprint is not None
+
+
+def test_a_fingerprint_costs_three_samples_once(monkeypatch):
+    """Each is fetched twice; the generators, and the batches, are as without."""
+    fetches = []
+
+    class Counted(Dice):
+        def __getitem__(self, index: int):
+            fetches.append(index)
+            return super().__getitem__(index)
+
+    seed_everything(11)
+    before = states()
+    current = loader(Counted())
+    current.state_dict()
+    current.state_dict()
+    assert len(fetches) == 2 * len(set(fetches)) == 6
+    assert states() == before
+    assert epochs(current, 1) == epochs(loader(fingerprint=False), 1)
+    late = loader(Counted())
+    late.next_step()
+    assert "fingerprint" not in late.state_dict()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "fingerprint" not in loader(rank=0, world_size=1).state_dict(), "each rank may have data of its own"
+
+
+class Own(Dice):
+    """Augmentation from a generator that nobody seeds; half of the time it changes nothing."""
+
+    def __init__(self, share: float) -> None:
+        self.generator, self.share = np.random.default_rng(), share
+
+    def __getitem__(self, index: int):
+        return torch.full((3,), float(index) + (self.generator.random() < self.share))
+
+
+@pytest.mark.parametrize("share", [0.5, 0.2])
+def test_samples_that_are_others_each_time_are_not_refused(share, caplog):
+    """Nor at a resume that has caught them alike; that the run is not exact is told."""
+    for _ in range(100):
+        first, second = loader(Own(share)), loader(Own(share))
+        second.load_state_dict(first.state_dict())
+    assert "of the data set is another one each time: a resume trains on others" in caplog.text
+
+
+def test_samples_that_cannot_be_fetched_have_no_fingerprint():
+    """The training meets the error, and tells of it."""
+
+    class Broken(Dice):
+        def __getitem__(self, index: int):
+            raise ZeroDivisionError
+
+    current = loader(Broken())
+    assert "fingerprint" not in current.state_dict()
+    with pytest.raises(ZeroDivisionError):
+        current.next_step()
+
+
+class Picture:
+    """What PIL's images offer."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.__array_interface__ = values.__array_interface__
+        self.values = values
+
+
+VALUES = np.random.default_rng(1).random((8, 8, 3))
+SAMPLES_OF_ALL_KINDS = [
+    ("text", "texts"),
+    (b"bytes", b"others"),
+    (3, 4),
+    (True, False),
+    (np.int64(100_000), np.int64(100_001)),
+    (1.5, 1.51),
+    (torch.tensor(100_000), torch.tensor(100_001)),
+    (VALUES, VALUES[::-1]),
+    (torch.tensor(VALUES).bfloat16(), torch.tensor(VALUES).flip(0).bfloat16()),
+    (torch.tensor(VALUES[0]).to(torch.complex64), torch.tensor(VALUES[1]).to(torch.complex64)),
+    (np.array([1.0, np.nan, np.inf]), np.array([1.0, np.inf, np.nan])),
+    (Picture((VALUES * 255).astype(np.uint8)), Picture((VALUES[::-1] * 255).astype(np.uint8))),
+    ({"image": VALUES, "label": 1}, {"image": VALUES, "label": 2}),
+    (Pair(torch.zeros(2), [1, "cat"]), Pair(torch.zeros(2), [1, "dog"])),
+    (torch.arange(50_000) % 997, torch.arange(50_000) % 991),
+    (torch.zeros(2, 3), torch.zeros(3, 2)),
+    ([], [0]),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), SAMPLES_OF_ALL_KINDS, ids=[str(n) for n in range(len(SAMPLES_OF_ALL_KINDS))])
+def test_a_sketch_knows_a_sample(one, other):
+    """It is the same for the same sample, another one for another, and goes through a manifest."""
+    drawn = json.loads(json.dumps(sketch(one), allow_nan=False))
+    assert others([[0, drawn]], [(0, sketch(one))]) == []
+    assert others([[0, drawn]], [(0, sketch(other))]) == [0]
+    assert others([[0, drawn]], [(1, sketch(other))]) == []
+
+
+def test_a_sketch_passes_over_rounding():
+    """Another processor's exponential, another library's decoder: no reason to refuse a resume."""
+    image = torch.tensor(VALUES)
+    noise = torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64) - 0.5
+    assert others([(0, sketch(image))], [(0, sketch(image + 0.004 * noise))]) == []
+    assert others([(0, sketch(image))], [(0, sketch(image.exp().log().float()))]) == []
+
+
+def test_what_a_sketch_cannot_read_it_passes_over():
+    """An object of the data set's own says nothing."""
+    assert sketch([object(), None, torch.ones(1)]) == sketch([None, torch.ones(1)])
+
+
+# --- the default device ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_default_device_that_is_another(workers):
+    """Order and samples are made on the CPU, with the numbers of the CPU."""
+    straight = epochs(loader(), 1)
+    torch.set_default_device("meta")
+    try:
+        data._order.cache_clear()
+        current = loader(workers=workers)
+        second = loader()
+        second.load_state_dict(current.state_dict())
+        assert epochs(current, 1) == straight
+        current.close()
+    finally:
+        torch.set_default_device(None)

@@ -5,16 +5,20 @@ import re
 import uuid
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import harness
 from harness import journal
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Attempt
 from harness.checkpoint.store import open_store
 from harness.config import RunConfig
 from harness.dashboards import Prometheus, TensorBoard
+from harness.errors import ConfigError
 from harness.escapes import for_html, for_terminal
 from harness.metrics import Reporter
 from harness.report import numbers, page, words
@@ -301,11 +305,20 @@ def test_a_value_never_takes_the_records_own_place(tmp_path):
     assert found["time"] > 1e9
 
 
+@pytest.mark.parametrize("name", ["step", "event", "message", "time", "attempt", "lr", "\ud800"])
+def test_a_step_refuses_such_names(name):
+    """At the first step with it, in words; any other name, ``self`` and ``name`` too, is a metric."""
+    model = torch.nn.Linear(1, 1)
+    run = harness.Run(None, {"model": model}, config={"log": {"every_steps": 1}}, stop=harness.StopRequest())
+    for _ in run.steps(1):
+        with pytest.raises(ConfigError, match=r"run\.step: the name"):
+            run.step(**{name: 1.0})
+        run.step(self=1.0, name=2.0, why=3.0)
+    assert run.state.progress.last == {"self": 1.0, "name": 2.0, "why": 3.0}
+
+
 def test_values_that_json_has_not(tmp_path):
     """They are told in words, however deep they lie, and the line is there."""
-    import numpy as np
-    import torch
-
     path = tmp_path / "log.jsonl"
     reporter = Reporter(RunConfig.model_validate({"log": {"jsonl": str(path)}}), active=True)
     values = {

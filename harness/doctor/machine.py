@@ -66,7 +66,8 @@ def _batches(case: Case, workers: int) -> Generator[list[tuple[Any, float]]]:
     loader = case.loader
     assert loader is not None
     plan = loader.schedule.steps(Cursor(), case.world.rank, case.world.size)
-    return data.batches(loader.dataset, plan, seed=loader.schedule.seed, workers=workers, collate=loader._collate)
+    about: dict[str, Any] = {"collate": loader._collate, "tells_epoch": loader._tells_epoch}
+    return data.batches(loader.dataset, plan, seed=loader.schedule.seed, workers=workers, **about)
 
 
 def memory(case: Case) -> list[Finding]:

@@ -42,6 +42,9 @@ def task(case: Case) -> list[Finding]:
             micro_batch_size=config.train.micro_batch_size,
             workers=config.data.workers,
             collate=built.collate,
+            drop_last=config.train.drop_last,
+            tells_epoch=True,
+            fingerprint=config.data.fingerprint,
             rank=case.world.rank,
             world_size=case.world.size,
         )
