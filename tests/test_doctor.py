@@ -579,6 +579,7 @@ parser.add_argument("--width", type=int, default=3)
 parser.add_argument("--every", type=int)
 parser.add_argument("--no-run", action="store_true")
 options = parser.parse_args()
+torch.manual_seed(0)
 try:
     model = torch.nn.Linear(1, options.width)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
