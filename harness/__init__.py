@@ -47,6 +47,11 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    """What is there, also before it is imported."""
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first asked for: the verbs that only read a URL must not wait for torch."""
     if name not in _HOMES:

@@ -19,6 +19,7 @@ import harness
 from harness import console, outcome
 from harness.environment import is_first_of_node, is_under_torchrun, rank, ranks, restarts
 from harness.errors import ConfigError, Corrupt, HarnessError, NoCheckpoint, RankFailure, Stopped
+from harness.escapes import for_terminal
 from harness.outcome import Outcome
 from harness.secrecy import scrubbed
 
@@ -172,20 +173,25 @@ def launch(arguments: tuple[str, ...]) -> None:
     sys.exit(launch(*halves(arguments)))
 
 
-@cli.command()
-@click.argument("config_file", metavar="CONFIG.yaml")
-@click.argument("overrides", metavar="[dotted.key=value]...", nargs=-1)
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.argument("what", metavar="CONFIG.yaml")
+@click.argument("arguments", metavar="[dotted.key=value]...", nargs=-1, type=click.UNPROCESSED)
+@click.option(
+    "--fresh", is_flag=True, help="Find fault with a checkpoint.url that already holds a run, as train --fresh does."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(config_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
+def doctor(what: str, arguments: tuple[str, ...], fresh: bool, as_json: bool) -> None:
     """Say what will bite on this machine and with this launcher, before a run is started.
 
     Start it as the training will be started: harness launch [torchrun options] -- doctor CONFIG.yaml ... It tries what it
-    can, and leaves nothing behind. Exit codes: 0 nothing would keep the run from working (warnings do not count), else that
-    with which the run would end: 2 the configuration, the task or the machine, 66 no checkpoint is whole, 74 the storage
-    fails, 76 the ranks do not meet.
+    can, and leaves nothing behind. In place of CONFIG.yaml it takes SCRIPT.py, or -m MODULE, with its arguments (after --,
+    where they are named like the doctor's), and runs that until it makes its harness.Run. Exit codes: 0 nothing would keep
+    the run from working (warnings do not count), else that with which the run would end: 2 the configuration, the task, the
+    script, the machine, or a checkpoint of another model, 66 no checkpoint is whole, 70 a crash loop, 74 the storage fails,
+    76 the ranks do not meet.
     """
     from harness import program  # noqa: PLC0415  # see the module's docstring
-    from harness.doctor import examine  # noqa: PLC0415
+    from harness.doctor import examine, examine_script  # noqa: PLC0415
     from harness.signals import STOP_SIGNALS  # noqa: PLC0415
 
     if restarts():
@@ -194,14 +200,28 @@ def doctor(config_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
         signal.signal(number, signal.default_int_handler)  # each ends it as ^C does, with everything cleaned up
     program.begin()
     _check_ranks()
-    code = examine(config_file, overrides, lambda found: _tell(found, as_json=as_json))
-    if is_under_torchrun():
-        from harness.world import leave_at_once  # noqa: PLC0415
 
-        sys.stdout.flush()
+    def tell(found: "Sequence[Finding]") -> None:
+        _tell(found, as_json=as_json)
+
+    if what == "-m" or what.endswith(".py"):
+        _leave_doctor(examine_script((what, *arguments), tell, _leave_doctor, fresh=fresh), at_once=is_under_torchrun())
+    _leave_doctor(examine(what, arguments, tell, fresh=fresh), at_once=is_under_torchrun())
+
+
+def _leave_doctor(code: int, *, at_once: bool = True) -> NoReturn:
+    """Ends the doctor; at once where a script is under way, none of whose own endings is to be run."""
+    if not at_once:
+        sys.exit(code)
+    from harness.world import leave_at_once  # noqa: PLC0415  # see the module's docstring
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_under_torchrun():
         outcome.record(Outcome(code, verdict=True))
-        leave_at_once(0 if outcome.is_wanted() else code)  # torchrun would start again what ends with anything else
-    sys.exit(code)
+    leave_at_once(
+        0 if is_under_torchrun() and outcome.is_wanted() else code
+    )  # torchrun would start again what ends with anything else
 
 
 def _tell(found: "Sequence[Finding]", *, as_json: bool) -> None:
@@ -244,11 +264,13 @@ def _open_catalog(url: str, storage_options: tuple[str, ...]) -> "Catalog":
 def ls(url: str, storage_options: tuple[str, ...], as_json: bool) -> None:
     """List the saves of a run: whole, damaged, unfinished, and those on a line that the run has left.
 
-    The latest attempt comes first, the latest step first within it.
+    The latest attempt comes first, the latest step first within it. Exit code 66 where there is no run at all.
     """
     from harness.checkpoint.catalog import line  # noqa: PLC0415  # see the module's docstring
 
-    entries = _open_catalog(url, storage_options).entries()
+    catalog = _open_catalog(url, storage_options)
+    entries = catalog.entries()
+    _refuse_nothing(catalog, entries)
     in_line = {entry.directory for entry in line(entries)}
     if as_json:
         click.echo(json.dumps([{**_summary(entry), "in_line": entry.directory in in_line} for entry in entries], indent=1))
@@ -259,7 +281,18 @@ def ls(url: str, storage_options: tuple[str, ...], as_json: bool) -> None:
         about = entry.manifest
         state = "left" if entry.state == "whole" and entry.directory not in in_line else entry.state
         what = f"epoch {about.meta.get('epoch')}  {about.bytes / 1e6:.1f} MB  {about.created}" if about else ""
-        click.echo(f"{state:<10}  step {entry.step:<10} {what}  {entry.directory}  {entry.problem}".rstrip())
+        _print(f"{state:<10}  step {entry.step:<10} {what}  {entry.directory}  {entry.problem}".rstrip())
+
+
+def _print(line: str) -> None:
+    """Prints a line with text out of a run's URL."""
+    click.echo(for_terminal(line))
+
+
+def _refuse_nothing(catalog: "Catalog", entries: "Sequence[Entry]") -> None:
+    """Raises ``NoCheckpoint`` for a URL where no run has ever begun: it is mistyped, more often than not."""
+    if not entries and not catalog.attempts():
+        raise NoCheckpoint(f"{catalog.store.url}: there is no run here, not even an empty one; look at the URL for a typo")
 
 
 @cli.command()
@@ -281,13 +314,15 @@ def inspect(url: str, storage_options: tuple[str, ...], as_json: bool, step: int
         return
     for key, value in details.items():
         if isinstance(value, list):
-            click.echo(f"{key}:")
+            _print(f"{key}:")
             for item in value:
-                click.echo("  " + "  ".join(str(field) for field in item.values()))
+                _print("  " + "  ".join(str(field) for field in (item.values() if isinstance(item, dict) else [item])))
         elif isinstance(value, dict):
-            click.echo(f"{key}:" + "".join(f"\n  {name}  {item}" for name, item in value.items()))
+            _print(f"{key}:")
+            for name, item in value.items():
+                _print(f"  {name}  {item}")
         else:
-            click.echo(f"{key}: {value}")
+            _print(f"{key}: {value}")
 
 
 @cli.command()
@@ -306,7 +341,7 @@ def verify(url: str, storage_options: tuple[str, ...], as_json: bool, step: int 
         click.echo(json.dumps([_summary(entry) for entry in entries], indent=1))
     else:
         for entry in entries:
-            click.echo(f"{entry.state:<10}  step {entry.step:<10} {entry.directory}  {entry.problem}".rstrip())
+            _print(f"{entry.state:<10}  step {entry.step:<10} {entry.directory}  {entry.problem}".rstrip())
     if not entries:
         raise NoCheckpoint(f"{url}: there is no checkpoint to verify")
     damaged = [entry for entry in entries if entry.state == "damaged"]
@@ -338,6 +373,7 @@ def prune(
     retention = Retention(keep_last, keep_every_steps)
     catalog = _open_catalog(url, storage_options)
     gone = catalog.prune(retention, dry_run=dry_run, unfinished=unfinished)
+    _refuse_nothing(catalog, gone)
     if as_json:
         click.echo(json.dumps([_summary(entry) for entry in gone], indent=1))
         return
@@ -382,7 +418,7 @@ def export(
         click.echo(json.dumps({"directory": entry.directory, "step": entry.step, "files": written}, indent=1))
         return
     for name, size_bytes in written.items():
-        click.echo(f"{name}  {size_bytes / 1e6:.1f} MB  (step {entry.step})")
+        _print(f"{name}  {size_bytes / 1e6:.1f} MB  (step {entry.step})")
 
 
 @cli.command()
@@ -400,12 +436,19 @@ def report(url: str, out: str | None, storage_options: tuple[str, ...], as_json:
     catalog = _open_catalog(url, storage_options)
     records = journal.read(catalog.store)
     if metrics:
-        for record in journal.merged(records):
+        for record in journal.merged(records, numbers.newest_lineage(catalog)):
             click.echo(json.dumps(record))
+        if records.unreadable:
+            count = f"{records.unreadable} line{'s' * (records.unreadable > 1)}"
+            click.echo(f"harness: {count} could not be read", err=True)
         return
     found = numbers.read(catalog, records, time.time())
     if out is not None:
-        Path(out).write_text(page.page(found, records), encoding="utf-8")
+        text = page.page(found, records)
+        try:
+            Path(out).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{out}: cannot be written: {error.strerror}") from None
     click.echo(json.dumps(found.as_json(), indent=1) if as_json else words.short(found))
 
 
@@ -425,7 +468,7 @@ def import_(src: str, url: str, storage_options: tuple[str, ...], as_json: bool,
     if as_json:
         click.echo(json.dumps({"directory": directory, "what": foreign.what, "entries": len(foreign.model)}, indent=1))
     else:
-        click.echo(f"{directory}  {len(foreign.model)} entries of the model, from {foreign.what}")
+        _print(f"{directory}  {len(foreign.model)} entries of the model, from {foreign.what}")
 
 
 def _summary(entry: "Entry") -> dict[str, Any]:

@@ -83,6 +83,6 @@ def _crashes(catalog: Catalog, names: Sequence[str] | dict[str, int], attempt: A
             text = catalog.store.get(name, _RECORD_LIMIT_BYTES)
             try:
                 found.append(Crash(**json.loads(text or b"")))
-            except (ValueError, TypeError):  # cut by a death of the writer: it says nothing
+            except (ValueError, TypeError, RecursionError):  # cut by a death of the writer, or made to do harm
                 continue
     return found

@@ -2,14 +2,14 @@
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from harness.errors import ConfigError
+from harness.escapes import for_prometheus_label, for_prometheus_name, for_terminal
 
-_NO_METRICS = {"event", "time", "attempt", "step", "level"}
+_NO_METRICS = {"event", "time", "attempt", "step", "uptime_seconds", "level"}
 
 
 class TensorBoard:
@@ -27,9 +27,11 @@ class TensorBoard:
         """Takes an event: an attempt's opening, or metrics."""
         if record["event"] in ("start", "resume"):
             self._writer = self._open(record.get("step", 0) + 1)
-        elif record["event"] in ("train", "evaluate"):
+        elif record["event"] in ("train", "evaluate") and "step" in record:
             for name, value in numbers_of(record).items():
-                self._writer.add_scalar(f"{record['event']}/{name}", value, record["step"], walltime=record["time"])
+                self._writer.add_scalar(
+                    f"{record['event']}/{for_terminal(name)}", value, record["step"], walltime=record["time"]
+                )
         elif record["event"] in ("save", "stop", "done"):
             self._writer.flush()
 
@@ -44,16 +46,23 @@ class Prometheus:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._values: dict[str, float] = {}
+        self._values: dict[str, dict[str, float]] = {}  # by metric, by labels
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Takes an event; a metric's name is ``harness_<event>_<name>``."""
-        event = record["event"]
-        self._values |= {_name(event, name): value for name, value in numbers_of(record).items()}
-        self._values[_name(event, "time_seconds")] = record["time"]
-        if isinstance(record.get("step"), int):
-            self._values[_name(event, "step")] = record["step"]
-        lines = [f"# TYPE {name} gauge\n{name} {_number(value)}\n" for name, value in sorted(self._values.items())]
+        """Takes an event; a metric's name is ``harness_<event>_<name>``. A name that cannot be told from it is a label."""
+        event, used = record["event"], set()
+        own = {"time_seconds": record["time"], "step": record.get("step")}
+        numbers = [(name, value) for name, value in own.items() if isinstance(value, int | float)]
+        for name, value in [*numbers, *numbers_of(record).items()]:
+            metric = for_prometheus_name("harness", event, name)
+            is_told = metric not in used and for_prometheus_name(name) == name.replace("/s", "_per_second")
+            labels = "" if is_told else f'{{name="{for_prometheus_label(name)}"}}'
+            self._values.setdefault(metric, {})[labels] = value
+            used.add(metric)
+        lines = []
+        for metric, samples in sorted(self._values.items()):
+            lines.append(f"# TYPE {metric} gauge\n")
+            lines += (f"{metric}{labels} {_number(value)}\n" for labels, value in sorted(samples.items()))
         partial = f"{self._path}.{os.getpid()}.partial"  # not *.prom, which is what the collector reads
         Path(partial).write_text("".join(lines), encoding="utf-8")
         os.replace(partial, self._path)
@@ -70,12 +79,11 @@ def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
             continue
         if isinstance(value, str) and value not in ("nan", "inf", "-inf"):
             continue
-        found[name] = float(value)
+        try:
+            found[name] = float(value)
+        except OverflowError:  # a whole number that no float can be
+            found[name] = math.inf if int(value) > 0 else -math.inf
     return found
-
-
-def _name(event: str, name: str) -> str:
-    return "harness_" + re.sub(r"[^a-zA-Z0-9_]", "_", f"{event}_{name}".replace("/s", "_per_second"))
 
 
 def _number(value: float) -> str:

@@ -176,13 +176,21 @@ def began() -> float:
     if _was_asked:
         return time.time()
     _was_asked = True
-    is_first = is_under_torchrun() and restarts() == 0
+    return (launcher_began() if restarts() == 0 else None) or _process_began(os.getpid()) or time.time()
+
+
+def launcher_began() -> float | None:
+    """When the torchrun that started this process was itself started; None where there is none, or nobody knows."""
+    return _process_began(os.getppid()) if is_under_torchrun() else None
+
+
+def _process_began(pid: int) -> float | None:
+    """When a process was started, in seconds since the epoch; None where the system does not say."""
     try:
-        ticks = Path(f"/proc/{os.getppid() if is_first else os.getpid()}/stat").read_text().rpartition(")")[2].split()[19]
-        age_seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + int(ticks) / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError, IndexError, ValueError):  # not Linux
-        age_seconds = 0.0
-    return time.time() - age_seconds
+        return None
 
 
 def nodes() -> int:

@@ -7,18 +7,23 @@ of the last interval, and none of a step that a checkpoint stands on.
 
 Whoever reads merges: the line of the newest attempt, which says at its start from which steps of which attempts it goes on.
 What those told of later steps was trained again, and is passed over.
+
+Anyone who can write the run's URL can write these lines. ``read`` gives only records whose fields have the types and the
+ranges that they must have; the others are counted.
 """
 
 import json
 import logging
+import math
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
-from harness.checkpoint.format import Attempt
+from harness.checkpoint.format import Ancestor, Attempt
 from harness.checkpoint.store import Store
-from harness.errors import HarnessError
+from harness.errors import HarnessError, StoreError
 
 Record = Mapping[str, Any]
 
@@ -29,6 +34,11 @@ OPENINGS = ("start", "resume")  # the events with which an attempt begins to tra
 _OLDER = 0.01  # of an attempt's age: then its next segment is due, whatever the interval
 _MOST_LINES = 100_000  # that wait for a store which does not take them
 _LEAVE_SECONDS = 5.0  # for the last segment, when the process is about to end
+_SLICE_BYTES = 16 << 20  # of a segment, read at once
+_LINE_LIMIT_BYTES = 16 << 20  # the longest that is written has the numbers of a batch's samples
+_DEEPEST = 8  # a line nests three levels: a lineage
+_MOST_STEPS = 10**12  # a directory's name has twelve digits for them
+_YEAR_10000 = 253_402_300_800.0  # in seconds since the epoch: no clock says that
 
 
 class Journal:
@@ -39,6 +49,7 @@ class Journal:
         self._attempt = attempt
         self._every_seconds = every_seconds
         self._began = time.monotonic()
+        self._began_uptime = _uptime()
         self._waiting: list[bytes] = []  # lines that are not in the store yet
         self._segments = 0
         self._step: int | None = None
@@ -51,7 +62,8 @@ class Journal:
     def write(self, record: Record) -> None:
         """Takes one more line. The first is put at once, so that a start is known of."""
         if len(self._waiting) < _MOST_LINES:
-            self._waiting.append(json.dumps(record, allow_nan=False, default=str).encode() + b"\n")
+            clocked = {**record, "uptime_seconds": round(_uptime() - self._began_uptime, 3)}
+            self._waiting.append(json.dumps(clocked, allow_nan=False, default=str).encode() + b"\n")
         if record["event"] in OPENINGS:
             self._wake.set()
 
@@ -92,24 +104,77 @@ class Journal:
         self.flush()  # what came while it was putting the lines before
 
 
-def read(store: Store) -> dict[Attempt, list[Record]]:
-    """What each attempt told, in that order, the first attempt first. Lines that are none are left out."""
+def _uptime() -> float:
+    """Seconds by a clock that nobody sets, and that counts the time in which the machine slept, where there is one."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class Records(dict[Attempt, list[Record]]):
+    """What each attempt told, the first attempt first; ``unreadable`` lines were none, or had impossible values."""
+
+    unreadable = 0
+
+
+def read(store: Store, only: Attempt | None = None) -> Records:
+    """What each attempt told (or one of them), in that order. Raises ``StoreError``."""
     found: dict[Attempt, dict[bytes, None]] = {}
+    records = Records()
+    try:
+        for name, lines in _segments(store, only):
+            attempt = Attempt(_attempt_of(name))
+            # A put that failed may have landed, and its lines were put again.
+            found.setdefault(attempt, {}).update(
+                dict.fromkeys(line[: _LINE_LIMIT_BYTES + 1] for line in lines if line.strip())
+            )
+    except FileNotFoundError as error:
+        raise StoreError(f"{store.url}: {DIRECTORY}/ was deleted while it was read ({error})", transient=True) from None
+    for attempt in sorted(found):
+        parsed = [_record(text, attempt) for text in found[attempt]]
+        records[attempt] = [record for record in parsed if record is not None]
+        records.unreadable += len(parsed) - len(records[attempt])
+    return records
+
+
+def _segments(store: Store, only: Attempt | None) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """Each segment's name and lines."""
     sizes = store.list(DIRECTORY)
-    names = sorted(name for name in sizes if _attempt_of(name))
-    for name, data in zip(names, store.pieces((name, 0, sizes[name]) for name in names), strict=True):
-        lines = dict.fromkeys(data.splitlines())  # a put that failed may have landed, and its lines were put again
-        found.setdefault(Attempt(_attempt_of(name)), {}).update(lines)
-    return {attempt: list(filter(None, map(_record, found[attempt]))) for attempt in sorted(found)}
+    names = sorted(name for name in sizes if (attempt := _attempt_of(name)) and (only is None or attempt == only.id))
+    ranges = [
+        (name, start, min(_SLICE_BYTES, sizes[name] - start))
+        for name in names
+        for start in range(0, sizes[name], _SLICE_BYTES)
+    ]
+    pieces = zip(ranges, store.pieces(ranges), strict=True)
+    for name, group in groupby(pieces, key=lambda piece: piece[0][0]):
+        yield name, _lines(data for _, data in group)
 
 
-def line(records: Mapping[Attempt, Sequence[Record]]) -> dict[Attempt, int | None]:
-    """The attempts that the run, as it is now, consists of, in order, each with the last step that counts (None: all)."""
+def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a segment; of one that is too long only so much that it is seen to be."""
+    rest = b""
+    for data in pieces:
+        *whole, rest = (rest + data).split(b"\n")
+        yield from whole
+        rest = rest[: _LINE_LIMIT_BYTES + 1]
+    yield rest
+
+
+def line(records: Mapping[Attempt, Sequence[Record]], lineage: Sequence[Ancestor] = ()) -> dict[Attempt, int | None]:
+    """The attempts that the run, as it is now, consists of, in order, each with the last step that counts (None: all).
+
+    ``lineage`` is that of the newest checkpoint, itself included: its attempt may be a newer one that told nothing.
+    """
+    committed = {Attempt(ancestor.attempt): ancestor.until_step for ancestor in lineage}
     for attempt in sorted(records, reverse=True):
         if opening := opening_of(records[attempt]):
+            if committed and max(committed) > attempt:
+                break
             ancestors = {Attempt(name): int(step) for name, step in opening.get("lineage", ())}
             return {**ancestors, attempt: None}
-    return {}
+    return {**committed}
 
 
 def opening_of(records: Iterable[Record]) -> Record | None:
@@ -117,11 +182,11 @@ def opening_of(records: Iterable[Record]) -> Record | None:
     return next((record for record in records if record["event"] in OPENINGS), None)
 
 
-def merged(records: Mapping[Attempt, Sequence[Record]]) -> list[Record]:
+def merged(records: Mapping[Attempt, Sequence[Record]], lineage: Sequence[Ancestor] = ()) -> list[Record]:
     """What was logged of the steps and evaluations of the run as it is now: each once, by the attempt that it stands on."""
     return [
         record
-        for attempt, until_step in line(records).items()
+        for attempt, until_step in line(records, lineage).items()
         for record in records.get(attempt, ())
         if record["event"] in ("train", "evaluate") and (until_step is None or record["step"] <= until_step)
     ]
@@ -133,9 +198,82 @@ def _attempt_of(name: str) -> str:
     return attempt if name.endswith(".jsonl") and number.isdecimal() and Attempt.parse(attempt) else ""
 
 
-def _record(text: bytes) -> Record | None:
-    try:
-        record = json.loads(text)
-    except ValueError:
+def _record(text: bytes, owner: Attempt) -> Record | None:
+    """What a line of an attempt says; None where it says nothing that could be, or is another attempt's."""
+    if len(text) > _LINE_LIMIT_BYTES:
         return None
-    return record if isinstance(record, dict) and {"event", "time"} <= record.keys() else None
+    try:
+        record = json.loads(text, parse_int=_whole_number, parse_float=_number, parse_constant=_word)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not _is_shallow(record, _DEEPEST):
+        return None
+    event, attempt = record.get("event"), record.get("attempt")
+    if not isinstance(event, str) or (isinstance(attempt, str) and Attempt.parse(attempt) and attempt != owner.id):
+        return None
+    required = {"time": _is_seconds, **_REQUIRED.get(event, {})}
+    given = {name: check for name, check in {"step": _is_step, **_GIVEN.get(event, {})}.items() if name in record}
+    if not all(name in record and check(record[name]) for name, check in {**given, **required}.items()):
+        return None
+    return {**record, "attempt": owner.id}
+
+
+def _whole_number(text: str) -> float | int | str:
+    return int(text) if len(text) < 20 else _number(text)
+
+
+def _number(text: str) -> float | str:
+    """A number; one that is too large for that in a word, as it is written."""
+    value = float(text)
+    return value if math.isfinite(value) else repr(value)
+
+
+def _word(text: str) -> str:
+    """JSON has no word for it, and Python's reader takes it all the same."""
+    return repr(float(text.replace("Infinity", "inf")))
+
+
+def _is_shallow(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return True
+    return levels > 0 and all(
+        _is_shallow(item, levels - 1) for item in (value.values() if isinstance(value, dict) else value)
+    )
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _MOST_STEPS
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_seconds(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < _YEAR_10000
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_lineage(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and _is_text(pair[0]) and Attempt.parse(pair[0]) and _is_step(pair[1])
+        for pair in value
+    )
+
+
+# What whoever reads counts on: the fields that a record of an event must have, and those that it may have.
+_Checks = Mapping[str, Callable[[Any], bool]]
+_STEP: _Checks = {"step": _is_step}
+_REQUIRED: Mapping[str, _Checks] = {
+    **dict.fromkeys(("train", "evaluate", "beat", "saving", "skip"), _STEP),
+    "save": {**_STEP, "bytes": _is_count, "seconds": _is_seconds, "blocked_seconds": _is_seconds},
+    "save_failed": {**_STEP, "error": _is_text},
+    "fallback": {"directory": _is_text, "why": _is_text},
+    "nonfinite": {**_STEP, "policy": _is_text, "samples": lambda value: isinstance(value, list)},
+    "straggler": {**_STEP, "rank": _is_count, "host": _is_text, "seconds": _is_seconds, "median_seconds": _is_seconds},
+    "error": {"error": _is_text},
+}
+_GIVEN: Mapping[str, _Checks] = {**{event: {"lineage": _is_lineage} for event in OPENINGS}, "save": {"retries": _is_count}}

@@ -21,6 +21,32 @@ from harness.secrecy import scrubbed, without_secrets
 
 log = logging.getLogger("harness")
 
+# What a record says by itself, on the console, in the journal and in the log: no metric may have such a name.
+_OF_RECORD = ("event", "time", "attempt", "step", "uptime_seconds", "lr", "samples/s", "steps/s")
+_OF_CONSOLE = ("message", "level", "rank", "host", "traceback")
+OWN_NAMES = frozenset({*_OF_RECORD, *_OF_CONSOLE})
+
+
+def check_metric_names(names: Iterable[str]) -> None:
+    """Raises ``ConfigError`` for a metric's name that a record has for something else, or that is no text."""
+    for name in names:
+        if name in OWN_NAMES:
+            raise ConfigError(
+                f"run.step: the name {name!r} is harness's own; give the metric another one, such as 'my_{name}'"
+            )
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"run.step: the name {name!r} holds half of a character, and cannot be written") from None
+
+
+def _is_number(value: Any) -> bool:
+    """Whether ``float(value)`` has a meaning. Tensors and arrays are known by what they have; torch is not imported."""
+    if isinstance(value, str | bytes | complex) or not hasattr(value, "__float__"):
+        return False
+    is_complex = getattr(value, "is_complex", None)
+    return math.prod(getattr(value, "shape", ())) == 1 and not (callable(is_complex) and is_complex())
+
 
 class Reporter:
     """Writes the events of one attempt. On other ranks than 0 it is made with ``active=False`` and writes nothing.
@@ -52,11 +78,13 @@ class Reporter:
             self._journal = Journal(store, attempt, metrics.every_seconds)
             self._sinks.append(self._journal)
 
-    def event(self, name: str, message: str, **values: Any) -> None:
-        """Tells of one event: ``message`` to the console (none where it is empty), the values to all others."""
+    def event(self, name: str, message: str, /, **values: Any) -> None:
+        """Tells of one event: ``message`` to the console (none where it is empty), the values to all others. A value never
+        takes the place of what the record says itself."""
         if not self._active:
             return
-        record = scrubbed({"event": name, "time": time.time(), "attempt": self._attempt, **as_json(values)})
+        own = {"event": name, "time": time.time(), "attempt": self._attempt}
+        record = scrubbed({**own, **as_json(values), **own})
         if message:
             for text, about in self._live.lines(name, (message, record)) if self._live else [(message, record)]:
                 log.info("%s", without_secrets(text), extra={"values": about})
@@ -124,10 +152,22 @@ def _directory(wanted: bool | str, url: str | None) -> str:
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as JSON has them: a number that is none (``nan``, ``inf``) is told in a word."""
-    return {
-        key: repr(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
-    }
+    """Values as JSON has them: a number that is none (``nan``, ``inf``) is told in a word, and so is what is no JSON."""
+    return {str(key): _as_json(value) for key, value in values.items()}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else repr(float(value))
+    if isinstance(value, Mapping):
+        return as_json(value)
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_as_json(item) for item in value]
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    return _as_json(float(value)) if _is_number(value) else str(value)
 
 
 def hash_of(names: Iterable[str]) -> int:

@@ -30,10 +30,18 @@ from harness.config import Config, RunConfig, run_config
 from harness.console import complain
 from harness.crashes import Crash
 from harness.data import Loader, is_due, nothing
-from harness.environment import began, is_first_of_node, launch_id, rank, shutdown_grace_seconds
+from harness.environment import (
+    began,
+    is_first_of_node,
+    launch_id,
+    launcher_began,
+    rank,
+    restarts,
+    shutdown_grace_seconds,
+)
 from harness.errors import ConfigError, HarnessError, NoCheckpoint, Stopped, StoreError
 from harness.loaders import Epochs
-from harness.metrics import Reporter, as_json, hash_of, in_words, number_of
+from harness.metrics import Reporter, as_json, check_metric_names, hash_of, in_words, number_of
 from harness.notices import Watcher
 from harness.omissions import Omissions
 from harness.signals import StopRequest
@@ -43,6 +51,9 @@ from harness.watchdog import Watchdog
 from harness.world import Agreement, World, has_lost_a_peer, is_timeout, leave_at_once, world_of_program
 
 log = logging.getLogger(__name__)
+
+# The doctor's, while it runs a script: it is given what a Run is made of, looks at that, and ends the program.
+examiner: Callable[[RunConfig, Mapping[str, Any], World | None, bool], None] | None = None
 
 
 class Run:
@@ -105,7 +116,9 @@ class Run:
         self._pid = os.getpid()
         intervals = {"every_steps": every_steps, "every_seconds": every_seconds, "every_epochs": every_epochs}
         self.config = _settings(url, {**intervals, "keep_last": keep_last, "must_exist": must_exist or None}, config)
-        self.world = world or world_of_program(_device(state), self.config.world.timeout_seconds)
+        if examiner is not None:
+            examiner(self.config, state, world, fresh)
+        self.world = world or world_of_program(device_of(state), self.config.world.timeout_seconds)
         self.stop.before_leaving = self._before_leaving
         self.about = dict(about or {})
         self._initialize = initialize
@@ -183,7 +196,7 @@ class Run:
                     raise ConfigError(f"step {self.global_step + 1}: the loop did not call run.step()")
                 self._end_body()
 
-    def step(self, **metrics: Any) -> None:
+    def step(self, /, **metrics: Any) -> None:
         """A step boundary: the optimizer has taken its step, and every rank is here. Metrics (numbers or 0-dim tensors) are
         averaged over the ranks where they are logged; all ranks tell the same.
 
@@ -195,6 +208,8 @@ class Run:
             raise ConfigError("run.step() belongs into a loop over run.epochs() or run.steps()")
         self._boundaries += 1
         self.state.progress.step += 1
+        if metrics.keys() != self._metrics.keys():
+            check_metric_names(metrics)
         self._metrics = {name: each.detach() if isinstance(each, torch.Tensor) else each for name, each in metrics.items()}
         if (notice := self._watcher.poll()) is not None and notice.kind == "stop":
             self.stop.ask(notice.text)
@@ -311,7 +326,7 @@ class Run:
         if self._is_new_best() and self._due is None and not self._ends_of_bodies_show() and not self._has_stepped:
             self._save(must_succeed=False)  # else it is saved at the end of the body
 
-    def tell(self, event: str, message: str, **values: Any) -> None:
+    def tell(self, event: str, message: str, /, **values: Any) -> None:
         """Logs an event: ``message`` for people, the values for programs. Rank 0 speaks."""
         self._reporter.event(event, message, **values)
 
@@ -389,7 +404,7 @@ class Run:
         """Claims an attempt, resumes, and makes sure that all ranks hold the same."""
         checkpoint, world, catalog = self.config.checkpoint, self.world, self._catalog
         about: dict[str, Any] = {"launch": launch_id(), "world_size": world.size, "host": platform.node()}
-        about |= {"pid": os.getpid(), "began": began()}
+        about |= {"pid": os.getpid(), "began": began(), "restarts": restarts(), "launcher_began": launcher_began()}
         attempt = resume.on_first(world, lambda: catalog.claim_attempt(about))
         self._reporter = Reporter(self.config, active=world.rank == 0, attempt=attempt.id)
         self._record_crash = functools.partial(crashes.record, catalog, attempt)
@@ -799,7 +814,7 @@ def _check_place(loader: Loader | None, world: World) -> None:
     )
 
 
-def _device(state: Mapping[str, Any]) -> torch.device:
+def device_of(state: Mapping[str, Any]) -> torch.device:
     """Where the program trains: on the device of its first parameter."""
     for each in state.values():
         if isinstance(each, torch.nn.Module):

@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 from harness import Task, save
 from harness.checkpoint import commit
+from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Ancestor, Attempt, new_directory
 from harness.checkpoint.store import open_store
 
@@ -291,7 +292,39 @@ def test_ls_of_nothing(tmp_path):
     done = harness("ls", str(tmp_path / "nothing"))
     assert (done.returncode, done.stdout, done.stderr) == (0, "no checkpoints\n", "")
     assert read_json("ls", str(tmp_path / "nothing")) == []
+
+
+@pytest.mark.parametrize("verb", [("ls",), ("ls", "--json"), ("prune", "--keep-last", "1")])
+def test_a_url_where_nothing_is(tmp_path, verb):
+    """It is mistyped, more often than not: exit code 66, a sentence, and nothing is made there."""
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "notes.txt").write_text("mine")
+    for url in (tmp_path / "nothing", tmp_path / "others"):
+        done = harness(verb[0], str(url), *verb[1:])
+        words = f"harness: {url}: there is no run here, not even an empty one; look at the URL for a typo\n"
+        assert (done.returncode, done.stdout, done.stderr) == (66, "", words)
     assert not (tmp_path / "nothing").exists()
+
+
+def test_a_run_without_a_checkpoint_is_a_run(tmp_path):
+    """One that has only begun is not taken for a typo."""
+    Catalog(open_store(str(tmp_path))).claim_attempt({})
+    done = harness("ls", str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "no checkpoints\n", "")
+
+
+STEERING = "\x1b]0;PWNED\x07\x9b2J\r\n\u202egnp"
+
+
+def test_nothing_steers_the_terminal(tmp_path):
+    """What a checkpoint or an attempt holds is shown, and not obeyed; as JSON it comes through as it is."""
+    save(tmp_path, {"model": {STEERING: torch.zeros(1)}}, step=3, meta={"epoch": STEERING, f"k{STEERING}": [STEERING]})
+    for verb in ("ls", "inspect", "verify"):
+        done = harness(verb, str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert all(line.isprintable() for line in done.stdout.split("\n"))
+    assert r"\x1b]0;PWNED\x07\x9b2J\r\n\u202egnp" in harness("inspect", str(tmp_path)).stdout
+    assert read_json("inspect", str(tmp_path))["epoch"] == STEERING
 
 
 def test_inspect_says_what_others_build_on(finished):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,10 +22,12 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 import harness as package
-from harness import Task
+from harness import Task, crashes
+from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.store import open_store
 from harness.config import Config
-from harness.doctor import _read, examine
+from harness.crashes import Crash
+from harness.doctor import _read, examine, examine_script
 from harness.doctor.examination import _examine
 from harness.doctor.findings import Finding, exit_code, named
 
@@ -469,6 +472,238 @@ def test_a_run_whose_checkpoints_are_damaged(write, kept_path):
     code, found = examined(write(), f"checkpoint.url={url}")
     assert (code, one(found, "run").level) == (66, "error")
     assert "none of 2 is whole" in one(found, "run").found
+
+
+@pytest.fixture
+def trained(kept_path):
+    """The URL of a run of two steps, each saved, and a function that says what lies there."""
+    url = kept_path / "run"
+    train_here(build, url=url, train={"steps": 2, "global_batch_size": 4}, checkpoint={"every_steps": 1})
+
+    def state() -> dict[Path, tuple[int, int]]:
+        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in url.rglob("*") if path.is_file()}
+
+    return url, state
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("args.width=2", "weight: the checkpoint has float32[1000, 1000], the model has float32[1000, 2000]"),
+        ("seed=5", "seed: the checkpoint was written with 0, the loader has 5"),
+        ("args.samples=12", "samples: the checkpoint was written with 10, the loader has 12"),
+    ],
+)
+def test_a_checkpoint_of_another_run(write, trained, override, words):
+    """It is whole, and the start would end with exit code 2: so the doctor does. Nothing there is touched."""
+    url, state = trained
+    before = state()
+    code, found = examined(write(), f"checkpoint.url={url}", override)
+    assert (code, one(found, "run").level, one(found, "resume").level) == (2, "ok", "error")
+    assert words in one(found, "resume").found
+    assert "belongs to another URL" in one(found, "resume").found
+    assert state() == before
+    code, found = examined(write(), f"checkpoint.url={url}")
+    assert (code, one(found, "resume").level) == (0, "ok")
+    assert one(found, "resume").found.startswith("step 2, every byte verified, in ")
+
+
+def test_damage_that_only_reading_shows(write, trained, caplog):
+    """A flipped bit: a warning that names the file and says from where the run would go on, told once."""
+    url, _ = trained
+    newest = sorted(url.glob("step-*"))[1]
+    data = bytearray((newest / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (newest / "model.safetensors").write_bytes(data)
+    caplog.clear()
+    code, found = examined(write(), f"checkpoint.url={url}")
+    assert (code, one(found, "run").level, one(found, "resume").level) == (0, "ok", "warn")
+    assert f"NOT resuming from {newest.name}: " in one(found, "resume").found
+    assert "model.safetensors" in one(found, "resume").found
+    assert one(found, "resume").advice == "know that the run goes back to step 1"
+    assert not [each for each in caplog.messages if "NOT resuming" in each]
+
+
+@pytest.mark.parametrize(("deaths", "code"), [(2, 0), (3, 0), (4, 70)])
+def test_a_crash_loop(write, trained, deaths, code):
+    """Where the next start takes the checkpoint before, that is said; where it would not start at all, too."""
+    url, _ = trained
+    catalog = Catalog(open_store(str(url)))
+    for _ in range(deaths):
+        crashes.record(catalog, catalog.claim_attempt({}), Crash(3, "ValueError: it", 0, [1]))
+    found_code, found = examined(write(), f"checkpoint.url={url}")
+    assert found_code == code
+    if deaths == 2:
+        assert one(found, "run").level == "ok"
+    elif deaths == 3:
+        assert "the next start takes that of step 1" in one(found, "run").found
+        assert one(found, "resume").advice == "know that the run goes back to step 1"
+    else:
+        assert "step 3 failed 4 times in a row" in one(found, "run").found
+        assert "resume" not in found
+
+
+def test_a_url_that_is_to_be_fresh(write, trained):
+    """As ``train --fresh`` refuses it."""
+    url, _ = trained
+    told: list[Finding] = []
+    assert examine(write(), [f"checkpoint.url={url}"], told.extend, fresh=True) == 2
+    assert one(by_check(told), "run").found == f"checkpoint.url: --fresh expects an unused URL, found a run in {url}"
+    assert examine(write(), [f"checkpoint.url={url}/other"], list, fresh=True) == 0
+
+
+def test_a_run_that_is_being_trained(write, trained):
+    """Whoever starts it takes it over from somebody who may be alive."""
+    url, _ = trained
+    attempt = Catalog(open_store(str(url))).claim_attempt({})
+    line = {"event": "train", "time": time.time() - 20, "attempt": attempt.id, "step": 3}
+    (url / f"metrics/{attempt.id}-000000.jsonl").write_text(json.dumps(line))
+    code, found = examined(write(), f"checkpoint.url={url}")
+    assert (code, one(found, "run").level) == (0, "warn")
+    assert re.match(r"attempt 2 told of itself 2\d s ago, and has not said that it ended", one(found, "run").found)
+    (url / f"metrics/{attempt.id}-000001.jsonl").write_text(json.dumps({**line, "event": "done"}))
+    assert one(examined(write(), f"checkpoint.url={url}")[1], "run").level == "ok"
+
+
+@needs_root
+def test_a_disk_without_inodes(write, small_disk):
+    """There is room for bytes, and none for names: the save would fail all the same."""
+    subprocess.run(["mount", "-o", "remount,size=200m,nr_inodes=24", small_disk], check=True)
+    code, found = examined(write(), f"checkpoint.url={small_disk}/run", "checkpoint.keep_last=3")
+    assert (code, one(found, "space").level) == (0, "warn")
+    assert re.search(r"the free inodes of .* with 4 checkpoints of about 10 files: \d+ are free", str(one(found, "space")))
+    subprocess.run(["mount", "-o", "remount,nr_inodes=6", small_disk], check=True)
+    code, found = examined(write(), f"checkpoint.url={small_disk}/run", "checkpoint.keep_last=1")
+    assert (code, one(found, "space").level) == (74, "error")
+
+
+# --- a script --------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import argparse, pathlib, torch
+import harness
+
+parser = argparse.ArgumentParser()
+parser.add_argument("url")
+parser.add_argument("--width", type=int, default=3)
+parser.add_argument("--every", type=int)
+parser.add_argument("--no-run", action="store_true")
+options = parser.parse_args()
+torch.manual_seed(0)
+try:
+    model = torch.nn.Linear(1, options.width)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loader = harness.Loader(torch.utils.data.TensorDataset(torch.rand(10, 1)), 4)
+    if not options.no_run:
+        state = {"model": model, "optimizer": optimizer, "loader": loader}
+        run = harness.Run(options.url, state, every_steps=options.every, keep_last=2)
+        for step in run.steps(4):
+            (batch,) = next(iter(loader))
+            model(batch).square().mean().backward()
+            optimizer.step()
+            run.step()
+finally:
+    pathlib.Path("ended").touch()
+"""
+
+
+class Left(BaseException):
+    """Ends the script in place of the process."""
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """Runs the script under the doctor and returns the exit code and what was found; whatever it changes is put back."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [*sys.argv])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "script.py").write_text(SCRIPT)
+
+    def leave(code: int) -> None:
+        raise Left(code)
+
+    def examined(*arguments: str, command: tuple[str, ...] = ("script.py",), **options) -> tuple[int, dict]:
+        told: list[Finding] = []
+        try:
+            code = examine_script((*command, *arguments), told.extend, leave, **options)
+        except Left as left:
+            (code,) = left.args
+        return code, by_check(told)
+
+    return examined
+
+
+def test_a_script_is_examined_where_it_makes_its_run(script, tmp_path, kept_path):
+    """With its own state, settings and loader; no step is trained, nothing is left at its URL."""
+    code, found = script(f"{kept_path}/run", "--every", "2")
+    assert (code, not_ok(found)) == (0, [])
+    assert one(found, "configuration").found == "a state of model, optimizer, loader"
+    assert one(found, "saving").found == "saved every 2 steps"
+    assert one(found, "state").found == "a checkpoint has 0.0 MB, and what the optimizers' first step adds"
+    assert {"storage", "run", "space", "grace", "timeouts", "batch", "processes"} <= set(found)
+    assert list(kept_path.iterdir()) == []
+    (tmp_path / "pkg").mkdir()
+    (tmp_path / "pkg" / "train.py").write_text(SCRIPT)
+    code, of_module = script(f"{kept_path}/run", "--every", "2", command=("-m", "pkg.train"))
+    assert (code, one(of_module, "configuration").tried) == (0, "ran -m pkg.train until it makes its Run")
+
+
+def test_a_script_whose_url_holds_another_model(script, kept_path):
+    """The start would end with exit code 2; one that does not save before its end, or wants a fresh URL, is told so, too."""
+    url = f"{kept_path}/run"
+    done = subprocess.run([sys.executable, "script.py", url], env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    code, found = script(url)
+    assert (code, one(found, "resume").level, one(found, "saving").level) == (0, "ok", "warn")
+    assert one(found, "saving").advice == "give harness.Run every_steps, every_seconds or every_epochs"
+    code, found = script(url, "--width", "5")
+    assert (code, one(found, "resume").level) == (2, "error")
+    assert "weight: the checkpoint has float32[3, 1], the model has float32[5, 1]" in one(found, "resume").found
+    code, found = script(url, fresh=True)
+    assert (code, one(found, "run").exit_code) == (2, 2)
+
+
+def test_a_script_that_makes_no_run(script):
+    """It has ended, or failed with its own error, or did not like its arguments: exit code 2 and where."""
+    code, found = script("x", "--no-run")
+    assert (code, one(found, "configuration").found) == (2, "it has ended, and made none")
+    code, found = script("x", "--width", "-1")
+    assert (code, one(found, "configuration").level) == (2, "error")
+    assert re.search(r"RuntimeError: .* \(.*script\.py:\d+\)$", one(found, "configuration").found)
+    code, found = script("x", "--widht", "3")
+    assert (code, one(found, "configuration").found[:15]) == (2, "SystemExit: 2 (")
+
+
+def test_none_of_a_scripts_endings_is_run(tmp_path):
+    """The process is gone where the Run would have been: an untrained model gets no end."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = ("-m", "harness", "doctor", "--json", "--", "script.py", "run", "--every=2")
+    with launch(tmp_path, None, command=command) as run:
+        assert run.finish() == 0
+        assert one(read(run.output()), "saving").level == "ok"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix not in (".jsonl", ".txt")) == ["script.py"]
+
+
+@pytest.mark.torchrun
+def test_a_script_on_all_ranks(tmp_path):
+    """The README's script, with a run to go on from: the ranks resume it together, in DDP, and the code comes through."""
+    shutil.copy(Path(package.__file__).parents[1] / "docs/examples/plain.py", tmp_path)
+    script = (tmp_path / "plain.py").read_text().replace("EPOCHS = 5", "EPOCHS = 1")
+    (tmp_path / "plain.py").write_text(script)
+    start = ("-m", "harness", "launch", "--nproc-per-node=2", "--")
+    with launch(tmp_path, None, command=(*start, "plain.py")) as run:
+        run.succeed()
+    with launch(tmp_path, None, command=(*start, "doctor", "--json", "plain.py")) as run:
+        assert run.finish() == 0
+        found = read(run.output())
+    assert one(found, "resume").found.startswith("step 100, every byte verified")
+    assert "2 ranks on 1 machine" in one(found, "ranks").found
+    assert len(list((tmp_path / "runs/rings/attempts").iterdir())) == 1
+    (tmp_path / "plain.py").write_text(script.replace("nn.Linear(2, 256)", "nn.Linear(2, 128)").replace("256, 4", "128, 4"))
+    with launch(tmp_path, None, command=(*start, "doctor", "--json", "plain.py")) as run:
+        assert run.finish() == 2
+        assert one(read(run.output()), "resume").level == "error"
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------

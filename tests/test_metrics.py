@@ -7,7 +7,7 @@ import pytest
 
 from harness.config import LogConfig, RunConfig
 from harness.errors import ConfigError
-from harness.metrics import Reporter, in_words
+from harness.metrics import Reporter, check_metric_names, in_words
 
 
 @pytest.fixture
@@ -89,3 +89,19 @@ def test_metrics_in_words():
     """Five digits, name before value."""
     assert in_words({"loss": 0.123456789, "lr": 1e-05}) == "loss 0.12346  lr 1e-05"
     assert in_words({}) == ""
+
+
+@pytest.mark.parametrize(
+    "name", ["step", "event", "message", "time", "attempt", "lr", "samples/s", "steps/s", "host", "rank"]
+)
+def test_a_metric_with_a_name_of_the_records_own(name):
+    """It is refused in words: its value, or the record's, would be lost."""
+    with pytest.raises(ConfigError, match=rf"run\.step: the name '{name}' is harness's own; give .* 'my_{name}'"):
+        check_metric_names(["loss", name])
+
+
+def test_any_other_name_will_do():
+    """But for one that no file can hold."""
+    check_metric_names(["loss", "name", "self", "val/acc@1", "R$^2_$_", "損失", ""])
+    with pytest.raises(ConfigError, match="half of a character"):
+        check_metric_names(["a\ud800"])

@@ -19,9 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness import journal
-from harness.checkpoint.format import Attempt
+from harness.checkpoint.format import Ancestor, Attempt
 from harness.checkpoint.store import open_store
-from harness.report import numbers, page, words
+from harness.report import numbers, page, units, words
 
 FIRST, SECOND, THIRD = (Attempt(f"{number:06}-aaaaaaaa") for number in (1, 2, 3))
 
@@ -43,7 +43,8 @@ def lineage(*pairs) -> list:
     return [[attempt.id, step] for attempt, step in pairs]
 
 
-CLAIMS = {FIRST: claim(1000, 1010), SECOND: claim(1100, 1105), THIRD: claim(1150, 1155)}
+MOMENTS = [(FIRST, 1000, 1010), (SECOND, 1100, 1105), (THIRD, 1150, 1155)]
+CLAIMS = {attempt: claim(began, started) for attempt, began, started in MOMENTS}
 RECORDS = {
     FIRST: told(
         ("start", 1020, {"step": 0, "lineage": []}),
@@ -101,6 +102,7 @@ def test_the_numbers(report):
         "ending": "done",
         "attempts": 3,
         "deaths": 2,
+        "unclaimed_deaths": 0,
         "wall_seconds": 185,
         "goodput": 41 / 185,
         "training_seconds": 41,
@@ -110,6 +112,7 @@ def test_the_numbers(report):
         "lost_seconds": 29,
         "down_seconds": 60,
         "lost_steps": 25,
+        "lost_steps_are_exact": False,
         "mean_time_to_recovery_seconds": 90,
         "saves": 2,
         "save_stall_seconds_median": 2.5,
@@ -121,6 +124,7 @@ def test_the_numbers(report):
         "fallbacks": 1,
         "nonfinite_steps": 0,
         "stragglers": 0,
+        "doubts": [],
     }
 
 
@@ -154,6 +158,153 @@ def test_attempts_that_overlap():
     assert found.wall_seconds == 185 == sum(found.seconds(kind) for kind in numbers.KINDS)
 
 
+# --- clocks ----------------------------------------------------------------------------------------------------------
+
+
+def uptimes(records: list[dict], *, set_by: float, after: int) -> list[dict]:
+    """The records with the uptime beside each time, and a clock that is set after so many of them."""
+    began = records[0]["time"]
+    return [
+        {**each, "time": each["time"] + (set_by if index >= after else 0), "uptime_seconds": each["time"] - began}
+        for index, each in enumerate(records)
+    ]
+
+
+def of(claims, records) -> numbers.Report:
+    return numbers.of("there", claims, records, {}, now=9999)
+
+
+@pytest.mark.parametrize("set_by", [-900, 900])
+def test_a_clock_that_is_set_within_an_attempt(set_by, report):
+    """Times within an attempt are those that passed, whatever the clock was set to; the attempts after it follow on."""
+    ahead = {attempt: {**claim(began + set_by, started + set_by)} for attempt, began, started in MOMENTS[1:]}
+    late = {attempt: [{**each, "time": each["time"] + set_by} for each in RECORDS[attempt]] for attempt in (SECOND, THIRD)}
+    found = of({**CLAIMS, **ahead}, {**late, FIRST: uptimes(RECORDS[FIRST], set_by=set_by, after=3)})
+    assert found.spans == report.spans
+    which = "back" if set_by < 0 else "ahead"
+    assert found.doubts == [f"the clock was set {which} by about 15 min 0 s within attempt 1"]
+    assert found.doubts[0] in found.as_json()["doubts"]
+
+
+def test_an_older_journal_has_no_uptimes():
+    """A clock that was set back within an attempt makes no time negative, and is told of with what that costs."""
+    records = [{**each, "time": each["time"] - (900 if index > 2 else 0)} for index, each in enumerate(RECORDS[FIRST])]
+    found = of({FIRST: CLAIMS[FIRST]}, {FIRST: records})
+    assert found.doubts == ["the clock was set back by about 14 min 55 s within attempt 1; some of its time may be missing"]
+    assert found.wall_seconds == 65, "of 70, 5 until the record after the clock was set"
+
+
+def test_a_clock_that_is_set_back_between_two_attempts(report):
+    """The time between them is unknown, and counts as none; all else is as it was."""
+    back = {attempt: claim(began - 900, started - 900) for attempt, began, started in MOMENTS[1:]}
+    early = {attempt: [{**each, "time": each["time"] - 900} for each in RECORDS[attempt]] for attempt in (SECOND, THIRD)}
+    found = of({**CLAIMS, **back}, {**RECORDS, **early})
+    assert found.doubts == ["the clock was set back between attempts 1 and 2: down time unknown"]
+    assert found.wall_seconds == 185 - 30
+    assert [life.ended - life.began for life in found.lives] == [life.ended - life.began for life in report.lives]
+
+
+def test_an_attempt_cannot_begin_before_the_save_that_it_stands_on():
+    """Also where the clock was set back by less than the attempt before took."""
+    back = [{**each, "time": each["time"] - 128} for each in RECORDS[THIRD]]
+    found = of({FIRST: CLAIMS[FIRST], THIRD: claim(1022, 1027)}, {FIRST: RECORDS[FIRST], THIRD: back})
+    assert found.doubts == ["the clock was set back between attempts 1 and 3: down time unknown"]
+    assert found.lives[1].began == found.lives[0].ended == 1070
+
+
+def test_a_launcher_that_has_waited_for_long():
+    """That of a spare machine began long before its ranks were the run: until then the attempt before it was."""
+    waited = {**CLAIMS, SECOND: claim(1001, 1105)}
+    found = of(waited, RECORDS)
+    assert found.lives[0].ended == found.lives[1].began == 1070
+    assert (found.doubts, found.wall_seconds) == ([], 185)
+
+
+def test_clocks_of_two_machines():
+    """The attempts were on different hosts: nobody has set a clock."""
+    back = {**claim(500, 505), "host": "b"}
+    found = of({FIRST: CLAIMS[FIRST], SECOND: back}, {FIRST: RECORDS[FIRST]})
+    assert found.doubts[0] == "the clocks of the hosts of attempts 1 and 2 differ: down time unknown"
+
+
+def test_two_that_overlap_are_told_of():
+    """Nobody knows whether both trained, or a clock was set."""
+    late = [*RECORDS[FIRST], *told(("train", 1130, {"step": 90, "loss": 1.0}))]
+    (doubt,) = of(CLAIMS, {**RECORDS, FIRST: late}).doubts
+    assert doubt.startswith("attempts 1 and 2 overlap by 25.0 s: either two trained at once, or the clock was set back")
+
+
+# --- what cannot be known --------------------------------------------------------------------------------------------
+
+
+def test_what_a_kill_takes_is_not_known(report):
+    """Of an attempt that said how it ended the lost steps are known; of one that was killed only the least."""
+    assert not report.is_lost_exact
+    assert "at least 25 steps lost" in words.short(report)
+    assert "steps 0 to 45, at least 25 lost" in words.short(report)
+    spoken = {**RECORDS, FIRST: [*RECORDS[FIRST], *told(("error", 1071, {"step": 46, "error": "ValueError: x"}))]}
+    found = of(CLAIMS, spoken)
+    assert (found.lost_steps, found.is_lost_exact) == (26, True)
+    assert "; 26 steps lost" in words.short(found)
+
+
+def test_starts_that_die_before_they_have_an_attempt_are_counted():
+    """torchrun counts them: two restarts before the first claim, three between the second and the third of one launch."""
+    about = {"launch": "x", "launcher_began": 900.0}
+    claims = {
+        FIRST: {**CLAIMS[FIRST], **about, "restarts": 2},
+        SECOND: {**CLAIMS[SECOND], **about, "restarts": 3},
+        THIRD: {**CLAIMS[THIRD], **about, "restarts": 7},
+    }
+    found = of(claims, RECORDS)
+    assert (found.unclaimed_deaths, found.deaths) == (2 + 3, 2 + 5)
+    assert "3 attempts, 7 deaths (5 of them before the ranks had an attempt)" in words.headline(found)
+    assert (found.spans[0].kind, found.spans[0].begin, found.spans[0].end) == ("down", 900, 1000)
+    again = {**claims, THIRD: {**claims[THIRD], "launch": "y", "restarts": 0}}
+    assert of(again, RECORDS).unclaimed_deaths == 2
+    rolled_back = {**claims, THIRD: {**claims[THIRD], "restarts": 3}}
+    assert of(rolled_back, RECORDS).unclaimed_deaths == 2
+
+
+def test_a_line_that_was_left_is_not_the_runs():
+    """An attempt that got further, from which the run went away again, neither counts nor says how far the run is."""
+    records = {
+        FIRST: RECORDS[FIRST],
+        SECOND: told(
+            ("resume", 1106, {"step": 400, "lineage": lineage((FIRST, 400))}),
+            ("train", 1108, {"step": 420, "loss": 1.0}),
+            ("error", 1110, {"step": 420, "error": "it"}),
+        ),
+        THIRD: RECORDS[THIRD],
+    }
+    found = of(CLAIMS, records)
+    assert (found.step, [life.is_in_line for life in found.lives]) == (40, [True, False, True])
+    assert "steps 400 to 420, 20 lost, left" in words.short(found)
+    assert [record["step"] for record in journal.merged(records)] == [10, 30]
+
+
+def test_a_commit_that_the_kill_left_no_word_of():
+    """The checkpoint is there, so its steps are not lost."""
+    records = {FIRST: RECORDS[FIRST][:4]}
+    about = {FIRST: CLAIMS[FIRST]}
+    without, found = (
+        numbers.of("there", about, records, {}, now=9999, lineage=each) for each in ([], [Ancestor(FIRST.id, 20)])
+    )
+    assert (without.step, found.step, found.lost_steps) == (0, 20, 2)
+
+
+def test_a_newer_checkpoint_whose_attempt_told_nothing():
+    """The run stands on it, not on the line of the last attempt that told something; that this is missing is said."""
+    fourth = Attempt("000004-aaaaaaaa")
+    stands_on = [Ancestor(FIRST.id, 20), Ancestor(fourth.id, 60)]
+    claims = {**CLAIMS, fourth: claim(1300, 1301)}
+    found = numbers.of("there", claims, RECORDS, {}, now=9999, lineage=stands_on)
+    assert [life.is_in_line for life in found.lives] == [True, False, False, True]
+    assert found.doubts == ["the run stands on what attempt 4 trained, which told nothing that is here"]
+    assert [record["step"] for record in journal.merged(RECORDS, stands_on)] == [10]
+    assert [record["step"] for record in journal.merged(RECORDS, stands_on[:1])] == [10, 30]
+
+
 @given(seed=st.integers(0, 1 << 32))
 def test_no_time_is_counted_twice(seed):
     """Whatever the attempts have left, the kinds add up to the wall time, and no span is negative."""
@@ -184,7 +335,7 @@ def test_no_time_is_counted_twice(seed):
 def test_durations_in_words():
     """In units that suit them."""
     seconds = (0.0131, 41.23, 723, 25_500, 183_700)
-    assert [words.duration(each) for each in seconds] == ["0.013 s", "41.2 s", "12 min 3 s", "7 h 5 min", "2 d 3 h"]
+    assert [units.duration(each) for each in seconds] == ["0.013 s", "41.2 s", "12 min 3 s", "7 h 5 min", "2 d 3 h"]
 
 
 # --- a real run, beside a stopwatch ----------------------------------------------------------------------------------
@@ -324,6 +475,49 @@ def test_nothing_to_report(tmp_path):
     done = harness("report", str(tmp_path))
     assert (done.returncode, done.stdout) == (66, "")
     assert "there is nothing in metrics/ to report on" in done.stderr
+
+
+DIES_TWICE = """
+import os, pathlib, signal
+starts = pathlib.Path("starts")
+starts.write_text(starts.read_text() + "x" if starts.exists() else "x")
+if len(starts.read_text()) < 3:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.torchrun
+def test_ranks_that_die_before_they_have_an_attempt(tmp_path):
+    """Killed twice while they start: two deaths that no attempt tells of, and the time since the launcher began."""
+    (tmp_path / "slow.py").write_text(DIES_TWICE + SLOW)
+    config = {
+        "task": "slow.py:build",
+        "train": {"steps": 4, "global_batch_size": 8},
+        "checkpoint": {"url": "run", "every_steps": 2},
+        "world": {"device": "cpu"},
+    }
+    began = time.time()
+    with launch(tmp_path, config, ranks=1, max_restarts=3) as run:
+        run.succeed()
+    found = read_json("report", str(tmp_path / "run"))
+    assert (found["attempts"], found["deaths"], found["unclaimed_deaths"], found["ending"]) == (1, 2, 2, "done")
+    assert 0 < found["down_seconds"] < found["wall_seconds"] <= time.time() - began
+
+
+def test_what_the_command_says_of_lines_that_it_cannot_read(tmp_path):
+    """A line on the error output beside the metrics, whose lines stay JSON; a page that cannot be written."""
+    (tmp_path / "metrics").mkdir()
+    records = [*RECORDS[FIRST], {"event": "train"}, {"event": "train", "time": 1045, "step": 23, "loss": float("nan")}]
+    (tmp_path / f"metrics/{FIRST.id}-000000.jsonl").write_text("\n".join(map(json.dumps, records)))
+    done = harness("report", str(tmp_path), "--metrics")
+    steps = [
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["step"]
+        for line in done.stdout.splitlines()
+    ]
+    assert (done.returncode, steps, done.stderr) == (0, [10, 22, 23], "harness: 1 line could not be read\n")
+    done = harness("report", str(tmp_path), str(tmp_path / "missing" / "page.html"))
+    assert done.returncode == 2
+    assert done.stderr == f"harness: {tmp_path}/missing/page.html: cannot be written: No such file or directory\n"
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

@@ -72,6 +72,13 @@ def test_the_public_names():
         assert len(getattr(harness, name).__doc__) > 60, f"{name}: say what it is, in what units, and what it raises"
 
 
+def test_the_public_names_are_listed():
+    """``dir(harness)`` and completion show them before they are first used, and nothing is imported for it."""
+    code = "import sys, harness; print(set(harness.__all__) <= set(dir(harness)), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True False\n"
+
+
 def place(name: str) -> int:
     """Where a module stands; the modules of a package of small independent ones stand together."""
     package = name.partition(".")[0]

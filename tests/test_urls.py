@@ -6,7 +6,7 @@ import pytest
 
 import harness
 from harness.checkpoint.store import open_store
-from harness.checkpoint.urls import shown, without_secrets
+from harness.checkpoint.urls import shown, with_shown_urls
 from harness.errors import ConfigError
 
 
@@ -141,4 +141,4 @@ def test_urls_are_shown_without_odd_passwords(url, expected):
 def test_what_a_library_says_is_told_without_secrets():
     """Errors of HTTP clients have the whole URL in them, presigned ones too."""
     text = "403, url='http://u:pw@host/x.pth?token=S3CR3T&b=1' (Max retries with url: /x.pth?token=S3CR3T (Caused by x))"
-    assert without_secrets(text) == "403, url='http://host/x.pth' (Max retries with url: /x.pth (Caused by x))"
+    assert with_shown_urls(text) == "403, url='http://host/x.pth' (Max retries with url: /x.pth (Caused by x))"

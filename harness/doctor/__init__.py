@@ -5,7 +5,7 @@ sends them the signal that torchrun would, has the ranks meet and compare clocks
 reboot leaves, how long a scheduler waits) it reads from the machine and from the launcher, and says so.
 
 Started as the training is (``harness launch ... -- doctor CONFIG.yaml``, or torchrun), it looks at all ranks; as one plain
-process, at what one process can see. It leaves nothing behind.
+process, at what one process can see. A script with a ``harness.Run`` is run until it makes that. It leaves nothing behind.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from harness.startup import import_torch
 Tell = Callable[[Sequence[Finding]], None]
 
 
-def examine(config_file: str, overrides: Sequence[str], tell: Tell) -> int:
+def examine(config_file: str, overrides: Sequence[str], tell: Tell, *, fresh: bool = False) -> int:
     """Looks at everything, together with the other ranks, has what was found told (by rank 0: ``tell`` has to see to that),
     and returns the exit code for it, which is the same on every rank that has come to the end.
 
@@ -33,7 +33,17 @@ def examine(config_file: str, overrides: Sequence[str], tell: Tell) -> int:
     import_torch()
     from harness.doctor.examination import examine_together  # noqa: PLC0415
 
-    return examine_together(config, found, tell)
+    return examine_together(config, found, tell, fresh=fresh)
+
+
+def examine_script(command: Sequence[str], tell: Tell, leave: Callable[[int], None], *, fresh: bool = False) -> int:
+    """The same for a script (or ``-m`` and a module) with its arguments, which is run until it makes its Run. ``leave`` is
+    then called with the exit code, on every rank, and must end the program; where the script does not come so far, the code
+    is returned."""
+    import_torch()
+    from harness.doctor import script  # noqa: PLC0415
+
+    return script.examine_script(command, tell, leave, fresh=fresh)
 
 
 def _read(config_file: str, overrides: Sequence[str]) -> tuple[Config | None, list[Finding]]:

@@ -2,10 +2,13 @@
 
 import contextlib
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
-from harness.config import Config
+import torch
+
+from harness.config import Config, RunConfig
 from harness.doctor import Tell, launcher, machine, ranks, recipe, storage
 from harness.doctor.case import Case
 from harness.doctor.findings import Finding, exit_code, in_words, merge, named, warn
@@ -26,10 +29,11 @@ TOGETHER: tuple[Check, ...] = (
     ranks.clocks,  # do the machines' clocks agree
     ranks.group,  # can the ranks add up over the backend that will train
     storage.storage,  # can every rank read what rank 0 writes
+    storage.run,  # is there a run already, and can it go on
+    recipe.resume,  # does what it has saved fit
 )
 # and then what each looks at by itself:
 ALONE: tuple[Check, ...] = (
-    storage.run,  # is there a run already, and can it go on
     recipe.state,  # can the state be written, and how large is it
     recipe.saving,  # is anything saved before the end
     storage.place,  # are the checkpoints still there after a reboot, and for every node
@@ -49,23 +53,41 @@ ALONE: tuple[Check, ...] = (
 )
 
 
-def examine_together(config: Config | None, found: list[Finding], tell: Tell) -> int:
+def examine_together(config: Config | None, found: list[Finding], tell: Tell, *, fresh: bool = False) -> int:
     """Looks at everything that takes torch, after what was found before; see ``harness.doctor.examine``."""
+    return _until_interrupted(lambda: _examine_and_tell(None, config, found, tell, fresh=fresh), found, tell)
+
+
+def examine_run(
+    world: World,
+    config: RunConfig,
+    objects: Mapping[str, Any],
+    device: torch.device,
+    found: list[Finding],
+    tell: Tell,
+    *,
+    fresh: bool,
+) -> int:
+    """The same for a run that a script is about to make, with the state that it has given it."""
+    about: dict[str, Any] = {"objects": objects, "device": device, "fresh": fresh}
+    return _until_interrupted(lambda: _examine_and_tell(world, config, found, tell, **about), found, tell)
+
+
+def _until_interrupted(examine: Callable[[], int], found: list[Finding], tell: Tell) -> int:
     try:
-        return _examine_and_tell(config, found, tell)
+        return examine()
     except KeyboardInterrupt:  # by a person, or by torchrun, which ends all ranks when one has died
         ignore_stop_signals()
         tell([*found, *named("ranks", [ranks.interrupted()])])
         return INTERRUPTED
 
 
-def _examine_and_tell(config: Config | None, found: list[Finding], tell: Tell) -> int:
-    world: World | None = None
+def _examine_and_tell(world: World | None, config: RunConfig | None, found: list[Finding], tell: Tell, **about: Any) -> int:
     try:
-        world = ranks.join(config)
+        world = world or ranks.join(config)
         hosts = world.all_gather(platform.node())
         found += named("ranks", [ranks.met(world, hosts)])
-        whole = _examine(world, hosts, config, found)
+        whole = _examine(world, hosts, config, found, **about)
     except Exception as problem:
         if world is not None and not has_lost_a_peer(problem):
             raise
@@ -78,9 +100,9 @@ def _examine_and_tell(config: Config | None, found: list[Finding], tell: Tell) -
     return exit_code(whole)
 
 
-def _examine(world: World, hosts: list[str], config: Config | None, found: list[Finding]) -> list[Finding]:
+def _examine(world: World, hosts: list[str], config: RunConfig | None, found: list[Finding], **about: Any) -> list[Finding]:
     """What all ranks have found. ``found`` gets this rank's own as it goes, for the case that there is no end."""
-    case = Case(config, world, hosts) if config else None
+    case = Case(config, world, hosts, **about) if config else None
     if case:
         found += _look(FIRST, case)
     facts = world.all_gather(ranks.facts(case))
@@ -88,8 +110,7 @@ def _examine(world: World, hosts: list[str], config: Config | None, found: list[
     if not ranks.speak_alike(facts):  # another harness may say other things next, or none
         return found
     if case and ranks.can_go_on(facts):
-        for check in TOGETHER:
-            found += named(check.__name__, check(case))
+        found += _look(TOGETHER, case)
         found += _look(ALONE, case)
     everything = world.all_gather([asdict(finding) for finding in found])
     return merge([[Finding(**fields) for fields in own] for own in everything], hosts)

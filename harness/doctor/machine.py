@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from harness import data
-from harness.data import Cursor, Schedule
+from harness.config import Config
+from harness.data import Cursor
 from harness.doctor.attempt import attempt
 from harness.doctor.case import Case
 from harness.doctor.findings import Finding, error, ok, warn
@@ -26,7 +27,9 @@ _SHARED_MEMORY = "/dev/shm"  # noqa: S108  # where torch's workers leave batches
 
 
 def device(case: Case) -> list[Finding]:
-    """The device and the backend that the run asks for."""
+    """The device and the backend that the run asks for; a script has chosen its own."""
+    if not isinstance(case.config, Config):
+        return [ok("looked where the script's model is", f"{case.device}, {case.world.backend}")]
     tried = "looked for the devices of world.device and world.backend"
     try:
         case.device = choose_device(case.config.world)
@@ -47,7 +50,7 @@ def device(case: Case) -> list[Finding]:
 
 def batch(case: Case) -> list[Finding]:
     """Fetches the first batches in this process, as the run would without loader workers."""
-    if case.task is None or not is_first_of_node():
+    if case.loader is None or not is_first_of_node():
         return []
     tried = "fetched the first batch"
     fetched = _batches(case, workers=0)
@@ -60,16 +63,16 @@ def batch(case: Case) -> list[Finding]:
 
 def _batches(case: Case, workers: int) -> Generator[list[tuple[Any, float]]]:
     """This rank's batches, from the first one."""
-    assert case.task is not None
-    train, seed = case.config.train, case.config.seed
-    schedule = Schedule(len(case.task.dataset), seed, train.global_batch_size, train.micro_batch_size, train.drop_last)  # type: ignore[arg-type]
-    plan = schedule.steps(Cursor(), case.world.rank, case.world.size)
-    return data.batches(case.task.dataset, plan, seed=seed, workers=workers, collate=case.task.collate, tells_epoch=True)
+    loader = case.loader
+    assert loader is not None
+    plan = loader.schedule.steps(Cursor(), case.world.rank, case.world.size)
+    about: dict[str, Any] = {"collate": loader._collate, "tells_epoch": loader._tells_epoch}
+    return data.batches(loader.dataset, plan, seed=loader.schedule.seed, workers=workers, **about)
 
 
 def memory(case: Case) -> list[Finding]:
     """Through the shared memory the loader's workers hand batches over; in a container it is often 64 MB."""
-    workers = case.config.data.workers
+    workers = case.loader._workers if case.loader else 0
     if not workers or case.micro_batch_bytes is None or not os.path.isdir(_SHARED_MEMORY):
         return []
     processes = local_size()
@@ -85,8 +88,8 @@ def memory(case: Case) -> list[Finding]:
 def workers(case: Case) -> list[Finding]:
     """Starts loader workers as the run does, sends them the SIGTERM that torchrun sends to the whole process group, and
     fetches on, beyond what they had fetched before."""
-    count = case.config.data.workers
-    if case.task is None or case.micro_batch_bytes is None or not count:
+    count = case.loader._workers if case.loader else 0
+    if case.loader is None or case.micro_batch_bytes is None or not count:
         return []
     tried = f"sent SIGTERM to {count} loader workers and fetched on"
     fetched = _batches(case, count)
@@ -119,7 +122,7 @@ def workers(case: Case) -> list[Finding]:
 
 def processes(case: Case) -> list[Finding]:
     """Processes that the task has started by itself, which nobody has shielded: torchrun's SIGTERM goes to them, too."""
-    if case.task is None or not is_first_of_node():
+    if case.objects is None or not is_first_of_node():
         return []
     tried = "looked at the processes that the task has started"
     doomed = []

@@ -14,12 +14,12 @@ import torch.distributed as dist
 
 import harness
 from harness.checkpoint import commit
-from harness.config import Config, WorldConfig
+from harness.config import Config, RunConfig, WorldConfig
 from harness.doctor.attempt import attempt
 from harness.doctor.case import Case
 from harness.doctor.findings import Finding, error, in_words, ok, places, warn
 from harness.environment import is_under_torchrun, rank
-from harness.errors import RankFailure
+from harness.errors import HarnessError, RankFailure
 from harness.modules import model_state
 from harness.secrecy import without_secrets
 from harness.world import World, choose_backend, join_world
@@ -40,7 +40,7 @@ _SHOULD_AGREE = ("python", "cuda", "threads")
 # --- meeting ---------------------------------------------------------------------------------------------------------
 
 
-def join(config: Config | None) -> World:
+def join(config: RunConfig | None) -> World:
     """The world of all ranks, over gloo on CPUs whatever the run will use: it must not fail of what it is to find."""
     timeout_seconds = (config.world if config else WorldConfig()).timeout_seconds
     return join_world(WorldConfig(device="cpu", backend="gloo", timeout_seconds=timeout_seconds))
@@ -57,6 +57,8 @@ def met(world: World, hosts: Sequence[str]) -> Finding:
 
 def not_met(problem: Exception) -> Finding:
     """Said by each rank for itself."""
+    if isinstance(problem, HarnessError):  # one that says itself what to do
+        return error(f"looked for the ranks on rank {rank()}", str(problem), "", type(problem))
     advice = "see what the others say; if it is the network, GLOO_SOCKET_IFNAME names the interface to use"
     return error(f"waited on rank {rank()} for the others", in_words(problem), advice, RankFailure)
 
@@ -78,6 +80,8 @@ def interrupted() -> Finding:
 def group(case: Case) -> list[Finding]:
     """Adds up over the backend and the device that will train, which are not those of ``case.world``."""
     world, device = case.world, case.device
+    if not isinstance(case.config, Config):  # a script's ranks are talking over their own backend
+        return []
     if world.size == 1 or not all(world.all_gather(device is not None)):
         return []
     assert device is not None, "no rank is without one"
@@ -116,7 +120,7 @@ def facts(case: Case | None) -> dict[str, Any]:
         "configuration": _flat(case.config) if case else None,
         "device": case.device.type if case and case.device else None,
         "model": _model(case) if case else None,
-        "samples": len(case.task.dataset) if case and case.task else None,  # type: ignore[arg-type]
+        "samples": case.loader.schedule.samples if case and case.loader else None,
     }
 
 
@@ -131,15 +135,16 @@ def _code() -> str:
 
 def _model(case: Case) -> str | None:
     """The digest of a new model; None where there is none, or where it cannot be written, which is told elsewhere."""
-    if case.task is None:
+    models = [each for each in (case.objects or {}).values() if isinstance(each, torch.nn.Module)]
+    if not models:
         return None
     try:
-        return commit.digest_of(model_state(case.task.model), "model")
+        return commit.digest_of(model_state(models[0]), "model")
     except Exception:  # a model is its owner's code
         return None
 
 
-def _flat(config: Config) -> dict[str, str]:
+def _flat(config: RunConfig) -> dict[str, str]:
     """The configuration by dotted keys, without what may be secret."""
     found: dict[str, str] = {}
 

@@ -1,46 +1,66 @@
 """The recipe: the task, its state, and when that is saved."""
 
+import logging
 import os
 import time
 import traceback
 from pathlib import Path
+from typing import Self
 
 import torch
 
 import harness
 from harness.checkpoint import tree
-from harness.data import Schedule
+from harness.checkpoint.catalog import Catalog
+from harness.config import Config
+from harness.data import Loader
 from harness.doctor.case import Case
 from harness.doctor.findings import Finding, error, in_words, ok, warn
+from harness.doctor.storage import open_quickly
 from harness.errors import HarnessError
 from harness.loop import build_task, state_of
-from harness.state import State
+from harness.resume import resume as resume_run
 from harness.task import Task, find_builder
 
-_LIBRARIES = (str(Path(harness.__file__).parent), str(Path(torch.__file__).parent), "<frozen")
+_LIBRARIES = (*(str(Path(module.__file__).parent) for module in (harness, torch, os) if module.__file__), "<frozen")
 
 
 def task(case: Case) -> list[Finding]:
     """Imports and builds the task as ``harness train`` does at every start, on every rank: the data may be missing on one
     machine alone."""
     config = case.config
+    if not isinstance(config, Config):
+        return []
     tried = f"built {config.task}"
     began = time.monotonic()
     try:
         built = build_task(config, find_builder(config.task, config.args))
-        train, samples = config.train, len(built.dataset)  # type: ignore[arg-type]
-        schedule = Schedule(samples, config.seed, train.global_batch_size, train.micro_batch_size, train.drop_last)
+        loader = Loader(
+            built.dataset,
+            config.train.global_batch_size,
+            seed=config.seed,
+            micro_batch_size=config.train.micro_batch_size,
+            workers=config.data.workers,
+            collate=built.collate,
+            drop_last=config.train.drop_last,
+            tells_epoch=True,
+            fingerprint=config.data.fingerprint,
+            rank=case.world.rank,
+            world_size=case.world.size,
+        )
     except HarnessError as mistake:
         return [error(tried, line) for line in str(mistake).splitlines()]
     except (Exception, SystemExit) as problem:  # the user's own code
-        return [error(tried, in_words(problem) + _place(problem), "mend it: no run would come further")]
+        return [error(tried, in_words(problem) + place_of(problem), "mend it: no run would come further")]
     case.task = built
+    scaler = torch.amp.GradScaler("cpu", enabled=config.train.precision == "fp16")
+    case.objects = {**state_of(built, built.model, scaler), "loader": loader}
     parameters = sum(parameter.numel() for parameter in built.model.parameters())
-    what = f"{parameters} parameters, {schedule.samples} samples, in {time.monotonic() - began:.1f} s"
+    what = f"{parameters} parameters, {loader.schedule.samples} samples, in {time.monotonic() - began:.1f} s"
     return [ok(tried, what)]
 
 
-def _place(problem: BaseException) -> str:
+def place_of(problem: BaseException) -> str:
     """Where in the user's code an exception came from."""
     frames = traceback.extract_tb(problem.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES) and "site-packages" not in frame.filename]
@@ -49,20 +69,71 @@ def _place(problem: BaseException) -> str:
 
 def state(case: Case) -> list[Finding]:
     """Takes the state apart as a save does, on rank 0, and measures it."""
-    if case.task is None or not case.is_first:
+    if case.objects is None or not case.is_first:
         return []
     tried = "took the state apart as a save does"
-    _fill(case.task)
-    scaler = torch.amp.GradScaler("cpu", enabled=case.config.train.precision == "fp16")
+    if case.task is not None:
+        _fill(case.task)
     try:
-        training = State(state_of(case.task, case.task.model, scaler), torch.device("cpu"))
-        parts = {name: tree.encode(part, name) for name, part in training.capture().items()}
+        parts = {name: tree.encode(part, name) for name, part in case.state().capture().items()}
     except HarnessError as problem:
         return [
             error(tried, line, "make it something that can be written without pickle") for line in str(problem).splitlines()
         ]
     case.state_bytes = sum(tensor.nbytes for part in parts.values() for tensor in part.tensors.values())
-    return [ok(tried, f"a checkpoint has {case.state_bytes / 1e6:.1f} MB")]
+    without = ", and what the optimizers' first step adds" if case.task is None and not case.saves else ""
+    return [ok(tried, f"a checkpoint has {case.state_bytes / 1e6:.1f} MB{without}")]
+
+
+def resume(case: Case) -> list[Finding]:
+    """Resumes as the next start would, on all ranks together, into what the task or the script has built: every byte is
+    read and compared, and everything that differs from the live state is named. Nothing is written."""
+    world = case.world
+    wanted, skips = world.broadcast((case.saves > 0 and case.last_save_bytes < _free_memory_bytes() / 2, case.skips_newest))
+    if not wanted or not all(world.all_gather(case.objects is not None)):
+        return []
+    tried = "resumed from it, in memory"
+    began = time.monotonic()
+    with _Heard("harness.resume") as heard:
+        try:
+            store = case.store or open_quickly(case.config.checkpoint)
+            how = case.config.checkpoint.restore
+            resumed = resume_run(world, Catalog(store), case.state(), how=how, pass_over_newest=skips)
+        except HarnessError as problem:
+            return [error(tried, "; ".join(map(str.strip, str(problem).splitlines())), "", type(problem))]
+    assert resumed is not None, "there is a checkpoint"
+    took = f"step {resumed.step}, every byte verified, in {time.monotonic() - began:.1f} s"
+    advice = f"know that the run goes back to step {resumed.step}"
+    return [warn(tried, each, advice) for each in heard.errors] or [ok(tried, took)]
+
+
+def _free_memory_bytes() -> float:
+    """How much memory this machine has left, as far as the system says."""
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return float("inf")
+
+
+class _Heard(logging.Handler):
+    """What a logger says of errors meanwhile, which goes nowhere else."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(logging.ERROR)
+        self._logger = logging.getLogger(name)
+        self.errors: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.errors.append(record.getMessage())
+
+    def __enter__(self) -> Self:
+        self._logger.addHandler(self)
+        self._propagates, self._logger.propagate = self._logger.propagate, False
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.removeHandler(self)
+        self._logger.propagate = self._propagates
 
 
 def _fill(task: Task) -> None:
@@ -84,7 +155,8 @@ def saving(case: Case) -> list[Finding]:
     checkpoint = case.config.checkpoint
     tried = "read checkpoint.url and the intervals"
     if checkpoint.url is None:
-        return [warn(tried, "there is no checkpoint.url: nothing is saved, and every start is from nothing", "set it")]
+        advice = "set it" if isinstance(case.config, Config) else "give harness.Run a URL"
+        return [warn(tried, "there is no checkpoint.url: nothing is saved, and every start is from nothing", advice)]
     intervals = {
         "steps": checkpoint.every_steps,
         "seconds": checkpoint.every_seconds,
@@ -92,7 +164,8 @@ def saving(case: Case) -> list[Finding]:
     }
     given = [f"every {value:g} {name}" for name, value in intervals.items() if value is not None]
     if not given:
-        advice = "set checkpoint.every_steps, every_seconds or every_epochs"
+        place = "set checkpoint." if isinstance(case.config, Config) else "give harness.Run "
+        advice = f"{place}every_steps, every_seconds or every_epochs"
         return [warn(tried, "there is no interval: only the end is saved, and a death before it costs all", advice)]
     return [ok(tried, f"saved {' and '.join(given)}")]
 

@@ -14,21 +14,22 @@ from typing import NamedTuple
 
 from fsspec.implementations.memory import MemoryFileSystem
 
+from harness import crashes, journal
 from harness.checkpoint.catalog import Catalog, Entry
 from harness.checkpoint.format import checksum
 from harness.checkpoint.store import Store, open_store
 from harness.checkpoint.urls import shown
-from harness.config import CheckpointConfig
-from harness.data import Schedule
+from harness.config import CheckpointConfig, Config
 from harness.doctor.case import Case
 from harness.doctor.findings import Finding, error, ok, places, warn
-from harness.environment import nodes
-from harness.errors import ConfigError, HarnessError, NoCheckpoint, StoreError
-from harness.resume import on_first, save_seconds
+from harness.environment import launch_id, nodes
+from harness.errors import ConfigError, CrashLoop, HarnessError, NoCheckpoint, StoreError
+from harness.resume import on_first, refuse_to_reuse, save_seconds
 
 _PROBE_BYTES = 8 << 20  # large enough to be streamed as the shards are
+_ALIVE_SECONDS = 60.0  # an attempt that has told something since may still train
 _APPEARS_WITHIN_SECONDS = 5.0  # NFS may take a moment to show what another machine wrote
-_FEW_INODES = 20  # a checkpoint is some ten files and a directory
+_FILES_OF_A_CHECKPOINT = 10  # its directory, the manifest, some parts, what the attempt tells meanwhile; a shard a GiB more
 _EPHEMERAL = {
     "tmpfs": "it is memory, and gone after a reboot",
     "ramfs": "it is memory, and gone after a reboot",
@@ -84,14 +85,15 @@ def storage(case: Case) -> list[Finding]:
     return [ok(tried, times)]
 
 
-def _open(checkpoint: CheckpointConfig) -> Store:
+def open_quickly(checkpoint: CheckpointConfig) -> Store:
+    """The store that the run will use, which gives up sooner."""
     assert checkpoint.url is not None
     return open_store(checkpoint.url, checkpoint.storage_options, attempts=2, deadline_seconds=20)
 
 
 def _write(case: Case, cleanup: contextlib.ExitStack) -> tuple[_Probe, float]:
     """The probe and the seconds that it took; ``cleanup`` takes it away, whatever happens."""
-    store = case.store = _open(case.config.checkpoint)
+    store = case.store = open_quickly(case.config.checkpoint)
     data = random.randbytes(_PROBE_BYTES)  # which no file system can compress
     probe = _Probe(f"doctor-{secrets.token_hex(4)}/probe", checksum(data))
     cleanup.enter_context(store.without_traces())
@@ -109,7 +111,7 @@ def _remove(store: Store, probe: _Probe) -> None:
 
 def _read(checkpoint: CheckpointConfig, probe: _Probe) -> _Answer:
     try:
-        store = _open(checkpoint)
+        store = open_quickly(checkpoint)
         until = time.monotonic() + _APPEARS_WITHIN_SECONDS
         while True:
             began = time.monotonic()
@@ -178,27 +180,54 @@ def _unread(tried: str, answers: Sequence[_Answer], hosts: Sequence[str]) -> lis
 
 
 def run(case: Case) -> list[Finding]:
-    """What the next start would go on from."""
+    """What the next start would go on from, and whether it may."""
     if case.store is None:
         return []
     tried = f"looked for checkpoints in {case.store.url}"
+    catalog = Catalog(case.store)
     try:
+        if case.fresh:
+            refuse_to_reuse(catalog, launch_id())
         entries = _looked_at(case)
+        case.skips_newest = crashes.is_looping(catalog, case.config.crash_loop.same_failures)
+        trains = _trains_now(catalog)
+    except (ConfigError, CrashLoop) as problem:
+        return [error(tried, str(problem), "", type(problem))]
     except HarnessError as problem:
         return [error(tried, str(problem), "see that it can be listed and read", type(problem))]
     whole = [entry for entry in entries if entry.state == "whole"]
     if not entries:
-        return [ok(tried, "there is none: a run would start from nothing")]
+        return trains or [ok(tried, "there is none: a run would start from nothing")]
     if not whole:
         advice = "restore one of them, or choose another checkpoint.url"
         return [error(tried, f"none of {len(entries)} is whole: {entries[0].problem}", advice, NoCheckpoint)]
     case.saves = len(whole)
     assert whole[0].manifest is not None
     case.last_save_seconds = save_seconds(whole[0].manifest.meta)
+    case.last_save_bytes = whole[0].manifest.bytes
     newest = f"the newest whole one is of step {whole[0].step}"
+    found = trains
     if entries[0] is not whole[0]:
-        return [warn(tried, f"{newest}; a newer one is not: {entries[0].problem}", "know that a run goes back to that step")]
-    return [ok(tried, newest)]
+        what = f"{newest}; a newer one is not: {entries[0].problem}"
+        found = [*found, warn(tried, what, "know that a run goes back to that step")]
+    if case.skips_newest and len(whole) > 1:
+        what = f"the last attempts all failed in the same way: the next start takes that of step {whole[1].step}"
+        found = [*found, warn(tried, what, "mend first what they died of: harness report says it")]
+    return found or [ok(tried, newest)]
+
+
+def _trains_now(catalog: Catalog) -> list[Finding]:
+    """Whether somebody seems to train this run at this moment."""
+    newest = max(catalog.attempts(), default=None)
+    told = journal.read(catalog.store, newest).get(newest, []) if newest else []
+    if newest is None or not told or any(record["event"] in ("stop", "done", "error") for record in told):
+        return []
+    silent_seconds = time.time() - told[-1]["time"]
+    if not -_ALIVE_SECONDS < silent_seconds < _ALIVE_SECONDS:
+        return []
+    what = f"attempt {newest.number} told of itself {max(silent_seconds, 0):.0f} s ago, and has not said that it ended"
+    advice = "see that it is dead: a start takes the run over, and one that still trains ends with exit code 77"
+    return [warn("looked for a training that goes on", what, advice)]
 
 
 def _looked_at(case: Case) -> list[Entry]:
@@ -262,12 +291,9 @@ def space(case: Case) -> list[Finding]:
         return []
     disk = next(above for above in _upwards(case.store.root) if os.path.isdir(above))
     free_bytes = shutil.disk_usage(disk).free
-    about = os.statvfs(disk)
-    if about.f_files and about.f_favail < _FEW_INODES:
-        what = f"{about.f_favail} more files fit: the file system has no more inodes, whatever room it has"
-        advice = "delete small files there, or choose another checkpoint.url"
-        return [error(f"counted the files that {disk} has room for", what, advice, StoreError)]
     count = _count(case)
+    if few := _few_inodes(disk, count or 2, case.state_bytes):
+        return [few]
     tried = f"compared the free space of {disk} with {count or 'two'} checkpoints of {case.state_bytes / 1e6:.1f} MB"
     what = f"{free_bytes / 1e6:.0f} MB are free"
     if free_bytes < case.state_bytes:
@@ -275,6 +301,22 @@ def space(case: Case) -> list[Finding]:
     if free_bytes < (count or 2) * case.state_bytes:
         return [warn(tried, what, "make room, or set checkpoint.keep_last lower: saves will fail when the disk is full")]
     return [ok(tried, what)]
+
+
+def _few_inodes(disk: str, count: int, state_bytes: int) -> Finding | None:
+    """Whether a file system has too few names left for the files of the checkpoints, however much room there is."""
+    about = os.statvfs(disk)
+    if not about.f_files:  # it makes them as they are needed
+        return None
+    each = _FILES_OF_A_CHECKPOINT + (state_bytes >> 30)
+    tried = f"compared the free inodes of {disk} with {count} checkpoints of about {each} files"
+    what = f"{about.f_favail} are free"
+    if about.f_favail < each:
+        return error(tried, f"{what}: not one fits", "delete files there, or choose another checkpoint.url", StoreError)
+    if about.f_favail < count * each:
+        advice = "delete files there, or set checkpoint.keep_last lower: saves will fail when there are none left"
+        return warn(tried, what, advice)
+    return None
 
 
 def _upwards(path: str) -> Iterator[str]:
@@ -290,10 +332,9 @@ def _count(case: Case) -> int | None:
     config = case.config
     if config.checkpoint.keep_last is not None:  # the next one is written before the oldest is deleted
         return max(config.checkpoint.keep_last + 1 - case.saves, 1)
-    if case.task is None or config.checkpoint.every_seconds is not None:
+    if case.loader is None or not isinstance(config, Config) or config.checkpoint.every_seconds is not None:
         return None
-    samples: int = len(case.task.dataset)  # type: ignore[arg-type]
-    schedule = Schedule(samples, config.seed, config.train.global_batch_size, None, config.train.drop_last)
-    steps = config.train.steps or (config.train.epochs or 0) * schedule.steps_per_epoch()
-    every = [config.checkpoint.every_steps, (config.checkpoint.every_epochs or 0) * schedule.steps_per_epoch() or None]
+    steps_per_epoch = len(case.loader)
+    steps = config.train.steps or (config.train.epochs or 0) * steps_per_epoch
+    every = [config.checkpoint.every_steps, (config.checkpoint.every_epochs or 0) * steps_per_epoch or None]
     return 1 + sum(steps // interval for interval in every if interval)

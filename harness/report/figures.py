@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from harness.checkpoint.format import Attempt
+from harness.escapes import for_html, for_terminal
 from harness.report.numbers import Kind, Life, Report
 
 # Okabe and Ito's colours, which colour-blind people tell apart.
@@ -26,6 +28,8 @@ COLOURS: dict[Kind, str] = {
 _INK, _FAINT, _DEATH = "#333333", "#9A9A9A", "#B22222"
 _WIDTH_INCHES = 9.0
 _MOST_POINTS = 1500  # of a curve: more are not seen, and make the page heavy
+_LARGEST = 1e200  # of a value that is drawn: beyond it the axis itself overflows
+_LONGEST_NAME = 60  # characters of a metric's name beside its curve
 _THINNEST = 1 / 2000  # of the time line: what is narrower is drawn with its neighbour
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none", "text.color": _INK, "axes.labelcolor": _INK,
@@ -40,7 +44,7 @@ def losses(report: Report, name: str, curves: Mapping[Attempt, Curve]) -> str:
     """A metric over the steps, of all attempts, with each death and each resume."""
 
     def draw(axes: Axes) -> None:
-        by_id = {attempt.id: points for attempt, points in curves.items()}
+        by_id = {attempt.id: _drawable(points) for attempt, points in curves.items()}
         values = [value for points in by_id.values() for _, value in points if math.isfinite(value)]
         if values and min(values) > 0 and max(values) > 50 * min(values):
             axes.set_yscale("log")
@@ -56,17 +60,17 @@ def losses(report: Report, name: str, curves: Mapping[Attempt, Curve]) -> str:
         for life in report.lives:
             _mark_on_curve(axes, life, by_id)
         axes.set_xlabel("step")
-        axes.set_ylabel(name)
+        axes.set_ylabel(for_terminal(name, _LONGEST_NAME), parse_math=False)  # a dollar is a dollar
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _legend(axes, {"counts": ("-", COLOURS["training"]), "lost": ("-", COLOURS["lost"]), **_MARKS})
 
-    return _svg(f"{name} over the steps, with deaths and resumes", 3.4, draw)
+    return _svg(f"{for_terminal(name, _LONGEST_NAME)} over the steps, with deaths and resumes", 3.4, draw)
 
 
 def timeline(report: Report) -> str:
     """What each attempt did when, the first at the top."""
     lives = report.lives
-    start = report.spans[0].begin
+    start = report.spans[0].begin if report.spans else lives[0].began
     unit, size = _unit(report.wall_seconds)
 
     def draw(axes: Axes) -> None:
@@ -78,7 +82,7 @@ def timeline(report: Report) -> str:
             if life.is_dead:
                 _mark(axes, (life.ended - start) / size, row, "death", f"down-{life.number}")
         axes.set_ylim(len(lives) - 0.4, -0.6)
-        axes.set_xlim(0, report.wall_seconds / size * 1.01)
+        axes.set_xlim(0, max(report.wall_seconds / size * 1.01, 1e-3))
         axes.set_xlabel(f"time since the start ({unit})")
         axes.set_ylabel("attempt")
         rows = range(0, len(lives), math.ceil(len(lives) / 30))
@@ -158,6 +162,11 @@ def _value(point: tuple[int, float]) -> float:
     return point[1]
 
 
+def _drawable(points: Curve) -> Curve:
+    """The points, with a gap in the line where a value is none, or none that an axis can have."""
+    return [(step, value if abs(value) < _LARGEST else math.nan) for step, value in points]
+
+
 def _bars(life: Life, thinnest_seconds: float) -> dict[Kind, list[tuple[float, float]]]:
     """An attempt's times by kind. Short ones are drawn with what comes before them."""
     merged: list[tuple[Kind, float, float]] = []
@@ -196,11 +205,12 @@ def _unit(seconds: float) -> tuple[str, float]:
 
 def _svg(what: str, height_inches: float, draw: Callable[[Axes], None]) -> str:
     """An SVG element with what is drawn, as wide as its place."""
-    with rc_context({**_STYLE, "svg.hashsalt": what}):
+    # It warns of letters that its own font has not: the browser draws the text, and has others.
+    with warnings.catch_warnings(action="ignore"), rc_context({**_STYLE, "svg.hashsalt": what}):
         figure = Figure(figsize=(_WIDTH_INCHES, height_inches), layout="constrained")
         draw(figure.subplots())
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     element = text.getvalue()[text.getvalue().index("<svg") :]
     element = re.sub(r' (width|height)="[^"]*"', "", element, count=2)  # its own: it is as large as its place
-    return element.replace("<svg", f'<svg role="img" aria-label="{what}"', 1)
+    return element.replace("<svg", f'<svg role="img" aria-label="{for_html(what)}"', 1)

@@ -1,27 +1,29 @@
 """The numbers of a run, computed from what its attempts have left. Nothing is drawn here, and nothing is read from a clock.
 
 The wall time of a run, from the start of its first launcher to its last sign of life, is divided among ``KINDS`` without
-gaps and overlaps; docs/report.md says what each means. Goodput is the share of ``training``.
+gaps and overlaps; docs/report.md says what each means. Goodput is the share of ``training``. What cannot be known is a
+sentence in ``Report.doubts``.
 """
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from itertools import pairwise
 from typing import Any, Literal
 
 from harness import crashes, journal
 from harness.checkpoint.catalog import Catalog
-from harness.checkpoint.format import Attempt
+from harness.checkpoint.format import Ancestor, Attempt
 from harness.dashboards import numbers_of
-from harness.errors import NoCheckpoint
-from harness.journal import Record
+from harness.errors import CheckpointError, NoCheckpoint
+from harness.journal import Record, Records
+from harness.report.clocks import Claim, Timed, on_one_clock
 
 Kind = Literal["starting", "loading", "training", "saving", "lost", "down"]
 KINDS: tuple[Kind, ...] = ("training", "saving", "loading", "starting", "lost", "down")
 _ALIVE_SECONDS = 60.0  # an attempt that has said something since may still run,
 _ALIVE = 0.03  # and so may one for which this part of its age has passed
+_AHEAD_SECONDS = 86400.0  # by so much a machine's clock may be ahead of that of whoever asks
 _SAID = {"done": "done", "stop": "stopped", "rollback": "rolled back"}  # events that end an attempt, and no death
 _SAYS_STEP = {"train", "beat", "saving", "error", *_SAID}  # events that say which step was trained last
 
@@ -48,6 +50,8 @@ class Life:
     last_step: int | None  # the last that it is known to have trained
     kept_step: int | None  # the last that counts: its successors went on from there
     spans: Sequence[Span]
+    is_in_line: bool = True  # whether the run, as it is now, stands on it
+    is_complete: bool = True  # whether its last word is known; what one that was killed did after it is not
 
     @property
     def began(self) -> float:
@@ -101,6 +105,8 @@ class Report:
     saves: Sequence[Save]
     recoveries_seconds: Sequence[float]  # of each death after which training went on
     notes: Mapping[str, Sequence[Record]] = field(default_factory=dict)  # what else was told, by event
+    unclaimed_deaths: int = 0  # starts of the ranks that ended before they had an attempt
+    doubts: Sequence[str] = ()  # what cannot be known, or could not be read
 
     def seconds(self, kind: Kind) -> float:
         """How much of the wall time is of a kind."""
@@ -117,7 +123,22 @@ class Report:
     @property
     def step(self) -> int:
         """How far the run is."""
-        return max((life.kept_step or 0 for life in self.lives), default=0)
+        return max((life.kept_step or 0 for life in self.lives if life.is_in_line), default=0)
+
+    @property
+    def deaths(self) -> int:
+        """How often it died, as far as that is known."""
+        return sum(life.is_dead for life in self.lives) + self.unclaimed_deaths
+
+    @property
+    def lost_steps(self) -> int:
+        """How many steps are known to have been trained that do not count."""
+        return sum(life.lost_steps for life in self.lives)
+
+    @property
+    def is_lost_exact(self) -> bool:
+        """Whether there cannot have been more of them."""
+        return all(life.is_complete for life in self.lives)
 
     def as_json(self) -> dict[str, Any]:
         """The numbers, by name."""
@@ -129,11 +150,13 @@ class Report:
             "step": self.step,
             "ending": self.lives[-1].ending,
             "attempts": len(self.lives),
-            "deaths": sum(life.is_dead for life in self.lives),
+            "deaths": self.deaths,
+            "unclaimed_deaths": self.unclaimed_deaths,
             "wall_seconds": self.wall_seconds,
             "goodput": self.goodput,
             **{f"{kind}_seconds": self.seconds(kind) for kind in KINDS},
-            "lost_steps": sum(life.lost_steps for life in self.lives),
+            "lost_steps": self.lost_steps,
+            "lost_steps_are_exact": self.is_lost_exact,
             "mean_time_to_recovery_seconds": statistics.fmean(recoveries) if recoveries else None,
             "saves": len(self.saves),
             "save_stall_seconds_median": _median(waits),
@@ -141,6 +164,7 @@ class Report:
             "save_gigabytes_per_second_median": _median(speeds),
             "save_retries": sum(save.retries for save in self.saves),
             **{name: len(self.notes.get(event, ())) for event, name in NOTES.items()},
+            "doubts": list(self.doubts),
         }
 
 
@@ -154,17 +178,35 @@ NOTES = {
 }
 
 
-def read(catalog: Catalog, records: Mapping[Attempt, Sequence[Record]], now: float) -> Report:
+def read(catalog: Catalog, records: Records, now: float) -> Report:
     """The report of the run in a store; ``records`` is what ``journal.read`` gives. Raises ``NoCheckpoint`` without any."""
     if not any(records.values()):
+        unread = f" ({_lines(records.unreadable)} could not be read)" if records.unreadable else ""
         raise NoCheckpoint(
-            f"{catalog.store.url}: there is nothing in {journal.DIRECTORY}/ to report on: nothing was trained here yet, or "
-            "metrics.every_seconds is null"
+            f"{catalog.store.url}: there is nothing in {journal.DIRECTORY}/ to report on{unread}: nothing was trained here "
+            "yet, or metrics.every_seconds is null"
         )
     attempts = sorted({*catalog.attempts(), *records})
-    claims = {attempt: catalog.about_attempt(attempt) for attempt in attempts}
-    errors = {attempt: found[0].error for attempt, found in crashes.read(catalog, attempts).items()}
-    return of(catalog.store.url, claims, records, errors, now)
+    claims = {attempt: _about(catalog, attempt) for attempt in attempts}
+    errors = {attempt: str(found[0].error) for attempt, found in crashes.read(catalog, attempts).items()}
+    doubts = [f"{_lines(records.unreadable)} in {journal.DIRECTORY}/ could not be read"] if records.unreadable else []
+    return of(catalog.store.url, claims, records, errors, now, lineage=newest_lineage(catalog), doubts=doubts)
+
+
+def newest_lineage(catalog: Catalog) -> list[Ancestor]:
+    """What the newest whole checkpoint stands on, itself included; nothing where there is none."""
+    try:
+        manifest = catalog.newest().manifest
+    except CheckpointError:
+        return []
+    return [*manifest.lineage, Ancestor(manifest.attempt, manifest.step)] if manifest else []
+
+
+def _about(catalog: Catalog, attempt: Attempt) -> Mapping[str, Any]:
+    try:
+        return catalog.about_attempt(attempt)
+    except RecursionError:  # made to do harm
+        return {}
 
 
 def of(
@@ -173,58 +215,96 @@ def of(
     records: Mapping[Attempt, Sequence[Record]],
     errors: Mapping[Attempt, str],
     now: float,
+    *,
+    lineage: Sequence[Ancestor] = (),
+    doubts: Sequence[str] = (),
 ) -> Report:
-    """The report of attempts that claimed, told and died of these things; ``now`` is when somebody asks."""
-    kept = journal.line(records)
+    """The report of attempts that claimed, told and died of these things; ``now`` is when somebody asks, ``lineage`` that of
+    the newest checkpoint."""
+    kept = journal.line(records, lineage)
+    committed = {Attempt(ancestor.attempt): ancestor.until_step for ancestor in lineage}
     attempts = sorted(claims)
-    begins = {attempt: _began(claims[attempt], records.get(attempt, ())) for attempt in attempts}
+    known = {attempt: Claim.of(about) for attempt, about in claims.items()}
+    times, more_doubts = on_one_clock(known, records)
     lives = []
     for attempt, successor in [*pairwise(attempts), (attempts[-1], None)]:
-        told = records.get(attempt, ())
-        is_newest = successor is None
-        ending = _ending(told, errors.get(attempt), now if is_newest else None, begins[attempt])
+        timed = times[attempt]
+        ending = _ending(timed, errors.get(attempt), None if successor else now)
         until_step = kept.get(attempt, 0)
         if until_step is None and ending not in ("running", *_SAID.values()):
-            until_step = max((record["step"] for record in told if record["event"] == "save"), default=0)
-        limit = None if successor is None else begins[successor]
-        lives.append(_life(attempt, claims[attempt], told, begins[attempt], ending, until_step, limit))
+            until_step = max([committed.get(attempt, 0), *_saved_steps(timed.told)])
+        limit = None if successor is None else times[successor].began
+        about = {"host": known[attempt].host, "ranks": known[attempt].ranks, "is_in_line": attempt in kept}
+        lives.append(_life(attempt, about, timed, ending, until_step, limit))
+    told = {attempt: timed.told for attempt, timed in times.items()}
+    silent = [str(attempt.number) for attempt in kept if not records.get(attempt)]
+    if silent:
+        more_doubts.append(f"the run stands on what attempt {', '.join(silent)} trained, which told nothing that is here")
+    launcher_began = known[attempts[0]].launcher_began
+    began = lives[0].began if launcher_began is None else min(launcher_began, lives[0].began)
     return Report(
         url,
         lives,
-        list(_whole(lives)),
-        [_save(attempt, record) for attempt in attempts for record in records.get(attempt, ()) if record["event"] == "save"],
+        list(_whole(lives, began)),
+        [_save(attempt, record) for attempt in attempts for record in told[attempt] if record["event"] == "save"],
         list(_recoveries(lives)),
-        {event: [each for told in records.values() for each in told if each["event"] == event] for event in NOTES},
+        {event: [each for found in told.values() for each in found if each["event"] == event] for event in NOTES},
+        _unclaimed([known[attempt] for attempt in attempts]),
+        [*doubts, *more_doubts],
     )
+
+
+def _saved_steps(told: Iterable[Record]) -> Iterable[int]:
+    """The steps whose saves an attempt told of. A kill may have come between the last commit and its word."""
+    return (record["step"] for record in told if record["event"] == "save")
+
+
+def _lines(count: int) -> str:
+    return f"{count} line{'s' * (count > 1)}"
+
+
+def _unclaimed(claims: Sequence[Claim]) -> int:
+    """How many starts of a launch's ranks have ended before one had an attempt, as the launches have counted them."""
+    count = 0
+    before: Claim | None = None
+    for claim in claims:
+        if claim.restarts is None:
+            before = None
+            continue
+        is_same = before is not None and claim.launch == before.launch and claim.restarts >= (before.restarts or 0)
+        next_one = (before.restarts or 0) + 1 if is_same and before else 0
+        count += max(claim.restarts - next_one, 0)
+        before = claim
+    return count
 
 
 def _life(
     attempt: Attempt,
-    claim: Mapping[str, Any],
-    told: Sequence[Record],
-    began: float,
+    about: Mapping[str, Any],
+    timed: Timed,
     ending: str,
     until_step: int | None,
     limit: float | None,
 ) -> Life:
     """An attempt of which the steps up to ``until_step`` count (None: all), and whose successor began at ``limit``."""
-    claimed = max(_claimed(claim, told), began)
-    ended = max([claimed, *(record["time"] for record in told)])
-    ended = max(ended if limit is None else min(ended, limit), began)  # two that overlap: the later one is the run
+    told, began, claimed = timed.told, timed.began, timed.claimed
+    ended = max(
+        timed.ended if limit is None else min(timed.ended, limit), began
+    )  # two that overlap: the later one is the run
     opening = journal.opening_of(told)
-    host, ranks = str(claim.get("host", "")), claim.get("world_size")
-    about = (attempt.number, attempt.id, host, ranks, ending)
+    says_end = ending == "running" or any(record["event"] in ("error", *_SAID) for record in told)
+    about = {**about, "number": attempt.number, "id": attempt.id, "ending": ending, "is_complete": says_end}
     if opening is None:
         spans = [Span("starting", began, min(claimed, ended)), Span("loading", min(claimed, ended), ended)]
-        return Life(*about, None, None, None, spans)
+        return Life(**about, from_step=None, last_step=None, kept_step=None, spans=spans)
     opened = min(opening["time"], ended)
-    from_step = int(opening.get("step", 0))
+    from_step = opening.get("step", 0)
     last_step = max([from_step, *(record["step"] for record in told if record["event"] in _SAYS_STEP and "step" in record)])
     kept_step = last_step if until_step is None else min(max(until_step, from_step), last_step)
     kept_time = ended if until_step is None else min(max(_reached(told, kept_step, opened), opened), ended)
     spans = [Span("starting", began, min(claimed, opened)), Span("loading", min(claimed, opened), opened)]
     spans += _trained(told, opened, kept_time, ended, is_whole=until_step is None)
-    return Life(*about, from_step, last_step, kept_step, spans)
+    return Life(**about, from_step=from_step, last_step=last_step, kept_step=kept_step, spans=spans)
 
 
 def _trained(told: Iterable[Record], opened: float, kept_time: float, ended: float, *, is_whole: bool) -> list[Span]:
@@ -242,9 +322,9 @@ def _trained(told: Iterable[Record], opened: float, kept_time: float, ended: flo
     return spans
 
 
-def _whole(lives: Sequence[Life]) -> Iterable[Span]:
-    """All spans of a run, with the times between the attempts."""
-    now = lives[0].began
+def _whole(lives: Sequence[Life], began: float) -> Iterable[Span]:
+    """All spans of a run from its beginning, with the times between the attempts."""
+    now = began
     for life in lives:
         if life.began > now:
             yield Span("down", now, life.began)
@@ -265,17 +345,17 @@ def _recoveries(lives: Sequence[Life]) -> Iterable[float]:
             since = life.ended
 
 
-def _ending(told: Sequence[Record], error: str | None, now: float | None, began: float) -> str:
+def _ending(timed: Timed, error: str | None, now: float | None) -> str:
     """How an attempt ended, as far as anybody knows; ``now`` for the newest, which may not have."""
-    for record in reversed(told):
+    for record in reversed(timed.told):
         if record["event"] in _SAID:
             return _SAID[record["event"]]
         if record["event"] == "error":
-            return error or str(record["error"])
+            return error or record["error"]
     if error:
         return error
-    last = told[-1]["time"] if told else began
-    is_running = now is not None and now - last < max(_ALIVE_SECONDS, _ALIVE * (last - began))
+    last, age_seconds = timed.last_by_its_clock, timed.ended - timed.began
+    is_running = now is not None and -_AHEAD_SECONDS < now - last < max(_ALIVE_SECONDS, _ALIVE * age_seconds)
     return "running" if is_running else "killed"
 
 
@@ -284,17 +364,6 @@ def _reached(told: Iterable[Record], step: int, opened: float) -> float:
     times = [record["time"] for record in told if record["event"] == "saving" and record["step"] == step]
     times += [record["time"] for record in told if record["event"] in ("train", "beat") and record["step"] <= step][-1:]
     return float(times[0]) if times else opened
-
-
-def _began(claim: Mapping[str, Any], told: Sequence[Record]) -> float:
-    return float(claim["began"]) if isinstance(claim.get("began"), float | int) else _claimed(claim, told)
-
-
-def _claimed(claim: Mapping[str, Any], told: Sequence[Record]) -> float:
-    """When an attempt numbered itself."""
-    if isinstance(claim.get("started"), str):
-        return datetime.fromisoformat(claim["started"]).timestamp()
-    return float(told[0]["time"]) if told else 0.0
 
 
 def _save(attempt: Attempt, record: Record) -> Save:
@@ -312,7 +381,7 @@ def curves(
     """A metric of the training by attempt, and its name: by default the loss, or whatever the loop logs first."""
     trained = {attempt: [each for each in told if each["event"] == "train"] for attempt, told in records.items()}
     if name is None:
-        names = [key for told in trained.values() for key in (told[0] if told else ()) if key not in _NO_CURVE]
+        names = [key for told in trained.values() for key in (numbers_of(told[0]) if told else ()) if key not in _NO_CURVE]
         name = "loss" if "loss" in names or not names else names[0]
     return name, {
         attempt: [(each["step"], numbers[name]) for each in told if name in (numbers := numbers_of(each))]
@@ -320,4 +389,4 @@ def curves(
     }
 
 
-_NO_CURVE = {"event", "time", "attempt", "step", "lr", "samples/s", "steps/s"}
+_NO_CURVE = {"lr", "samples/s", "steps/s"}

@@ -1,13 +1,14 @@
 """A report as one HTML page that needs nothing else: no network, no script."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 
 from harness.checkpoint.format import Attempt
 from harness.errors import ConfigError
+from harness.escapes import for_html
 from harness.journal import Record
 from harness.report import numbers, words
 from harness.report.numbers import KINDS, Report
+from harness.report.units import duration
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -22,8 +23,10 @@ th { text-align: left; font-weight: 600; }
 td, th { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #eee; vertical-align: top; }
 .n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; } td.w { overflow-wrap: anywhere; }
 i { display: inline-block; width: .7rem; height: .7rem; margin-right: .4rem; border: 1px solid #0002; }
-svg { width: 100%; height: auto; display: block; }
+.doubt { color: #B22222; } svg { width: 100%; height: auto; display: block; }
 """
+
+_MOST_CHARACTERS = 2000  # of a cell
 
 
 def page(report: Report, records: Mapping[Attempt, Sequence[Record]]) -> str:
@@ -35,11 +38,12 @@ def page(report: Report, records: Mapping[Attempt, Sequence[Record]]) -> str:
             f"the page of a report needs the extra 'report': pip install 'harness[report]' ({error})"
         ) from None
     name, curves = numbers.curves(records)
-    title = escape(f"{report.url}: {words.headline(report).removeprefix(report.url + ': ')}")
+    title = for_html(words.headline(report), _MOST_CHARACTERS)
     parts = [
-        f"<h1>{escape(report.url)}</h1><p>{escape(words.headline(report).removeprefix(report.url + ': '))}</p>",
+        f"<h1>{for_html(report.url)}</h1><p>{for_html(words.summary(report), _MOST_CHARACTERS)}</p>",
+        *(f'<p class="doubt">{for_html(doubt, _MOST_CHARACTERS)}</p>' for doubt in report.doubts),
         _key_figures(report),
-        f"<h2>{escape(name)}</h2>{figures.losses(report, name, curves)}",
+        f"<h2>{for_html(name, _MOST_CHARACTERS)}</h2>{figures.losses(report, name, curves)}",
         f"<h2>Attempts</h2>{figures.timeline(report)}{_attempts(report)}",
         f"<h2>Where the time went</h2>{_times(report, figures.COLOURS)}",
         f"<h2>Saves</h2>{figures.saves(report) if report.saves else ''}{_saves(report)}",
@@ -55,18 +59,21 @@ def _key_figures(report: Report) -> str:
     mean = found["mean_time_to_recovery_seconds"]
     shown = {
         "goodput": f"{report.goodput:.1%}",
-        "wall time": words.duration(report.wall_seconds),
+        "wall time": duration(report.wall_seconds),
         "deaths": str(found["deaths"]),
-        "lost steps": str(found["lost_steps"]),
-        "mean time to recovery": "none" if mean is None else words.duration(mean),
+        "lost steps": words.lost(report.lost_steps, is_exact=report.is_lost_exact),
+        "mean time to recovery": "none" if mean is None else duration(mean),
     }
-    cells = (f'<div id="{key.replace(" ", "-")}"><b>{value}</b><span>{key}</span></div>' for key, value in shown.items())
+    cells = (
+        f'<div id="{key.replace(" ", "-")}"><b>{for_html(value)}</b><span>{for_html(key)}</span></div>'
+        for key, value in shown.items()
+    )
     return f'<div class="figures">{"".join(cells)}</div>'
 
 
 def _attempts(report: Report) -> str:
     rows = (
-        (life.number, life.host, life.ranks or "", words.steps(life), words.duration(life.ended - life.began), life.ending)
+        (life.number, life.host, life.ranks or "", words.steps(life), duration(life.ended - life.began), life.ending)
         for life in report.lives
     )
     table = _table(("attempt", "host", "ranks", "trained", "#lived", "ended"), rows, "attempts")
@@ -78,33 +85,35 @@ def _times(report: Report, colours: Mapping[numbers.Kind, str]) -> str:
     wall = max(report.wall_seconds, 1e-9)
     rows = "".join(
         f'<tr><td><i style="background:{colours[kind]}"></i>{kind}</td><td class="n">{report.seconds(kind) / wall:.1%}</td>'
-        f'<td class="n">{words.duration(report.seconds(kind))}</td><td>{escape(words.MEANINGS[kind])}</td></tr>'
+        f'<td class="n">{duration(report.seconds(kind))}</td><td>{for_html(words.MEANINGS[kind])}</td></tr>'
         for kind in KINDS
     )
     return f'<table id="times">{rows}</table>'
 
 
 def _saves(report: Report) -> str:
-    return f"<p>{escape('; '.join(words.saves(report)))}</p>"
+    return f"<p>{for_html('; '.join(words.saves(report)))}</p>"
 
 
 def _notes(report: Report) -> Iterable[str]:
     for event, title in numbers.NOTES.items():
         if records := report.notes.get(event):
             rows = ((int(str(record["attempt"])[:6]), words.note(record)) for record in records)
-            yield f"<h2>{escape(title.replace('_', ' ').capitalize())}</h2>{_table(('attempt', 'what'), rows, event)}"
+            yield f"<h2>{for_html(title.replace('_', ' ').capitalize())}</h2>{_table(('attempt', 'what'), rows, event)}"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]], name: str) -> str:
     """A table; columns whose head begins with # hold numbers."""
     kinds = ["n" if title.startswith("#") else "w" for title in head]
     top = "".join(
-        f'<th class="{kind}">{escape(title.removeprefix("#"))}</th>' for kind, title in zip(kinds, head, strict=True)
+        f'<th class="{kind}">{for_html(title.removeprefix("#"))}</th>' for kind, title in zip(kinds, head, strict=True)
     )
     body = "".join(
         "<tr>"
-        + "".join(f'<td class="{kind}">{escape(str(cell))}</td>' for kind, cell in zip(kinds, row, strict=True))
+        + "".join(
+            f'<td class="{kind}">{for_html(cell, _MOST_CHARACTERS)}</td>' for kind, cell in zip(kinds, row, strict=True)
+        )
         + "</tr>"
         for row in rows
     )
-    return f'<table id="{escape(name)}"><tr>{top}</tr>{body}</table>'
+    return f'<table id="{for_html(name)}"><tr>{top}</tr>{body}</table>'

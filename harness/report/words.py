@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 
+from harness.escapes import for_terminal
 from harness.journal import Record
 from harness.report.numbers import KINDS, Life, Report
+from harness.report.units import amount, duration
 
 MEANINGS = {
     "training": "steps that count",
@@ -14,26 +16,38 @@ MEANINGS = {
     "down": "no process that is known of",
 }
 MOST_LINES = 20  # of a list, on the terminal
+_MOST_CHARACTERS = 400  # of a line
 
 
 def short(report: Report) -> str:
-    """The report in half a page."""
-    return "\n".join(
-        [headline(report), "", *_times(report), "", *_save_lines(report), *_notes(report), "", *_attempts(report.lives)]
-    )
+    """The report in half a page, each line as a terminal may show it."""
+    lines = [headline(report), *(f"doubt      {doubt}" for doubt in report.doubts), "", *_times(report), ""]
+    lines += [*_save_lines(report), *_notes(report), "", *_attempts(report.lives)]
+    return "\n".join(for_terminal(line, _MOST_CHARACTERS) for line in lines)
 
 
 def headline(report: Report) -> str:
     """What became of the run, in a line."""
-    deaths = sum(life.is_dead for life in report.lives)
+    return f"{report.url}: {summary(report)}"
+
+
+def summary(report: Report) -> str:
+    """What became of the run, without its name."""
     last = report.lives[-1]
     ending = last.ending if last.ending in ("done", "stopped", "running") else f"not running ({last.ending})"
-    return f"{report.url}: step {report.step}, {ending}; {_count(len(report.lives), 'attempt')}, {_count(deaths, 'death')}"
+    before = f" ({report.unclaimed_deaths} of them before the ranks had an attempt)" if report.unclaimed_deaths else ""
+    deaths = _count(report.deaths, "death")
+    return f"step {report.step}, {ending}; {_count(len(report.lives), 'attempt')}, {deaths}{before}"
+
+
+def lost(steps: int, *, is_exact: bool) -> str:
+    """How many steps were lost: what an attempt that was killed did last, nobody knows."""
+    return str(steps) if is_exact else f"at least {steps}"
 
 
 def _times(report: Report) -> Iterable[str]:
     found = report.as_json()
-    again = _count(found["lost_steps"], "step")
+    again = f"{lost(report.lost_steps, is_exact=report.is_lost_exact)} step{'s' * (report.lost_steps != 1)}"
     yield f"goodput    {report.goodput:7.1%}  of {duration(report.wall_seconds)}; {again} lost"
     for kind in KINDS:
         share = report.seconds(kind) / max(report.wall_seconds, 1e-9)
@@ -90,31 +104,16 @@ def _attempts(lives: Sequence[Life]) -> Iterable[str]:
     if len(lives) > MOST_LINES:
         yield f"the last {MOST_LINES} of {len(lives)} attempts"
     for life in lives[-MOST_LINES:]:
-        yield f"attempt {life.number:<3}{steps(life):<24}{duration(life.ended - life.began):>10}  {life.ending}"
+        yield f"attempt {life.number:<3}{steps(life):<36}{duration(life.ended - life.began):>10}  {life.ending}"
 
 
 def steps(life: Life) -> str:
     """Which steps an attempt trained."""
     if life.from_step is None:
-        return "no step"
-    lost = f", {life.lost_steps} lost" if life.lost_steps else ""
-    return f"steps {life.from_step} to {life.last_step}{lost}"
-
-
-def amount(size_bytes: int) -> str:
-    """A size in units that suit it."""
-    unit, size = next((pair for pair in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if size_bytes >= pair[1]), ("B", 1))
-    return f"{size_bytes / size:.3g} {unit}"
-
-
-def duration(seconds: float) -> str:
-    """A time in units that suit it: ``0.013 s``, ``41.2 s``, ``12 min 3 s``, ``7 h 5 min``, ``2 d 3 h``."""
-    if seconds < 60:
-        return f"{seconds:.3f} s" if seconds < 1 else f"{seconds:.1f} s"
-    for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
-        if seconds >= size:
-            return f"{int(seconds // size)} {unit} {int(seconds % size // part)} {smaller}"
-    raise AssertionError("below a minute")
+        return "no step" if life.is_complete else "no step that is known"
+    left = "" if life.is_in_line else ", left"
+    missing = f", {lost(life.lost_steps, is_exact=life.is_complete)} lost" if life.lost_steps or not life.is_complete else ""
+    return f"steps {life.from_step} to {life.last_step}{missing}{left}"
 
 
 def _count(number: int, what: str, several: str = "") -> str:

@@ -1,0 +1,79 @@
+"""A script with a ``harness.Run``: it is run until it makes that, which is looked at in its place, and it goes no further.
+
+What a script does before (reading its arguments, opening its data, joining the ranks) it does for real; it trains nothing.
+"""
+
+import os
+import runpy
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from harness import run
+from harness.config import RunConfig
+from harness.doctor import Tell, ranks
+from harness.doctor.examination import INTERRUPTED, examine_run
+from harness.doctor.findings import Finding, error, exit_code, in_words, named, ok
+from harness.doctor.recipe import place_of
+from harness.environment import rank
+from harness.errors import HarnessError
+from harness.run import device_of
+from harness.world import World, world_of_program
+
+
+def examine_script(command: Sequence[str], tell: Tell, leave: Callable[[int], None], *, fresh: bool) -> int:
+    """Runs a script (or ``-m`` and a module) with its arguments, and calls ``leave`` with the exit code where it makes its
+    Run, which must end the program. Returns the exit code where it does not come so far."""
+    tried = f"ran {' '.join(command[:2] if command[0] == '-m' else command[:1])} until it makes its Run"
+
+    def on_run(config: RunConfig, state: Mapping[str, Any], world: World | None, is_fresh: bool) -> None:
+        run.examiner = None
+        device = device_of(state)
+        try:
+            world = world or world_of_program(device, config.world.timeout_seconds)
+        except HarnessError as problem:
+            found = named("ranks", [ranks.not_met(problem)])
+            tell(found)
+            return leave(exit_code(found))
+        found = named("configuration", [ok(tried, f"a state of {', '.join(state)}")])
+        return leave(examine_run(world, config, state, device, found, tell, fresh=fresh or is_fresh))
+
+    run.examiner = on_run
+    try:
+        _run(command)
+    except KeyboardInterrupt:
+        tell(named("ranks", [ranks.interrupted()]))
+        return INTERRUPTED
+    except (Exception, SystemExit) as problem:  # the user's own code
+        return _told(tried, problem, tell)
+    finally:
+        run.examiner = None
+    advice = "see that its arguments let it train; harness.save, load and Loader alone are not looked at"
+    found = named("configuration", [error(tried, "it has ended, and made none", advice)])
+    tell(found)
+    return exit_code(found)
+
+
+def _told(tried: str, problem: BaseException, tell: Tell) -> int:
+    """Tells of a script that has failed, and returns the exit code."""
+    if isinstance(problem, HarnessError):
+        found: list[Finding] = [error(tried, line, "", type(problem)) for line in str(problem).splitlines()]
+    else:
+        found = [error(tried, in_words(problem) + place_of(problem), "mend it: it would not come further in a training")]
+    found = named("configuration", found)
+    if rank():  # rank 0 may be well, and wait
+        print(f"harness: rank {rank()}: {found[0].found}", file=sys.stderr, flush=True)
+    tell(found)
+    return exit_code(found)
+
+
+def _run(command: Sequence[str]) -> None:
+    """As Python runs a script, or a module."""
+    if command[0] == "-m":
+        sys.argv[:] = command[1:]
+        sys.path.insert(0, "")
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+        return
+    sys.argv[:] = command
+    sys.path.insert(0, os.path.dirname(os.path.abspath(command[0])))
+    runpy.run_path(command[0], run_name="__main__")
