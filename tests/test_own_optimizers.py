@@ -275,7 +275,7 @@ def test_a_tensor_of_a_class_that_the_program_does_not_know_is_an_error_that_say
     store = open_store(f"memory://{uuid.uuid4()}")
     with torch.serialization.safe_globals([Packed]):
         written = commit.write(store, state.capture(), step=1, attempt=Attempt.after([]))
-    with pytest.raises(ConfigError, match=r"moment: a tensor of the class \S*\.Packed, .* import its library before"):
+    with pytest.raises(ConfigError, match=r"moment: a value of the class \S*\.Packed, .* import its library before"):
         load.read(store, *written)
 
 
