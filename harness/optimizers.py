@@ -274,7 +274,9 @@ def _following(
         return values
 
     def laid(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.stride() == strides:
+        if isinstance(value, torch.Tensor) and (value.shape, value.stride()) == (parameter.shape, strides):
+            if tree.is_composed(value):  # only its class knows how its parts belong to the parameter
+                return value
             return torch.empty_like(parameter, dtype=value.dtype, device=value.device, requires_grad=False).copy_(value)
         if type(value) is dict:
             return {key: laid(item) for key, item in value.items()}
@@ -388,6 +390,8 @@ class Attributes:
             is_number = isinstance(value, int | float | complex | np.number) and not isinstance(value, bool)
             if type(value) in _GENERATORS:
                 yield name, _GENERATORS[type(value)][0](value)
+            elif name == "_step_count":  # which schedulers of an older torch put there
+                continue
             elif is_number or (isinstance(value, torch.Tensor) and id(value) not in parameters):
                 yield name, value
 
@@ -396,8 +400,7 @@ class Attributes:
         return {
             name: value
             for name, value in self._found()
-            if name != "_step_count"  # which schedulers of an older torch put there
-            and (isinstance(value, torch.Tensor) or not _same(self._first.get(name, _ABSENT), value))
+            if isinstance(value, torch.Tensor) or not _same(self._first.get(name, _ABSENT), value)
         }
 
     def reset(self) -> None:

@@ -23,6 +23,7 @@ from harness.checkpoint import commit, tree
 from harness.checkpoint.collector import without_collections
 from harness.checkpoint.format import Manifest, check_part_name, span
 from harness.data import Loader
+from harness.checkpoint.tree import is_composed
 from harness.errors import ConfigError, Mismatch, Unsupported
 from harness.loaders import Epochs
 from harness.modules import (
@@ -726,7 +727,8 @@ def sent(value: Any, device: torch.device) -> Any:
 def _sent(value: Any, stage: "_Stage") -> Any:
     if isinstance(value, dict):
         return {key: _sent(item, stage) for key, item in value.items()}
-    is_large = isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.nbytes >= _LARGE_BYTES
+    is_plain = isinstance(value, torch.Tensor) and not is_composed(value)
+    is_large = is_plain and value.device.type == "cpu" and value.nbytes >= _LARGE_BYTES
     return stage.send(value) if is_large else value
 
 

@@ -257,6 +257,17 @@ def test_a_tensor_of_a_class_that_is_not_declared_safe_is_refused_at_the_save():
         through_a_store(state.capture())
 
 
+def test_a_tensor_of_a_class_of_its_own_stays_one_where_its_parameter_lies_otherwise(declared_safe):
+    """Only what is a plain tensor is laid out like its parameter."""
+    state, twin = of_kind(EightBit, 0), of_kind(EightBit, 1)
+    train(state.model, state.optimizer, range(2))
+    weight = twin.model.first.weight
+    weight.data = weight.data.t().contiguous().t()
+    twin.restore(through_a_store(state.capture()), 2)
+    assert type(twin.optimizer.state[weight]["moment"]) is Packed
+    assert digests(twin) == digests(state)
+
+
 def test_a_tensor_of_a_class_that_the_program_does_not_know_is_an_error_that_says_so():
     """Nothing is imported because a checkpoint says so."""
     state = of_kind(EightBit, 0)
@@ -264,7 +275,7 @@ def test_a_tensor_of_a_class_that_the_program_does_not_know_is_an_error_that_say
     store = open_store(f"memory://{uuid.uuid4()}")
     with torch.serialization.safe_globals([Packed]):
         written = commit.write(store, state.capture(), step=1, attempt=Attempt.after([]))
-    with pytest.raises(ConfigError, match=r"moment: a tensor of the class \S*\.Packed, .* import its library before"):
+    with pytest.raises(ConfigError, match=r"moment: a value of the class \S*\.Packed, .* import its library before"):
         load.read(store, *written)
 
 

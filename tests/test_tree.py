@@ -5,6 +5,7 @@ in test_corruption.py.
 """
 
 import ctypes
+import enum
 import json
 import math
 import struct
@@ -21,7 +22,7 @@ from values import bits
 
 from harness.checkpoint.format import DTYPES
 from harness.checkpoint.tree import decode, encode, info, raw_bytes
-from harness.errors import Corrupt, Unsupported
+from harness.errors import ConfigError, Corrupt, Unsupported
 
 MIB = 1 << 20
 
@@ -230,6 +231,26 @@ def test_paths_tell_keys_apart():
     }  # fmt: skip
     assert len(encode(value, "part").tensors) == 14
     assert bits(through_json(value)) == bits(value)
+
+
+class Norm(enum.Enum):
+    """A value as some optimizers have it for an option."""
+
+    SPECTRAL = 1
+
+
+def test_a_member_of_an_enumeration_survives_where_its_class_is_declared_safe():
+    """Nothing is imported for it; elsewhere it is refused, with what to do."""
+    with torch.serialization.safe_globals([Norm]):
+        written = encode({"norm": [Norm.SPECTRAL]}, "part").tree
+        assert through_json({"norm": [Norm.SPECTRAL]})["norm"][0] is Norm.SPECTRAL
+    assert written == {"norm": [{"$enum": [f"{__name__}.Norm", "SPECTRAL"]}]}
+    with pytest.raises(
+        Unsupported, match=r"^part/norm/0: a member of the enumeration .*Norm .*add_safe_globals\(\[Norm\]\)"
+    ):
+        encode({"norm": [Norm.SPECTRAL]}, "part")
+    with pytest.raises(ConfigError, match=r"^norm/0: a value of the class .*Norm, which this program does not know"):
+        decode(written, {})
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

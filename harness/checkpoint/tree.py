@@ -13,8 +13,9 @@ object with one tagged key:
     a tensor within a list                          {"$tensor": true}
 
 A tensor of a subclass that consists of tensors (``__tensor_flatten__``) is written as these, and as ``{"$subclass": …}``
-with its class, shape and whatever else it says. Nothing is imported for it: the class must be one of those that the program
-has declared safe to load, by ``torch.serialization.add_safe_globals``, as torchao does for its own.
+with its class, shape and whatever else it says; a member of an enumeration as ``{"$enum": [class, name]}``. Nothing is
+imported for it: the class must be one of those that the program has declared safe to load, by
+``torch.serialization.add_safe_globals``, as torchao does for its own.
 
 Keys that are not text are written as ``$:`` and their JSON (of a tuple, a list's); a ``$`` at the beginning of a text key is
 doubled. A tensor
@@ -25,6 +26,7 @@ keys in another order.
 
 import base64
 import copy
+import enum
 import functools
 import json
 import math
@@ -198,6 +200,9 @@ class _Encoder:
         kind = type(value)
         if kind is bytes:
             return {"$bytes": base64.b64encode(value).decode()}
+        if isinstance(value, enum.Enum):
+            self.check_is_declared(path, value, "a member of the enumeration")
+            return {"$enum": [_class_name(kind), value.name]}
         if kind is torch.dtype and dtype_name(value) in DTYPES:
             return {"$dtype": dtype_name(value)}
         if kind is torch.device:
@@ -219,23 +224,27 @@ class _Encoder:
         raise self.unsupported(path, f"a value of type {_type_name(value)}")
 
     def subclass_at(self, path: tuple[str, ...], value: Any) -> Any:
-        kind = type(value)
-        if kind not in torch.serialization.get_safe_globals():
-            where = _join((self.name, *path))
-            what = f"a tensor of the subclass {_type_name(value)} can only be written where it may be loaded again"
-            advice = f"torch.serialization.add_safe_globals([{kind.__qualname__}])"
-            raise Unsupported(f"{where}: {what}; declare its class safe before Run is made: {advice}")
+        self.check_is_declared(path, value, "a tensor of the subclass")
         names, context = value.__tensor_flatten__()
         inner = {name: getattr(value, name) for name in names}
         return {
             "$subclass": {
-                "class": _class_name(kind),
+                "class": _type_name(value),
                 "shape": list(value.shape),
                 "strides": list(value.stride()),
                 "context": self.hashable_at((*path, "context"), context),
                 "tensors": self.dict_at(path, inner, keep=True),
             }
         }
+
+    def check_is_declared(self, path: tuple[str, ...], value: Any, what: str) -> None:
+        """Raises ``Unsupported`` for a value of a class that this program would not load again."""
+        if type(value) not in torch.serialization.get_safe_globals():
+            advice = f"torch.serialization.add_safe_globals([{type(value).__qualname__}])"
+            raise Unsupported(
+                f"{_join((self.name, *path))}: {what} {_type_name(value)} can only be written where it may be loaded again; "
+                f"declare its class safe before Run is made: {advice}"
+            )
 
     def hashable_at(self, path: tuple[str, ...], value: Any) -> Any:
         count = len(self.out.tensors) + len(self.out.aliases)
@@ -385,6 +394,8 @@ class _Decoder:
                 return deque(self.list_at(path, body["items"]), body["maxlen"])
             case "$subclass":
                 return self.subclass_at(path, body)
+            case "$enum":
+                return _declared_class(path, body[0])[body[1]]
             case "$set":
                 return set(self.list_at(path, body))
             case "$frozenset":
@@ -402,15 +413,10 @@ class _Decoder:
         raise ValueError(f"unknown tag {tag}")
 
     def subclass_at(self, path: tuple[str, ...], body: dict[str, Any]) -> torch.Tensor:
-        known = {_class_name(each): each for each in torch.serialization.get_safe_globals() if isinstance(each, type)}
-        if (kind := known.get(body["class"])) is None:
-            advice = "import its library before, or declare it safe with torch.serialization.add_safe_globals"
-            raise ConfigError(
-                f"{_join(path)}: a tensor of the class {body['class']}, which this program does not know; {advice}"
-            )
+        kind = _declared_class(path, body["class"])
         inner = {_key(key): self.value_at((*path, key), item) for key, item in body["tensors"].items()}
         context = self.value_at((*path, "context"), body["context"])
-        built = kind.__tensor_unflatten__(inner, context, torch.Size(body["shape"]), tuple(body["strides"]))  # type: ignore[attr-defined]
+        built = kind.__tensor_unflatten__(inner, context, torch.Size(body["shape"]), tuple(body["strides"]))
         if not isinstance(built, torch.Tensor):
             raise TypeError(f"{body['class']} is no tensor")
         return built
@@ -432,6 +438,14 @@ def _as_array(array: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[A
     if array.dtype != dtype.newbyteorder("="):
         raise ValueError(f"an array of {dtype} is stored as {array.dtype}")
     return array.astype(dtype, copy=False)
+
+
+def _declared_class(path: tuple[str, ...], name: str) -> Any:
+    known = {_class_name(each): each for each in torch.serialization.get_safe_globals() if isinstance(each, type)}
+    if name not in known:
+        advice = "import its library before, or declare it safe with torch.serialization.add_safe_globals"
+        raise ConfigError(f"{_join(path)}: a value of the class {name}, which this program does not know; {advice}")
+    return known[name]
 
 
 def _unknown(text: str) -> Any:
