@@ -138,6 +138,12 @@ def test_a_checkpoint_that_does_not_say_how_it_was_built(tmp_path):
     parts = state[0.2].capture()
     for key in ("built", "reset_options", "frozen"):
         del parts["training"][key]
+    twin = State({name: each.live for name, each in state[0.1]._parts.items()}, CPU)
+    twin._compare(parts, parts["training"])
+    assert [str(each) for each in twin.differences] == [
+        "optimizer: lr: 0.1 in this program, 0.2 in the checkpoint; the checkpoint counts"
+    ]
+    assert twin.capture()["training"]["built"]["optimizer"]["lr"] == [0.1]  # so that it is told once
     state[0.1].restore(parts, 1)
     assert [str(each) for each in state[0.1].differences] == [
         "optimizer: lr: 0.1 in this program, 0.2 in the checkpoint; the program counts"
