@@ -238,7 +238,7 @@ SCHEDULES = {
 
 @pytest.mark.filterwarnings("ignore:The epoch parameter in:UserWarning")  # torch's own, of SequentialLR
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("step", [1, 3, 4])
+@pytest.mark.parametrize("step", [1, 4])
 def test_a_reset_rate_goes_on_in_its_schedule(tmp_path, name, step):
     """From the checkpoint on, each step has the rate that a run with the new one from the beginning would have there."""
     schedule = SCHEDULES[name]
