@@ -200,7 +200,13 @@ def restore_model(model: nn.Module, saved: Mapping[str, Any], versions: Mapping[
     if versions is not None:  # without them, modules that have changed since take the state for one of their oldest version
         metadata = {raw.removesuffix("."): {"version": versions.get(plain, 1)} for _, raw, plain in _prefixes(model)}
         state._metadata = metadata  # type: ignore[attr-defined]  # where torch keeps it
-    model.load_state_dict(state, strict=True)
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        if not str(error).startswith("Error(s) in loading state_dict"):
+            raise
+        reason = "; ".join(line.strip() for line in str(error).splitlines()[:4])
+        raise Mismatch(f"the model does not take its saved state: {reason}") from None
 
 
 def _is_extra(name: str) -> bool:

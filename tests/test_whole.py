@@ -142,6 +142,24 @@ def test_a_model_that_cannot_load_what_it_saves_is_refused():
         run_of({"model": Surplus(1, 1)})
 
 
+def test_a_module_that_does_not_take_what_was_saved(tmp_path):
+    """Its own objection is the message; the program has to be changed, and no restart helps."""
+
+    class Picky(nn.Linear):
+        allowed = True
+
+        def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+            super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+            errors += [] if self.allowed else ["these weights are out of fashion"]
+
+    run = run_of({"model": Picky(1, 1)}, tmp_path)
+    for _ in run.steps(1):
+        run.step()
+    Picky.allowed = False
+    with pytest.raises(Mismatch, match=r"the model does not take its saved state: .*these weights are out of fashion"):
+        run_of({"model": Picky(1, 1)}, tmp_path)
+
+
 def test_a_model_that_leaves_its_frozen_base_out_is_told_what_that_means(tmp_path, caplog):
     """An adapter alone is small to save; its base is what the program builds."""
     run = run_of({"model": Adapted(tolerant=True)}, tmp_path)
