@@ -71,6 +71,7 @@ def claim() -> None:
     global _directory, _owner  # a process is one rank
     if (name := os.environ.pop(DIRECTORY_VARIABLE, None)) is not None:
         _directory, _owner = Path(name), os.getpid()
+        _in_own(f"ended-{_owner}").unlink(missing_ok=True)  # of an earlier process with this id
     forget()
 
 

@@ -68,7 +68,7 @@ class Program:
             if not self.stop.settled and another_has_failed():
                 with contextlib.suppress(Exception):  # leaving comes first
                     self.stop.before_leaving()
-                _leave(RankFailure("another rank has failed: all ranks start again"), speaks=is_first_of_node())
+                _leave(RankFailure("another rank has failed; this one ends with it"), speaks=is_first_of_node())
             deadline = min(deadline, time.monotonic() + self.grace_seconds)
             if time.monotonic() > deadline:
                 _leave(self._late(), speaks=True)
@@ -255,9 +255,13 @@ class Host(Program):
             outcome.record(outcome.of(self._last_word))
 
 
-@functools.cache
 def host() -> Host:
-    """That of this process."""
+    """That of this process; a forked child that trains has its own."""
+    return _host_of(os.getpid())
+
+
+@functools.cache
+def _host_of(_pid: int) -> Host:
     return Host()
 
 

@@ -376,6 +376,8 @@ class Run:
         if self._saver is not None:
             self._saver.let_end(self.config.stop.grace_seconds)
         self._reporter.flush()
+        if self._watchdog is not None and self._watchdog.is_reporting:  # it ends the process when it is done
+            time.sleep(self.config.stop.grace_seconds)
 
     # --- an attempt --------------------------------------------------------------------------------------------------
 

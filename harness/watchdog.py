@@ -40,6 +40,8 @@ class Watchdog:
         self._lock = threading.Condition()
         self._deadline: float | None = time.monotonic() + first_seconds
         self._armed_until = 0.0
+        self.is_reporting = False
+        """Whether a hang was found: the process ends soon."""
         self._arm_last_resort()
         threading.Thread(target=self._watch, name="harness-watchdog", daemon=True).start()
 
@@ -73,6 +75,7 @@ class Watchdog:
                 self._lock.wait(min(left, self._timeout_seconds / 4))  # the first step's time may be over before it is up
         if self._deadline is None:
             return
+        self.is_reporting = True
         text = stacks()
         print(f"harness: no step has ended within its time; the stacks of all threads:\n{text}", file=sys.stderr, flush=True)
         self._report(text)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from cluster import harness
 
 
@@ -49,6 +50,28 @@ def test_an_optimizer_would_import_the_rest():
     """What is imported beforehand costs nothing that would not have been paid for. Should torch change, this is to go."""
     program = "import sys, torch; torch.optim.SGD(torch.nn.Linear(2, 2).parameters()); print('torch._dynamo' in sys.modules)"
     assert run(program) == "True"
+
+
+@pytest.mark.parametrize(
+    ("torch", "expected"),
+    [
+        ("raise OSError('libcudart.so: cannot open')", "OSError libcudart.so: cannot open"),
+        ("raise ModuleNotFoundError('No module', name='torch')", "ConfigError torch is not installed for"),
+    ],
+)
+def test_the_first_error_is_the_one_that_is_seen(tmp_path, torch, expected):
+    """A second import of a half-imported torch would end in another one."""
+    (tmp_path / "torch.py").write_text(torch)
+    program = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from harness.startup import import_torch
+try:
+    import_torch()
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    assert run(program).startswith(expected)
 
 
 def test_what_was_there_before_is_left_alone():
