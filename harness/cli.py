@@ -379,7 +379,8 @@ def prune(
         return
     for entry in gone:
         click.echo(f"{'would delete' if dry_run else 'deleted'}  {entry.state:<10}  {entry.directory}")
-    there = [entry for entry in catalog.entries() if entry not in gone]
+    went = {entry.directory for entry in gone}
+    there = [entry for entry in catalog.entries() if entry.directory not in went]
     in_line = {entry.directory for entry in line(there)}
     for entry in there:
         if entry.state == "unfinished":

@@ -469,6 +469,9 @@ def test_a_run_whose_checkpoints_are_damaged(write, kept_path):
     assert (code, one(found, "run").level) == (0, "warn")
     assert one(found, "run").found.startswith("the newest whole one is of step 1; a newer one is not: model.safetensors")
     (older / "model.safetensors").unlink()
+    for there in (url, kept_path / "typo"):
+        code, found = examined(write(), f"checkpoint.url={there}", "checkpoint.must_exist=true")
+        assert (code, one(found, "run").level) == (66, "error")
     code, found = examined(write(), f"checkpoint.url={url}")
     assert (code, one(found, "run").level) == (66, "error")
     assert "none of 2 is whole" in one(found, "run").found

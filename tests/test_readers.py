@@ -51,7 +51,7 @@ def training(request, tmp_path, monkeypatch):
     with (tmp_path / "output").open("w") as output:
         process = subprocess.Popen([sys.executable, "-c", WRITER, url], stdout=output, stderr=subprocess.STDOUT)
         try:
-            until = time.monotonic() + 60
+            until = time.monotonic() + 300
             while harness.latest(url) is None:
                 assert process.poll() is None and time.monotonic() < until, (tmp_path / "output").read_text()
                 time.sleep(0.1)
@@ -99,6 +99,7 @@ class Reader:
         self.judge(self.verb("export", self.out, "--overwrite")["step"])
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("reads", [200, pytest.param(10_000, marks=pytest.mark.soak)])
 def test_readers_beside_a_run_that_deletes(training, tmp_path, reads):
     """Whatever reads beside a run that keeps one checkpoint and saves at each step gets a whole one, and never an older one

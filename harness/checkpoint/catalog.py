@@ -202,13 +202,14 @@ class Catalog:
             seen = Seen()
             wanted = (entry for entry in self.candidates(seen) if entry.state == "whole" and step in (None, entry.step))
             found = next(wanted, None)
-            # What was passed over may have been deleted, since something newer was there: that changes what is seen.
-            if (found is not None and len(seen) == 1) or seen == before:
+            # What was passed over may have been deleted, since something newer was there: that changes what is seen. What
+            # grows is being written.
+            if seen == before or (found is not None and (len(seen) == 1 or _only_grew(before, seen, found))):
                 break
             before = seen
         if found is not None:
             return found
-        if seen != before:
+        if seen != before:  # though it was tried often
             raise StoreError(f"list {self.store.url}: it changes faster than it can be looked at", transient=True)
         words = "whole checkpoint" if step is None else f"whole checkpoint of step {step}"
         others = [save.attempt.number for save in _saves(self.store.names()) if save.step == step]
@@ -411,6 +412,14 @@ class Catalog:
             about = self.about_attempt(newest)
             who = f"started {about.get('started')} on {about.get('host')}"
             raise Superseded(f"{self.store.url}: attempt {newest.number} trains this run now ({who})")
+
+
+def _only_grew(before: Seen | None, seen: Seen, found: Entry) -> bool:
+    """Whether all that is later than a checkpoint, and was there at the look before, still has what it had then."""
+    if before is None:
+        return False
+    place = _Save(found.attempt, found.step, found.directory)
+    return all(before[save.directory] <= seen.get(save.directory, set()) for save in _saves(before) if save > place)
 
 
 class _Line:

@@ -196,6 +196,8 @@ def run(case: Case) -> list[Finding]:
     except HarnessError as problem:
         return [error(tried, str(problem), "see that it can be listed and read", type(problem))]
     whole = [entry for entry in entries if entry.state == "whole"]
+    if not entries and case.config.checkpoint.must_exist:
+        return [error(tried, "there is none, and checkpoint.must_exist is set", "see that the URL is right", NoCheckpoint)]
     if not entries:
         return trains or [ok(tried, "there is none: a run would start from nothing")]
     if not whole:
