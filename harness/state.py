@@ -22,8 +22,8 @@ from harness.buckets import gradient_orders
 from harness.checkpoint import commit, tree
 from harness.checkpoint.collector import without_collections
 from harness.checkpoint.format import Manifest, check_part_name, span
-from harness.data import Loader
 from harness.checkpoint.tree import is_composed
+from harness.data import Loader
 from harness.errors import ConfigError, Mismatch, Unsupported
 from harness.loaders import Epochs
 from harness.modules import (

@@ -994,6 +994,7 @@ for path in sys.argv[1:]:
         import_run(path, open_store(f"{path}-run"))
     except (Corrupt, Unsupported) as error:
         assert str(error).startswith(f"{path}: expected "), error
+        assert "can hold" in str(error) or "any amount of memory" in str(error), error  # and not: there was no memory
     else:
         raise AssertionError(path)
 """
