@@ -324,7 +324,7 @@ class _DataLoader(_Other):
         return {**super().capture(), "generators": self.epochs.state_dict()}
 
     def check(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
-        if "generators" in saved:  # not before version 0.2
+        if "generators" in saved:  # which earlier checkpoints do not have
             self.epochs.check_state_dict(saved["generators"])
         return super().check(saved)
 
