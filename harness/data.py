@@ -346,7 +346,8 @@ class Loader:
         self._tells_epoch = tells_epoch
         self.taken = 0  # batches, since the position was set
         self._latest: Cursor | None = None  # the batch that was handed out last
-        self._is_unknown = fingerprint and self.world_size >= size  # one that shares nothing may have a rank's own data
+        # A loader that shares nothing may have data of the rank's own.
+        self._compares = self._is_unknown = fingerprint and self.world_size >= size
         self._fingerprint: list[tuple[int, Sketch]] | None = None
         self._fetched: Generator[Step] | None = None
         self._fetched_from: tuple[Dataset[Any], Attributes | None] = dataset, None
@@ -501,7 +502,8 @@ class Loader:
         saved = Cursor(state["epoch"], state["offset"])
         self.cursor = self.schedule.settled(saved)
         self.gaps = [Gap(*gap) for gap in state["gaps"]]
-        self._fingerprint = state.get("fingerprint") or self._fingerprint
+        if self._compares:
+            self._fingerprint = state.get("fingerprint") or self._fingerprint
         if self.cursor != saved and self.rank == 0:
             log.warning(
                 "epoch %d ends at sample %d: what is left of it is less than a batch, and drop_last is new", *astuple(saved)
@@ -590,21 +592,22 @@ class Loader:
 
     def agree(self, all_gather: Callable[[Any], list[Any]]) -> None:
         """Gives all ranks rank 0's fingerprint. All ranks call it. Raises ``ConfigError`` where they have other samples."""
-        for rank, found in enumerate(gathered := all_gather(self.fingerprint())):
-            if gathered[0] and found and _are_others(gathered[0], found):
-                raise ConfigError(f"the samples are not the same on ranks 0 and {rank}: {_ADVICE}")
-        self._fingerprint = gathered[0]
+        found = all_gather(self.fingerprint())
+        differ = [rank for rank, each in enumerate(found) if found[0] and each and _are_others(found[0], each)]
+        if differ and all(all_gather(self._is_steady())):
+            raise ConfigError(f"the samples are not the same on ranks 0 and {differ[0]}: {_ADVICE}")
+        self._fingerprint = found[0]
 
     def _refuse_others(self, saved: Any) -> None:
         """Raises ``Mismatch`` where a fingerprint that was saved is not that of this data set."""
         own = self.fingerprint()
-        if not saved or not own or not _are_others(saved, own):
-            return
-        if all(
-            again == own for again in (self._draw_fingerprint() for _ in range(3))
-        ):  # they do not draw anything by chance
+        if saved and own and _are_others(saved, own) and self._is_steady():
             which = f"(sample {', '.join(map(str, others(saved, own)))} of the data set)"
             raise Mismatch(f"the samples are not those that were trained {which}: {_ADVICE}")
+
+    def _is_steady(self) -> bool:
+        """Whether the fingerprint is the same whenever it is taken; one that chance seldom changes may just look so."""
+        return all(self._draw_fingerprint() == self._fingerprint for _ in range(_MANY_TIMES))
 
     def _draw_fingerprint(self) -> list[tuple[int, Sketch]] | None:
         """Fetches the samples twice, as for a batch of epoch 0."""
@@ -638,7 +641,7 @@ class Loader:
         return [(index, first) for index, (first, _) in zip(indices, drawn, strict=True)]
 
 
-_MANY_CHANGES = 20
+_MANY_CHANGES = _MANY_TIMES = 20
 _FINGERS = 3  # samples that are looked at; more than half of them must be others before anything is refused
 _ADVICE = (
     "give random_split a generator with a seed, and sort what a directory listing gives; if other data is meant, start with "

@@ -140,7 +140,7 @@ class State:
         if isinstance(each, nn.Module):
             self._warn(check_is_whole(name, each))
             return _Module(name, each, self.device)
-        if isinstance(each, Optimizer) and "param_groups" in (state := each.state_dict()) and "state" in state:
+        if isinstance(each, Optimizer):
             return _Optimizer(name, each, self._owner(name, each), self.device)
         if isinstance(each, LRScheduler):
             return _Scheduler(name, each)
@@ -150,6 +150,15 @@ class State:
         if isinstance(each, torch.amp.GradScaler):
             return _Scaler(name, each)
         return _DataLoader(name, each) if isinstance(each, DataLoader) else _Other(name, each)
+
+    def _adapted(self, part: "_Part") -> "_Part":
+        """A part whose object may have grown."""
+        if not isinstance(part, _Module | _Optimizer):
+            return part
+        adapted = self._part(part.name, part.live)
+        if isinstance(adapted, _Optimizer) and isinstance(part, _Optimizer):
+            adapted.keep(part)
+        return adapted
 
     def _owner(self, name: str, optimizer: Optimizer) -> nn.Module:
         """The module whose parameters an optimizer has; of several, all of them as children of one."""
@@ -343,7 +352,7 @@ class State:
         saved = {name: part for name, part in parts.items() if name not in (TRAINING, RANDOM)}
         if self._adapt is not None:
             self._adapt(step, epoch, {name: _shapes(part, name) for name, part in saved.items()})
-            self._parts = {name: self._part(name, each) for name, each in self._objects.items()}
+            self._parts = {name: self._adapted(part) for name, part in self._parts.items()}
         lines = [
             f"{name}: not in the checkpoint; the run has {part}" for name, part in self._parts.items() if name not in saved
         ]
@@ -552,6 +561,11 @@ class _Optimizer(_Part):
         self.option_names = [set(group) for group in live.param_groups]
         self.attributes = Attributes(live)
 
+    def keep(self, before: "_Optimizer") -> None:
+        """Takes over what the optimizer was like when the run was made."""
+        self.attributes = before.attributes
+        self.option_names = [*before.option_names, *self.option_names[len(before.option_names) :]]
+
     def described(self) -> Built:
         return built_groups(self.live.param_groups)
 
@@ -680,7 +694,7 @@ class _DataLoader(_Other):
         return {**super().capture(), "generators": self.epochs.state_dict()}
 
     def check(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
-        if "generators" in saved:  # not before version 0.2
+        if "generators" in saved:  # which earlier checkpoints do not have
             self.epochs.check_state_dict(saved["generators"])
         return super().check(saved)
 
