@@ -1,12 +1,103 @@
-"""``python -m harness.agent``: torchrun as it is, but that Python's garbage collector does not look through its imports.
+"""``python -m harness.agent``: torchrun as it is, but that it tells ``harness launch`` and the ranks what it does.
 
-``harness launch`` starts it. Its ranks start after 1.2 s instead of 1.7 s.
+``harness launch`` starts it. Python's garbage collector does not look through its imports: its ranks start after 1.2 s
+instead of 1.7 s. Where the launcher gives a directory (``harness.outcome``):
+
+* before torchrun ends ranks because another one has failed, here or elsewhere, it is noted there. A rank cannot tell that
+  from a stop: both are SIGTERM;
+* a restart is told of in one line, and the restarts before it are forgotten when the ranks have come further since.
+
+On a terminal it takes the live line of its ranks away before it writes.
+
+Both hang on methods of torchrun that are not public. Where a version of torch has none such, nothing is told.
 """
 
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TextIO, cast
+
+from harness import outcome
+from harness.console import Clearing
 from harness.startup import import_torch
 
-if __name__ == "__main__":
-    import_torch("torch.distributed.run")
-    from torch.distributed.run import main
+COUNTS_PROGRESS_VARIABLE = "HARNESS_RESTARTS_WITHOUT_PROGRESS"  # set where --max-restarts is harness's own
 
+
+class Restarts:
+    """How many restarts are left: all of them, when the ranks have started from a later step than ever before."""
+
+    def __init__(self, allowed: int, *, renewed: bool) -> None:
+        self._allowed = allowed
+        self._renewed = renewed
+        self._furthest: int | None = None
+
+    def left(self, left: int, step: int | None) -> int:
+        """As ``left``, of which ranks that went on from ``step`` have come to their end."""
+        if step is None or (self._furthest is not None and step <= self._furthest):
+            return left
+        is_first, self._furthest = self._furthest is None, step
+        return left if is_first or not self._renewed else self._allowed
+
+    def in_words(self, left: int) -> str:
+        """What follows the failure of a rank."""
+        kind = "in a row without a newer checkpoint" if self._renewed else "(--max-restarts)"
+        if left:
+            return f"a rank failed: restart {self._allowed - left + 1} of at most {self._allowed} {kind}"
+        return f"a rank failed after {self._allowed} restarts {kind}: the launch ends"
+
+
+def _say_why_ranks_end(directory: str) -> None:
+    from torch.distributed.elastic.multiprocessing.api import PContext, SignalException  # noqa: PLC0415
+
+    close = PContext.close
+
+    def close_and_say_why(context: PContext, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(sys.exception(), SignalException):  # else torchrun was signalled, and passes it on
+            outcome.say_ended(directory, context.pids().values())
+        close(context, *args, **kwargs)
+
+    PContext.close = close_and_say_why  # type: ignore[assignment,method-assign]
+
+
+def _count_restarts(directory: str, *, renewed: bool) -> None:
+    from torch.distributed.elastic.agent.server.api import WorkerState  # noqa: PLC0415
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent  # noqa: PLC0415
+
+    monitor: Callable[..., Any] = LocalElasticAgent._monitor_workers
+    restarts: Restarts | None = None
+
+    def monitor_and_count(agent: Any, group: Any) -> Any:
+        nonlocal restarts
+        result = monitor(agent, group)
+        if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
+            restarts = restarts or Restarts(group.spec.max_restarts, renewed=renewed)
+            agent._remaining_restarts = restarts.left(agent._remaining_restarts, outcome.resumed_step(directory))
+            print(f"harness launch: {restarts.in_words(agent._remaining_restarts)}", file=sys.stderr, flush=True)
+        return result
+
+    LocalElasticAgent._monitor_workers = monitor_and_count  # type: ignore[method-assign]
+
+
+def main() -> None:
+    """torchrun's own command line and exit code."""
+    import_torch("torch.distributed.run")
+    from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: PLC0415
+    from torch.distributed.run import main as torchrun  # noqa: PLC0415
+
+    if (directory := os.environ.get(outcome.DIRECTORY_VARIABLE)) is not None:
+        renewed = os.environ.pop(COUNTS_PROGRESS_VARIABLE, "") == "1"
+        with contextlib.suppress(ImportError, AttributeError):
+            _say_why_ranks_end(directory)
+            _count_restarts(directory, renewed=renewed)
+    try:
+        torchrun()
+    except SignalException:  # it has said which one
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    if sys.stderr.isatty():
+        sys.stderr = cast("TextIO", Clearing(sys.stderr))
     main()

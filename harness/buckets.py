@@ -11,10 +11,12 @@ only where what it remembers is restored afterwards.
 """
 
 import contextlib
-from collections.abc import Callable, Container, Iterable, Iterator
+import gc
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
@@ -27,7 +29,8 @@ class GradientOrder:
         self._model = model
         self._parameters = _reduced(model)
         # One that looks for unused parameters keeps its first order. With a static graph DDP remembers more than an order.
-        reorders = not model.find_unused_parameters and not model.static_graph
+        self.is_static = bool(model.static_graph)
+        reorders = not model.find_unused_parameters and not self.is_static
         self._hooks: list[RemovableHandle] = []
         for number, parameter in enumerate(self._parameters if reorders else ()):
             handle = parameter.register_post_accumulate_grad_hook(self._note(number))  # type: ignore[no-untyped-call]
@@ -37,14 +40,17 @@ class GradientOrder:
         """Has DDP take over an order that was noted before. All ranks call it. Does nothing once DDP has an order.
 
         ``restored`` has the ids of those objects whose state is restored afterwards. Where a communication hook remembers
-        more than that, nothing is done, and its name is returned.
+        more than that, nothing is done. Returns what keeps DDP from taking the order over.
         """
+        if self.is_static:
+            return "static_graph=True has DDP order its gradients anew" if self._model.process_group.size() > 2 else None
         if not self._hooks or self.order or len(order) != len(self._parameters):
             return None
         for hook, state in getattr(self._model, "_comm_hooks", ()):
             memories = [each for each in (state, getattr(hook, "__self__", None)) if each is not None]
             if not (_forgets(hook) or any(id(each) in restored for each in memories)):
-                return getattr(hook, "__qualname__", type(hook).__name__)
+                name = getattr(hook, "__qualname__", type(hook).__name__)
+                return f"the communication hook {name} keeps a state that nobody restores; give Run an object that has it"
         self._remove_hooks()
         self.order = order
         before = [parameter.grad for parameter in self._parameters]
@@ -76,6 +82,36 @@ class GradientOrder:
                 self.order.append(number)
 
         return note
+
+
+def gradient_orders(modules: Mapping[str, torch.nn.Module]) -> dict[str, GradientOrder]:
+    """The orders of all DDP modules that are in these modules, or around them, by the name of a module."""
+    found: dict[int, tuple[str, DistributedDataParallel]] = {}
+    for name, module in modules.items():
+        own = [each for each in module.modules() if isinstance(each, DistributedDataParallel)]
+        for number, each in enumerate(own or _around(module)):
+            found.setdefault(id(each), (f"{name}.{number}" if number else name, each))
+    return {name: GradientOrder(each) for name, each in found.values()}
+
+
+def _around(module: torch.nn.Module) -> list[DistributedDataParallel]:
+    """The DDP modules that have parameters of a module: a program may train with those, and save what they wrap, or a part.
+
+    Nobody knows them but Python's garbage collector. With two ranks there is but one order to add in: none is looked for.
+    """
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 2):
+        return []
+    wanted = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
+
+    def look() -> list[DistributedDataParallel]:
+        found = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+        return [each for each in found if any(id(parameter) in wanted for parameter in each.parameters())]
+
+    if len(around := look()) > 1:  # an earlier wrapping may be garbage, which must not depend on the rank
+        del around
+        gc.collect()
+        around = look()
+    return around
 
 
 def _reduced(model: DistributedDataParallel) -> list[torch.Tensor]:

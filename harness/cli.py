@@ -4,8 +4,8 @@ The verbs that read a run's URL import neither torch nor the user's code, and ne
 """
 
 import dataclasses
+import io
 import json
-import logging
 import signal
 import sys
 import time
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 import harness
-from harness import outcome
-from harness.console import Console, level
-from harness.environment import is_first_of_node, is_under_torchrun, rank, restarts
+from harness import console, outcome
+from harness.environment import is_first_of_node, is_under_torchrun, rank, ranks, restarts
 from harness.errors import ConfigError, Corrupt, HarnessError, NoCheckpoint, RankFailure, Stopped
 from harness.escapes import for_terminal
 from harness.outcome import Outcome
+from harness.secrecy import scrubbed
 
 if TYPE_CHECKING:
     from harness.checkpoint.catalog import Catalog, Entry
@@ -41,27 +41,40 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Runs the command line. What a user did wrong gets one line; what we did wrong, a traceback."""
-    logging.basicConfig(level=logging.INFO, handlers=[Console()])
+    end = console.begin()
     try:
-        cli.main(standalone_mode=False)
+        _run()
     except HarnessError as error:
         if is_first_of_node():
-            _complain(error)
+            console.complain_of(error, for_all=True)
         outcome.record(outcome.of(error))  # after the words: once it is there, the launcher may end this rank
         if not is_first_of_node():
             time.sleep(1)  # torchrun ends all ranks when the first one goes: the one that speaks must get to it
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        words = io.StringIO()
+        error.show(words)
+        console.complain(words.getvalue())
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
+    except Exception as error:
+        console.complain_of(error)
+        sys.exit(1)
+    finally:
+        end()
     sys.exit(0)
 
 
-def _complain(error: HarnessError) -> None:
-    for line in str(error).splitlines():
-        click.echo(f"harness: {line}", err=True)
+def _run() -> None:
+    try:
+        cli.main(standalone_mode=False)
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] == "torch":
+            raise ConfigError(
+                f"{error}: this verb needs PyTorch; install it for {sys.executable}: pip install torch"
+            ) from error
+        raise
 
 
 # --- train -----------------------------------------------------------------------------------------------------------
@@ -71,31 +84,42 @@ def _complain(error: HarnessError) -> None:
 @click.argument("config_file", metavar="CONFIG.yaml")
 @click.argument("overrides", metavar="[dotted.key=value]...", nargs=-1)
 @click.option("--fresh", is_flag=True, help="Refuse a checkpoint.url that already holds a run, instead of resuming it.")
-def train(config_file: str, overrides: tuple[str, ...], fresh: bool) -> None:
+@click.option("--resume", is_flag=True, help="Refuse a checkpoint.url that holds no run, instead of beginning one.")
+def train(config_file: str, overrides: tuple[str, ...], fresh: bool, resume: bool) -> None:
     """Train, from the newest whole checkpoint if the run has one.
 
     Runs under torchrun and as one plain process, with the same configuration. Exit codes: 0 done, 2 the configuration or
     the model does not fit, 65 or 66 the run's checkpoints are damaged, 74 the storage fails, 75 stopped and saved: start it
     again, 76 a rank failed, 1 anything else, with a traceback.
     """
-    from harness.config import load_config  # noqa: PLC0415  # see the module's docstring
-    from harness.signals import StopRequest, die_with_parent  # noqa: PLC0415
+    from harness import program  # noqa: PLC0415  # see the module's docstring
+    from harness.config import load_config  # noqa: PLC0415
 
-    if is_under_torchrun():
-        die_with_parent()
-    outcome.forget()
-    stop = StopRequest()
-    stop.listen()  # before torch is imported, which takes seconds
-    config = load_config(config_file, overrides)
-    task = _build_task(config)
-    _train(config, task, stop, fresh=fresh)
+    program.begin()
+    with program.Program() as process:  # before torch is imported, which takes seconds
+        _check_ranks()
+        config = load_config(config_file, (*overrides, "checkpoint.must_exist=true") if resume else overrides)
+        task = _build_task(config)
+        process.grace_seconds = config.stop.grace_seconds
+        _train(config, task, process.stop, fresh=fresh)
+
+
+def _check_ranks() -> None:
+    """Raises ``ConfigError`` where the launcher has started something else than ranks; any of them may be the wrong one."""
+    try:
+        ranks()
+    except ConfigError as mistake:
+        if not is_first_of_node():  # or else it is told of at the end
+            console.complain_of(mistake)
+        raise
 
 
 def _build_task(config: "Config") -> "Task":
     """Everything that can be wrong with the configuration is found here, before the ranks meet."""
     from harness.checkpoint.store import open_store  # noqa: PLC0415  # see the module's docstring
-    from harness.task import find_builder  # noqa: PLC0415
+    from harness.task import find_builder, package_of  # noqa: PLC0415
 
+    console.hear(package_of(config.task))
     builder = find_builder(config.task, config.args)
     if config.checkpoint.url is not None:
         open_store(config.checkpoint.url, config.checkpoint.storage_options)
@@ -110,9 +134,7 @@ def _train(config: "Config", task: "Task", stop: "StopRequest", *, fresh: bool) 
     from harness.signals import ignore_stop_signals  # noqa: PLC0415
     from harness.world import join_world  # noqa: PLC0415
 
-    program.leave_in_time(stop, config.stop.grace_seconds)
     world = join_world(config.world)
-    logging.getLogger().setLevel(level())
     try:
         try:
             loop.train(config, task, world, stop, fresh=fresh)
@@ -127,10 +149,17 @@ def _train(config: "Config", task: "Task", stop: "StopRequest", *, fresh: bool) 
     except BaseException as error:
         if world.size == 1 or isinstance(error, Stopped):
             raise
-        program.fail(error, world.rank)
+        program.fail(error)
 
 
-@cli.command(context_settings={"ignore_unknown_options": True})
+class _Halves(click.Command):
+    """Has "--" among its arguments: click takes it away otherwise, and with it where the program begins."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, ["--", *args] if "--" in args else args)
+
+
+@cli.command(cls=_Halves, context_settings={"ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def launch(arguments: tuple[str, ...]) -> None:
     """Run `harness train`, `harness doctor` or a script with a harness.Run under torchrun.
@@ -139,19 +168,9 @@ def launch(arguments: tuple[str, ...]) -> None:
     torchrun needs to restart well and ends it when starting again cannot help. Exit codes: 0 done, 75 stopped and saved:
     start it again, 1, 74, 76 failed, starting again may help; 2, 65, 66, 70, 77 as for train: somebody has to act first.
     """
-    from harness.launch import launch  # noqa: PLC0415  # see the module's docstring
+    from harness.launch import halves, launch  # noqa: PLC0415  # see the module's docstring
 
-    # click takes the "--" away; the verb divides the two halves as well
-    start = next((index for index, word in enumerate(arguments) if _begins_program(word)), None)
-    if start is None:
-        raise click.UsageError(
-            "expected: harness launch [torchrun options] -- train CONFIG.yaml ... (or doctor, or SCRIPT.py)"
-        )
-    sys.exit(launch(arguments[:start], arguments[start:]))
-
-
-def _begins_program(word: str) -> bool:
-    return word in ("train", "doctor", "-m") or word.endswith(".py")
+    sys.exit(launch(*halves(arguments)))
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
@@ -171,16 +190,16 @@ def doctor(what: str, arguments: tuple[str, ...], fresh: bool, as_json: bool) ->
     script, the machine, or a checkpoint of another model, 66 no checkpoint is whole, 70 a crash loop, 74 the storage fails,
     76 the ranks do not meet.
     """
-    from harness.doctor import examine, examine_script  # noqa: PLC0415  # see the module's docstring
-    from harness.signals import STOP_SIGNALS, die_with_parent  # noqa: PLC0415
+    from harness import program  # noqa: PLC0415  # see the module's docstring
+    from harness.doctor import examine, examine_script  # noqa: PLC0415
+    from harness.signals import STOP_SIGNALS  # noqa: PLC0415
 
     if restarts():
         raise RankFailure("the doctor has spoken, and torchrun starts it again: see above, or use harness launch")
     for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)  # each ends it as ^C does, with everything cleaned up
-    if is_under_torchrun():
-        die_with_parent()
-    outcome.forget()
+    program.begin()
+    _check_ranks()
 
     def tell(found: "Sequence[Finding]") -> None:
         _tell(found, as_json=as_json)
@@ -209,10 +228,10 @@ def _tell(found: "Sequence[Finding]", *, as_json: bool) -> None:
     if rank():
         return
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(finding) for finding in found], indent=1))
+        click.echo(json.dumps(scrubbed([dataclasses.asdict(finding) for finding in found]), indent=1))
         return
     for finding in found:
-        click.echo(str(finding))
+        click.echo(console.printable(str(finding)))
 
 
 # --- reading a run ---------------------------------------------------------------------------------------------------
@@ -237,7 +256,7 @@ def _open_catalog(url: str, storage_options: tuple[str, ...]) -> "Catalog":
     from harness.checkpoint.store import open_store  # noqa: PLC0415
     from harness.config import parse_overrides  # noqa: PLC0415
 
-    return Catalog(open_store(url, parse_overrides(storage_options)))
+    return Catalog(open_store(url, parse_overrides(storage_options, may_be_secret=True)))
 
 
 @cli.command()
@@ -334,6 +353,7 @@ def verify(url: str, storage_options: tuple[str, ...], as_json: bool, step: int 
 @_reads_run
 @click.option("--keep-last", type=click.IntRange(min=1), required=True, help="How many of the newest whole ones stay.")
 @click.option("--keep-every-steps", type=click.IntRange(min=1), help="Keep those whose step is a multiple of this, too.")
+@click.option("--unfinished", is_flag=True, help="Delete the last attempt's unfinished saves, too: it is dead.")
 @click.option("--dry-run", is_flag=True, help="Say what would be deleted, and delete nothing.")
 def prune(
     url: str,
@@ -341,23 +361,32 @@ def prune(
     as_json: bool,
     keep_last: int,
     keep_every_steps: int | None,
+    unfinished: bool,
     dry_run: bool,
 ) -> None:
     """Delete old checkpoints, and what unfinished saves have left behind. The newest whole checkpoint always stays.
 
     For a run that is not training: a run that is does it by itself (checkpoint.keep_last).
     """
-    from harness.checkpoint.catalog import Retention  # noqa: PLC0415  # see the module's docstring
+    from harness.checkpoint.catalog import Retention, line  # noqa: PLC0415  # see the module's docstring
 
     retention = Retention(keep_last, keep_every_steps)
     catalog = _open_catalog(url, storage_options)
-    gone = catalog.prune(retention, dry_run=dry_run)
+    gone = catalog.prune(retention, dry_run=dry_run, unfinished=unfinished)
     _refuse_nothing(catalog, gone)
     if as_json:
         click.echo(json.dumps([_summary(entry) for entry in gone], indent=1))
         return
     for entry in gone:
         _print(f"{'would delete' if dry_run else 'deleted'}  {entry.state:<10}  {entry.directory}")
+    there = [entry for entry in catalog.entries() if entry not in gone]
+    in_line = {entry.directory for entry in line(there)}
+    for entry in there:
+        if entry.state == "unfinished":
+            what = "the last attempt may still be writing it; if it is dead, --unfinished deletes it"
+            _print(f"stays  unfinished  {entry.directory}  {what}")
+        elif entry.state == "whole" and entry.directory not in in_line:
+            _print(f"stays  left  {entry.directory}  it goes further than the line that the run is on, and that left it")
 
 
 @cli.command()
@@ -379,9 +408,12 @@ def export(
     from harness.interchange import export_model  # noqa: PLC0415  # see the module's docstring
 
     catalog = _open_catalog(url, storage_options)
-    entry = catalog.newest(step)
-    assert entry.manifest is not None, "a whole checkpoint has a manifest"
-    written = export_model(catalog.store, entry.directory, entry.manifest, out, part=part, overwrite=overwrite)
+
+    def write(entry: "Entry") -> tuple["Entry", dict[str, int]]:
+        assert entry.manifest is not None, "a whole checkpoint has a manifest"
+        return entry, export_model(catalog.store, entry.directory, entry.manifest, out, part=part, overwrite=overwrite)
+
+    entry, written = catalog.reading(write, step)
     if as_json:
         click.echo(json.dumps({"directory": entry.directory, "step": entry.step, "files": written}, indent=1))
         return
@@ -449,5 +481,9 @@ def _summary(entry: "Entry") -> dict[str, Any]:
     if entry.problem:
         known["problem"] = entry.problem
     if entry.manifest is not None:
-        known |= {"created": entry.manifest.created, "bytes": entry.manifest.bytes, **entry.manifest.meta}
+        known |= {"created": entry.manifest.created, "bytes": entry.manifest.bytes}
+        known |= {key: value for key, value in entry.manifest.meta.items() if key not in _OWN_KEYS}
     return known
+
+
+_OWN_KEYS = {"directory", "state", "step", "attempt", "problem", "created", "bytes", "in_line", "digest", "files", "lineage"}

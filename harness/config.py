@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -17,12 +17,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from harness.errors import ConfigError
+from harness.secrecy import is_secret_name, without_secrets
 
 C = TypeVar("C", bound=BaseModel)
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Without the secrets of URLs; options that may be secret have no ``repr``."""
+        for name, value in super().__repr_args__():
+            yield name, without_secrets(value) if isinstance(value, str) else value
 
 
 class TrainConfig(_Section):
@@ -77,6 +83,8 @@ class CheckpointConfig(_Section):
 
     url: str | None = Field(default=None, min_length=1)
     """Any fsspec URL or a path; one URL is one run. None: the run is not saved."""
+    must_exist: bool = False
+    """Refuse a ``url`` without a checkpoint (exit code 66): a mistyped one, or a disk that is not mounted, is no new run."""
     every_steps: int | None = Field(default=None, ge=1)
     """Save after so many optimizer steps."""
     every_seconds: float | None = Field(default=None, gt=0)
@@ -287,7 +295,7 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     value = _parse(text, path)
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected keys and values, found {_shown(value)}")
+        raise ConfigError(f"{path}: expected keys and values, found {_shown(value, '')}")
     parse_overrides(overrides, value)
     return _validated(Config, value, f"{path}: ")
 
@@ -304,24 +312,34 @@ def _validated(model: type[C], value: Any, where: str) -> C:
         raise ConfigError("\n".join(f"{where}{line}" for line in map(_in_words, error.errors()))) from None
 
 
-def parse_overrides(overrides: Iterable[str], value: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Puts each ``dotted.key=value`` into a mapping (a new one by default), and returns it. Raises ``ConfigError``."""
+def parse_overrides(
+    overrides: Iterable[str], value: dict[str, Any] | None = None, *, may_be_secret: bool = False
+) -> dict[str, Any]:
+    """Puts each ``dotted.key=value`` into a mapping (a new one by default), and returns it. Raises ``ConfigError``, which
+    repeats none that ``may_be_secret``."""
     value = {} if value is None else value
     for override in overrides:
-        _override(value, override)
+        key = re.match(r"[\w.-]*", override)
+        assert key is not None, "it may be empty"
+        is_shown = not may_be_secret and not _may_be_secret(key[0])
+        _override(value, override, override if is_shown or key[0] == override else f"{key[0]}…")
     return value
 
 
-def _override(value: dict[str, Any], override: str) -> None:
+def _override(value: dict[str, Any], override: str, told: str) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"{override!r}: expected dotted.key=value")
+        raise ConfigError(f"{told!r}: expected dotted.key=value")
     for index, key in enumerate(keys[:-1]):
         value = value.setdefault(key, {})
         if not isinstance(value, dict):
-            raise ConfigError(f"{override!r}: {'.'.join(keys[: index + 1])} is not a section, it is {_shown(value)}")
-    value[keys[-1]] = _parse(text, override)
+            raise ConfigError(f"{told!r}: {'.'.join(keys[: index + 1])} is not a section, it is {_shown(value, dotted)}")
+    value[keys[-1]] = _parse(text, told)
+
+
+def _may_be_secret(path: str) -> bool:
+    return "storage_option" in path or is_secret_name(path)
 
 
 def _in_words(error: ErrorDetails) -> str:
@@ -333,11 +351,11 @@ def _in_words(error: ErrorDetails) -> str:
         case "extra_forbidden":
             nearest = difflib.get_close_matches(path, _known_keys(Config), n=1, cutoff=0.4)
             hint = f"; the nearest known key is {nearest[0]}" if nearest else ""
-            return f"{path}: unknown key (found {_shown(error['input'])}){hint}"
+            return f"{path}: unknown key (found {_shown(error['input'], path)}){hint}"
         case "missing":
             return f"{path}: expected a value, found none"
     expected = error["msg"].removeprefix("Input should be ")
-    return f"{path}: expected {expected}, found {_shown(error['input'])}"
+    return f"{path}: expected {expected}, found {_shown(error['input'], path)}"
 
 
 def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
@@ -349,10 +367,14 @@ def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, path: str) -> str:
     if isinstance(value, Mapping):
         return f"a section with the keys {', '.join(map(str, value))}" if value else "an empty section"
-    return "nothing" if value is None else f"{value!r:.80}"
+    if value is None:
+        return "nothing"
+    if _may_be_secret(path):
+        return f"{type(value).__name__} (not shown: it may be secret)"
+    return f"{without_secrets(repr(value)):.80}"
 
 
 class _Loader(yaml.SafeLoader):
@@ -382,5 +404,6 @@ def _parse(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         what = getattr(error, "problem", None) or " ".join(str(error).split())
+        what = re.sub(r"(alias|tag|constructor for the tag|directive) '.+'", r"\1", what)  # it may be a password: *abc, !abc
         raise ConfigError(f"{where}{place}: not YAML: {what}") from None
     return value

@@ -3,21 +3,30 @@
 Every line of a process's log carries its rank, host, attempt and step: as JSON in so many words; in text the lines of other
 ranks than 0 begin with them. The live line is tqdm's, which is imported only when there is a terminal. What is logged while
 it is there goes above it.
+
+No line has a secret (see ``harness.secrecy``), whichever library it comes from, nor anything that a terminal would obey. The
+loggers of other libraries are as the program has set them: only harness and the user's task are heard below warnings.
 """
 
+import contextlib
 import io
 import json
 import logging
+import math
 import os
 import platform
+import re
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, TextIO
 
-from harness.environment import is_first_of_node, rank
+from harness.environment import is_first_of_node, rank, size
+from harness.errors import HarnessError
+from harness.secrecy import learn, scrubbed, without_secrets
 
 
 @dataclass
@@ -26,11 +35,18 @@ class Here:
 
     rank: int
     host: str
+    ranks: int = 1
     attempt: str = ""
     step: int | None = None
 
 
-here = Here(rank(), platform.node())  # a process has one
+here = Here(rank(), platform.node(), size())  # a process has one; a program may join others by itself
+
+Line = tuple[str, Mapping[str, Any]]  # what an event says to people, and its values
+_SECONDS_BETWEEN_LINES = 60.0  # of those that the live line makes superfluous, so that a terminal keeps some
+
+# All but the ends of lines and tabs; and what turns the direction of writing.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class Lines(logging.Formatter):
@@ -43,25 +59,111 @@ class Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         if self.form == "json":
             return self._json(record)
-        text = super().format(record)
-        if here.rank == 0:
-            return text
-        begin = "\r\x1b[K" if sys.stderr.isatty() else ""  # where rank 0's live line is
-        return f"{begin}rank {here.rank} on {here.host}: {text}"
+        text = printable(super().format(record))
+        return text if here.rank == 0 else _clear() + _of_rank(text)
 
     def _json(self, record: logging.LogRecord) -> str:
-        about = {"time": record.created, "level": record.levelname.lower(), **asdict(here), "message": record.getMessage()}
+        about = {"time": record.created, "level": record.levelname.lower(), "rank": here.rank, "host": here.host}
+        about |= {"attempt": here.attempt, "step": here.step, "message": record.getMessage()}
         if record.exc_info:
             about["traceback"] = self.formatException(record.exc_info)
-        return json.dumps({**about, **getattr(record, "values", {})}, default=str)
+        return json.dumps(
+            scrubbed({**about, **getattr(record, "values", {})}), default=lambda value: without_secrets(str(value))
+        )
 
 
 class Console(logging.StreamHandler[TextIO]):
-    """The handler of a program that has none of its own."""
+    """The handler of a program that has none of its own. Of other ranks than 0 it lets pass what ``level`` says."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
         self.setFormatter(Lines())
+        self.setLevel(logging.NOTSET if here.rank == 0 else level())
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, ARG002  # logging's own name
+        """Tells of a line that cannot be written without showing what was to be in it."""
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be closed
+            complain(f"a line of the log could not be written:\n{traceback.format_exc()}")
+
+
+def begin(name: str = "") -> Callable[[], None]:
+    """Has harness be heard: through a console on a logger (by default the root, to which everyone's lines come), unless the
+    program has handlers of its own. Returns what puts everything back."""
+    learn()
+    root, own = logging.getLogger(), logging.getLogger("harness")
+    undo = [hear("harness")]
+    if not root.handlers and not own.handlers:
+        logger, console = logging.getLogger(name), Console()
+        logger.addHandler(console)
+        undo.append(lambda: logger.removeHandler(console))
+
+    def end() -> None:
+        for put_back in undo:
+            put_back()
+
+    return end
+
+
+def hear(name: str) -> Callable[[], None]:
+    """Has a logger heard as harness is, where nobody has set its level. Returns what puts it back."""
+    logger = logging.getLogger(name)
+    if logger.level != logging.NOTSET:
+        return lambda: None
+    logger.setLevel(level())
+    return lambda: logger.setLevel(logging.NOTSET)
+
+
+def complain(text: str, *, for_all: bool = False) -> None:
+    """Writes to stderr what is no line of the log, in one piece. Where there are several ranks, each line has its rank,
+    unless it is said once ``for_all``."""
+    text = printable(text).rstrip("\n")
+    sys.stderr.write(f"{_clear()}{text if for_all or here.ranks == 1 else _of_rank(text)}\n")
+    sys.stderr.flush()
+
+
+def complain_of(error: BaseException, *, for_all: bool = False) -> None:
+    """Tells of an error: one of harness in its own words, any other with its traceback."""
+    if isinstance(error, HarnessError):
+        complain("\n".join(f"harness: {line}" for line in str(error).splitlines()), for_all=for_all)
+    else:
+        complain("".join(traceback.format_exception(error)))
+
+
+def printable(text: str) -> str:
+    """A text as it may be shown: without secrets, and what a terminal would obey escaped."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), without_secrets(text))
+
+
+def number(value: float, digits: int) -> str:
+    """A number with so many significant digits: ``0.5123``, ``41,140``, ``1e+20``."""
+    short = f"{value:.{digits}g}"
+    if not 1000 <= abs(value) < 1e15:
+        return short
+    return f"{float(short):,.{max(digits - len(str(int(abs(value)))), 0)}f}"
+
+
+def _of_rank(text: str) -> str:
+    return "\n".join(f"rank {here.rank} on {here.host}: {line}" for line in text.split("\n"))
+
+
+def _clear() -> str:
+    """What takes the live line away that may stand on the terminal, also that of a rank which is dead."""
+    return "\r\x1b[K" if sys.stderr.isatty() else ""
+
+
+class Clearing:
+    """A terminal on which the live line of another process may stand: it is taken away before a line is written."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._is_new = stream, True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._stream.write(_clear() + text if self._is_new and text else text)
+        self._is_new = text.endswith("\n") if text else self._is_new
+        return len(text)
 
 
 def speak(form: Literal["text", "json"]) -> None:
@@ -86,8 +188,6 @@ def is_on_terminal() -> bool:
 class LiveLine:
     """The state of a run in one line at the bottom of the terminal, and everything else that is logged above it."""
 
-    shows = ("train",)  # the events that are not lines of their own where this one is
-
     def __init__(self, step: int, total: int | None) -> None:
         from tqdm import tqdm  # noqa: PLC0415  # see the module's docstring
 
@@ -97,6 +197,8 @@ class LiveLine:
         Bar.set_lock(threading.RLock())
         self._metrics: Mapping[str, Any] = {}
         self._epoch, self._saved, self._is_saving = 0, 0.0, False
+        self._held: Line | None = None  # the last of training, where it is shown nowhere else
+        self._told_time = -math.inf
         self._handlers = [handler for handler in _handlers() if _is_terminal(handler)]
         self._streams = [handler.stream for handler in self._handlers]
         has_width = os.get_terminal_size(self._streams[0].fileno()).columns > 0  # a container's may not say
@@ -120,6 +222,16 @@ class LiveLine:
         if self._bar.update(step - self._bar.n):
             self._describe()
 
+    def lines(self, event: str, line: Line) -> list[Line]:
+        """What is to stand above of an event: of training one line a minute, and the last one at each save."""
+        held = self._held
+        if event == "train" and time.monotonic() < self._told_time + _SECONDS_BETWEEN_LINES:
+            self._held = line
+            return []
+        if event in ("train", "save"):
+            self._held, self._told_time = None, time.monotonic()
+        return [held, line] if event == "save" and held else [line]
+
     def write(self, record: Mapping[str, Any]) -> None:
         """Takes what an event says about the state of the run."""
         match record["event"]:
@@ -136,8 +248,8 @@ class LiveLine:
 
     def _describe(self) -> None:
         words = [f"epoch {self._epoch}"]
-        words += [f"loss {self._metrics['loss']:.4g}"] if isinstance(self._metrics.get("loss"), float) else []
-        words += [f"{self._metrics[unit]:.4g} {unit}" for unit in ("samples/s", "steps/s") if unit in self._metrics]
+        words += [f"loss {number(self._metrics['loss'], 4)}"] if isinstance(self._metrics.get("loss"), float) else []
+        words += [f"{number(self._metrics[unit], 4)} {unit}" for unit in ("samples/s", "steps/s") if unit in self._metrics]
         if self._is_saving:
             words.append("saving")
         elif self._saved:

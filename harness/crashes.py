@@ -7,15 +7,18 @@ before; if that fails in the same way, the run stops and names the step and the 
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Attempt
 from harness.errors import CrashLoop
+from harness.secrecy import scrubbed
 
 _RECORD_LIMIT_BYTES = 1 << 20
 _MOST_SAMPLES = 64
+_NUMBER = re.compile(r"0x[0-9a-fA-F]+|\b[0-9a-f]{8,}\b|\d+")  # hexadecimal ones, long ones without 0x, too
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,17 @@ class Crash:
     samples: Sequence[int]
 
     def is_like(self, other: "Crash") -> bool:
-        return (self.step, self.error) == (other.step, other.error)
+        """Whether both died of the same thing: the numbers in an error (process ids, addresses) may differ."""
+        return self.step == other.step and _without_numbers(self.error) == _without_numbers(other.error)
+
+
+def _without_numbers(error: str) -> str:
+    return _NUMBER.sub("#", error)
 
 
 def record(catalog: Catalog, attempt: Attempt, crash: Crash) -> None:
     """Leaves a record beside the checkpoints. Raises ``StoreError``."""
-    text = json.dumps({**asdict(crash), "samples": list(crash.samples)[:_MOST_SAMPLES]}, indent=1).encode()
+    text = json.dumps({**scrubbed(asdict(crash)), "samples": list(crash.samples)[:_MOST_SAMPLES]}, indent=1).encode()
     catalog.store.put(f"attempts/{attempt.id}.crash-{crash.rank}.json", lambda: [text], len(text))
 
 

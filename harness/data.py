@@ -18,7 +18,6 @@ import functools
 import itertools
 import logging
 import multiprocessing
-import os
 import random
 import signal
 import struct
@@ -37,7 +36,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from harness.dataset import Attributes, Sketch, others, sketch
 from harness.errors import ConfigError, Corrupt, Mismatch
-from harness.signals import STOP_SIGNALS, die_with_parent
+from harness.signals import STOP_SIGNALS, deaf_children, die_with_parent
+from harness.world import rank_and_size
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ def batches(
         generator=torch.Generator("cpu").manual_seed(seed),  # else every iterator takes a number from the training's
     )
     before = multiprocessing.active_children()
-    with _on_cpu():
+    with _on_cpu(), deaf_children():
         fetched = iter(loader)
     processes = [process for process in multiprocessing.active_children() if process not in before]
     try:
@@ -302,7 +302,7 @@ class Loader:
     what three samples look like. Raises ``ConfigError`` for an empty data set or one whose length has changed, and
     ``Mismatch`` from ``load_state_dict`` where seed, size, order or samples are not those of the saved position.
 
-    ``rank`` and ``world_size`` are by default those that torchrun has given this process.
+    ``rank`` and ``world_size`` are by default those of ``init_process_group``, or that torchrun has given this process.
 
     A loop that asks for a batch has done with the one before. ``on_return`` is called then, before anything else; and
     ``on_exit`` when the loop over an epoch's batches has ended, however it did.
@@ -329,9 +329,10 @@ class Loader:
         self.dataset = dataset
         samples: int = len(dataset)  # type: ignore[arg-type]
         self.schedule = Schedule(samples, seed, global_batch_size, micro_batch_size, drop_last)
-        self.rank = int(os.environ.get("RANK", "0")) if rank is None else rank
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        self.world_size = ranks if world_size is None else world_size
+        own_rank, size = rank_and_size()
+        self.is_placed = rank is not None or world_size is not None  # by the program, which may have its own reasons
+        self.rank = own_rank if rank is None else rank
+        self.world_size = size if world_size is None else world_size
         self.cursor = Cursor()  # after the batch that was handed out last
         self.weight = 1.0
         self.waited_seconds = 0.0  # for batches, in all
@@ -345,9 +346,7 @@ class Loader:
         self._tells_epoch = tells_epoch
         self.taken = 0  # batches, since the position was set
         self._latest: Cursor | None = None  # the batch that was handed out last
-        self._is_unknown = (
-            fingerprint and self.world_size >= ranks
-        )  # a loader that shares nothing may have a rank's own data
+        self._is_unknown = fingerprint and self.world_size >= size  # one that shares nothing may have a rank's own data
         self._fingerprint: list[tuple[int, Sketch]] | None = None
         self._fetched: Generator[Step] | None = None
         self._fetched_from: tuple[Dataset[Any], Attributes | None] = dataset, None

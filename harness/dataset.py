@@ -22,7 +22,7 @@ import xxhash
 _MOST_VALUES = 256  # are looked at, those on top first
 _LONGEST = 64  # what has more items counts as one value
 _SMALL_BYTES = 1024  # an array that is not larger is compared byte by byte
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_PLAIN = {bool, int, float, complex, str, bytes, type(None)}
 
 
 class Attributes:
@@ -47,7 +47,7 @@ class Attributes:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    return one is other or (type(one) is type(other) and isinstance(one, _PLAIN) and one == other)
+    return one is other or (type(one) is type(other) and type(one) in _PLAIN and one == other)
 
 
 def _values(holder: Any) -> Iterator[tuple[str, *tuple[Any, ...]]]:
@@ -57,6 +57,9 @@ def _values(holder: Any) -> Iterator[tuple[str, *tuple[Any, ...]]]:
         if not waiting:
             return
         name, value = waiting.popleft()
+        if type(value) in _PLAIN:
+            yield name, value
+            continue
         yield name, value, *_contents(value)
         if id(value) not in met:
             met.add(id(value))

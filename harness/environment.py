@@ -1,33 +1,148 @@
-"""What the launcher says to a process through its environment. No torch: it is asked before torch is imported."""
+"""What the launcher says to a process through its environment. No torch: it is asked before torch is imported.
+
+A variable that is empty counts as not given. ``ranks`` judges what is there; all else takes what it can, and never raises.
+"""
 
 import math
 import os
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+from harness.errors import ConfigError
+
+_RANKS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# How many processes other launchers say that they have started, in the environment of each of them.
+_OTHER_LAUNCHERS = {
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "MV2_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpiexec",
+}
 _was_asked = False  # when this process began
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """A process's place among those that were started together, and where they meet."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    address: str
+    port: int
+
+
+def ranks() -> Ranks | None:
+    """What the launcher says of this process; None for one plain process.
+
+    Raises ``ConfigError`` where something is missing or cannot be, and where several processes were started that do not know
+    of each other: each would train alone.
+    """
+    given = {name: value for name in (*_RANKS, "LOCAL_RANK", "LOCAL_WORLD_SIZE") if (value := _given(name))}
+    numbers = {name: _natural(name, value) for name, value in given.items() if name != "MASTER_ADDR"}
+    rank, size = numbers.get("RANK", 0), numbers.get("WORLD_SIZE", 1)
+    local_rank, local_size = numbers.get("LOCAL_RANK", 0), numbers.get("LOCAL_WORLD_SIZE", 1)
+    missing = [name for name in _RANKS if name not in given]
+    is_plain = size == 1 and rank == 0 and ("WORLD_SIZE" in given or "RANK" not in given) and bool(missing)
+    if "LOCAL_RANK" in given and "LOCAL_WORLD_SIZE" not in given and (local_rank or not is_plain):
+        raise ConfigError(
+            f"environment: expected LOCAL_WORLD_SIZE (the number of ranks on this machine) beside LOCAL_RANK={local_rank}, "
+            "found none; start the ranks with harness launch or torchrun, which set both"
+        )
+    if is_plain:
+        if "WORLD_SIZE" not in given:  # where it is 1, each process is meant to train alone
+            _refuse_strangers()
+        return None
+    if missing:
+        there = [name for name in _RANKS if name in given]
+        raise ConfigError(
+            f"environment: expected {', '.join(missing)} beside {', '.join(there)}, found none; start the ranks with "
+            f"harness launch or torchrun, which set all of them, or unset {' '.join(there)} to train in one plain process"
+        )
+    for name, number, of, count in (
+        ("RANK", rank, "WORLD_SIZE", size),
+        ("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_size),
+    ):
+        if not 0 <= number < count:
+            raise ConfigError(
+                f"environment: expected {name} to be from 0 to {of} - 1, found {name}={given.get(name)}, {of}={count}"
+            )
+    return Ranks(rank, size, local_rank, local_size, given["MASTER_ADDR"], numbers["MASTER_PORT"])
+
+
+def _refuse_strangers() -> None:
+    """Raises ``ConfigError`` where a launcher that is not torchrun has started several processes of this kind."""
+    if found := strangers():
+        raise ConfigError(
+            f"environment: {found}, and none knows its rank: each would train alone; start harness launch (torchrun) once "
+            "on each machine, as launch/slurm.sbatch does; where each is to train a run of its own, set WORLD_SIZE=1"
+        )
+
+
+def strangers() -> str:
+    """What another launcher than torchrun has started beside this process; empty where it is nothing."""
+    if _given("SLURM_PTY_PORT"):  # a shell that srun has opened for a person, whatever it has reserved
+        return ""
+    counts = {name: _number(name, 1) for name in _OTHER_LAUNCHERS}
+    return next(
+        (f"{_OTHER_LAUNCHERS[name]} has started {n} processes ({name}={n})" for name, n in counts.items() if n > 1), ""
+    )
+
+
+def _given(name: str) -> str:
+    """The value of a variable; empty where it is not given."""
+    return os.environ.get(name, "").strip()
+
+
+def _natural(name: str, value: str) -> int:
+    if not (value.isascii() and value.isdecimal()):
+        raise ConfigError(f"environment: {name}: expected a number from 0 on, found {value!r}")
+    return int(value)
+
+
+def _number(name: str, default: int) -> int:
+    """A number from a variable, where there is one."""
+    value = _given(name)
+    return int(value) if value.isascii() and value.isdecimal() else default
 
 
 def is_under_torchrun() -> bool:
     """Whether torchrun started this process, and starts it again when it fails."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    return bool(_given("TORCHELASTIC_RUN_ID"))
 
 
 def rank() -> int:
     """This process's rank, before the ranks have met and after they have lost each other; 0 for one plain process."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
+
+
+def size() -> int:
+    """How many ranks there are to be, before they have met."""
+    return _number("WORLD_SIZE", 1)
+
+
+def local_rank() -> int:
+    """Which of the ranks of this machine this process is."""
+    return _number("LOCAL_RANK", 0)
+
+
+def local_size() -> int:
+    """How many ranks this machine has."""
+    return _number("LOCAL_WORLD_SIZE", 1)
 
 
 def is_first_of_node() -> bool:
     """Whether this process speaks for its machine before the ranks have met."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return local_rank() == 0
 
 
 def launch_id() -> str | None:
     """What the restarts of one launch have in common; None where the launcher gave it no name of its own."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" is torchrun's word for "not given"
-    return None if name == "none" else name
+    name = _given("TORCHELASTIC_RUN_ID")
+    return None if name in ("", "none") else name  # "none" is torchrun's word for "not given"
 
 
 def shutdown_grace_seconds() -> float:
@@ -51,7 +166,7 @@ def lends_its_store() -> bool:
 
 def restarts() -> int:
     """How often torchrun has started this process's rank anew in this launch, as this machine counts."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return _number("TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def began() -> float:
@@ -81,11 +196,10 @@ def _process_began(pid: int) -> float | None:
 def nodes() -> int:
     """How many machines the run has, as far as the launcher says; 1 where it says nothing."""
     if is_under_torchrun():
-        return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+        return _number("GROUP_WORLD_SIZE", 1)
     words = [os.environ.get(name, "") for name in ("PET_NNODES", "SLURM_JOB_NUM_NODES", "SKYPILOT_NUM_NODES")]
     counts = [int(most) for word in words if (most := word.rpartition(":")[2]).isdecimal()]
-    processes, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    return max(*counts, processes // here, 1)
+    return max(*counts, size() // max(local_size(), 1), 1)
 
 
 def least_nodes() -> int:

@@ -22,11 +22,19 @@ TEMPFAIL, PROTOCOL, NOPERM). Success is 0; 1 is an error of ours or of the train
 
 from typing import ClassVar
 
+from harness.secrecy import without_secrets
+
 
 class HarnessError(Exception):
-    """The base of all errors that harness raises on purpose; ``exit_code`` is what the process ends with."""
+    """The base of all errors that harness raises on purpose; ``exit_code`` is what the process ends with.
+
+    Its message may repeat what a library said, and is without secrets.
+    """
 
     exit_code: ClassVar[int] = 1
+
+    def __init__(self, *message: object) -> None:
+        super().__init__(*(without_secrets(part) if isinstance(part, str) else part for part in message))
 
 
 class ConfigError(HarnessError):

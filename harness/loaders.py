@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 
-from harness.data import Loader
+from harness.data import Loader, nothing
 from harness.errors import Mismatch
 
 log = logging.getLogger(__name__)
@@ -142,6 +142,9 @@ class Epochs:
 
     A resume sets the generators to the beginning, and has the samplers draw once more and go on to where they were. Samplers
     with a state of their own draw as they like; after them the generators are set to what they were at the save.
+
+    Where the data set has a length, ``on_return`` is called when the loop asks for another batch of an epoch that has one,
+    before anything else, and ``on_give`` when it is given one.
     """
 
     def __init__(self, name: str, loader: Any) -> None:
@@ -152,6 +155,8 @@ class Epochs:
         self._is_reused = False
         self._restored: Mapping[str, Any] | None = None  # until the next iterator is made
         self._number: int | None = None  # of the epoch, as a DistributedSampler has it
+        self.on_return: Callable[[], None] = nothing
+        self.on_give: Callable[[], None] = nothing
         loader._get_iterator = self._get_iterator
 
     @property
@@ -175,6 +180,22 @@ class Epochs:
         self._restored = state
 
     def _get_iterator(self) -> Any:
+        iterator = self._new_iterator()
+        if (batches := _length(self._loader)) is not None:
+            iterator._next_data = self._followed(weakref.ref(iterator), _weakly(iterator._next_data), batches)
+        return iterator
+
+    def _followed(self, iterator: Callable[[], Any], fetch: Callable[[], Any], batches: int) -> Callable[[], Any]:
+        def next_data() -> Any:
+            if iterator()._num_yielded < batches:  # else it has none, and the epoch goes on without
+                self.on_return()
+            data = fetch()
+            self.on_give()
+            return data
+
+        return next_data
+
+    def _new_iterator(self) -> Any:
         restored, self._restored = self._restored, None
         if restored is None:
             self._note(is_reused=False)
@@ -236,6 +257,16 @@ class Epochs:
                 next(once.order, None)
             iterator._sampler_iter = once.order
         return iterator, True
+
+
+def _length(loader: Any) -> int | None:
+    """The batches in an epoch; None where nobody knows for sure."""
+    if isinstance(loader.dataset, IterableDataset):
+        return None
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):  # a sampler without a length
+        return None
 
 
 # --- what a run is warned of -----------------------------------------------------------------------------------------

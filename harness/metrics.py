@@ -13,10 +13,11 @@ import xxhash
 from harness import console
 from harness.checkpoint.store import open_store
 from harness.config import RunConfig
-from harness.console import LiveLine, here
+from harness.console import LiveLine, here, number
 from harness.dashboards import Prometheus, TensorBoard
 from harness.errors import ConfigError
 from harness.journal import Journal
+from harness.secrecy import scrubbed, without_secrets
 
 log = logging.getLogger("harness")
 
@@ -83,15 +84,16 @@ class Reporter:
         if not self._active:
             return
         own = {"event": name, "time": time.time(), "attempt": self._attempt}
-        record = {**own, **as_json(values), **own}
-        if message and not (self._live and name in self._live.shows):
-            log.info(message, extra={"values": record})
+        record = scrubbed({**own, **as_json(values), **own})
+        if message:
+            for text, about in self._live.lines(name, (message, record)) if self._live else [(message, record)]:
+                log.info("%s", without_secrets(text), extra={"values": about})
         for sink in self._sinks:
             try:
                 sink.write(record)
             except Exception as error:  # whatever it is: what draws a training does not end it
                 if sink not in self._failed:
-                    log.warning("%s: %s", type(sink).__name__.strip("_"), error)
+                    log.warning("%s: %s", type(sink).__name__.strip("_"), without_secrets(str(error)))
                 self._failed.add(sink)
 
     def reached(self, step: int, epoch: int) -> None:
@@ -185,5 +187,8 @@ def number_of(metric: tuple[str, Any]) -> float:
 
 
 def in_words(values: dict[str, float]) -> str:
-    """Metrics for people: ``loss 0.5123  val_loss 0.6``."""
-    return "  ".join(f"{name} {value:.5g}" for name, value in values.items())
+    """Metrics for people: ``loss 0.5123  val_loss 0.6  41,140 samples/s``."""
+    return "  ".join(
+        f"{number(value, 4)} {name}" if name.endswith("/s") else f"{name} {number(value, 5)}"
+        for name, value in values.items()
+    )

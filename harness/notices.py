@@ -88,6 +88,7 @@ class Watcher:
         self._complaints: set[tuple[str, str]] = set()
         self._bell: _Bell | None = None
         self._thread: threading.Thread | None = None
+        self._pid = os.getpid()
 
     def start(self) -> None:
         """Begins to ask; with ``none``, does nothing."""
@@ -118,7 +119,7 @@ class Watcher:
 
     def stop(self) -> None:
         """Ends the thread, in the middle of a long poll, too. May be called twice, and without ``start``."""
-        if self._thread is None or self._bell is None:
+        if self._thread is None or self._bell is None or os.getpid() != self._pid:  # a forked child has the bell, too
             return
         self._bell.ring()
         self._thread.join(timeout=1)  # it takes longer only where a name in the base URL is being looked up

@@ -46,14 +46,14 @@ class Omissions:
         self._has_ended_epoch = False
         self._began = 0.0  # the loop, by the performance counter
         self._boundaries: int | None = None  # since the epoch began, where no loader of ours counts them
-        self._fetched: list[int] = []  # batches in all: before the loop, at its first boundary, and at the newest one
+        self._fetched = [0]  # batches in all: before the loop, at its first boundary, and at the newest one
         self._forwards = 0  # at the last boundary
         self._marks: tuple[int, Mapping[str, Any]] | None = None  # of the save that was begun in ``step``, and its step
 
     @contextlib.contextmanager
-    def looking(self, loader: Loader | None) -> Iterator[None]:
+    def looking(self) -> Iterator[None]:
         """The time of a loop."""
-        self._fetched = [loader.taken] if loader else []
+        self._fetched = self._fetched[-1:]
         self._began = time.perf_counter()
         if not self._is_active:
             yield

@@ -48,24 +48,42 @@ def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
     """The optimizer's class and ``state_dict()``, with the names of the parameters in place of their numbers.
 
     A ``state_dict()`` of another form than torch's is under ``own`` as it is, beside the names of each group's ``params``.
+    Optimizers within this one whose state it leaves out are under ``inner``, by their attributes.
     """
     names = _parameter_names(optimizer, unwrap(model))
     state = optimizer.state_dict()
-    kind = type(optimizer).__name__
+    found: dict[str, Any] = {"class": type(optimizer).__name__}
+    if inner := {name: optimizer_state(each, model) for name, each in _left_out(optimizer, state)}:
+        found["inner"] = inner
     if not _has_torchs_form(state, optimizer):
         left = iter(names)
-        return {
-            "class": kind,
-            "own": state,
-            "params": [[next(left) for _ in group["params"]] for group in optimizer.param_groups],
-        }
+        params = [[next(left) for _ in group["params"]] for group in optimizer.param_groups]
+        return {**found, "own": state, "params": params}
     # Optimizers may file state that is no parameter's under keys of their own.
     named = {names[key] if isinstance(key, int) else key: value for key, value in state["state"].items()}
     if len(named) != len(state["state"]):
         own = sorted(key for key in state["state"] if key in names)
         raise Unsupported(f"optimizer/state: {', '.join(own)} are names of parameters and keys of the optimizer's own state")
     groups = [_named_group(group, names) for group in state["param_groups"]]
-    return {**state, "class": kind, "state": named, "param_groups": groups}
+    return {**state, **found, "state": named, "param_groups": groups}
+
+
+def _left_out(optimizer: Optimizer, state: Mapping[str, Any]) -> Iterator[tuple[str, Optimizer]]:
+    """The attributes of an optimizer that are optimizers whose state is not in its ``state_dict()``: SAM's, for one."""
+    inner = [(name, each) for name, each in vars(optimizer).items() if isinstance(each, Optimizer) and each is not optimizer]
+    held = {id(tensor) for tensor in _tensors(state)} if inner else set()
+    for name, each in inner:
+        values = dict(each.state)
+        if values and each.state is not optimizer.state and not {id(tensor) for tensor in _tensors(values)} <= held:
+            yield name, each
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
 
 
 def _has_torchs_form(state: Mapping[str, Any], optimizer: Optimizer) -> bool:
@@ -109,15 +127,26 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, saved: Mapping[str, 
         )
     if lines:
         raise Mismatch(listed(f"the checkpoint does not fit the optimizer {type(optimizer).__name__}", lines))
+    checked = {**saved, "inner": _checked_inner(optimizer, model, saved)}
     if "own" in saved:
-        return dict(saved)
+        return checked
     names = [name for group in new_groups for name in group]
     numbers = {name: number for number, name in enumerate(names)}
     # The order of the parameters within a group may have changed; each state follows its name.
     pairs = zip(saved["param_groups"], new_groups, strict=True)
     ordered = [{**old, "params": [numbers[name] for name in new]} for old, new in pairs]
     state = {numbers.get(key, key): value for key, value in saved["state"].items()}
-    return {**saved, "state": state, "param_groups": ordered}
+    return {**checked, "state": state, "param_groups": ordered}
+
+
+def _checked_inner(optimizer: Optimizer, model: nn.Module, saved: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, each in saved.get("inner", {}).items():
+        if not isinstance(inner := getattr(optimizer, name, None), Optimizer):
+            where = f"{type(optimizer).__name__}.{name}"
+            raise Mismatch(f"{where}: the checkpoint has the state of {each['class']}, the program has no optimizer there")
+        found[name] = check_optimizer(inner, model, each)
+    return found
 
 
 def _names_by_group(state: Mapping[str, Any]) -> list[list[str]]:
@@ -130,7 +159,9 @@ def _where_numbers_are(saved: Mapping[str, Any]) -> str | None:
         return "state_dict"
     names = {name for group in saved["param_groups"] for name in group["params"]}
     others = {key: value for key, value in saved["state"].items() if key not in names}
-    more = {key: value for key, value in saved.items() if key not in ("class", "state", "param_groups", "attributes")}
+    more = {
+        key: value for key, value in saved.items() if key not in ("class", "state", "param_groups", "inner", "attributes")
+    }
     return next((str(key) for key, value in {**others, **more}.items() if _has_numbers(value)), None)
 
 
@@ -154,14 +185,36 @@ def restore_optimizer(
     live ones: what lay in memory as its parameter did is to lie as that does now. ``keep_options`` are those of each group
     that are kept where the checkpoint lacks them (None: all); others have come in training, and go.
     """
-    saved = {key: value for key, value in state.items() if key not in ("class", "params", "attributes")}
+    shares_groups = {
+        name: each.param_groups is optimizer.param_groups
+        for name, each in vars(optimizer).items()
+        if isinstance(each, Optimizer)
+    }
+    saved = {key: value for key, value in state.items() if key not in ("class", "params", "inner", "attributes")}
     if "own" in saved:
         optimizer.load_state_dict(saved["own"])
         _warn_of_changes(optimizer, saved["own"])
-        return
+    else:
+        _restore(optimizer, saved, saved_parameters or {}, keep_options)
+    for name, inner in _left_out(optimizer, optimizer.state_dict()):
+        if name not in state.get("inner", {}):  # the checkpoint is older than its first step
+            inner.state.clear()
+    for name, each in state.get("inner", {}).items():
+        inner = getattr(optimizer, name)
+        restore_optimizer(inner, each, saved_parameters)
+        if shares_groups[name]:
+            inner.param_groups = optimizer.param_groups
+
+
+def _restore(
+    optimizer: Optimizer,
+    saved: Mapping[str, Any],
+    saved_parameters: Mapping[int, torch.Tensor],
+    keep_options: Sequence[Collection[str]] | None,
+) -> None:
     before = optimizer.param_groups
     parameters = [parameter for group in before for parameter in group["params"]]
-    values = {key: _following(each, key, parameters, saved_parameters or {}) for key, each in saved["state"].items()}
+    values = {key: _following(each, key, parameters, saved_parameters) for key, each in saved["state"].items()}
     groups = _completed(optimizer, saved["param_groups"], keep_options)
     castable = {key: _castable(each) for key, each in values.items()}
     optimizer.load_state_dict({**saved, "state": castable, "param_groups": groups})
@@ -311,54 +364,67 @@ _GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]]
         lambda live, state: setattr(live.bit_generator, "state", state),
     ),
 }
-_SIMPLE = (bool, int, float, complex, str, type(None), torch.Tensor)
-_TORCHS_OWN = {"_opt_called", "_step_count", "_warned_capturable_if_run_uncaptured", "_need_device_dtype_check_for_fused"}
+_ABSENT = object()
 
 
 class Attributes:
-    """What an optimizer keeps outside of its ``state_dict()``: numbers, texts and tensors that change in training, and
-    generators. torch's own optimizers keep nothing there.
+    """What an optimizer keeps outside of its ``state_dict()``: numbers and tensors that change in training, and generators.
+
+    torch's own optimizers keep nothing there. A flag that changes (``initialized``) belongs to the process.
 
     What it was like at first is noted when this is made, before anything is restored.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._before = dict(self._found())
+        self._first = dict(self._found())
+        self._empty = {name for name, value in vars(optimizer).items() if value is None}
 
     def _found(self) -> Iterator[tuple[str, Any]]:
         if type(self._optimizer).__module__.startswith("torch.optim."):
             return
         parameters = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
         for name, value in vars(self._optimizer).items():
+            is_number = isinstance(value, int | float | complex | np.number) and not isinstance(value, bool)
             if type(value) in _GENERATORS:
                 yield name, _GENERATORS[type(value)][0](value)
-            elif isinstance(value, _SIMPLE) and name not in _TORCHS_OWN and id(value) not in parameters:
+            elif is_number or (isinstance(value, torch.Tensor) and id(value) not in parameters):
                 yield name, value
 
     def changed(self) -> dict[str, Any]:
         """Those that are not what they were at first, and all tensors, which may have changed in place."""
-        missing = object()
         return {
             name: value
             for name, value in self._found()
-            if isinstance(value, torch.Tensor) or not _same(self._before.get(name, missing), value)
+            if name != "_step_count"  # which schedulers of an older torch put there
+            and (isinstance(value, torch.Tensor) or not _same(self._first.get(name, _ABSENT), value))
         }
 
+    def reset(self) -> None:
+        """Makes them what they were at first, but for tensors."""
+        for name, value in list(self._found()):
+            if name not in self._first:
+                setattr(self._optimizer, name, None) if name in self._empty else delattr(self._optimizer, name)
+            elif not isinstance(value, torch.Tensor):
+                self._set(name, self._first[name])
+
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Puts them back; what was not saved is what it was at first."""
-        for name, value in {**self._before, **saved}.items():
-            live = getattr(self._optimizer, name, None)
-            if type(live) in _GENERATORS:
-                _GENERATORS[type(live)][1](live, value)
-            elif isinstance(value, torch.Tensor):
-                if name in saved:
-                    setattr(self._optimizer, name, value.to(live.device) if isinstance(live, torch.Tensor) else value)
-            else:
-                setattr(self._optimizer, name, value)
-        for name, _ in list(self._found()):
-            if name not in self._before and name not in saved:
-                delattr(self._optimizer, name)
+        """Puts back those that had changed when the checkpoint was written."""
+        for name, value in saved.items():
+            self._set(name, value)
+
+    def _set(self, name: str, value: Any) -> None:
+        live = getattr(self._optimizer, name, None)
+        if type(live) in _GENERATORS:
+            _GENERATORS[type(live)][1](live, value)
+        elif (
+            isinstance(live, torch.Tensor)
+            and isinstance(value, torch.Tensor)
+            and (live.shape, live.dtype) == (value.shape, value.dtype)
+        ):
+            live.detach().copy_(value)  # which may be the memory of something else, too
+        else:
+            setattr(self._optimizer, name, value)
 
 
 # --- the scheduler ---------------------------------------------------------------------------------------------------
@@ -391,7 +457,8 @@ def _class_of(scheduler: LRScheduler) -> str:
 def plain_optimizer(optimizer: Any) -> Any:
     """The optimizer within a wrapper that has no state of its own, as Accelerate's; anything else as it is."""
     while isinstance(within := getattr(optimizer, "optimizer", None), Optimizer) and not isinstance(optimizer, LRScheduler):
-        if getattr(optimizer, "state", None) is not within.state:
+        has_own_state = getattr(optimizer, "state", None) is not within.state
+        if has_own_state or optimizer.state_dict().keys() != within.state_dict().keys():
             break  # it remembers more than the one within: Lookahead's slow weights, say
         optimizer = within
     return optimizer

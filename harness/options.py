@@ -21,6 +21,8 @@ Built = dict[str, Any]  # options and their plain values; of an optimizer, a lis
 
 # Where a schedule stands, which is no setting; and what follows from settings that are compared themselves.
 _POSITION = {"last_epoch", "T_cur", "T_i", "best", "num_bad_epochs", "cooldown_counter", "base_lrs", "scale"}
+# Settings that torch keeps under names of its own.
+_PRIVATE = {"_milestones", "_schedule_phases", "_anneal_func_type"}
 # Options of a group that a schedule makes of others.
 _DERIVED = {"params", "param_names", "initial_lr", "min_lr", "base_momentum", "max_momentum"}
 # What goes along with an option.
@@ -59,7 +61,7 @@ class Difference:
 def _shown(value: Any) -> str:
     """A list with one value for each group is told as that value, where it is always the same."""
     is_one = isinstance(value, list) and value and all(each == value[0] for each in value)
-    return f"{value[0] if is_one else value!r}"
+    return f"{value[0] if is_one else value!r:.200}"
 
 
 def differences(part: str, here: Built, there: Built) -> Iterator[Difference]:
@@ -67,7 +69,9 @@ def differences(part: str, here: Built, there: Built) -> Iterator[Difference]:
     for option, value in here.items():
         old = there.get(option, value)
         lengths = {len(each) for each in (value, old) if isinstance(each, list)}
-        if old != value and len(lengths) < 2:
+        length = option.replace("schedule_phases", "total_steps")  # from which the phases follow
+        follows = length != option and here.get(length) != there.get(length)
+        if old != value and len(lengths) < 2 and not follows:
             yield Difference(part, option, value, old, "checkpoint", _climbs(option, value, old))
 
 
@@ -164,7 +168,7 @@ def saved_schedule(state: Mapping[str, Any]) -> Built:
 
 
 def _settings(state: Mapping[str, Any]) -> Built:
-    kept = {key: value for key, value in state.items() if key == "_milestones" or not key.startswith("_")}
+    kept = {key: value for key, value in state.items() if key in _PRIVATE or not key.startswith("_")}
     return plain_items({key.removeprefix("_"): value for key, value in kept.items() if key not in _POSITION})
 
 
@@ -188,7 +192,12 @@ def reset_schedule(
     if {"lr", "max_lr"} & {*names}:
         wanted |= {"base_lrs"}
     for each, attributes in zip(_all(scheduler), built, strict=True):
-        vars(each).update({key: copy.deepcopy(attributes[key]) for key in wanted & attributes.keys() & vars(each).keys()})
+        for key in wanted & attributes.keys() & vars(each).keys():
+            if key == "lr_lambdas":  # of the functions that are objects, their attributes
+                for function, own in zip(vars(each)[key], attributes[key], strict=True):
+                    vars(function).update(copy.deepcopy(own or {}))
+            else:
+                setattr(each, key, copy.deepcopy(attributes[key]))
     if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
         rates = None  # there is no position: the program's rate it is
     elif (rates := _rates(scheduler)) is None:

@@ -6,8 +6,9 @@ checkpoint before, and say so. A run whose checkpoints are all damaged stops: tr
 owner to decide. Random states come last, and nothing is trained until all ranks have shown that they hold the same state.
 """
 
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,13 +58,10 @@ def resume(
     configuration. ``pass_over_newest`` takes the checkpoint before the newest whole one, if there is one. Raises
     ``NoCheckpoint`` when there are checkpoints and none is whole.
     """
-    entries: list[Entry] = on_first(world, catalog.candidates)
-    whole = [entry for entry in entries if entry.state == "whole"]
+    entries = _each(world, catalog)
     passed_over: dict[str, str] = {}
-    if pass_over_newest and len(whole) > 1:
-        passed_over[whole[0].directory] = why = "the attempts before this one all failed in the same way"
-        log.error("NOT resuming from %s: %s", whole[0].directory, why)
-        entries.remove(whole[0])
+    if pass_over_newest:
+        entries = _without_newest(entries, passed_over)
     shared = world.size > 1 and (how == "shared" or (how == "auto" and not catalog.store.is_local))
     storage_failed = False
     for entry in entries:
@@ -82,21 +80,60 @@ def resume(
             state.restore(parts, entry.step, world.rank, int(meta.get("epoch") or 0))
         except Mismatch as error:
             where = f"{catalog.store.url}/{entry.directory}"
-            raise Mismatch(f"{where}: {error}\nif that is meant, it is another run, and belongs to another URL") from None
+            advice = "if that is meant, it is another run, and belongs to another URL"
+            grown = "what has grown while it was trained, Run(..., adapt=...) can give the program before it is compared"
+            raise Mismatch(f"{where}: {error}\n{advice}; {grown}") from None
         _warn_if_inexact(meta, conditions(world))
         # With other ranks the random streams start anew, from the seed and the rank.
         random = parts[RANDOM].get(str(world.rank)) if meta.get("world_size") == world.size else None
         ancestor = Ancestor(entry.manifest.attempt, entry.step)
         lineage = [*entry.manifest.lineage, ancestor]
+        on_first(world, functools.partial(_tell_of_other_lines, catalog, entry, passed_over))
         return Resumed(entry.directory, entry.step, lineage, random, save_seconds(meta), passed_over)
     if storage_failed:  # what cannot be read today is not damaged
         raise StoreError(f"{catalog.store.url}: no checkpoint could be read: {'; '.join(problems)}", transient=True)
-    if entries:
+    if passed_over:
         raise NoCheckpoint(
-            f"{catalog.store.url}: expected a whole checkpoint, found {len(entries)} damaged ones; "
+            f"{catalog.store.url}: expected a whole checkpoint, found {len(passed_over)} damaged ones; "
             "restore one of them or start a run at another URL"
         )
     return None
+
+
+def _each(world: World, catalog: Catalog) -> Iterator[Entry]:
+    """What the run may resume from, best first, on every rank. Rank 0 looks at each when it is asked for: the others wait no
+    longer than that takes, however many there are."""
+    candidates = catalog.candidates() if world.rank == 0 else iter(())
+    while (entry := on_first(world, lambda: next(candidates, None))) is not None:
+        yield entry
+
+
+def _without_newest(entries: Iterator[Entry], passed_over: dict[str, str]) -> Iterator[Entry]:
+    """Leaves the newest whole checkpoint out, unless there is no other."""
+    first: Entry | None = None
+    for entry in entries:
+        if first is None and entry.state == "whole":
+            first = entry
+            continue
+        if first is not None and first.directory not in passed_over and entry.state == "whole":
+            passed_over[first.directory] = why = "the attempts before this one all failed in the same way"
+            log.error("NOT resuming from %s: %s", first.directory, why)
+        yield entry
+    if first is not None and first.directory not in passed_over:
+        yield first
+
+
+def _tell_of_other_lines(catalog: Catalog, newest: Entry, passed_over: Mapping[str, str]) -> None:
+    for entry in catalog.further(newest):
+        if entry.directory in passed_over:
+            continue
+        log.warning(
+            "also there: step %s of attempt %s, not on this line, and further than it: %s. It stays until this line has "
+            "passed it. To go on from it instead, stop, and move what later attempts have saved out of the URL",
+            entry.step,
+            entry.attempt.number,
+            entry.directory,
+        )
 
 
 def check_lockstep(world: World, state: State, about: Mapping[str, Any], *, resumed: bool) -> None:
@@ -195,7 +232,16 @@ def _warn_if_inexact(meta: Mapping[str, Any], here: Mapping[str, Any]) -> None:
 def refuse_to_reuse(catalog: Catalog, launch: str | None) -> None:
     """For ``--fresh``: raises ``ConfigError`` when the URL already holds a run that this very launch did not begin."""
     attempts = catalog.attempts()
-    if any(entry.state != "unfinished" for entry in catalog.candidates()):
+    if next(catalog.candidates(), None) is not None:
         began = catalog.about_attempt(attempts[0]).get("launch") if attempts else None
         if launch is None or began != launch:
             raise ConfigError(f"checkpoint.url: --fresh expects an unused URL, found a run in {catalog.store.url}")
+
+
+def refuse_to_begin(catalog: Catalog) -> None:
+    """For ``must_exist``: raises ``NoCheckpoint`` where there is nothing to resume from."""
+    if next(catalog.candidates(), None) is None:
+        raise NoCheckpoint(
+            f"{catalog.store.url}: expected a run to go on with (checkpoint.must_exist), found no checkpoint; "
+            "see that the URL is right, and the disk mounted"
+        )

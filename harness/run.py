@@ -20,13 +20,14 @@ from typing import Any
 import torch
 
 import harness
-from harness import crashes, loaders, program, resume
+from harness import crashes, loaders, outcome, program, resume
 from harness.checkpoint.catalog import Catalog, Retention
 from harness.checkpoint.saver import Saved, Saver
 from harness.checkpoint.shares import Writers
 from harness.checkpoint.staging import HostMemory
 from harness.checkpoint.store import open_store
 from harness.config import Config, RunConfig, run_config
+from harness.console import complain
 from harness.crashes import Crash
 from harness.data import Loader, is_due, nothing
 from harness.environment import (
@@ -39,6 +40,7 @@ from harness.environment import (
     shutdown_grace_seconds,
 )
 from harness.errors import ConfigError, HarnessError, NoCheckpoint, Stopped, StoreError
+from harness.loaders import Epochs
 from harness.metrics import Reporter, as_json, check_metric_names, hash_of, in_words, number_of
 from harness.notices import Watcher
 from harness.omissions import Omissions
@@ -46,7 +48,7 @@ from harness.signals import StopRequest
 from harness.state import Adapt, State, restore_random_state
 from harness.stragglers import OwnWork, Stragglers
 from harness.watchdog import Watchdog
-from harness.world import Agreement, World, has_lost_a_peer, leave_at_once, world_of_program
+from harness.world import Agreement, World, has_lost_a_peer, is_timeout, leave_at_once, world_of_program
 
 log = logging.getLogger(__name__)
 
@@ -79,12 +81,12 @@ class Run:
     called before a checkpoint is compared, with dtype and shape of its tensors by part and name, to give a model or an
     optimizer that grows what it had then. A stop signal, or a cloud's notice, ends the program
     after the step, saved, with exit code 75 (0 under torchrun); given a ``stop`` request of its own, ``step`` raises
-    ``Stopped`` instead. ``fresh`` refuses a URL that holds a run. A loop that ``finish`` has ended early has nothing left to
-    do when the program is started again; ``reopen`` trains on.
+    ``Stopped`` instead. ``fresh`` refuses a URL that holds a run, ``must_exist`` one that holds none. A loop that ``finish``
+    has ended early has nothing left to do when the program is started again; ``reopen`` trains on.
 
     Raises ``ConfigError`` for a bad setting, ``Mismatch`` where the newest checkpoint does not fit the state,
-    ``NoCheckpoint`` where none is whole, ``StoreError`` where the storage fails, ``CrashLoop`` where attempts die of the
-    same error again and again.
+    ``NoCheckpoint`` where none is whole, or none there that ``must_exist``, ``StoreError`` where the storage fails,
+    ``CrashLoop`` where attempts die of the same error again and again.
     """
 
     def __init__(
@@ -105,20 +107,26 @@ class Run:
         stop: StopRequest | None = None,
         fresh: bool = False,
         reopen: bool = False,
+        must_exist: bool = False,
     ) -> None:
-        if stop is None:
-            program.on_error(self._fail)
-        intervals = {"every_steps": every_steps, "every_seconds": every_seconds, "every_epochs": every_epochs}
-        self.config = _settings(url, {**intervals, "keep_last": keep_last}, config)
         if examiner is not None:
-            examiner(self.config, state, world, fresh)
-        self._ends_program = stop is None
+            given = {"every_steps": every_steps, "every_seconds": every_seconds, "every_epochs": every_epochs}
+            given |= {"keep_last": keep_last, "must_exist": must_exist or None}
+            examiner(_settings(url, given, config), state, world, fresh)
+        self._host = program.host() if stop is None else None
+        self.stop = program.host().stop if stop is None else stop
+        if self._host is not None:
+            self._host.hear_of_errors(self._fail)
+        self._pid = os.getpid()
+        intervals = {"every_steps": every_steps, "every_seconds": every_seconds, "every_epochs": every_epochs}
+        self.config = _settings(url, {**intervals, "keep_last": keep_last, "must_exist": must_exist or None}, config)
         self.world = world or world_of_program(device_of(state), self.config.world.timeout_seconds)
-        self.stop = program.take_charge(self.config.stop.grace_seconds) if stop is None else stop
+        self.stop.before_leaving = self._before_leaving
         self.about = dict(about or {})
         self._initialize = initialize
         self.state = State(state, self.world.device, reset_options=reset_options, adapt=adapt, speaks=self.world.rank == 0)
         self.loader = next((each for each in state.values() if isinstance(each, Loader)), None)
+        _check_place(self.loader, self.world)
         self.total_steps: int | None = None
         self.total_epochs: int | None = None
         self._own_work = OwnWork(self.world.device, self.state.modules.values(), self.loader)
@@ -137,15 +145,18 @@ class Run:
         self._loops = 0  # over ``epochs`` or ``steps`` that have begun
         self._is_in_loop = False  # the last of these has not come to its own end
         self._has_saved = False  # in this attempt
-        self._ends_of_bodies_show = False  # the loop comes back here between two steps
+        self._is_by_steps = False  # the loop, and not by epochs
+        self._error: BaseException | None = None  # that was seen last
+        self._given_by: Epochs | None = None  # the newest batch, where a loader of torch's kind tells
+        self._trained_from: Epochs | None = None  # the last step, likewise
         self._omissions = Omissions(self.state, is_active=self.world.rank == 0)
         for optimizer in self.state.stepping():
             optimizer.register_step_pre_hook(self._before_optimizer)
-        with _watching(self.config):
+        with self._host.start(self._saw) if self._host else contextlib.nullcontext(), _watching(self.config):
             self._open(fresh=fresh)
         if reopen:
             self.state.progress.finished_loops = 0
-        if stop is None:
+        if self._host is not None:
             atexit.register(self._leave_program)
 
     # --- what the loop asks ------------------------------------------------------------------------------------------
@@ -179,7 +190,7 @@ class Run:
         """The steps that are still to be trained, by their number from 0; each must call ``step``. The end is saved."""
         self.total_steps, self.total_epochs = total, None
         with self._under_way():
-            self._ends_of_bodies_show = True
+            self._is_by_steps = True
             while not self._is_finished() and self.global_step < total:
                 boundaries = self._boundaries
                 yield self.global_step
@@ -205,7 +216,9 @@ class Run:
         if (notice := self._watcher.poll()) is not None and notice.kind == "stop":
             self.stop.ask(notice.text)
         stopping, save_is_wanted = self._agreement.exchange(bool(self.stop), self._wants_save())
-        self._has_stepped = False
+        if stopping:
+            self.stop.settled = "stop"
+        self._has_stepped, self._trained_from = False, self._given_by
         self._reporter.reached(self.global_step, self.epoch)
         self._plan(save=bool(save_is_wanted), stop=bool(stopping))
         if self._saver is not None:
@@ -215,7 +228,7 @@ class Run:
             self._after_first_step()
         if self._watchdog is not None:
             self._watchdog.step()
-        if not self._ends_of_bodies_show:
+        if not self._ends_of_bodies_show():
             self._end_body()
 
     def _plan(self, *, save: bool, stop: bool) -> None:
@@ -228,9 +241,13 @@ class Run:
         if self._is_last_step() or is_due(step, epochs, self.config.log.every_steps, self.config.log.every_epochs):
             self._log()
 
-    def _end_batch(self) -> None:
-        """The loop asks for another batch."""
-        if self._due is not None:
+    def _ends_of_bodies_show(self) -> bool:
+        """Whether the loop comes back here, or to a loader that tells, when it has done with the step."""
+        return self._is_by_steps or self.loader is not None or self._trained_from is not None
+
+    def _end_batch(self, asked: Epochs | None = None) -> None:
+        """The loop asks for another batch, of ours or of the loader that is ``asked``."""
+        if self._due is not None and asked is self._trained_from:
             self._omissions.at_next_batch(self._own_work.forwards)
             self._end_body()
 
@@ -248,8 +265,8 @@ class Run:
             self._due = _Due(due.save or is_due(1, epochs, None, checkpoint.every_epochs), due.stop)
             if is_due(1, epochs, None, log_every):
                 self._log()
-        self._end_body()
         self._omissions.at_epoch_end()
+        self._end_body()
 
     def _end_body(self) -> None:
         """The loop has done with a step, and with all that it does after it: now is the time for what is due."""
@@ -280,6 +297,7 @@ class Run:
         if not resume.on_first(self.world, self._end_is_saved):
             self._save(must_succeed=True)
         self.tell("done", f"done: step {self.global_step}  {in_words(self.state.progress.last)}", step=self.global_step)
+        self._leave_host()
 
     def _end_is_saved(self) -> bool:
         """Whether the newest checkpoint has everything as it is now: a loop may change something after its last save."""
@@ -307,7 +325,7 @@ class Run:
             progress.best = {**values, "step": judged}
         message = f"step {self._of_total(judged)}  evaluation  {in_words(dict(values))}"
         self.tell("evaluate", message, step=judged, **values)
-        if self._is_new_best() and self._due is None and not self._ends_of_bodies_show and not self._has_stepped:
+        if self._is_new_best() and self._due is None and not self._ends_of_bodies_show() and not self._has_stepped:
             self._save(must_succeed=False)  # else it is saved at the end of the body
 
     def tell(self, event: str, message: str, /, **values: Any) -> None:
@@ -343,10 +361,23 @@ class Run:
         if self._saver is not None:
             self._tell_of(self._saver.give_up_after(self.config.stop.grace_seconds))
         self._reporter.close()
+        self._leave_host()
+
+    def _leave_host(self) -> None:
+        """The training is over: an error from now on is the program's own."""
+        if self._host is not None:
+            self._host.forget_errors(self._fail)
 
     def _leave_program(self) -> None:
-        self.close()
-        self.world.let_go()
+        if os.getpid() == self._pid:  # a forked child has none of the threads, and must not touch the parent's connections
+            self.close()
+            self.world.let_go()
+
+    def _before_leaving(self) -> None:
+        """Another rank has died, and this one leaves, in another thread: a save that is under way is worth some time."""
+        if self._saver is not None:
+            self._saver.let_end(self.config.stop.grace_seconds)
+        self._reporter.flush()
 
     # --- an attempt --------------------------------------------------------------------------------------------------
 
@@ -360,8 +391,12 @@ class Run:
             resume.check_lockstep(world, self.state, self.about, resumed=False)
             return
         self._catalog = catalog = Catalog(open_store(checkpoint.url, checkpoint.storage_options))
+        if fresh and checkpoint.must_exist:
+            raise ConfigError("checkpoint.must_exist expects a run in checkpoint.url, fresh an unused one: choose")
         if fresh:
             resume.on_first(world, lambda: resume.refuse_to_reuse(catalog, launch_id()))
+        if checkpoint.must_exist:
+            resume.on_first(world, lambda: resume.refuse_to_begin(catalog))
         looping = resume.on_first(world, lambda: crashes.is_looping(catalog, self.config.crash_loop.same_failures))
         self._begin_attempt(pass_over_newest=looping)
         if world.rank == 0:
@@ -401,6 +436,7 @@ class Run:
             )
         for directory, why in resumed.passed_over.items() if resumed else ():
             self.tell("fallback", "", directory=directory, why=why)  # which was logged when it was found
+        outcome.resumed(self.global_step)
         where = f"resuming from {resumed.directory}" if resumed else f"starting in {catalog.store.url}"
         what = f"{world.size} x {world.device.type} ({world.backend}), step {self.global_step}"
         self.tell(
@@ -439,10 +475,18 @@ class Run:
     def _under_way(self) -> Iterator[None]:
         """The time of the loop: somebody watches; afterwards the end is saved."""
         cloud = self.config.preemption.watch if is_first_of_node() else "none"
-        with _watching(self.config) as self._watchdog, Watcher(cloud, self.config.preemption.base_url) as self._watcher:
+        host: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self._host is not None:
+            self._host.hear_of_errors(self._fail)
+            host = self._host.loop(self.config.stop.grace_seconds, self._saw)
+        with (
+            host,
+            _watching(self.config) as self._watchdog,
+            Watcher(cloud, self.config.preemption.base_url) as self._watcher,
+        ):
             self._agreement = Agreement(self.world, wants=2)
             self._due = None
-            self._ends_of_bodies_show = self.loader is not None
+            self._is_by_steps = False
             self._loops += 1
             self._is_in_loop = True
             if self._is_finished():
@@ -466,12 +510,17 @@ class Run:
         """The time in which the loop shows where it is, by what it asks the loader for."""
         if self.loader:
             self.loader.on_return, self.loader.on_exit = self._end_batch, self._fence
-        with self._omissions.looking(self.loader):
+        for each in self.state.epochs if self.loader is None else ():
+            each.on_return = functools.partial(self._end_batch, each)
+            each.on_give = functools.partial(setattr, self, "_given_by", each)
+        with self._omissions.looking():
             try:
                 yield
             finally:
                 if self.loader:
                     self.loader.on_return = self.loader.on_exit = nothing
+                for each in self.state.epochs:
+                    each.on_return = each.on_give = nothing
 
     def _begin_here(self) -> None:
         """Has the clocks run, and the random numbers come, from where the state is."""
@@ -508,23 +557,39 @@ class Run:
         reason = self.stop.reason or "on another rank"
         stopped = Stopped(f"asked to stop ({reason}) at step {self.global_step}, {saved}")
         self.tell("stop", "", step=self.global_step, reason=reason)  # how the program ends is logged when it does
-        if self._ends_program:
-            self.close()
-            sys.exit(program.record_stop(stopped))
-        raise stopped
+        if self._host is None:
+            raise stopped
+        if program.is_interactive():  # the prompt goes on
+            raise KeyboardInterrupt(str(stopped)) if self.stop.reason == "SIGINT" else stopped
+        self.close()
+        sys.exit(program.record_stop(stopped))
 
     def _fail(self, error: BaseException) -> None:
         """Before an error ends the program."""
-        self.remember_crash(error)
+        self._saw(error)
         with contextlib.suppress(Exception):  # the error that is under way matters more
             self.close()
 
+    def _saw(self, error: BaseException) -> None:
+        """An error has ended the loop, or the program, or first the one and then the other."""
+        if error is not self._error:
+            self._error = error
+            self.remember_crash(error)
+
     def remember_crash(self, error: BaseException) -> None:
         """Leaves a record of an error in the training code, or in a sample, for the attempts to come."""
+        if not isinstance(error, Stopped):
+            self.stop.settled = "error"
         has_lost = has_lost_a_peer(error)  # what torch says of that has nothing to do with the training
         what = "lost contact with another rank" if has_lost else f"{type(error).__name__}: {error}".partition("\n")[0]
         if not isinstance(error, Stopped) and hasattr(self, "_reporter"):
             self.tell("error", "", step=self.global_step, error=what)
+        if has_lost and is_timeout(error):
+            log.error(
+                "rank %d waited in vain for another rank, after %d calls of run.step() in this process (step %d): every "
+                "rank has to call it equally often",
+                *(self.world.rank, self._boundaries, self.global_step),
+            )
         is_theirs = isinstance(error, Exception) and not isinstance(error, HarnessError) and not has_lost
         if not is_theirs or getattr(self, "_record_crash", None) is None:
             return
@@ -659,7 +724,7 @@ class Run:
             self._tell_of(saver.save(parts, **about, must_succeed=must_succeed))
         else:
             saver.begin(parts, **about, overlap=checkpoint.overlap, check=checkpoint.check_snapshots)
-        if not self._ends_of_bodies_show:
+        if not self._ends_of_bodies_show():
             self._omissions.after_save(progress.step)
 
     def _tell_of(self, saved: Saved | None) -> None:
@@ -739,6 +804,17 @@ def _writers(world: World, config: RunConfig) -> Writers:
     return Writers(ranks, world.rank, 0.9 * config.world.timeout_seconds)  # before those who wait for rank 0 give it up
 
 
+def _check_place(loader: Loader | None, world: World) -> None:
+    """Raises ``ConfigError`` where a loader was made for another rank than this process has become since."""
+    if loader is None or loader.is_placed or (loader.rank, loader.world_size) == (world.rank, world.size):
+        return
+    made_for = f"rank {loader.rank} of {loader.world_size}"
+    raise ConfigError(
+        f"the Loader is for {made_for}, and this process is rank {world.rank} of {world.size}: make the Loader after "
+        "init_process_group, or give it rank= and world_size="
+    )
+
+
 def device_of(state: Mapping[str, Any]) -> torch.device:
     """Where the program trains: on the device of its first parameter."""
     for each in state.values():
@@ -777,7 +853,7 @@ def _report_hang(config: RunConfig) -> Callable[[str], None]:
             store = open_store(config.checkpoint.url, config.checkpoint.storage_options, attempts=1, deadline_seconds=10)
             store.put(name, lambda: [text], len(text))
         except Exception as error:  # whatever it is, leaving comes first
-            print(f"harness: could not write {name}: {error}", file=sys.stderr, flush=True)
+            complain(f"harness: could not write {name}: {error}")
 
     return report
 

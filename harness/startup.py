@@ -1,19 +1,19 @@
 """The start of a program: torch is imported out of the garbage collector's sight."""
 
-import contextlib
 import gc
 import importlib
 import sys
 import threading
 
 from harness.checkpoint.collector import without_collections
+from harness.errors import ConfigError
 
 _TO_TRAIN = ("torch", "torch._dynamo")  # torch 2.13 imports the second one when the first optimizer is made
 
 
 def import_torch(*modules: str) -> None:
     """Imports modules of torch (by default, what a training needs) before the program has anything of its own, and has the
-    collector pass over them from then on.
+    collector pass over them from then on. Raises what the first import raises: a second one would end in another error.
 
     Of its hundreds of thousands of objects none is garbage before the program ends. The collector looks through them all
     the same: several times while they are made, then in each full collection between two steps, and again at the end. A
@@ -22,16 +22,23 @@ def import_torch(*modules: str) -> None:
     """
     if "torch" in sys.modules:
         return
+    errors: list[BaseException] = []
     with without_collections():
         # Errors that it catches on the way stay somewhere in it, with the frames of all callers, and with what those are
         # going to hold, the user's task, which would then never be collected. A thread has no callers.
-        thread = threading.Thread(target=_import, args=modules or _TO_TRAIN, name="harness-import")
+        thread = threading.Thread(target=_import, args=(modules or _TO_TRAIN, errors), name="harness-import")
         thread.start()
         thread.join()
         gc.freeze()
+    for error in errors:
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+            raise ConfigError(f"torch is not installed for {sys.executable}: install it there (pip install torch)") from None
+        raise error
 
 
-def _import(*names: str) -> None:
-    with contextlib.suppress(ImportError):  # which comes again, where it can be seen
+def _import(names: tuple[str, ...], errors: list[BaseException]) -> None:
+    try:
         for name in names:
             importlib.import_module(name)
+    except BaseException as error:  # is raised in the thread that has asked
+        errors.append(error)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from harness.buckets import GradientOrder
+from harness.buckets import gradient_orders
 from harness.checkpoint import commit, tree
 from harness.checkpoint.collector import without_collections
 from harness.checkpoint.format import Manifest, check_part_name, span
@@ -117,18 +117,13 @@ class State:
         self.modules = {name: each for name, each in self._objects.items() if isinstance(each, nn.Module)}
         self.optimizers = {name: each for name, each in self._objects.items() if isinstance(each, Optimizer)}
         self._parts = {name: self._part(name, each) for name, each in self._objects.items()}
-        self.gradients = {
-            name: GradientOrder(each)
-            for name, module in self.modules.items()
-            for each in module.modules()
-            if isinstance(each, nn.parallel.DistributedDataParallel)
-        }
+        self.gradients = gradient_orders(self.modules)
         self.differences: list[Difference] = []  # between this program and the one that wrote the checkpoint
         self._built = {name: part.built for name, part in self._parts.items()}  # as the next checkpoint tells it
         self._reset_options = sorted({*reset_options})
         self._was_frozen: dict[str, list[str]] | None = None  # in the checkpoint, where this program builds it otherwise
-        self._names = self._current_names()
-        self._sizes: dict[str, Any] | None = None  # of the parts that a save has, at the first
+        found = {name: part.capture() for name, part in self._parts.items() if part.is_named}
+        self._names, self._sizes = self._names_in(found), self._sizes_of(found)
         self._check_reset_options()
 
     @property
@@ -231,15 +226,14 @@ class State:
 
     def _notice_changed_names(self, captured: Mapping[str, Mapping[str, Any]]) -> None:
         """Says at the first save that has other names than the run was made with that the next start will be refused."""
-        sizes = {name: part.size(captured[name]) for name, part in self._parts.items() if name in captured}
+        sizes = self._sizes_of(captured)
         if sizes == self._sizes or self._adapt is not None:
             return
-        self._sizes = sizes
-        before, now = self._names, self._current_names()
+        before, now = self._names, self._names_in(captured)
         lines = [f"{key}: new, {now[key]}" for key in now if key not in before]
         lines += [f"{key}: gone" for key in before if key not in now]
         lines += [f"{key}: {before[key]} before, now {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
-        self._names = now
+        self._names, self._sizes = now, sizes
         if lines:
             what = "what is saved has other names and shapes than when Run was made"
             self._warn(
@@ -247,9 +241,18 @@ class State:
                 "it like this before Run, or in a function that Run(..., adapt=...) calls with the checkpoint's names"
             )
 
-    def _current_names(self) -> dict[str, str]:
+    def _names_in(self, captured: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         """The entries of the modules and the parameters of the optimizers' groups, and what kind each is."""
-        return {f"{name}: {key}": kind for name, part in self._parts.items() for key, kind in part.names().items()}
+        parts = [part for part in self._parts.values() if part.is_named]
+        return {f"{part.name}: {key}": kind for part in parts for key, kind in part.names(captured[part.name]).items()}
+
+    def _sizes_of(self, captured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        return {name: part.size(captured[name]) for name, part in self._parts.items() if part.is_named}
+
+    @property
+    def epochs(self) -> list[Epochs]:
+        """The epochs of the loaders of torch's kind."""
+        return [part.epochs for part in self._parts.values() if isinstance(part, _DataLoader)]
 
     @property
     def loaders(self) -> list[Any]:
@@ -372,11 +375,8 @@ class State:
         # What a module has as an attribute is not in its state_dict(); with other objects, it is what they are there for.
         restored |= {id(value) for live in lives if not isinstance(live, nn.Module) for value in _attributes(live).values()}
         for name, gradients in self.gradients.items():
-            if stranger := gradients.settle(list(orders.get(name, [])), restored):
-                self._warn(
-                    f"{name}: the communication hook {stranger} keeps a state that is not in the run's; with three ranks or "
-                    "more the first step may differ in its last bits. Give Run an object whose state_dict() has it"
-                )
+            if why := gradients.settle(list(orders.get(name, [])), restored):
+                self._warn(f"{name}: with three ranks or more the next step may differ in its last bits: {why}")
 
     # --- what the program says, and the checkpoint ---
 
@@ -405,10 +405,9 @@ class State:
             for each in found:
                 wins = not part.resets or each.name in part.to_reset
                 self.differences.append(replace(each, who_counts="program", scheduled="") if wins else each)
-            counts = {each.option for each in found if each.who_counts == "checkpoint" and each.name not in part.to_reset}
-            self._built[name] = {
-                key: there[key] if key in counts and part.resets else here for key, here in part.built.items()
-            }
+            # What an older checkpoint has may be where a schedule was: it is told once, and not kept as what was built.
+            kept = {each.option for each in found if part.resets and name in was_built and each.name not in part.to_reset}
+            self._built[name] = {key: there[key] if key in kept else here for key, here in part.built.items()}
         was_frozen = training.get("frozen", {})
         now_frozen = {name: frozen(module) for name, module in self.modules.items()}
         self._was_frozen = was_frozen if was_frozen and was_frozen != now_frozen else None
@@ -465,6 +464,7 @@ class _Part:
     checked = restored = 3
     per_rank = False
     resets = False  # the checkpoint's settings count, unless they are reset
+    is_named = False  # a program that builds it with other names cannot be resumed
 
     def __init__(self, name: str, live: Any) -> None:
         self.name = name
@@ -483,12 +483,12 @@ class _Part:
         """The same of a saved state, as far as it has them."""
         return {}
 
-    def names(self) -> dict[str, str]:
-        """What must be there before a checkpoint can be restored, and of what kind it is."""
+    def names(self, _captured: Mapping[str, Any]) -> dict[str, str]:
+        """What must be there before a captured state can be restored, and of what kind it is."""
         return {}
 
     def size(self, _captured: Mapping[str, Any]) -> Any:
-        """Changes when the names of a captured state do, nearly always, and costs little."""
+        """Changes when those names do, nearly always, and costs little."""
         return None
 
     def steady(self) -> Mapping[str, Any]:
@@ -512,13 +512,14 @@ class _Part:
 
 class _Module(_Part):
     checked = restored = 0
+    is_named = True
 
     def __init__(self, name: str, live: nn.Module, device: torch.device) -> None:
         super().__init__(name, live)
         self.device = device
 
-    def names(self) -> dict[str, str]:
-        return {name: kind_of(name, value) for name, value in model_state(self.live).items()}
+    def names(self, captured: Mapping[str, Any]) -> dict[str, str]:
+        return {name: kind_of(name, value) for name, value in captured.items()}
 
     def size(self, captured: Mapping[str, Any]) -> Any:
         return len(captured), sum(value.numel() for value in captured.values() if isinstance(value, torch.Tensor))
@@ -539,8 +540,8 @@ class _Module(_Part):
 
 class _Optimizer(_Part):
     checked, restored = 2, 1
-    resets = True
     saved_parameters: Mapping[int, torch.Tensor]  # of the checkpoint that is restored, by the ids of the live ones
+    is_named = resets = True
 
     def __init__(self, name: str, live: Optimizer, owner: nn.Module, device: torch.device) -> None:
         super().__init__(name, live)
@@ -556,9 +557,11 @@ class _Optimizer(_Part):
     def built_of(self, saved: Mapping[str, Any]) -> Built:
         return built_groups(saved["param_groups"])
 
-    def names(self) -> dict[str, str]:
-        groups = optimizer_state(self.live, self.owner)["param_groups"]
-        return {f"{name} of group {index}": "" for index, group in enumerate(groups) for name in group["params"]}
+    def names(self, captured: Mapping[str, Any]) -> dict[str, str]:
+        groups = enumerate(captured["param_groups"])
+        return {
+            f"{name} of group {index}": "an optimizer's parameter" for index, group in groups for name in group["params"]
+        }
 
     def size(self, captured: Mapping[str, Any]) -> Any:
         return [len(group["params"]) for group in captured["param_groups"]]
@@ -578,6 +581,7 @@ class _Optimizer(_Part):
 
     def restore(self, saved: Mapping[str, Any], _training: Mapping[str, Any]) -> None:
         there = sent(dict(saved), self.device)
+        self.attributes.reset()
         restore_optimizer(self.live, there, self.saved_parameters, self.option_names)
         self.attributes.restore(there.get("attributes", {}))
 

@@ -27,7 +27,7 @@ class OwnWork:
     def __init__(self, device: torch.device, modules: Iterable[nn.Module], loader: Loader | None = None) -> None:
         self._device = device
         self._loader = loader
-        self.forwards = 0  # passes of modules in training, so far
+        self.forwards = 0  # passes of modules in training that may be followed by a backward pass, so far
         self._seconds = 0.0
         self._began: float | None = None
         self._events: list[torch.cuda.Event] = []  # beginnings and ends in turn, not yet counted
@@ -45,7 +45,7 @@ class OwnWork:
 
     def _begin_forward(self, model: nn.Module, _inputs: object) -> None:
         if model.training:
-            self.forwards += 1
+            self.forwards += torch.is_grad_enabled()
             self._began = time.perf_counter()
             self._record_event()
 

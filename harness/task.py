@@ -80,6 +80,12 @@ def find_builder(name: str, args: Mapping[str, Any]) -> Callable[..., Task]:
     return builder  # type: ignore[no-any-return]  # checked when it has returned
 
 
+def package_of(name: str) -> str:
+    """The package or file of what ``name`` means, as its own loggers are called that are named after modules."""
+    place = name.rpartition(":")[0] or name
+    return (Path(place).stem if place.endswith(".py") else place.partition(".")[0]) or "harness"
+
+
 def _import(name: str) -> Any:
     if "" not in sys.path:
         sys.path.insert(0, "")  # an installed `harness` command finds modules of the working directory as python -m does

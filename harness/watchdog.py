@@ -11,6 +11,8 @@ a little later.
 """
 
 import faulthandler
+import functools
+import os
 import sys
 import tempfile
 import threading
@@ -30,6 +32,8 @@ class Watchdog:
         report: Callable[[str], None],
         leave: Callable[[], None],
     ) -> None:
+        _mind_forks()
+        self._pid = os.getpid()
         self._timeout_seconds = timeout_seconds
         self._report = report
         self._leave = leave
@@ -46,15 +50,20 @@ class Watchdog:
             self._arm_last_resort()
 
     def stop(self) -> None:
-        """Lies down: there is nothing more to watch."""
+        """Lies down: there is nothing more to watch. In a forked child there never was."""
+        if os.getpid() != self._pid:
+            return
         with self._lock:
             self._deadline = None
             self._lock.notify()
+        _armed[:] = [each for each in _armed if each is not self]
         faulthandler.cancel_dump_traceback_later()
 
     def _arm_last_resort(self) -> None:
-        assert self._deadline is not None
+        if self._deadline is None:  # it has lain down
+            return
         self._armed_until = self._deadline
+        _armed[:] = [self]  # a process has one such timer
         seconds = self._deadline - time.monotonic() + _LAST_RESORT_SECONDS
         faulthandler.dump_traceback_later(seconds, exit=True, file=2)  # stderr, whatever sys.stderr is
 
@@ -68,6 +77,25 @@ class Watchdog:
         print(f"harness: no step has ended within its time; the stacks of all threads:\n{text}", file=sys.stderr, flush=True)
         self._report(text)
         self._leave()
+
+
+_armed: list[Watchdog] = []
+
+
+@functools.cache
+def _mind_forks() -> None:
+    """The C timer's thread does not come along into a forked child, which would wait for it for ever at its end. So there is
+    no timer at that moment."""
+
+    def stop_timer() -> None:
+        if _armed:
+            faulthandler.cancel_dump_traceback_later()
+
+    def start_timer() -> None:
+        for watchdog in _armed[:]:
+            watchdog._arm_last_resort()
+
+    os.register_at_fork(before=stop_timer, after_in_parent=start_timer, after_in_child=_armed.clear)
 
 
 def stacks() -> str:

@@ -9,6 +9,7 @@ the CPU: it never waits for a GPU, and never stands in the way of a gradient.
 
 import contextlib
 import logging
+import math
 import os
 import socket
 import time
@@ -26,10 +27,25 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is pu
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from harness.config import WorldConfig
-from harness.environment import lends_its_store, max_restarts
+from harness.console import here
+from harness.environment import (
+    Ranks,
+    is_under_torchrun,
+    lends_its_store,
+    local_rank,
+    local_size,
+    max_restarts,
+    nodes,
+    rank,
+    ranks,
+    size,
+    strangers,
+)
 from harness.errors import ConfigError, RankFailure
 
 log = logging.getLogger(__name__)
+
+_NAME_SECONDS = 5.0  # for a name server that is slow, or starts with the ranks
 
 
 class World(Protocol):
@@ -137,12 +153,13 @@ class TorchrunWorld:
     def __init__(self, device: torch.device, backend: str, timeout_seconds: float) -> None:
         timeout = timedelta(seconds=timeout_seconds)
         if not dist.is_initialized():
-            rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            place = ranks()
+            assert place is not None, "it is one of several"
             dist.init_process_group(
                 backend,
-                store=_fresh_store(rank, size, timeout),
-                rank=rank,
-                world_size=size,
+                store=_fresh_store(place, timeout),
+                rank=place.rank,
+                world_size=place.size,
                 timeout=timeout,
                 device_id=device if device.type == "cuda" else None,
             )
@@ -152,7 +169,7 @@ class TorchrunWorld:
                 "torchrun may need several restarts for one (torch 2.13 lends its workers a store with old addresses): use "
                 "harness launch, or export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
             )
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.rank, self.size = here.rank, here.ranks = dist.get_rank(), dist.get_world_size()
         self.device = device
         # "cpu:gloo,cuda:nccl", or so; a group that was made without naming any calls itself "undefined".
         backends = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
@@ -233,9 +250,12 @@ def join_world(config: WorldConfig | None = None) -> World:
     what the machine has not, before any group is made.
     """
     config = config or WorldConfig()
+    is_alone = not dist.is_initialized() and ranks() is None
     device = choose_device(config)
-    if "WORLD_SIZE" not in os.environ and not dist.is_initialized():
-        return SoloWorld(device)
+    if is_alone:
+        return _alone(device)
+    if is_under_torchrun() and rank() == 0 and nodes() == 1 and (others := strangers()):
+        log.warning("%s, and this torchrun knows of no other: give them one --rdzv-endpoint to train together", others)
     return TorchrunWorld(device, choose_backend(config, device), config.timeout_seconds)
 
 
@@ -243,10 +263,21 @@ def world_of_program(device: torch.device, timeout_seconds: float) -> World:
     """The world that the program is already in, with its own device. Raises ``ConfigError`` where it has yet to join it."""
     if dist.is_initialized():
         return TorchrunWorld(device, dist.get_backend(), timeout_seconds)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if (place := ranks()) is not None and place.size > 1:
         raise ConfigError(
             "expected torch.distributed.init_process_group (or harness.join_world) before harness.Run, found none"
         )
+    return _alone(device)
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Which rank this is and how many there are: in the group that the program has joined, or as the launcher says."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (rank(), size())
+
+
+def _alone(device: torch.device) -> SoloWorld:
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        log.warning("MASTER_ADDR is set, RANK and WORLD_SIZE are not: this is one plain process; for several, use torchrun")
     return SoloWorld(device)
 
 
@@ -257,13 +288,12 @@ def leave_at_once(code: int) -> NoReturn:
 
 def choose_device(config: WorldConfig) -> torch.device:
     """The device of this rank, which becomes the current one. Raises ``ConfigError`` where the machine has too few."""
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     count = torch.cuda.device_count() if config.device != "cpu" else 0
-    if config.device == "cuda" and count < local_size:
-        raise ConfigError(f"world.device: expected a CUDA device for each of {local_size} local ranks, found {count}")
-    if count < local_size:
+    if config.device == "cuda" and count < local_size():
+        raise ConfigError(f"world.device: expected a CUDA device for each of {local_size()} local ranks, found {count}")
+    if count < local_size():
         return torch.device("cpu")
-    device = torch.device("cuda", local_rank)
+    device = torch.device("cuda", local_rank())
     torch.cuda.set_device(device)
     return device
 
@@ -276,7 +306,7 @@ def choose_backend(config: WorldConfig, device: torch.device) -> str:
     return backend
 
 
-def _fresh_store(rank: int, size: int, timeout: timedelta) -> Store:
+def _fresh_store(place: Ranks, timeout: timedelta) -> Store:
     """The store through which the ranks of this very start find each other.
 
     torchrun (2.13) lends its workers the agent's own store, and it keeps the keys of earlier starts: after a restart, a
@@ -284,9 +314,10 @@ def _fresh_store(rank: int, size: int, timeout: timedelta) -> Store:
     a prefix that nobody has used. Rank 0 cannot just publish one, since the others could not tell it from an old one:
     every rank greets with a word of its own making, and rank 0's answer is filed under that word.
     """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, size, address, port = place.rank, place.size, place.address, place.port
     lent = lends_its_store()
     hosts = rank == 0 and not lent
+    _resolve(address, timeout)
     if not hosts and not lent:
         _wait_for_listener(address, port, timeout)
     store = TCPStore(address, port, size, is_master=hosts, timeout=timeout, wait_for_workers=False)
@@ -299,6 +330,31 @@ def _fresh_store(rank: int, size: int, timeout: timedelta) -> Store:
     prefix = store.get(f"harness/answer/{word}").decode()
     store.set(f"harness/thanks/{prefix}/{rank}", "")
     return PrefixStore(prefix, store)
+
+
+def _resolve(address: str, timeout: timedelta) -> None:
+    """Returns when the name of rank 0's machine leads somewhere. Raises ``RankFailure`` where it does not.
+
+    torchrun has met the other machines by now, so a few tries are enough for it. A cluster that starts the ranks itself may
+    publish the name late, with rank 0.
+    """
+    began = time.monotonic()
+    patience_seconds = min(timeout.total_seconds(), _NAME_SECONDS if is_under_torchrun() else math.inf)
+    warned = False
+    while True:
+        try:
+            socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
+            return
+        except socket.gaierror as error:
+            what = f"MASTER_ADDR is {address}, the machine of rank 0, and this machine does not find it: {error.strerror}"
+        waited_seconds = time.monotonic() - began
+        if waited_seconds >= patience_seconds:
+            advice = "name one that all machines find: torchrun --local-addr (on one machine localhost), or MASTER_ADDR"
+            raise RankFailure(f"{what} (tried for {waited_seconds:.0f} s); {advice}")
+        if waited_seconds >= _NAME_SECONDS and not warned:
+            warned = True
+            log.warning("%s; tried again for up to %.0f s", what, patience_seconds)
+        time.sleep(0.2)
 
 
 def _wait_for_listener(address: str, port: int, timeout: timedelta) -> None:
@@ -326,14 +382,14 @@ def _answer_greetings(store: Store, size: int, timeout: timedelta) -> str:
     answered: set[tuple[int, bytes]] = set()
     deadline = time.monotonic() + timeout.total_seconds()
     while waiting:
-        for rank in sorted(waiting):
-            if store.check([f"harness/greeting/{rank}"]):
-                word = store.get(f"harness/greeting/{rank}")
-                if (rank, word) not in answered:
+        for other in sorted(waiting):
+            if store.check([f"harness/greeting/{other}"]):
+                word = store.get(f"harness/greeting/{other}")
+                if (other, word) not in answered:
                     store.set(f"harness/answer/{word.decode()}", prefix)
-                    answered.add((rank, word))
-            if store.check([f"harness/thanks/{prefix}/{rank}"]):
-                waiting.discard(rank)
+                    answered.add((other, word))
+            if store.check([f"harness/thanks/{prefix}/{other}"]):
+                waiting.discard(other)
         if time.monotonic() > deadline:
             raise RankFailure(f"ranks {sorted(waiting)} did not come within {timeout.total_seconds():.0f} s")
         time.sleep(0.005)
@@ -345,6 +401,11 @@ def has_lost_a_peer(error: BaseException) -> bool:
     if isinstance(error, torch.distributed.DistError):
         return True
     return isinstance(error, RuntimeError) and "gloo/transport" in str(error)  # gloo's own errors have no class
+
+
+def is_timeout(error: BaseException) -> bool:
+    """Whether an error of a collective says that another rank did not come in time, though it may well be alive."""
+    return "timeout" in str(error).lower() or "timed out" in str(error).lower()
 
 
 class Agreement:

@@ -558,7 +558,12 @@ class Objects(Store):
     def read_range(self, name: str, start: int, size_bytes: int) -> bytes:
         return self.read(name, lambda file: file.read()[start : start + size_bytes], size_bytes)
 
-    def list(self, prefix: str = "") -> dict[str, int]:
+    def names(self, directory: str = "") -> list[str]:
+        self.before("list", directory)
+        start = f"{directory}/" if directory else ""
+        return [*{name.removeprefix(start).partition("/")[0] for name in self.objects if name.startswith(start)}]
+
+    def list(self, prefix: str = "", **how: Any) -> dict[str, int]:
         self.before("list", prefix)
         start = f"{prefix}/" if prefix else ""
         return {name: len(data) for name, data in self.objects.items() if name.startswith(start)}
@@ -570,6 +575,9 @@ class Objects(Store):
     def delete(self, name: str) -> None:
         self.before("delete", name)
         self.objects.pop(name, None)
+
+    def unlink(self, name: str) -> bool:
+        return False
 
     def delete_directory(self, name: str) -> None:
         pass

@@ -293,6 +293,47 @@ class StoreContract:
         assert set(store.list("step-1/deeper")) == {"step-1/deeper/still/b"}
         assert store.get("step-1/deeper/still/b", MIB) == b"step-1/deeper/still/b"
 
+    def test_names_in_a_directory(self, place):
+        """What lies directly in it, object or directory, each once; nothing where nothing was ever written."""
+        store = place.open()
+        assert store.names() == store.names("nowhere") == []
+        for name in ("top", "step-1/a", "step-1/b", "step-1/deeper/c", "step-10/c"):
+            put(store, name, b"1")
+        assert sorted(store.names()) == ["step-1", "step-10", "top"]
+        assert sorted(store.names("step-1")) == ["a", "b", "deeper"]
+        place.raw.write("step-2/d", b"1")
+        assert sorted(store.names()) == ["step-1", "step-10", "step-2", "top"]
+
+    def test_links(self, place):
+        """They count as what they lead to, where a storage has them; taking one away harms nothing of that."""
+        store = place.open()
+        put(store, "there/deeper/a", b"22")
+        assert not store.unlink("there")
+        assert not store.unlink("nowhere")
+        if not isinstance(place.raw, RawDirectory):
+            return
+        os.makedirs(f"{place.raw.root}/step-1")
+        for name, target in (
+            ("step-1/b", "../there/deeper/a"),
+            ("step-1/c", "../there"),
+            ("step-2", "there"),
+            ("lost", "no"),
+        ):
+            os.symlink(target, f"{place.raw.root}/{name}")
+        os.symlink("../../step-1", f"{place.raw.root}/there/deeper/circle")
+        assert store.list("step-1") == {"step-1/b": 2, "step-1/c/deeper/a": 2}
+        assert store.list("step-2") == {"step-2/deeper/a": 2, "step-2/deeper/circle/b": 2}
+        assert sorted(store.list("step-1", follow=False)) == ["step-1/b", "step-1/c"]
+        assert (store.stat("step-1/b"), store.get("step-1/b", MIB)) == (2, b"22")
+        with pytest.raises(StoreError, match=r"list .*/lost: it is a link, and what it leads to is not there"):
+            store.list("lost")
+        for name in ("step-1/b", "step-1/c"):
+            store.delete(name)
+        assert store.unlink("step-2") and store.unlink("lost")
+        store.delete_directory("step-1")
+        assert sorted(os.listdir(place.raw.root)) == ["there"]
+        assert place.raw.read("there/deeper/a") == b"22"
+
     @pytest.mark.parametrize("size_bytes", [1000, SEVERAL_BLOCKS], ids=["small", "large"])
     def test_exception_while_sending_publishes_nothing(self, place, size_bytes):
         """An exception in the middle of ``chunks`` comes out as it is, and neither an object nor an upload is left."""

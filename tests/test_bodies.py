@@ -1,7 +1,9 @@
 """What a loop does after a step and after an epoch's last batch is in the checkpoint: once, whatever dies when."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +11,12 @@ from cluster import newest
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from harness import Loader, Run, StopRequest
 from harness.errors import Stopped
 
+pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata calls it
 SAMPLES, BATCH, EPOCHS = 10, 4, 3  # three steps an epoch
 
 
@@ -36,7 +40,9 @@ class History:
 class Program:
     """What the loops below share. ``tick`` is called at each place where a program can die."""
 
-    def __init__(self, url: Path, *, die_at: int | None = None, stop_at: int | None = None, **options) -> None:
+    def __init__(
+        self, url: Path, loop: Callable, *, die_at: int | None = None, stop_at: int | None = None, **options
+    ) -> None:
         torch.manual_seed(3)
         self.model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(0.2), nn.Linear(4, 1))
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.1)
@@ -44,11 +50,18 @@ class Program:
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, factor=0.9, patience=0)
         self.average = AveragedModel(self.model)
         self.history = History()
-        self.loader = Loader(TensorDataset(torch.randn(SAMPLES, 2)), BATCH, seed=3)
+        data = TensorDataset(torch.randn(SAMPLES, 2))
+        self.loader: Any = Loader(data, BATCH, seed=3)
+        self.judging = StatefulDataLoader(data, 5)
+        if loop is loads_with_torchdata:
+            self.loader = StatefulDataLoader(data, BATCH, shuffle=True, generator=torch.Generator().manual_seed(3))
         self.validation = torch.randn(6, 2)
         self.ticks, self.die_at, self.stop_at = 0, die_at, stop_at
         self.stop = StopRequest()
-        state = {name: getattr(self, name) for name in ("model", "optimizer", "scheduler", "plateau", "average", "history")}
+        state = {
+            name: getattr(self, name)
+            for name in ("model", "optimizer", "scheduler", "plateau", "average", "history", "judging")
+        }
         config = {"log": {"every_steps": None}, **options.pop("config", {})}
         self.run = Run(url, {**state, "loader": self.loader}, config=config, stop=self.stop, **options)
 
@@ -65,6 +78,11 @@ class Program:
         loss.backward()
         self.optimizer.step()
         return loss
+
+    @torch.no_grad()
+    def judge(self) -> None:
+        """With dropout and batch statistics, which changes the model."""
+        self.history.values.append(sum(float(self.model(y).sum()) for (y,) in self.judging))
 
     def validate(self) -> float:
         self.model.eval()
@@ -168,7 +186,24 @@ def accumulates_with_a_rest(program: Program) -> None:
         program.tick()
 
 
+def loads_with_torchdata(program: Program) -> None:
+    """And judges with it, in the middle of an epoch and at its end; the schedule follows ``run.step()``."""
+    for _epoch in program.run.epochs(EPOCHS):
+        for (x,) in program.loader:
+            loss = program.train(x)
+            program.run.step(loss=loss)
+            program.tick()
+            program.scheduler.step()
+            if program.run.global_step % 3 == 2:
+                program.judge()
+        assert loss.isfinite()
+        program.judge()
+        program.tick()
+        program.plateau.step(program.validate())
+
+
 LOOPS = [
+    loads_with_torchdata,
     steps_at_the_end_of_an_epoch,
     steps_after_a_boundary,
     steps_by_number,
@@ -187,23 +222,23 @@ def final(url: Path) -> dict:
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
 def test_whatever_dies_when_the_end_has_the_same_bits(tmp_path, loop, interval):
     """Of weights, moments, schedules, averages and histories: each end of a batch and of an epoch counts once."""
-    straight = Program(tmp_path / "straight")
+    straight = Program(tmp_path / "straight", loop)
     loop(straight)
     for die_at in range(4, straight.ticks + 1, max(straight.ticks // 4, 2)):
         url = tmp_path / f"died-{die_at}"
         with pytest.raises(DiedError):
-            loop(dying := Program(url, die_at=die_at, **interval))
+            loop(dying := Program(url, loop, die_at=die_at, **interval))
         dying.run.close()
-        loop(Program(url, **interval))
+        loop(Program(url, loop, **interval))
         assert final(url) == final(tmp_path / "straight"), die_at
 
 
 @pytest.mark.parametrize("stop_at", [2, 5, 6, 7])
-@pytest.mark.parametrize("loop", LOOPS[:2], ids=lambda loop: loop.__name__)
+@pytest.mark.parametrize("loop", LOOPS[:3], ids=lambda loop: loop.__name__)
 def test_a_stop_waits_for_the_end_of_the_body(tmp_path, loop, stop_at):
     """Then all is saved, and a new start does nothing twice."""
-    loop(Program(tmp_path / "straight"))
+    loop(Program(tmp_path / "straight", loop))
     with pytest.raises(Stopped):
-        loop(Program(tmp_path / "stopped", stop_at=stop_at))
-    loop(Program(tmp_path / "stopped"))
+        loop(Program(tmp_path / "stopped", loop, stop_at=stop_at))
+    loop(Program(tmp_path / "stopped", loop))
     assert final(tmp_path / "stopped") == final(tmp_path / "straight")

@@ -7,10 +7,12 @@ import re
 
 import pytest
 import torch
+from cluster import newest
 from torch import distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from harness import Run, StopRequest
 from harness.buckets import GradientOrder
 from harness.state import State
 
@@ -74,6 +76,32 @@ def test_no_hook_of_a_parameter_hears_of_it(options):
         assert torch.equal(parameter.grad, other.grad)
 
 
+def test_optimizers_that_step_in_the_backward_pass_go_on(tmp_path):
+    """A step of theirs is taken by each gradient that comes, and by none that a resume makes up."""
+
+    def train(url, *ends: int) -> dict[str, str]:
+        for end in ends:
+            model = DistributedDataParallel(net())
+            optimizers = {name: torch.optim.AdamW([each], lr=0.1) for name, each in model.module.named_parameters()}
+            for name, parameter in model.module.named_parameters():
+
+                def step(parameter, optimizer=optimizers[name]) -> None:
+                    optimizer.step()
+                    parameter.grad = None
+
+                parameter.register_post_accumulate_grad_hook(step)
+            state = {"model": model, **{f"for-{name}": each for name, each in optimizers.items()}}
+            run = Run(url, state, stop=StopRequest(), config={"log": {"every_steps": None}})
+            for _ in run.steps(end):
+                model(torch.ones(2, 3)).square().sum().backward()
+                run.step()
+            assert optimizers["0.bias"].state[model.module[0].bias]["step"] == end
+            run.close()
+        return newest(url)["digests"]
+
+    assert train(tmp_path / "halves", 2, 4) == train(tmp_path / "straight", 4)
+
+
 def test_a_gradient_that_is_there_stays_as_it_is():
     """The tensor itself, with what is in it: DDP would have averaged it over the ranks."""
     order = order_of(DistributedDataParallel(net()))
@@ -94,6 +122,14 @@ def test_parameters_that_ddp_ignores_are_no_part_of_the_order():
     plain[0].bias.requires_grad_(requires_grad=True)
     model = DistributedDataParallel(plain)
     assert sorted(order_of(model)) == [0, 1, 2]
+
+
+def test_each_of_several_has_its_order():
+    """A module may have more than one model in DDP."""
+    both = nn.ModuleDict({"one": DistributedDataParallel(net()), "two": DistributedDataParallel(net())})
+    state = State({"both": both}, CPU)
+    both.two(both.one(torch.ones(1, 3)).sum() * torch.ones(1, 3)).sum().backward()
+    assert [sorted(each.order) for each in state.gradients.values()] == [[0, 1, 2, 3]] * 2
 
 
 # --- communication hooks -----------------------------------------------------------------------------------------------
@@ -166,7 +202,7 @@ def test_a_hook_whose_state_is_nowhere_does_not_see_it(hooked, caplog):
     twin = State(objects, CPU)
     twin.restore(state.capture(), 5)
     assert twin.gradients["model"].order == []
-    words = r"model: the communication hook (Compressing.hook|powerSGD_hook) keeps a state that is not in the run's"
+    words = r"model: with three ranks .*: the communication hook (Compressing.hook|powerSGD_hook) keeps a state that nobody"
     assert len([message for message in caplog.messages if re.match(words, message)]) == 1
     for hook, kept in objects["model"]._comm_hooks:
         assert kept.iter == 0 if kept else hook.__self__.seen == 0

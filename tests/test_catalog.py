@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 
+import harness
 from harness.checkpoint import commit
 from harness.checkpoint.catalog import Catalog, Entry, Retention, verify_all
 from harness.checkpoint.format import Ancestor, Attempt, checksum, parse_directory
@@ -53,7 +54,7 @@ def remove(store: Store, directory: str, file: str) -> None:
 def test_a_run_that_has_not_begun(store):
     """Where nothing was ever written there is nothing, and that is said."""
     catalog = Catalog(store)
-    assert (catalog.entries(), catalog.candidates(), catalog.attempts()) == ([], [], [])
+    assert (catalog.entries(), [*catalog.candidates()], catalog.attempts()) == ([], [], [])
     with pytest.raises(NoCheckpoint, match=rf"{store.url}: there is no whole checkpoint$"):
         catalog.newest()
     assert catalog.prune(Retention(keep_last=1)) == []
@@ -94,7 +95,7 @@ def test_an_unfinished_save(store):
     directory = save(store, 10)
     remove(store, directory, "manifest.json")
     assert [entry.state for entry in Catalog(store).entries()] == ["unfinished"]
-    assert Catalog(store).candidates() == []
+    assert [*Catalog(store).candidates()] == []
     with pytest.raises(NoCheckpoint):
         Catalog(store).open(directory)
 
@@ -129,10 +130,9 @@ def test_what_is_not_ours_is_left_alone(store, tmp_path):
     for name in ("notes.txt", "step-12/manifest.json", "logs/events", "step-latest/model.bin", ".hidden/manifest.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
-    (tmp_path / "step-000000000099-000009-00000000-00000000").mkdir()  # a directory alone says nothing
     catalog = Catalog(store)
     before = store.list()
-    assert steps(catalog.entries()) == [(1, 10)]
+    assert steps(catalog.entries()) == steps(catalog.candidates()) == [(1, 10)]
     assert catalog.prune(Retention(keep_last=1)) == []
     assert store.list() == before
 
@@ -163,6 +163,88 @@ def test_verifying_reads_every_byte(store):
     assert [entry.step for entry in verify_all(catalog, step=10, deep=True)] == [10]
 
 
+# --- what is not there, or not ours ----------------------------------------------------------------------------------
+
+
+def test_checkpoints_behind_links(store, tmp_path):
+    """A checkpoint that was moved to another disk, and a file of one, count where a link leads to them. Whoever deletes
+    takes the link away, and nothing of what it leads to."""
+    elsewhere = tmp_path.with_name(f"{tmp_path.name}-elsewhere")
+    elsewhere.mkdir()
+    for step in (10, 20):
+        directory = save(store, step)
+        os.rename(tmp_path / directory, elsewhere / directory)
+        os.symlink(elsewhere / directory, tmp_path / directory)
+    behind = save(store, 30)
+    os.rename(tmp_path / behind / "model.safetensors", elsewhere / "weights")
+    os.symlink(elsewhere / "weights", tmp_path / behind / "model.safetensors")
+    os.symlink(elsewhere, tmp_path / behind / "more")
+    catalog = Catalog(store)
+    assert [(entry.step, entry.state) for entry in catalog.entries()] == [(30, "whole"), (20, "whole"), (10, "whole")]
+    for entry in catalog.entries():
+        catalog.verify(entry)
+    lay = sorted(path.relative_to(elsewhere) for path in elsewhere.rglob("*"))
+    last = save(store, 40)
+    assert steps(catalog.prune(Retention(keep_last=1))) == [(1, 30), (1, 20), (1, 10)]
+    assert os.listdir(tmp_path) == [last]
+    assert sorted(path.relative_to(elsewhere) for path in elsewhere.rglob("*")) == lay
+
+
+def test_links_in_a_circle(store, tmp_path):
+    """A listing comes to its end."""
+    first, second = save(store, 10), save(store, 20)
+    for directory in (first, second):
+        os.symlink(tmp_path, tmp_path / directory / "run")
+        os.symlink(tmp_path / first, tmp_path / directory / "first")
+    assert [entry.state for entry in Catalog(store).entries()] == ["whole", "whole"]
+    assert steps(Catalog(store).prune(Retention(keep_last=1))) == [(1, 10)]
+    assert os.listdir(tmp_path) == [second]
+
+
+def test_a_link_that_leads_nowhere(store, tmp_path):
+    """A disk that is not mounted is not a run that has not begun, nor one that goes on from an older checkpoint."""
+    save(store, 10)
+    directory = save(store, 20)
+    os.rename(tmp_path / directory, tmp_path / "moved")
+    os.symlink(tmp_path / "nowhere", tmp_path / directory)
+    for look in (Catalog(store).newest, Catalog(store).entries, lambda: harness.latest(store.root)):
+        with pytest.raises(StoreError, match=f"list .*{directory}: it is a link, and what it leads to is not there"):
+            look()
+
+
+def test_names_that_begin_like_those_of_saves(store, tmp_path):
+    """A run does not start anew beside what may be its checkpoints; beside such as are understood, others do not matter."""
+    (tmp_path / "step-1200").mkdir()
+    (tmp_path / "step-000000001300-000002-00000000-00000000.bak").mkdir()
+    for look in (lambda: [*Catalog(store).candidates()], Catalog(store).newest, lambda: harness.latest(store.root)):
+        with pytest.raises(UnknownFormat, match=r"expected checkpoints, found step-000000001300-.*\.bak, a name that"):
+            look()
+    directory = save(store, 10)
+    assert harness.latest(store.root) == 10
+    remove(store, directory, "manifest.json")
+    with pytest.raises(UnknownFormat):
+        harness.latest(store.root)
+
+
+def test_directories_of_others(public_path, ordinary_user):
+    """What is not the run's may be unreadable: nobody looks. What is the run's may not, and is named."""
+    os.makedirs(f"{public_path}/run/lost+found")
+    os.chmod(f"{public_path}/run", 0o777)
+    os.chmod(f"{public_path}/run/lost+found", 0)
+    with ordinary_user():
+        store = open_store(f"{public_path}/run")
+        catalog = Catalog(store)
+        attempt = catalog.claim_attempt({})
+        for step in (10, 20):
+            directory = save(store, step, attempt)
+        catalog.tidy(Retention(keep_last=1), None, attempt)
+        assert steps(catalog.entries()) == [(1, 20)]
+        os.chmod(f"{public_path}/run/{directory}", 0)
+        with pytest.raises(StoreError, match=f"list .*{directory}: Permission denied"):
+            Catalog(store).newest()
+        os.chmod(f"{public_path}/run/{directory}", 0o700)
+
+
 # --- order and lineage -----------------------------------------------------------------------------------------------
 
 
@@ -184,7 +266,7 @@ def test_the_same_step_twice(store):
     first, second = save(store, 10, FIRST), save(store, 10, SECOND)
     assert [entry.directory for entry in Catalog(store).candidates()] == [second, first]
     third = save(store, 10, SECOND)
-    assert {entry.directory for entry in Catalog(store).candidates()[:2]} == {second, third}
+    assert {entry.directory for entry in [*Catalog(store).candidates()][:2]} == {second, third}
 
 
 def test_a_writer_that_was_believed_dead(store):
@@ -223,7 +305,7 @@ def test_falling_back(store):
     middle, last = save(store, 20), save(store, 30)
     remove(store, last, "model.safetensors")
     os.truncate(f"{store.root}/{middle}/manifest.json", 10)
-    entries = Catalog(store).candidates()
+    entries = [*Catalog(store).candidates()]
     assert [(entry.step, entry.state) for entry in entries] == [(30, "damaged"), (20, "damaged"), (10, "whole")]
     assert Catalog(store).newest().step == 10
 
@@ -288,29 +370,137 @@ def test_nothing_is_deleted_where_nothing_is_whole(store):
 
 
 def test_rubbish_goes_when_a_newer_checkpoint_is_whole(store):
-    """Unfinished and damaged saves older than the newest whole one go; a newer one may be somebody's who still writes."""
+    """Unfinished and damaged saves older than the newest whole one go; a newer one of the last attempt may be somebody's who
+    still writes, and goes when its owner says that nobody does."""
     unfinished, damaged = save(store, 10), save(store, 20)
     remove(store, unfinished, "manifest.json")
     remove(store, damaged, "model.safetensors")
     save(store, 30, SECOND, [(FIRST, 5)])
-    writing = save(store, 40, SECOND)
+    superseded = save(store, 40, SECOND)
+    remove(store, superseded, "manifest.json")
+    writing = save(store, 5, THIRD)
     remove(store, writing, "manifest.json")
-    younger = save(store, 5, THIRD)
-    remove(store, younger, "manifest.json")
     gone = Catalog(store).prune(EVERYTHING)
-    assert [entry.directory for entry in gone] == [unfinished]
+    assert [entry.directory for entry in gone] == [superseded, unfinished]
     gone = Catalog(store).prune(Retention(keep_last=1))
     assert [entry.directory for entry in gone] == [damaged]
-    assert {name.partition("/")[0] for name in store.list()} >= {writing, younger}
+    assert {name.partition("/")[0] for name in store.list()} >= {writing}
+    gone = Catalog(store).prune(Retention(keep_last=1), unfinished=True)
+    assert [entry.directory for entry in gone] == [writing]
+    assert kept(store) == [30]
+
+
+def test_unfinished_saves_where_nothing_is_whole(store):
+    """They may be all that their owner has left, who has to say so."""
+    directories = [save(store, 10), save(store, 20, SECOND)]
+    for directory in directories:
+        remove(store, directory, "manifest.json")
+    assert Catalog(store).prune(Retention(keep_last=1)) == []
+    Catalog(store).sweep(THIRD)
+    assert {name.partition("/")[0] for name in store.list()} == {*directories}
+    assert len(Catalog(store).prune(Retention(keep_last=1), unfinished=True)) == 2
+    assert os.listdir(store.root) == []
+
+
+def test_directories_that_hold_nothing(store, tmp_path):
+    """A save that failed at its first file, and the empty directories that other programs make within one, go as well."""
+    save(store, 20)
+    empty = "step-000000000010-000001-00000001-00000000"
+    (tmp_path / empty / ".ipynb_checkpoints/deeper").mkdir(parents=True)
+    old = save(store, 15)
+    (tmp_path / old / "@eaDir").mkdir()
+    assert [(entry.directory, entry.state) for entry in Catalog(store).entries()[1:]] == [
+        (old, "whole"),
+        (empty, "unfinished"),
+    ]
+    Catalog(store).tidy(Retention(keep_last=1), None, FIRST)
+    assert len(os.listdir(store.root)) == 1
+    assert kept(store) == [20]
+
+
+def test_what_an_attempt_before_has_left_unfinished(store):
+    """A start deletes what lies after the newest whole checkpoint, and nothing of its own attempt, and nothing damaged."""
+    save(store, 10)
+    dead, damaged, own = save(store, 20), save(store, 30), save(store, 11, SECOND)
+    for directory in (dead, own):
+        remove(store, directory, "manifest.json")
+    remove(store, damaged, "model.safetensors")
+    Catalog(store).sweep(SECOND)
+    assert steps(Catalog(store).entries()) == [(2, 11), (1, 30), (1, 10)]
 
 
 def test_a_line_that_was_left_goes(store):
-    """What a writer that was believed dead committed is deleted with the old, though its steps are later."""
+    """What a writer that was believed dead committed stays as long as it goes further than the line, its last one alone."""
     save(store, 10, FIRST)
-    save(store, 20, SECOND, [(FIRST, 10)])
-    save(store, 1000, FIRST)
-    gone = Catalog(store).prune(Retention(keep_last=2))
-    assert steps(gone) == [(1, 1000)]
+    newest = save(store, 20, SECOND, [(FIRST, 10)])
+    for step in (15, 25, 30):
+        save(store, step, FIRST)
+    damaged = save(store, 40, FIRST)
+    remove(store, damaged, "model.safetensors")
+    catalog = Catalog(store)
+    assert steps(catalog.further(catalog.newest())) == [(1, 30)]
+    gone = catalog.prune(Retention(keep_last=2))
+    assert steps(gone) == [(1, 40), (1, 25), (1, 15)]
+    assert (kept(store), catalog.newest().directory) == ([10, 20, 30], newest)
+    save(store, 29, SECOND, [(FIRST, 10)])
+    assert steps(catalog.prune(Retention(keep_last=1))) == [(2, 20), (1, 10)]
+    save(store, 30, SECOND, [(FIRST, 10)])
+    assert steps(catalog.prune(Retention(keep_last=1))) == [(2, 29), (1, 30)]
+
+
+def test_two_lines_that_have_one_past(store):
+    """Of two copies of a run that went on apart and were put together, the later attempt's is the line. The other one was
+    left, is told of as what goes further, and stays, whoever deletes, until the line has passed it."""
+    save(store, 200, FIRST)
+    for step in (300, 400):
+        save(store, step, SECOND, [(FIRST, 200)])
+    other, fourth = Attempt("000002-0000000f"), Attempt("000004-00000004")
+    save(store, 210, other, [(FIRST, 200)])
+    save(store, 220, THIRD, [(FIRST, 200), (other, 210)])
+    stands_on = [(FIRST, 200), (other, 210), (THIRD, 220)]
+    save(store, 230, fourth, stands_on)
+    catalog = Catalog(store)
+    assert steps(catalog.candidates()) == [(4, 230), (3, 220), (2, 210), (1, 200)]
+    assert steps(catalog.further(catalog.newest())) == [(2, 400)]
+    claimed = catalog.claim_attempt({})
+    save(store, 240, claimed, [*stands_on, (fourth, 230)])
+    catalog.tidy(Retention(keep_last=1), None, claimed)
+    assert kept(store) == [240, 400]
+    save(store, 400, claimed, [*stands_on, (fourth, 230)])
+    catalog.tidy(Retention(keep_last=1), None, claimed)
+    assert steps(catalog.entries()) == [(5, 400)]
+
+
+@pytest.mark.parametrize("is_writer", [True, False])
+def test_milestones_of_a_line_that_was_left(store, is_writer):
+    """They go with the rest of it; those of the line stay, and so do those of attempts that have nothing to do with it."""
+    fourth = Attempt("000004-00000004")
+    for step in (10, 20, 30):
+        save(store, step, FIRST)
+        save(store, step, SECOND)
+    for step in (25, 30, 40):
+        save(store, step, THIRD, [(SECOND, 20)])
+    for step in (30, 45, 50):
+        save(store, step, fourth, [(SECOND, 20)])
+    retention = Retention(keep_last=1, keep_every_steps=10)
+    if is_writer:
+        Catalog(store).tidy(retention, None, fourth)
+    else:
+        Catalog(store).prune(retention)
+    assert steps(Catalog(store).entries()) == [(4, 50), (4, 30), (2, 20), (2, 10), (1, 30), (1, 20), (1, 10)]
+
+
+def test_several_saves_of_a_step(store):
+    """Those of one attempt are one checkpoint, of which the newest counts: of the others none takes a place among the last.
+    Where it is damaged, the one before is there."""
+    for step in (10, 20, 20, 20):
+        save(store, step)
+    twice = sorted(entry.directory for entry in Catalog(store).entries() if entry.step == 20)
+    assert Catalog(store).newest().directory == twice[-1]
+    remove(store, twice[-1], "model.safetensors")
+    assert Catalog(store).newest().directory == twice[-2]
+    Catalog(store).prune(Retention(keep_last=2))
+    assert {entry.directory for entry in Catalog(store).entries() if entry.step == 20} == {*twice[-2:]}
     assert kept(store) == [10, 20]
 
 

@@ -12,7 +12,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from harness import Task, save
+from harness.checkpoint import commit
 from harness.checkpoint.catalog import Catalog
+from harness.checkpoint.format import Ancestor, Attempt, new_directory
 from harness.checkpoint.store import open_store
 
 TRAIN = {"steps": 4, "global_batch_size": 4}
@@ -142,6 +144,16 @@ def test_fresh_over_a_used_url(write, finished):
     assert sorted(path.name for path in finished.iterdir()) == before
 
 
+def test_resume_where_there_is_nothing(write, tmp_path):
+    """Exit code 66, and nothing is begun there."""
+    done = harness("train", write(checkpoint={"url": str(tmp_path / "typo")}), "--resume")
+    assert done.returncode == 66
+    assert done.stderr.startswith(
+        f"harness: {tmp_path}/typo: expected a run to go on with (checkpoint.must_exist), found no"
+    )
+    assert not (tmp_path / "typo").exists()
+
+
 def test_a_mistake_in_the_users_code_gets_its_traceback(write):
     """It is theirs to mend: exit code 1."""
     done = harness("train", write(task=f"{__file__}:broken"))
@@ -224,6 +236,55 @@ def test_ls_lists_every_save(finished, tmp_path):
         ["whole", "step", "4"],
         ["whole", "step", "2"],
     ]
+
+
+def test_what_a_writer_says_does_not_replace_what_harness_found(tmp_path):
+    """Keys of ``meta`` that are called as harness's own: those win, in every verb that prints both."""
+    lies = {
+        "state": "whole",
+        "step": 999,
+        "directory": "../../etc",
+        "problem": "none",
+        "in_line": False,
+        "files": 0,
+        "own": 1,
+    }
+    directory = save(tmp_path, {"model": {"a": torch.zeros(3)}}, step=5, meta=lies)
+    (entry,) = read_json("ls", str(tmp_path))
+    found = read_json("inspect", str(tmp_path))
+    assert len(found["files"]) == 1
+    for each in (entry, found):
+        assert (each["step"], each["directory"], each["state"], each["own"]) == (5, directory, "whole", 1)
+        assert "problem" not in each
+    assert entry["in_line"] is True
+    (tmp_path / directory / "model.safetensors").write_bytes(b"")
+    done = harness("verify", str(tmp_path), "--json")
+    assert done.returncode == 65
+    (entry,) = json.loads(done.stdout)
+    assert (entry["step"], entry["directory"], entry["state"]) == (5, directory, "damaged")
+    assert "model.safetensors" in entry["problem"]
+
+
+def test_prune_says_what_stays(tmp_path):
+    """A line that was left and goes further, and what the last attempt may be writing, which ``--unfinished`` deletes."""
+    lines = [(1, 10, ()), (1, 40, ()), (2, 20, [(1, 10)]), (2, 30, [(1, 10)])]
+    attempts = {number: Attempt(f"00000{number}-0000000{number}") for number in (1, 2)}
+    store = open_store(str(tmp_path))
+    for number, step, stands_on in lines:
+        lineage = [Ancestor(attempts[each].id, until) for each, until in stands_on]
+        commit.write(store, {"model": {}}, step=step, attempt=attempts[number], lineage=lineage)
+    unfinished = new_directory(50, attempts[2])
+    (tmp_path / unfinished).mkdir()
+    found = [line.split()[:2] for line in harness("ls", str(tmp_path)).stdout.splitlines()]
+    assert [state for state, _ in found] == ["unfinished", "whole", "whole", "left", "whole"]
+    done = harness("prune", str(tmp_path), "--keep-last", "1")
+    words = [line.split()[:2] for line in done.stdout.splitlines()]
+    assert words == [["deleted", "whole"], ["deleted", "whole"], ["stays", "unfinished"], ["stays", "left"]]
+    done = harness("prune", str(tmp_path), "--keep-last", "1", "--unfinished", "--dry-run")
+    assert f"would delete  unfinished  {unfinished}" in done.stdout
+    done = harness("prune", str(tmp_path), "--keep-last", "1", "--unfinished")
+    assert f"deleted  unfinished  {unfinished}" in done.stdout
+    assert not (tmp_path / unfinished).exists()
 
 
 @pytest.mark.parametrize("verb", [("ls",), ("ls", "--json"), ("prune", "--keep-last", "1")])

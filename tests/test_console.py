@@ -3,7 +3,9 @@
 import contextlib
 import fcntl
 import json
+import logging
 import os
+import platform
 import pty
 import re
 import signal
@@ -14,7 +16,11 @@ import termios
 from pathlib import Path
 
 import pytest
-from cluster import PATIENCE_SECONDS, committed, environment, torchrun
+import torch
+from cluster import PATIENCE_SECONDS, committed, environment, harness, torchrun
+
+from harness import console, save
+from harness.secrecy import learn
 
 pyte = pytest.importorskip("pyte", reason="pyte is not installed: pip install pyte")
 
@@ -97,8 +103,14 @@ def test_a_terminal_has_one_live_line(tmp_path):
         assert sum(line.endswith(f"the program says {step}") for line in seen) == 2, seen  # each rank does
     for step in (15, 30, 40):
         assert sum(f"step {step}/40  saved" in line for line in seen) == 1, seen
-    assert not any("%|" in line or "samples/s" in line for line in seen), "the line is gone at the end, and left nothing"
+    assert not any("%|" in line for line in seen), "the line is gone at the end, and left nothing"
     assert "done: step 40" in seen[-1]
+    kept = [
+        int(step) for line in seen for step in re.findall(r"step (\d+)/40  epoch \d+  loss \S+  lr \S+  \S+ samples/s", line)
+    ]
+    assert kept[0] == 5, "the first line of training stays on the screen"
+    assert kept[1:], "and so does the newest one at each save"
+    assert len(kept) <= 4, "but no other in the first minute"
 
 
 def test_a_pipe_gets_plain_lines(tmp_path):
@@ -152,3 +164,118 @@ def test_lines_for_programs(tmp_path):
     assert {line["level"] for line in theirs} == {"error"}
     (attempt,) = {line["attempt"] for line in lines if "event" in line}
     assert {line["attempt"] for line in theirs} == {attempt}
+
+
+CLEARING = """
+import os, sys
+from harness.console import Clearing
+sys.stderr.write("step 3/40 |###   |  loss 0.5")  # as a rank leaves it that is killed
+sys.stderr.flush()
+sys.stderr = Clearing(sys.stderr)
+sys.stderr.write("E1129 the agent ")
+sys.stderr.write("speaks\\nin two lines\\n")
+print("a traceback", file=sys.stderr)
+"""
+
+
+def test_an_agent_speaks_over_a_dead_ranks_line(tmp_path):
+    """What torchrun says on a terminal is not glued to the live line that a rank has left there."""
+    (tmp_path / "agent.py").write_text(CLEARING)
+    terminal = Terminal("agent.py", cwd=tmp_path)
+    assert terminal.until_the_end() == 0
+    assert terminal.screen() == ["E1129 the agent speaks", "in two lines", "a traceback"]
+
+
+def test_what_a_terminal_would_obey(caplog):
+    """Is shown escaped, wherever it comes from: the title, colours, the way back, the direction."""
+    record = logging.makeLogRecord({"msg": "\x1b]0;PWNED\x07 loss\x1b[2K\r %s", "args": ("\x9b31m\u202e0.5",)})
+    text = console.Lines().format(record)
+    assert text.endswith(r"\x1b]0;PWNED\x07 loss\x1b[2K\r \x9b31m\u202e0.5")
+    assert json.loads(console.Lines("json").format(record))["message"] == record.getMessage()
+    assert console.printable("two\nlines\tand ü, 漢, 😀") == "two\nlines\tand ü, 漢, 😀"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (41139.7, "41,140"),
+        (0.512345, "0.5123"),
+        (999.94, "999.9"),
+        (1000.04, "1,000"),
+        (1234.5678, "1,235"),
+        (-2e6, "-2,000,000"),
+        (1.5e20, "1.5e+20"),
+        (1e-9, "1e-09"),
+        (0.0, "0"),
+        (float("nan"), "nan"),
+        (float("-inf"), "-inf"),
+    ],
+)
+def test_numbers_for_people(value, text):
+    """Four significant digits, and no exponents where there need be none."""
+    assert console.number(value, 4) == text
+    assert console.number(1234.5678, 5) == "1,234.6"
+
+
+def test_a_line_that_cannot_be_written(capsys):
+    """Is told of without what was to be in it."""
+    learn("", {"password": "p4ssw0rd"})
+    handler = console.Console()
+    handler.setStream(sys.stderr)
+    handler.handle(logging.makeLogRecord({"msg": "%d", "args": ("p4ssw0rd",)}))
+    said = capsys.readouterr().err
+    assert "a line of the log could not be written" in said
+    assert "p4ssw0rd" not in said
+    assert "TypeError" in said
+
+
+FAILING = """
+import torch
+from harness import Task
+
+def build():
+    model = torch.nn.Linear(4, 1)
+
+    def loss(model, batch):
+        raise ValueError("the first line\\nthe second line")
+
+    dataset = torch.utils.data.TensorDataset(torch.rand(8, 4))
+    return Task(model=model, dataset=dataset, optimizer=torch.optim.SGD(model.parameters(), 0.01), loss=loss)
+"""
+
+
+@pytest.mark.torchrun
+def test_each_line_of_an_error_has_its_rank(tmp_path):
+    """Two ranks fail at once; of each line somebody can say whose it is, and no error is torn by the other."""
+    (tmp_path / "talking.py").write_text(FAILING)
+    (tmp_path / "talking.yaml").write_text(json.dumps({**CONFIG, "checkpoint": {}}))
+    command = [sys.executable, *torchrun(2), *COMMAND]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    lines = done.stderr.splitlines()
+    spoken = 0
+    for rank in (0, 1):
+        begin = f"rank {rank} on {platform.node()}: "
+        own = [number for number, line in enumerate(lines) if line.startswith(begin)]
+        if not own:  # torchrun ended it when the other had failed
+            continue
+        spoken += 1
+        assert lines[own[0]] == f"{begin}Traceback (most recent call last):"
+        assert lines[own[-1]] == f"{begin}the second line"
+        assert own == list(range(own[0], own[-1] + 1)), "in one piece"
+    assert spoken, done.stderr
+
+
+@pytest.mark.parametrize("command", [("train", "talking.yaml"), ("export", "run", "out.safetensors")])
+def test_without_torch(tmp_path, command):
+    """One line that says what to install, for whom."""
+    write(tmp_path)
+    save(str(tmp_path / "run"), {"model": {"weight": torch.zeros(2)}}, step=1)
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
+    done = harness(*command, cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert (
+        line
+        == f"harness: No module named 'torch': this verb needs PyTorch; install it for {sys.executable}: pip install torch"
+    )

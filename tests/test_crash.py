@@ -48,7 +48,7 @@ from faults import (
 
 import harness.checkpoint.format
 import harness.checkpoint.store
-from harness.checkpoint import catalog, commit, saver
+from harness.checkpoint import commit, saver
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import MANIFEST
 from harness.checkpoint.store import Store, open_store
@@ -475,7 +475,11 @@ def judge_line(store: Store, zombie: Zombie, successor: Life) -> str | None:
     _, restored = resume_from(store)
     if restored.step != 12 or not restored.exact:
         return f"then resumed from {restored.step}"
-    saved = successor.save(13)
+    own = successor.save(13).directory
+    others = [entry for entry in Catalog(store).entries() if entry.directory != own]
+    if [entry.state for entry in others] not in ([], ["whole"]) or any(entry.step <= 13 for entry in others):
+        return f"left more than what the zombie has last committed: {others}"
+    saved = successor.save(31)  # further than that
     left = [name for name in store.list() if not name.startswith(("attempts/", saved.directory))]
     return f"never swept up {left}" if left else None
 
@@ -631,11 +635,11 @@ def prune_first(monkeypatch):
 
 
 def newest_goes_first(monkeypatch):
-    def prune(catalog, retention, best_step, *, attempt):
+    def tidy(catalog, retention, best_step, attempt):
         for entry in catalog.entries()[:-1]:
             catalog._delete(entry.directory)
 
-    monkeypatch.setattr(Catalog, "prune", prune)
+    monkeypatch.setattr(Catalog, "tidy", tidy)
 
 
 def manifest_goes_last(monkeypatch):
@@ -664,14 +668,14 @@ def test_a_wrong_order_is_found(tmp_path, monkeypatch, plant):
 
 
 def by_step_alone(monkeypatch):
-    def line(entries):
-        return (entry for entry in sorted(entries, key=lambda entry: -entry.step) if entry.state != "unfinished")
+    def candidates(catalog):
+        return (entry for entry in sorted(catalog.entries(), key=lambda entry: -entry.step) if entry.state != "unfinished")
 
-    monkeypatch.setattr(catalog, "line", line)
+    monkeypatch.setattr(Catalog, "candidates", candidates)
 
 
 def never_steps_aside(monkeypatch):
-    monkeypatch.setattr(Catalog, "_refuse_superseded", lambda catalog, attempt, attempts: None)
+    monkeypatch.setattr(Catalog, "refuse_superseded", lambda catalog, attempt: None)
 
 
 @pytest.mark.parametrize("plant", [by_step_alone, never_steps_aside])

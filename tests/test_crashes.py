@@ -42,6 +42,16 @@ def test_the_same_death_again_is_a_loop_and_once_more_is_the_end(catalog):
     assert not crashes.is_looping(catalog, 5)
 
 
+def test_numbers_do_not_make_another_death(catalog):
+    """The process id of a worker, an address: the same sample kills another process each time."""
+    for pid, address in ((24846, "0x7f3a"), (24911, "0x55ff"), (9, "0x10")):
+        die(
+            catalog,
+            Crash(7, f"RuntimeError: DataLoader worker (pid {pid}) is killed by signal: Killed. <at {address}>", 0, []),
+        )
+    assert crashes.is_looping(catalog, 3)
+
+
 @pytest.mark.parametrize(
     "other", [None, Crash(8, BAD.error, 1, []), Crash(7, "ValueError: another", 1, [])], ids=["no record", "step", "error"]
 )

@@ -533,6 +533,12 @@ def test_a_crash_loop(write, trained, deaths, code):
         assert "resume" not in found
 
 
+def test_a_url_that_must_hold_a_run(write, kept_path):
+    """As ``train --resume`` demands it: nothing is there, and the start would end with exit code 66."""
+    code, found = examined(write(), f"checkpoint.url={kept_path}/run", "checkpoint.must_exist=true")
+    assert (code, one(found, "run").level) == (66, "error")
+
+
 def test_a_url_that_is_to_be_fresh(write, trained):
     """As ``train --fresh`` refuses it."""
     url, _ = trained

@@ -337,8 +337,8 @@ class Fading:
 
 
 def hooked(world, place: Path):
-    """The digests as from ``in_two_halves``, and how many gradients the hooks have seen, of a loop whose gradients pass
-    through hooks of parameters and a communication hook."""
+    """The digests as from ``in_two_halves``, and how many gradients the hooks have seen, of a loop that saves what DDP
+    wraps, and whose gradients pass through hooks of parameters and a communication hook."""
     found = []
     for url, steps in (("straight", 4), ("halves", 2), ("halves", 4)):
         torch.manual_seed(SEED)
@@ -350,7 +350,7 @@ def hooked(world, place: Path):
         model = world.wrap(plain)
         model.register_comm_hook(None, default_hooks.fp16_compress_hook)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        state = {"model": model, "optimizer": optimizer, "fading": fading}
+        state = {"first": plain[0], "model": plain, "optimizer": optimizer, "fading": fading}
         run = Run(place / url, state, world=world, stop=StopRequest(), config={"log": {"every_steps": None}})
         began = run.global_step
         for step in run.steps(steps):

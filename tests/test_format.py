@@ -32,7 +32,7 @@ from harness.checkpoint.format import (
     plan_shards,
     shard_name,
 )
-from harness.errors import Corrupt, UnknownFormat
+from harness.errors import Corrupt, UnknownFormat, Unsupported
 
 ATTEMPT = Attempt("000002-1f3a9c2e")
 by_example = settings(deadline=None, database=None, derandomize=True)
@@ -374,5 +374,5 @@ def test_json_with_surprises_is_corrupt(body):
 
 def test_numbers_that_json_lacks_are_not_written():
     """A manifest with NaN in it would be refused by its reader: it is refused by its writer."""
-    with pytest.raises(ValueError, match="not JSON compliant"):
+    with pytest.raises(Unsupported, match="not JSON compliant"):
         dataclasses.replace(MANIFEST, meta={"loss": float("nan")}).encode()

@@ -1125,6 +1125,22 @@ def test_import_of_weights_alone(tmp_path):
     assert manifest.meta["metrics"] == {"last": {}}
 
 
+def test_import_of_what_links_lead_to(tmp_path):
+    """The cache of Hugging Face's hub has a directory of links for each revision; the files lie elsewhere."""
+    blobs, snapshot = tmp_path / "models--a--b/blobs", tmp_path / "models--a--b/snapshots/0123"
+    for place in (blobs, snapshot):
+        place.mkdir(parents=True)
+    safetensors.torch.save_file(dict(Net().state_dict()), blobs / "abcd")
+    (blobs / "ef01").write_text("{}")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/abcd")
+    (snapshot / "config.json").symlink_to("../../blobs/ef01")
+    (tmp_path / "main").symlink_to(snapshot)
+    for source in (snapshot, tmp_path / "main", snapshot / "model.safetensors"):
+        assert same(read_foreign(str(source)).model, dict(Net().state_dict()))
+    import_run(str(snapshot), open_store(f"{tmp_path}/run"))
+    assert same(read_foreign(f"{tmp_path}/run").model, dict(Net().state_dict()))
+
+
 def test_import_of_a_distributed_checkpoint(tmp_path, trained, distributed):
     """A distributed checkpoint that was trusted once is a checkpoint without pickle from then on."""
     source = distributed({"model": trained[0].state_dict(), "optimizer": trained[1].state_dict()})

@@ -10,7 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
-from cluster import alive, committed, harness, held, hold, launch, read_json, release, wait_until
+from cluster import Run, alive, committed, harness, held, hold, launch, read_json, release, wait_until
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 from torch import nn
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from harness import Task
+from harness.environment import rank
 
 STEPS, EVERY = 24, 3
 STORM_STEPS = 240
@@ -37,9 +38,9 @@ class Noisy(Dataset):
         return x + 0.1 * torch.randn(32), x.sum().unsqueeze(0)
 
 
-def build(place: str = ".", hold_at: int | None = None) -> Task:
+def build(place: str = ".", hold_at: int | None = None, alone: bool = False) -> Task:
     """A model of a megabyte with dropout. In ``place``, the file ``paused`` keeps a process from starting, ``slow`` makes
-    steps take longer, and the process waits at step ``hold_at`` until it is released."""
+    steps take longer, and the process (``alone``: rank 0's) waits at step ``hold_at`` until it is released."""
     Path(place, f"started.{os.getpid()}").touch()
     wait_until(lambda: not Path(place, "paused").exists(), "leave to start")
     model = nn.Sequential(
@@ -50,7 +51,7 @@ def build(place: str = ".", hold_at: int | None = None) -> Task:
     slow = Path(place, "slow")
 
     def loss(model: nn.Module, batch) -> torch.Tensor:
-        if scheduler.last_epoch == hold_at:
+        if scheduler.last_epoch == hold_at and not (alone and rank()):
             hold(Path(place, "step"))
         if slow.exists():
             time.sleep(0.02)  # a storm needs a run that takes its time
@@ -209,18 +210,33 @@ def test_short_kill_storm(tmp_path, straight):
 
 
 @pytest.mark.torchrun
-def test_a_death_while_the_ranks_start_does_not_hold_up_the_others(tmp_path):
-    """A rank whose peer dies before they have met leaves within its grace, not when torchrun loses patience (30 s)."""
+@pytest.mark.parametrize("launcher", ["harness launch", "torchrun"])
+def test_a_death_while_the_ranks_start_does_not_hold_up_the_others(tmp_path, straight, launcher):
+    """A rank is killed while another builds its task, then while that is in a long step of its own: the survivor knows that
+    torchrun's SIGTERM is no stop, and leaves at once, though it had a grace of minutes. The run goes on and completes."""
     (tmp_path / "paused").touch()
-    brief = {**config("run", steps=1, place="."), "stop": {"grace_seconds": 1}}
-    with launch(tmp_path, brief, ranks=2, max_restarts=1) as run:
+    settings = config("run", place=".", hold_at=10, alone=True) | {"stop": {"grace_seconds": 200}}
+    command = ("-m", "harness", *(["launch", "--nproc-per-node=2", "--"] if launcher == "harness launch" else []), "train")
+    ranks = None if launcher == "harness launch" else 2
+    with launch(tmp_path, settings, ranks=ranks, max_restarts=2, command=command) as run:
         run.wait(lambda: len(list(tmp_path.glob("started.*"))) == 2, "two ranks that build their task")
-        survivor = run.workers()[0]
-        run.kill_rank(1)
-        run.wait(lambda: "closing signal SIGTERM" in run.output(), "torchrun to tell the other rank")
+        survives(run)
         (tmp_path / "paused").unlink()
-        run.wait(lambda: not alive(survivor), "the other rank to leave", seconds=15)
+        run.wait(lambda: held(tmp_path / "step"), "the step that takes long")
+        run.wait(lambda: 9 in committed(tmp_path / "run"), "the save before it")
+        survives(run)
+        release(tmp_path / "step")
+        assert run.wait_for("resume", attempt=2)["step"] == 9
         run.succeed()
+        assert "another rank has failed" in run.output()
+    assert digests(str(tmp_path / "run")) == straight[STEPS]
+
+
+def survives(run: Run) -> None:
+    """Rank 1 is killed; rank 0 leaves before torchrun loses patience (30 s), and before its grace is over."""
+    survivor = run.workers()[0]
+    run.kill_rank(1)
+    run.wait(lambda: not alive(survivor), "the other rank to leave", seconds=20)
 
 
 @pytest.mark.soak

@@ -14,7 +14,7 @@ from values import bits
 
 from harness.checkpoint import commit, load
 from harness.checkpoint.catalog import Catalog
-from harness.checkpoint.format import Attempt, FileInfo, Manifest, TensorInfo, checksum, digest, encode_header
+from harness.checkpoint.format import Attempt, FileInfo, Manifest, Slices, TensorInfo, checksum, digest, encode_header
 from harness.checkpoint.store import Store, open_store
 from harness.errors import Corrupt, StoreError, UnknownFormat
 
@@ -277,3 +277,33 @@ def test_a_tensor_in_two_shards(written):
     part = dataclasses.replace(manifest.parts["model"], files=["model.safetensors", "twin.safetensors"])
     with pytest.raises(Corrupt, match=r"twin\.safetensors: a is in another shard too"):
         load.read(written.store, written.directory, dataclasses.replace(manifest, files=files, parts={"model": part}))
+
+
+@pytest.mark.parametrize("lies_in_pieces", [False, True])
+def test_a_hole_larger_than_the_memory(tmp_path, lies_in_pieces):
+    """A file of 14 TB that takes no room on the disk, in a manifest that fits it: damage, told with the size."""
+    if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "1":
+        pytest.skip("this machine promises any memory, and kills who uses it")
+    store, size_bytes = open_store(str(tmp_path)), 14 << 40
+    directory, manifest = commit.write(store, {"model": {"weight": torch.ones(3)}}, step=1, attempt=ATTEMPT)
+    header = encode_header([TensorInfo("weight~20" if lies_in_pieces else "weight", "uint8", (size_bytes,))])
+    with (tmp_path / directory / "model.safetensors").open("wb") as file:
+        file.write(header)
+        try:
+            file.truncate(len(header) + size_bytes)
+        except OSError:
+            pytest.skip("this file system has no files of 14 TB")
+    (shard,) = manifest.files
+    part = manifest.parts["model"]
+    if lies_in_pieces:
+        part = dataclasses.replace(part, slices={"weight": Slices("uint8", [size_bytes], [0])})
+    hostile = dataclasses.replace(
+        manifest, files=[dataclasses.replace(shard, bytes=len(header) + size_bytes)], parts={"model": part}
+    )
+    (tmp_path / directory / "manifest.json").write_bytes(hostile.encode())
+    (entry,) = Catalog(store).entries()
+    assert entry.state == "whole", "for all that its sizes say"
+    with pytest.raises(
+        Corrupt, match=f"weight: expected a tensor for which this machine has the memory, found {size_bytes} b"
+    ):
+        load.read(store, directory, entry.manifest)

@@ -1,6 +1,7 @@
 """The training loop: what is done when, and what it leaves as it was."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from harness.checkpoint.saver import Saver
 from harness.config import Config
 from harness.errors import ConfigError, StoreError
 from harness.loop import build_task
+from harness.world import TorchrunWorld
 
 TRAIN = {"steps": 12, "global_batch_size": 4}  # the data set has ten samples: 3 steps an epoch
 
@@ -445,6 +447,28 @@ def other_metrics(world, _place: Path):
     return told
 
 
+def unequal_steps(world, place: Path):
+    """What is said where rank 1 leaves its loop three steps before rank 0 does."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("harness.run").addHandler(handler)
+    torch.manual_seed(0)
+    brief = TorchrunWorld(torch.device("cpu"), "gloo", timeout_seconds=2)
+    run = Run(None, {"model": nn.Linear(1, 1)}, world=brief, stop=StopRequest(), config={"log": {"every_steps": None}})
+    try:
+        for step in run.steps(7):
+            if world.rank == 1 and step == 4:
+                break
+            run.step()
+    except Exception as error:
+        run.remember_crash(error)
+    finally:
+        logging.getLogger("harness.run").removeHandler(handler)
+        world.all_gather(None)  # over a group of its own
+    return lines
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     directory = tmp_path_factory.mktemp("loop")
@@ -481,6 +505,17 @@ def test_all_ranks_know_what_has_become_of_the_last_save(results):
     assert [result["raised"] for result in results[1]["last_save_fails"]] == ["StoreError", "StoreError"]
 
 
+@pytest.mark.torchrun
+def test_a_rank_that_waits_in_vain_says_where_it_was(results):
+    """Besides what gloo has to say: which boundary it had reached, and what is asked of all ranks."""
+    first, second = returned(results[1]["unequal_steps"])
+    (line,) = [each for each in first if "in vain" in each]
+    assert line.startswith(
+        "rank 0 waited in vain for another rank, after 7 calls of run.step() in this process (step 7): every"
+    )
+    assert not [each for each in second if "in vain" in each]
+
+
 @pytest.mark.parametrize(("grace_seconds", "warnings"), [(1e-6, 1), (60.0, 0)])
 def test_a_save_that_outlasts_the_grace_is_warned_of_once(run, caplog, grace_seconds, warnings):
     """At the first save, not at the preemption; two saves are made here."""
@@ -496,5 +531,48 @@ def test_a_save_that_outlasts_the_grace_is_warned_of_at_the_next_start(run, capl
     assert caplog.text.count("it would end before it is saved") == 1
 
 
+# --- the data --------------------------------------------------------------------------------------------------------
+
+
+class Told(Points):
+    """Samples that depend on the epoch that the data set was told last; ``seen`` has one of each step."""
+
+    epoch = -1
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __getitem__(self, index: int):
+        return torch.full((1, 4), float(self.epoch)), self.x[index]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_set_is_told_the_epoch(run, workers):
+    """In each process that fetches, workers too, which are an epoch ahead; and again after a resume in its middle."""
+    seen = []
+
+    def task() -> Task:
+        model = nn.Linear(4, 4)
+
+        def note(model, batch):
+            seen.append(set(batch[0].flatten().tolist()))
+            return F.mse_loss(model(batch[0]), batch[1])
+
+        return Task(model, Told(), torch.optim.SGD(model.parameters(), lr=0.1), note)
+
+    run(task, train={**TRAIN, "steps": 5}, data={"workers": workers})
+    run(task, train={**TRAIN, "steps": 9}, data={"workers": workers})
+    assert seen == [{epoch} for epoch in (0.0, 1.0, 2.0) for _ in range(3)]
+
+
+def test_a_short_last_batch_can_be_left_out(run, caplog):
+    """Epochs are counted in whole batches then, and a batch norm that would be given one sample is no longer warned of."""
+    assert run(train={"epochs": 2, "global_batch_size": 9}) == [4]
+    assert "a batch norm cannot train on one (model): choose drop_last (train.drop_last)" in caplog.text
+    caplog.clear()
+    assert run(train={"epochs": 6, "global_batch_size": 9, "drop_last": True}) == [4, 6]
+    assert "batch norm" not in caplog.text
+
+
 if __name__ == "__main__":
-    play([evaluated, empty_shares, saved_late, last_save_fails, other_metrics], Path(sys.argv[1]))
+    play([evaluated, empty_shares, saved_late, last_save_fails, other_metrics, unequal_steps], Path(sys.argv[1]))

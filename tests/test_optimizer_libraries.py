@@ -1,8 +1,9 @@
 """Every optimizer of some libraries resumes bit for bit, or is refused at the first save; never a silent difference.
 
-The libraries are nothing that harness or its other tests need: ``make soak`` installs them. Each optimizer that trains a
-small model for 12 steps on its own trains it for 6, is saved, and goes on in objects that were made anew. The others need a
-model of another kind, several processes or a GPU, or fail by themselves.
+The libraries are nothing that harness or its other tests need: ``make soak`` installs them into a folder of their own, which
+``SOAK_LIBRARIES`` names; ``SOAK_OPTIMIZERS="lamb adan"`` tries these alone. Each optimizer that trains a small model for 12
+steps on its own trains it for 6, is saved, and goes on in objects that were made anew. The others need a model of another
+kind, several processes or a GPU, or fail by themselves.
 """
 
 import contextlib
@@ -16,7 +17,8 @@ import sys
 import types
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -35,12 +37,12 @@ STEPS, SAVED = 12, 6
 
 
 class Net(nn.Module):
-    """Convolutions and matrices, some so large that an 8-bit optimizer keeps their state in 8 bits."""
+    """Convolutions and matrices."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 1)
-        self.third, self.last = nn.Linear(16, 264), nn.Linear(264, 4)
+        self.third, self.last = nn.Linear(16, width), nn.Linear(width, 4)
 
     def forward(self, index: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(index)
@@ -87,6 +89,7 @@ def with_closure(net: nn.Module, optimizer: optim.Optimizer, index: int) -> None
             loss.backward()
             return loss
 
+    closure()  # some want gradients when they are called, and these must be of this step
     optimizer.step(closure)
 
 
@@ -174,38 +177,45 @@ LIBRARIES = {
 # --- training ----------------------------------------------------------------------------------------------------------
 
 
-def built(make: Make, seed: int, memory_format: torch.memory_format) -> tuple[nn.Module, optim.Optimizer]:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    net = Net().to(memory_format=memory_format)
-    optimizer = make(net)
-    if hasattr(optimizer, "train"):
-        optimizer.train()  # of a schedule-free one
-    return net, optimizer
+@dataclass(frozen=True)
+class Trial:
+    """A way to make an optimizer, and to step with it."""
 
+    make: Make
+    step: Step
+    memory_format: torch.memory_format
+    width: int
 
-def alone(make: Make, way: Step, memory_format: torch.memory_format) -> Any:
-    net, optimizer = built(make, 0, memory_format)
-    for index in range(STEPS):
-        way(net, optimizer, index)
-    return told(net, optimizer)
+    def built(self, seed: int) -> tuple[nn.Module, optim.Optimizer]:
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        net = Net(self.width).to(memory_format=self.memory_format)
+        optimizer = self.make(net)
+        if hasattr(optimizer, "train"):
+            optimizer.train()  # of a schedule-free one
+        return net, optimizer
 
+    def alone(self) -> Any:
+        net, optimizer = self.built(seed=0)
+        for index in range(STEPS):
+            self.step(net, optimizer, index)
+        return told(net, optimizer)
 
-def under_a_run(make: Make, way: Step, memory_format: torch.memory_format, url: str, seed: int, until: int) -> Any:
-    net, optimizer = built(make, seed, memory_format)
-    state = {"model": net, "optimizer": optimizer}
-    run = Run(url, state, every_steps=SAVED, stop=StopRequest(), config={"log": {"every_steps": None}})
-    try:
-        for index in run.steps(STEPS):
-            way(net, optimizer, index)
-            run.step()
-            if run.global_step == until < STEPS:
-                run.finish()
-                break
-    finally:
-        run.close()
-    return told(net, optimizer)
+    def under_a_run(self, url: str, seed: int, until: int) -> Any:
+        net, optimizer = self.built(seed)
+        state = {"model": net, "optimizer": optimizer}
+        run = Run(url, state, every_steps=SAVED, stop=StopRequest(), config={"log": {"every_steps": None}})
+        try:
+            for index in run.steps(STEPS):
+                self.step(net, optimizer, index)
+                run.step()
+                if run.global_step == until < STEPS:
+                    run.finish()
+                    break
+        finally:
+            run.close()
+        return told(net, optimizer)
 
 
 def told(net: nn.Module, optimizer: optim.Optimizer) -> Any:
@@ -223,7 +233,7 @@ def deep(value: Any) -> Any:
         return {repr(key): deep(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [deep(item) for item in value]
-    return repr(value)
+    return repr(value) if isinstance(value, str | bool | int | float | complex | None) else type(value).__name__
 
 
 def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
@@ -237,33 +247,31 @@ def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {one!s:.80} and {other!s:.80}"
 
 
-def first_that_works(ways: list[tuple[Make, Step]], memory_format: torch.memory_format) -> tuple[Make, Step, Any] | str:
+def first_that_works(trials: Iterable[Trial]) -> tuple[Trial, Any] | str:
     problem = ""
-    for make, way in ways:
+    for trial in trials:
         try:
-            end = alone(make, way, memory_format)
+            return trial, trial.alone()
         except Exception as error:
             problem = problem or f"{type(error).__name__}: {error}".partition("\n")[0]
-        else:
-            return make, way, end
     return problem
 
 
-def outcome(ways: list[tuple[Make, Step]], memory_format: torch.memory_format) -> tuple[str, str]:
+def outcome(trials: Iterable[Trial]) -> tuple[str, str]:
     """equal, refused, different or does not train; and why."""
-    found = first_that_works(ways, memory_format)
+    found = first_that_works(trials)
     if isinstance(found, str):
         return "does not train", found
-    make, way, end = found
-    if list(differences(end, alone(make, way, memory_format))):
+    trial, end = found
+    if list(differences(end, trial.alone())):
         return "does not train", "to the same end twice"
     url = f"memory://{uuid.uuid4()}"
     try:
         try:
-            under_a_run(make, way, memory_format, url, seed=0, until=SAVED)
+            trial.under_a_run(url, seed=0, until=SAVED)
         except HarnessError as error:
             return "refused", f"{type(error).__name__}: {error}"
-        resumed = under_a_run(make, way, memory_format, url, seed=1, until=STEPS)
+        resumed = trial.under_a_run(url, seed=1, until=STEPS)
     except Exception as error:
         return "different", f"{type(error).__name__}: {error}"
     finally:
@@ -277,19 +285,21 @@ def outcome(ways: list[tuple[Make, Step]], memory_format: torch.memory_format) -
 @pytest.mark.timeout(3600)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_every_optimizer_of_a_library_resumes_bit_for_bit_or_is_refused(library, caplog, capsys):
+def test_every_optimizer_of_a_library_resumes_bit_for_bit_or_is_refused(library, caplog, capsys, monkeypatch):
     """After 6 steps, a save and 6 more in new objects, all bits and strides are those of 12 steps without harness."""
     caplog.set_level(logging.CRITICAL)
     torch.compiler.set_stance("force_eager")  # the arithmetic is what matters, and compiling takes minutes
     wanted = os.environ.get("SOAK_OPTIMIZERS", "").split()
+    if folder := os.environ.get("SOAK_LIBRARIES"):
+        monkeypatch.syspath_prepend(folder)
     found: dict[str, list[str]] = defaultdict(list)
     try:
         for name, each in LIBRARIES[library]().items():
             if wanted and name not in wanted:
                 continue
-            ways = [(make, way) for make in each for way in WAYS]
             for memory_format in (torch.contiguous_format, torch.channels_last):
-                what, why = outcome(ways, memory_format)
+                width = 256 if library == "torchao" else 32  # smaller ones are not kept in 8 bits
+                what, why = outcome(Trial(make, way, memory_format, width) for make in each for way in WAYS)
                 found[what].append(f"{name} ({str(memory_format).removeprefix('torch.')}): {why}")
                 with capsys.disabled():
                     print("." if what == "equal" else f"\n{library}: {what}: {found[what][-1]:.400}", end="", flush=True)
@@ -299,4 +309,4 @@ def test_every_optimizer_of_a_library_resumes_bit_for_bit_or_is_refused(library,
         print(f"\n{library}: {', '.join(f'{len(each)} {what}' for what, each in sorted(found.items()))}")
     assert found["equal"], "none of them was tried"
     assert not found["different"]
-    assert len(found["refused"]) <= 2, found["refused"]
+    assert len({each.partition(" ")[0] for each in found["refused"]}) <= 4, found["refused"]

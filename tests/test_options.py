@@ -251,6 +251,31 @@ def test_a_reset_rate_on_a_plateau(tmp_path):
     assert Program(tmp_path, plateau, lr=0.4, reset=["lr"]).train(5).rates == [0.4, 0.2]
 
 
+class Decay:
+    """A schedule's function that is an object with a setting."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, step: int) -> float:
+        return self.factor**step
+
+
+def test_settings_of_functions_and_of_phases(tmp_path, caplog):
+    """Also where torch keeps them in objects, and under names of its own."""
+    build = lambda factor: lambda optimizer: lr_scheduler.LambdaLR(optimizer, [Decay(factor)] * 2)
+    Program(tmp_path / "lambda", build(0.5)).train(2)
+    assert Program(tmp_path / "lambda", build(0.1)).train(3).rates == pytest.approx([0.025])
+    assert told(caplog)[-1].startswith("scheduler: lr_lambdas: ({'factor': 0.1}, {'factor': 0.1}) in this program, ")
+    assert Program(tmp_path / "lambda", build(0.1), reset=["lr_lambdas"]).train(5).rates == pytest.approx([1e-4, 1e-5])
+    cycle = lambda start: lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, 8, pct_start=start)
+    Program(tmp_path / "cycle", cycle(0.5)).train(2)
+    Program(tmp_path / "cycle", cycle(0.25))
+    assert told(caplog)[-1].startswith("scheduler: schedule_phases: ({'end_step': 1.0, ")
+    expected = Program(tmp_path / "straight", cycle(0.25)).train(8).rates
+    assert Program(tmp_path / "cycle", cycle(0.25), reset=["schedule_phases"]).train(8).rates == pytest.approx(expected[2:])
+
+
 LONGER = {
     "CosineAnnealingLR": ("T_max", lr_scheduler.CosineAnnealingLR),
     "OneCycleLR": ("total_steps", lambda optimizer, steps: lr_scheduler.OneCycleLR(optimizer, 0.1, steps)),

@@ -11,9 +11,16 @@ from harness import errors, outcome
 from harness.outcome import Outcome
 
 
+@pytest.fixture(autouse=True)
+def _no_rank(monkeypatch):
+    """This process is none but where a test has it claim that, and afterwards it is none again."""
+    monkeypatch.setattr(outcome, "_directory", None)
+
+
 def test_a_record_is_written_where_the_launcher_wants_it(tmp_path, monkeypatch):
     """Each rank leaves one record; a new start takes its own away first."""
     monkeypatch.setenv(outcome.DIRECTORY_VARIABLE, str(tmp_path))
+    outcome.claim()
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         outcome.record(Outcome(75, f"rank {rank}"))
@@ -25,6 +32,7 @@ def test_a_record_is_written_where_the_launcher_wants_it(tmp_path, monkeypatch):
 def test_nothing_is_written_without_a_launcher(monkeypatch):
     """Under stock torchrun and in a plain process there is nowhere to write to, and that is no error."""
     monkeypatch.delenv(outcome.DIRECTORY_VARIABLE, raising=False)
+    outcome.claim()
     outcome.record(Outcome(1))
     outcome.forget()
 
@@ -32,13 +40,47 @@ def test_nothing_is_written_without_a_launcher(monkeypatch):
 def test_an_exit_does_not_fail_because_its_record_does(monkeypatch):
     """A directory that has gone is no reason to end in another way."""
     monkeypatch.setenv(outcome.DIRECTORY_VARIABLE, "/nonexistent")
+    outcome.claim()
     outcome.record(Outcome(1))
+
+
+def test_only_the_rank_itself_leaves_a_record(tmp_path, monkeypatch):
+    """What it starts, harness's own verbs among it, inherits its environment and does not speak for it; nor does a fork."""
+    monkeypatch.setenv(outcome.DIRECTORY_VARIABLE, str(tmp_path))
+    outcome.claim()
+    verb = subprocess.run(
+        [sys.executable, "-m", "harness", "verify", str(tmp_path / "none")], capture_output=True, check=False
+    )
+    assert verb.returncode == 66, verb.stderr
+    if not (child := os.fork()):
+        outcome.record(Outcome(2))
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert outcome.read(str(tmp_path)) == []
+    outcome.record(Outcome(75))
+    assert outcome.read(str(tmp_path)) == [Outcome(75)]
+
+
+def test_a_rank_knows_whether_a_stop_was_asked_for(tmp_path, monkeypatch):
+    """SIGTERM alone may also mean that another rank has died."""
+    assert not outcome.stop_was_asked()
+    assert not outcome.is_ended_for_another()
+    monkeypatch.setenv(outcome.DIRECTORY_VARIABLE, str(tmp_path))
+    outcome.claim()
+    outcome.say_ended(str(tmp_path), [os.getpid() + 1])
+    assert not outcome.is_ended_for_another(), "a process of an earlier start"
+    outcome.say_ended(str(tmp_path), [os.getpid()])
+    assert outcome.is_ended_for_another()
+    assert not outcome.stop_was_asked()
+    outcome.say_stop(str(tmp_path))
+    assert outcome.stop_was_asked()
 
 
 @pytest.mark.parametrize(("code", "waits"), [(2, True), (75, False), (1, False)])
 def test_what_ends_the_launch_waits_to_be_seen(tmp_path, monkeypatch, code, waits):
     """A rank that torchrun would start again in vain is still there when the launcher looks for the next time."""
     monkeypatch.setenv(outcome.DIRECTORY_VARIABLE, str(tmp_path))
+    outcome.claim()
     began = time.monotonic()
     outcome.record(Outcome(code))
     assert (time.monotonic() - began > 2 * outcome.POLL_SECONDS) == waits
@@ -74,6 +116,8 @@ def test_exit_code_of_a_launch_that_was_asked_to_stop(launcher, codes, expected)
         (0, [], 0),
         (1, [], 1),
         (137, [1, 76], 1),
+        (2, [], 2),
+        (2, [1], 1),
         (0, [75, 75], 75),
         (1, [75, 75], 75),
         (1, [76, 2], 2),

@@ -99,6 +99,30 @@ class Wrapping(optim.Optimizer):
         self.state.update({self.numbered()[key]: dict(value) for key, value in state["slow"].items()})
 
 
+class Sharpened(optim.Optimizer):
+    """Climbs before another optimizer steps, whose moments its own ``state_dict`` does not have."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"rho": 0.05})
+        self.base_optimizer = optim.AdamW(self.param_groups, lr=0.02)
+        self.param_groups = self.base_optimizer.param_groups
+
+    def step(self, closure: Callable[[], Any]) -> None:
+        closure()
+        for group in self.param_groups:
+            for parameter in (each for each in group["params"] if each.grad is not None):
+                self.state[parameter]["before"] = parameter.detach().clone()
+                parameter.data.add_(parameter.grad, alpha=group["rho"])
+        closure()
+        for parameter, state in self.state.items():
+            parameter.data.copy_(state["before"])
+        self.base_optimizer.step()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.base_optimizer.param_groups = self.param_groups
+
+
 class Noisy(optim.SGD):
     """Keeps a count, an average and generators as attributes, where no ``state_dict`` has them."""
 
@@ -188,7 +212,7 @@ def digests(state: Training) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", [Counting, Typed, Windowed, Wrapping, Noisy, EightBit, Casting])
+@pytest.mark.parametrize("kind", [Counting, Typed, Windowed, Wrapping, Sharpened, Noisy, EightBit, Casting])
 @pytest.mark.parametrize("steps", [0, 1, 4])
 def test_an_optimizer_of_any_make_goes_on_bit_for_bit(kind, dtype, steps, declared_safe, caplog):
     """In new objects, and in live ones that have gone on: options, values of any kind, and attributes are as they were."""
@@ -242,6 +266,17 @@ def test_a_tensor_of_a_class_that_the_program_does_not_know_is_an_error_that_say
         written = commit.write(store, state.capture(), step=1, attempt=Attempt.after([]))
     with pytest.raises(ConfigError, match=r"moment: a tensor of the class \S*\.Packed, .* import its library before"):
         load.read(store, *written)
+
+
+def test_an_optimizer_within_an_optimizer_goes_by_the_same_groups():
+    """A learning rate that is changed after a resume is that of both."""
+    state, twin = of_kind(Sharpened, 0), of_kind(Sharpened, 1)
+    train(state.model, state.optimizer, range(2))
+    twin.restore(through_a_store(state.capture()), 2)
+    for each in (state, twin):
+        each.optimizer.param_groups[0]["lr"] = 0.001
+        train(each.model, each.optimizer, range(2, 4))
+    assert digests(twin) == digests(state)
 
 
 class Doubling(optim.AdamW):

@@ -4,16 +4,21 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from cluster import harness, newest, play, played, read_json, returned, train_here
-from faults import Flawed
+from faults import Flawed, Life, parts_at
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import TensorDataset, random_split
 
-from harness import Run, StopRequest, Task
+from harness import Loader, Run, StopRequest, Task
+from harness.checkpoint import commit
+from harness.checkpoint.catalog import Catalog
+from harness.checkpoint.format import Ancestor, Attempt
+from harness.checkpoint.store import open_store
 from harness.config import Config
 from harness.errors import ConfigError, Mismatch, NoCheckpoint, StoreError
 from harness.loop import build_task
@@ -113,6 +118,29 @@ def test_it_falls_back_as_far_as_it_must(url, caplog):
     assert "step-000000000002" in next(
         message for message in caplog.messages if "resuming from step" in message and "NOT" not in message
     )
+
+
+def test_another_line_that_goes_further_is_told_of(tmp_path, caplog):
+    """Where two copies of a run went on apart and were put together: what is on the other one, and that it stays."""
+    store = open_store(str(tmp_path))
+    life = Life(store, keep_last=None)
+    life.save(200)
+    for step in (300, 400):
+        Life(store, keep_last=None).save(step)
+    other = Catalog(store)
+    elsewhere = [Attempt(f"00000{number}-eeeeeeee") for number in (4, 5)]
+    lineage = [Ancestor(life.attempt.id, 200)]
+    for attempt, step in zip(elsewhere, (210, 230), strict=True):
+        commit.write(store, parts_at(step), step=step, attempt=attempt, lineage=lineage, meta={"world_size": 2})
+        lineage.append(Ancestor(attempt.id, step))
+    last = Life(store, keep_last=1)
+    assert (last.restored.step, last.restored.exact) == (230, True)
+    (told,) = [record.message for record in caplog.records if "also there" in record.message]
+    assert told.startswith(
+        "also there: step 400 of attempt 3, not on this line, and further than it: step-000000000400-000003-"
+    )
+    last.save(240)
+    assert [entry.step for entry in other.entries()] == [240, 400]
 
 
 def test_an_unfinished_save_is_no_checkpoint(url, caplog):
@@ -325,6 +353,12 @@ def ranks_differ_in_their_batches(world, place: Path):
     train_here(build, world, url=place / "run", train={"steps": 6, "global_batch_size": 4 + 2 * world.rank})
 
 
+def ranks_have_other_samples(world, place: Path):
+    whole = TensorDataset(torch.randn(40, 2, generator=torch.Generator().manual_seed(1)))
+    seed = torch.Generator().manual_seed(world.rank)  # as it is without one
+    Run(place / "run", {"loader": Loader(random_split(whole, [30, 10], seed)[0], 4)}, world=world, stop=StopRequest())
+
+
 def ranks_differ_in_their_models(world, place: Path):
     torch.manual_seed(world.rank)
     Run(place / "run", {"model": nn.Linear(2, 2)}, world=world, stop=StopRequest())
@@ -360,12 +394,29 @@ SCENARIOS = [
     ranks_differ_in_an_option,
     ranks_differ_in_their_data,
     ranks_differ_in_their_batches,
+    ranks_have_other_samples,
     ranks_differ_in_their_models,
     ranks_differ_after_a_resume,
     only_rank_0_fails,
     only_rank_0_looks,
     refused_by_all,
 ]
+
+
+def build_split(seed: int) -> Task:
+    """A task that splits its data by itself."""
+    task = build(samples=40)
+    part = random_split(task.dataset, [30, 10], torch.Generator().manual_seed(seed))[0]
+    return replace(task, dataset=part)
+
+
+def test_another_split_at_a_restart_is_refused(tmp_path):
+    """Samples that the model is judged by would be trained; other data on purpose has a setting."""
+    train_here(lambda: build_split(0), url=tmp_path / "run", train=TRAIN, checkpoint=CHECKPOINT)
+    with pytest.raises(Mismatch, match=r"step-0+6-.*the samples are not those that were trained \(sample \d+(, \d+)+ of"):
+        prolong(tmp_path / "run", lambda: build_split(1))
+    assert prolong(tmp_path / "run", lambda: build_split(0), steps=7).step == 7
+    assert prolong(tmp_path / "run", lambda: build_split(1), data={"fingerprint": False}).step == 8
 
 
 @pytest.fixture(scope="module")
@@ -406,6 +457,16 @@ def test_ranks_that_differ_do_not_train(results, scenario, error, words):
         assert result.get("raised") == error, result
         assert "not in lockstep: ranks [1] differ from rank 0" in result["message"]
         assert words in result["message"]
+
+
+@pytest.mark.torchrun
+def test_ranks_with_other_samples_do_not_train(results):
+    """As many samples in the same order, and not the same ones: each rank has split the data by itself."""
+    for result in results[1]["ranks_have_other_samples"]:
+        assert result.get("raised") == "ConfigError", result
+        assert (
+            "the samples are not the same on ranks 0 and 1: give random_split a generator with a seed" in result["message"]
+        )
 
 
 @pytest.mark.torchrun

@@ -1,9 +1,12 @@
 """A run around a loop that somebody else has written: what it saves, restores, says, and refuses."""
 
 import json
+import os
+import resource
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cluster import newest
@@ -12,7 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import harness
 from harness import Loader, Run, StopRequest
-from harness.errors import ConfigError, Mismatch, NoCheckpoint, Stopped, Unsupported
+from harness.errors import ConfigError, Mismatch, NoCheckpoint, Stopped, StoreError, Unsupported
+from harness.world import SoloWorld
 
 SAMPLES, BATCH = 10, 4  # three steps an epoch
 
@@ -386,6 +390,27 @@ def test_epochs_of_somebody_elses_loader():
             pass
 
 
+def test_a_loader_takes_its_place_from_the_group(tmp_path, monkeypatch):
+    """Where the program has joined one, as under ``torch.multiprocessing.spawn``, whatever the environment says."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    early = Loader(TensorDataset(torch.arange(8.0)), 2)
+    assert (early.rank, early.world_size) == (3, 4)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        late = Loader(TensorDataset(torch.arange(8.0)), 2)
+        chosen = Loader(TensorDataset(torch.arange(8.0)), 2, rank=1, world_size=2)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert (late.rank, late.world_size) == (0, 1)
+    with pytest.raises(
+        ConfigError, match="the Loader is for rank 3 of 4, and this process is rank 0 of 1: make the Loader after"
+    ):
+        Run(None, {"loader": early}, world=SoloWorld(torch.device("cpu")), stop=StopRequest())
+    for loader in (late, chosen):
+        Run(None, {"loader": loader}, world=SoloWorld(torch.device("cpu")), stop=StopRequest()).close()
+
+
 def test_a_loader_that_was_left_out(tmp_path, caplog):
     """Nothing would tell a resume where it was."""
     loader = Loader(TensorDataset(torch.arange(8.0)), 2)
@@ -438,6 +463,59 @@ def test_save_load_latest(tmp_path):
     found = harness.load(tmp_path, step=5)
     assert found["model"]["a"] is found["model"]["b"]
     assert found["other"] == {"lr": 0.1, "names": ["x"]}
+
+
+@pytest.mark.parametrize("step", [10**12, -1, True, 2.0, "5", None, torch.tensor(1.5)], ids=repr)
+def test_steps_that_save_refuses(tmp_path, step):
+    """What the name of a directory cannot hold would be found by nobody: it is refused before anything is written."""
+    with pytest.raises(Unsupported, match=r"^step: expected a whole number from 0 to 999999999999, found "):
+        harness.save(tmp_path / "run", {"model": {}}, step=step)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("step", [0, 10**12 - 1, np.int64(5), torch.tensor(7)], ids=repr)
+def test_steps_that_save_takes(tmp_path, step):
+    """Whatever is a whole number, from whatever library."""
+    harness.save(tmp_path, {"model": {}}, step=step)
+    assert harness.latest(tmp_path) == int(step)
+
+
+def test_meta_that_save_refuses(tmp_path):
+    """What would not be read again as it was given is refused before anything is written, and told in words."""
+    for meta in ({"loss": float("nan")}, {1: "a", "1": "b"}, {"a": {True: 1, "true": 2}}, {"lr": np.int64(1)}, ["a"]):
+        with pytest.raises(Unsupported, match=r"^meta: expected "):
+            harness.save(tmp_path / "run", {"model": {}}, meta=meta)
+    assert not (tmp_path / "run").exists()
+    harness.save(tmp_path / "run", {"model": {}}, meta={"epoch": 1, 2: ["x", None, {"y": 1e300}]})
+    assert harness.latest(tmp_path / "run") == 0
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path):
+    """The room is free again."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(StoreError, match="File too large"):
+            harness.save(tmp_path, {"a": {"x": torch.zeros(10)}, "b": {"x": torch.zeros(10_000)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == ["attempts"]
+
+
+def test_a_run_that_must_be_there(tmp_path):
+    """A URL without a checkpoint is refused, and left as it is; one with a checkpoint is gone on from."""
+    with pytest.raises(NoCheckpoint, match=r"expected a run to go on with \(checkpoint\.must_exist\), found no checkpoint"):
+        harness.Run(tmp_path / "run", {"model": nn.Linear(1, 1)}, must_exist=True, stop=harness.StopRequest())
+    assert not (tmp_path / "run").exists()
+    for must_exist in (False, True):
+        model = {"model": nn.Linear(1, 1)}
+        run = harness.Run(tmp_path / "run", model, must_exist=must_exist, every_steps=1, stop=harness.StopRequest())
+        for _ in run.steps(run.global_step + 1):
+            run.step()
+        run.close()
+    assert harness.latest(tmp_path / "run") == 2
+    with pytest.raises(ConfigError, match="choose"):
+        harness.Run(tmp_path / "run", model, must_exist=True, fresh=True, stop=harness.StopRequest())
 
 
 def test_what_save_refuses(tmp_path):

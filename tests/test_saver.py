@@ -8,6 +8,7 @@ import resource
 
 import pytest
 import torch
+from faults import Contents, Life, Objects, Pair
 
 from harness.checkpoint import load
 from harness.checkpoint.catalog import Catalog, Retention
@@ -126,6 +127,72 @@ def test_failed_saves_harm_nothing(tmp_path):
     assert {entry.state for entry in writer.catalog.entries() if entry.step != 10} <= {"unfinished"}
     save(writer, 30)
     assert [(entry.step, entry.state) for entry in writer.catalog.entries()] == [(30, "whole")]
+
+
+@pytest.mark.parametrize("retention", [Retention(), Retention(keep_last=1)], ids=["all", "one"])
+def test_a_failed_save_takes_no_room(tmp_path, retention):
+    """What it has written is deleted before the next one begins, with its directory; the one that died before this start has
+    left something, and that goes with the first save."""
+    catalog = Catalog(open_store(str(tmp_path)))
+    dead = saver(str(tmp_path), attempt=catalog.claim_attempt({}))
+    first = save(dead, 10)
+    killed = tmp_path / dead.new_directory(20)
+    killed.mkdir()
+    (killed / "model.safetensors").write_bytes(bytes(1000))
+    writer = saver(str(tmp_path), attempt=catalog.claim_attempt({}), retention=retention)
+    small = {"a": {"weight": torch.zeros(10)}}  # a part that is written before the one that fails
+    with small_files():
+        for step in (20, 30):
+            assert writer.save(small | parts(step, TOO_LARGE), step=step, meta={}) is None
+            assert sorted(os.listdir(tmp_path)) == ["attempts", first.directory]
+    saved = save(writer, 40)
+    kept = {saved.directory} if retention.keep_last else {saved.directory, first.directory}
+    assert {*os.listdir(tmp_path)} == {"attempts", *kept}
+
+
+def test_a_save_that_failed_for_the_moment_takes_no_room_of_the_next():
+    """Where the storage has to come back first, and where other writers may still write, what was written goes when the next
+    save begins, before it writes anything."""
+    for writers, transient in ((1, True), (2, False), (2, True)):
+        objects: dict[str, bytes] = {}
+        done: list[tuple[str, str]] = []
+        troubles = [StoreError("on purpose", transient=transient)]
+
+        def fail(operation: str, name: str, troubles=troubles, done=done) -> None:
+            if troubles and operation == "put" and "optimizer" in name:
+                raise troubles.pop()
+            done.append((operation, name))
+
+        store = Objects(objects, fail)
+        life = Life(store, failures_allowed=9) if writers == 1 else Pair(Objects(objects), store, failures_allowed=9)
+        life.saver.retention = Retention()
+        life.saver.catalog.store.before = fail
+        assert life.save(10, must_succeed=False) is None
+        left = {name.partition("/")[0] for name in objects if name.startswith("step-")}
+        assert len(left) == 1, "for now"
+        done.clear()
+        saved = life.save(20)
+        changes = [(operation, name.partition("/")[0]) for operation, name in done if operation in ("put", "delete")]
+        assert changes[0] == ("delete", *left)
+        assert {name.partition("/")[0] for name in objects} == {"attempts", saved.directory}
+
+
+def test_a_commit_whose_reply_was_lost_stays(tmp_path):
+    """A save that is told of as failed, and whose manifest is there after all, is a checkpoint, and nobody deletes it."""
+    contents = Contents()
+    life = Life(open_store("bucket://run", {"contents": contents}, attempts=1), keep_last=None, failures_allowed=9)
+    lost = []
+
+    def request(what, perform):
+        perform()
+        if "manifest" in what and not lost:
+            lost.append(what)
+            raise ConnectionResetError("on purpose")
+
+    contents.request = request
+    assert life.save(10, must_succeed=False) is None
+    life.save(20)
+    assert [(entry.step, entry.state) for entry in life.catalog.entries()] == [(20, "whole"), (10, "whole")]
 
 
 def test_a_state_that_cannot_be_saved_is_no_failure_of_storage(tmp_path, caplog):

@@ -1,5 +1,6 @@
 """A signal is remembered, acted upon at a step boundary, and the process is gone in time."""
 
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -7,23 +8,31 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from cluster import CONTAINER, PATIENCE_SECONDS, alive, wait_until
 
-from harness.signals import STOP_SIGNALS, StopRequest
+from harness.signals import STOP_SIGNALS, StopRequest, deaf_children
 
 
 @pytest.fixture
 def stop():
-    """A request that listens in this process, whose handlers are put back afterwards."""
+    """A request that listens in this process, and leaves it as it was."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     request = StopRequest()
     request.listen()
     yield request
-    signal.set_wakeup_fd(-1)
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    request.close()
+    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def asked(stop: StopRequest) -> threading.Event:
+    """Is set when the thread that listens hears of a signal."""
+    heard = threading.Event()
+    stop.when_asked(lambda _over: heard.set())
+    return heard
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
@@ -49,30 +58,95 @@ def test_the_notice_may_be_given_twice(stop):
     assert stop.reason == "SIGTERM"
 
 
-def test_nobody_leaves_without_a_signal(stop):
-    """The grace begins with the first signal, and ends with the call."""
-    left = threading.Event()
-    stop.leave_in_time(0.05, left.set)
-    assert not left.wait(0.3)
+def test_the_thread_hears_the_first_signal(stop):
+    """And nothing before it."""
+    heard = asked(stop)
+    assert not heard.wait(0.2)
     os.kill(os.getpid(), signal.SIGTERM)
-    assert left.wait(PATIENCE_SECONDS)
+    assert heard.wait(PATIENCE_SECONDS)
 
 
 def test_a_signal_that_came_early_counts(stop):
-    """Also one that came before anybody could say how long the grace is: while torch was being imported."""
-    left = threading.Event()
+    """Also one that came before there was a thread."""
     os.kill(os.getpid(), signal.SIGTERM)
-    stop.leave_in_time(0.05, left.set)
-    assert left.wait(10)
+    assert asked(stop).wait(PATIENCE_SECONDS)
+
+
+def test_a_handler_of_the_program_wins(stop):
+    """One that was installed later, to dump the stacks, say: no stop was asked for. Nor is it replaced afterwards."""
+    heard = asked(stop)
+    called = []
+    own = lambda number, _frame: called.append(number)
+    signal.signal(signal.SIGUSR1, own)
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert not heard.wait(1.3)
+        assert (called, stop.reason) == ([signal.SIGUSR1], "")
+        stop.close()
+        assert signal.getsignal(signal.SIGUSR1) == own
+    finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
+def test_it_ends_with_whoever_listens():
+    """What was there before is back, the request is forgotten, and no thread and no pipe is left of it."""
+    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        request = StopRequest()
+        request.listen()
+        heard = asked(request)
+        request.close()
+        request.close()
+        assert not heard.is_set()
+        wait_until(lambda: threading.active_count() == threads, "the thread to end", 10)
+    assert len(os.listdir("/proc/self/fd")) == files
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+# --- children --------------------------------------------------------------------------------------------------------
+
+
+def in_child(do) -> int:
+    """The exit status of a forked child that does something, after a signal to it if it waits for one."""
+    if not (child := os.fork()):
+        os._exit(do() or 0)
+    return child
+
+
+def test_a_child_can_be_ended(stop):
+    """It is as if nobody listened there, from its first moment on, and the parent takes no notice of its signals."""
+    heard = asked(stop)
+    for _ in range(20):
+        child = in_child(lambda: time.sleep(60))
+        os.kill(child, signal.SIGTERM)
+        assert os.waitpid(child, 0)[1] == signal.SIGTERM
+    with multiprocessing.get_context("fork").Pool(2) as pool:  # which it ends while its processes are busy
+        pool.map_async(time.sleep, [60, 60])
+    assert not heard.wait(0.3)
+    assert not stop
+
+
+def test_a_notice_does_not_end_a_child(stop):
+    """Slurm sends it to every process, and only the trainer understands it."""
+    child = in_child(lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_child_may_be_deaf(stop):
+    """A loader's worker, in the moment before it can say so itself."""
+    with deaf_children():
+        child = in_child(lambda: [os.kill(os.getpid(), number) for number in STOP_SIGNALS] and 0)
+    assert os.waitpid(child, 0)[1] == 0
+    child = in_child(lambda: os.kill(os.getpid(), signal.SIGHUP))
+    assert os.waitpid(child, 0)[1] == signal.SIGHUP
 
 
 HANGS = """\
 import ctypes
-from harness.signals import StopRequest
-from harness.world import leave_at_once
-stop = StopRequest()
-stop.listen()
-stop.leave_in_time(0.1, lambda: leave_at_once(75))
+from harness.program import Program
+program = Program().__enter__()
+program.grace_seconds = 0.1
 mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
 libc.pthread_mutex_lock(mutex)
 print("hanging", flush=True)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,19 @@ def test_the_doctor_asks_slurm(cluster, tmp_path):
 
 def said(log: Path) -> tuple[str, int]:
     return log.read_text(), re.MULTILINE
+
+
+def test_ranks_that_srun_would_start(cluster, tmp_path):
+    """A batch script of several tasks may train in one plain process; a step of several tasks is refused, task by task."""
+    (tmp_path / "config.yaml").write_text(json.dumps(config(tmp_path)))
+    ask = f"{sys.executable} -c 'from harness.environment import ranks; print(ranks())'"
+    script = tmp_path / "script.sh"
+    script.write_text(f"#!/bin/sh\n{ask}\nsrun --ntasks=2 harness train {tmp_path}/config.yaml\nsrun --ntasks=1 {ask}\n")
+    number = cluster.submit(script, options=("--ntasks=2", "--nodelist=n1"), log=tmp_path / "output.txt")
+    assert cluster.wait(number, "COMPLETED", "FAILED", seconds=120)["JobState"] == "COMPLETED"
+    lines = [line for line in (tmp_path / "output.txt").read_text().splitlines() if not line.startswith("srun:")]
+    assert (lines[0], lines[-1]) == ("None", "None"), lines
+    assert len(lines) == 4
+    for line in lines[1:3]:
+        assert line.startswith("harness: environment: srun has started 2 processes (SLURM_STEP_NUM_TASKS=2)")
+    assert not (tmp_path / "run").exists()

@@ -1,6 +1,8 @@
 """The processes of a run, and agreement between them."""
 
 import os
+import platform
+import re
 import socket
 import sys
 import threading
@@ -14,7 +16,9 @@ from cluster import launch, play, played, returned
 from torch import nn
 from torch.distributed import TCPStore
 
+from harness import console, program
 from harness.config import WorldConfig
+from harness.environment import Ranks
 from harness.errors import ConfigError, RankFailure
 from harness.world import Agreement, SoloWorld, TorchrunWorld, _fresh_store, has_lost_a_peer, join_world, world_of_program
 
@@ -65,11 +69,17 @@ def test_without_a_launcher_there_is_no_group(monkeypatch):
 # --- what the machine has not ----------------------------------------------------------------------------------------
 
 
+def be_one_of_two(monkeypatch) -> None:
+    """As torchrun tells its workers."""
+    told = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**told, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
 def test_a_device_that_is_not_there(monkeypatch):
     """It is said before any group is made: here there is none to make it with, so an attempt would be another error."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    be_one_of_two(monkeypatch)
     with pytest.raises(ConfigError, match=r"world\.device: expected a CUDA device for each of 2 local ranks, found 1"):
         join_world(WorldConfig(device="cuda"))
 
@@ -80,7 +90,7 @@ def test_too_few_devices_are_none(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert join_world(WorldConfig()).device.type == "cpu"
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    be_one_of_two(monkeypatch)
     with pytest.raises(ConfigError, match=r"world\.backend: expected CUDA devices for nccl, found none"):
         join_world(WorldConfig(backend="nccl"))
 
@@ -103,7 +113,8 @@ def start(rank: int, found: dict, timeout: timedelta = HALF_A_MINUTE) -> threadi
 
     def join() -> None:
         try:
-            found[rank] = _fresh_store(rank, RANKS, timeout)
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            found[rank] = _fresh_store(Ranks(rank, RANKS, rank, RANKS, address, port), timeout)
         except RankFailure as error:
             found[rank] = error
 
@@ -353,9 +364,11 @@ def test_a_lost_peer_is_told_from_an_error_here(tmp_path):
         run.kill_rank(1)
         assert run.finish() == 1
         output = run.output()
-    lines = [line for line in output.splitlines() if line.startswith("harness:")]
+    lines = [line for line in output.splitlines() if "harness:" in line]
     assert len(lines) == 1
-    assert lines[0].startswith("harness: rank 0: lost contact with another rank: ")
+    lost = "harness: lost contact with another rank: .+; this rank was at the boundary of step"
+    assert (place := re.fullmatch(rf"rank 0 on {re.escape(platform.node())}: {lost} (\d+)", lines[0])), lines
+    assert int(place[1]) >= 100
     assert output.count("Traceback") == 1, "torchrun's own"
 
 
@@ -373,6 +386,37 @@ def test_a_store_with_old_addresses_is_warned_of(tmp_path, monkeypatch, caplog):
         assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in caplog.text
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_name_that_leads_nowhere(monkeypatch, caplog, rank):
+    """It is told of within seconds, by every rank, with what is wrong; without torchrun it may still be published."""
+    address, port = "no-such-host.invalid", "29500"
+    environment = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": port}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("harness.world._NAME_SECONDS", 0.3)
+    words = f"MASTER_ADDR is {address}, the machine of rank 0, and this machine does not find it: .*--local-addr"
+    with pytest.raises(RankFailure, match=words):
+        join_world(WorldConfig(timeout_seconds=1))
+    assert "tried again for up to 1 s" in caplog.text
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    began = time.monotonic()
+    with pytest.raises(RankFailure, match=words):
+        join_world(WorldConfig(timeout_seconds=600))
+    assert time.monotonic() - began < 60
+
+
+def test_a_wait_that_was_too_long(monkeypatch):
+    """Says at which boundary this rank was, so that somebody can compare it with the others, and what to do."""
+    monkeypatch.setattr(console.here, "step", 7)
+    for reason in ("Application timeout caused pair closure", "Timed out waiting 5000ms for recv operation to complete"):
+        said = program.where_this_rank_was(reason)
+        assert said.startswith("this rank was at the boundary of step 7; compare with the other ranks")
+        assert "world.timeout_seconds" in said
+    assert program.where_this_rank_was("Connection closed by peer") == "this rank was at the boundary of step 7"
+    monkeypatch.setattr(console.here, "step", None)
+    assert "before its first step boundary" in program.where_this_rank_was("Connection closed by peer")
 
 
 def test_what_counts_as_a_lost_peer():

@@ -22,21 +22,20 @@ def main() -> None:
     torch.manual_seed(0)
     dataset = curve()
     model = DistributedDataParallel(nn.Sequential(nn.Linear(1, 128), nn.Tanh(), nn.BatchNorm1d(128), nn.Linear(128, 1)))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.002, momentum=0.9)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
     loader = harness.Loader(dataset, global_batch_size=8 * dist.get_world_size())
-    state = {"model": model, "optimizer": optimizer, "scaler": scaler, "loader": loader}
-    run = harness.Run("runs/curve", state, every_steps=30)
+    run = harness.Run("runs/curve", {"model": model, "optimizer": sgd, "scaler": scaler, "loader": loader}, every_steps=30)
     for _ in run.epochs(EPOCHS):
-        for index, (x, y) in enumerate(loader):
-            model.require_backward_grad_sync = (index + 1) % ACCUMULATED == 0
+        for x, y in loader:
+            model.require_backward_grad_sync = (loader.batch + 1) % ACCUMULATED == 0 or loader.batch + 1 == len(loader)
             with torch.autocast("cpu", torch.float16):
                 loss = nn.functional.mse_loss(model(x), y)
             scaler.scale(loss / ACCUMULATED).backward()
             if model.require_backward_grad_sync:
-                scaler.step(optimizer)
+                scaler.step(sgd)
                 scaler.update()
-                optimizer.zero_grad()
+                sgd.zero_grad()
                 run.step(loss=loss)
     dist.destroy_process_group()
 

@@ -35,7 +35,9 @@ from harness.checkpoint.format import (
     Part,
     Receipt,
     TensorInfo,
+    check_meta,
     check_part_name,
+    check_step,
     checksum,
     checksum_of_blocks,
     digest,
@@ -48,7 +50,7 @@ from harness.checkpoint.shares import Found, Plan, Shard
 from harness.checkpoint.store import Store
 from harness.checkpoint.threads import in_threads, threads_for
 from harness.checkpoint.unbuffered import Buffer
-from harness.errors import Corrupt, StoreError, Unsupported
+from harness.errors import CheckpointError, Corrupt, StoreError, Unsupported
 
 
 class Torn(Exception):
@@ -68,15 +70,20 @@ def write(
     lineage: Sequence[Ancestor] = (),
     meta: Mapping[str, Any] | None = None,
     shard_bytes: int = 1 << 30,
+    directory: str | None = None,
 ) -> tuple[str, Manifest]:
     """Writes a checkpoint and returns its directory and its manifest.
 
     ``parts`` are nested values such as state dictionaries; ``meta`` is JSON that goes into the manifest as it is. Raises
     ``Unsupported`` before anything is written, ``StoreError`` when the store fails; in both cases nothing is committed.
     """
-    return write_encoded(
-        store, encode(parts), step=step, attempt=attempt, lineage=lineage, meta=meta, shard_bytes=shard_bytes
-    )
+    about: dict[str, Any] = {
+        "step": check_step(step),
+        "attempt": attempt,
+        "lineage": lineage,
+        "meta": check_meta(meta or {}),
+    }
+    return write_encoded(store, encode(parts), **about, shard_bytes=shard_bytes, directory=directory)
 
 
 def encode(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, tree.Encoded]:
@@ -114,9 +121,10 @@ def write_encoded(
     meta: Mapping[str, Any] | None,
     shard_bytes: int,
     streams: int = 1,
+    directory: str | None = None,
 ) -> tuple[str, Manifest]:
     """As ``write``, for parts that were taken apart, with so many shards on their way at once."""
-    directory, plan = new_directory(step, attempt), Plan(encoded, shard_bytes)
+    directory, plan = directory or new_directory(step, attempt), Plan(encoded, shard_bytes)
     receipt = write_share(store, directory, plan, streamed(plan, encoded), streams)
     manifest = publish(store, directory, plan, encoded, [receipt], step=step, attempt=attempt, lineage=lineage, meta=meta)
     return directory, manifest
@@ -239,6 +247,10 @@ def publish(
             meta=dict(meta or {}),
         )
         text = manifest.encode()  # before the last look at the store: nothing but the put may fail after it
+        try:
+            Manifest.decode(text)
+        except CheckpointError as error:  # what no reader would take is not committed
+            raise Unsupported(f"{directory}: its manifest could not be read again: {error}") from None
     for name, index in indexes.items():
         _put_bytes(store, f"{directory}/{name}", index)
     _confirm(store, directory, manifest.files)

@@ -166,6 +166,7 @@ def checksum_of_blocks(blocks: Blocks) -> str:
 # --- names -----------------------------------------------------------------------------------------------------------
 
 _DIRECTORY = re.compile(r"step-([0-9]{12})-([0-9]{6}-[0-9a-f]{8})-([0-9a-f]{8})")
+_STEPS = 10**12  # as many as the name of a directory can tell apart
 _ATTEMPT_ID = re.compile(r"[0-9]{6}-[0-9a-f]{8}")
 _STRIDES = re.compile(r"[0-9]{1,15}(,[0-9]{1,15})*")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
@@ -191,6 +192,28 @@ class Attempt:
     @property
     def number(self) -> int:
         return int(self.id[:6])
+
+
+def check_step(step: Any) -> int:
+    """A step as a number. Raises ``Unsupported`` for what a name of a directory cannot hold."""
+    try:
+        number = -1 if isinstance(step, bool) else operator.index(step)
+    except TypeError:
+        number = -1
+    if not 0 <= number < _STEPS:
+        raise Unsupported(f"step: expected a whole number from 0 to {_STEPS - 1}, found {step!r:.100}")
+    return number
+
+
+def check_meta(meta: Any) -> dict[str, Any]:
+    """``meta`` as it will be read again. Raises ``Unsupported`` for what is not JSON, or changes its meaning there."""
+    if not isinstance(meta, Mapping):
+        raise Unsupported(f"meta: expected a dictionary, found {type(meta).__name__}")
+    try:
+        return _strict_json(json.dumps(dict(meta), allow_nan=False).encode())
+    except (TypeError, ValueError, RecursionError, Corrupt) as error:
+        advice = "give numbers, texts, lists and dictionaries with keys that differ as texts: float(x), str(x), None for NaN"
+        raise Unsupported(f"meta: expected JSON: {error}; {advice}") from None
 
 
 def new_directory(step: int, attempt: Attempt, number: int = 0) -> str:
@@ -511,7 +534,7 @@ class Manifest:
 
 
 def _is_step(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < _STEPS
 
 
 def _is_attempt(value: Any) -> bool:
@@ -567,7 +590,10 @@ def receipt_name(rank: int) -> str:
 
 def _sealed(name: str, body: Mapping[str, Any]) -> bytes:
     """JSON whose last line is the checksum of what comes before it."""
-    text = json.dumps(body, indent=1, allow_nan=False).removesuffix("\n}").encode() + b",\n"
+    try:
+        text = json.dumps(body, indent=1, allow_nan=False).removesuffix("\n}").encode() + b",\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Unsupported(f"{name}: {error}") from None
     if len(text) + 100 > MANIFEST_LIMIT_BYTES:
         raise Unsupported(f"{name}: {len(text)} bytes of values that are no tensors, at most {MANIFEST_LIMIT_BYTES}")
     return text + _last_line(text)

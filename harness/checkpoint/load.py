@@ -148,7 +148,7 @@ class _Wholes:
         if needed_bytes > (there_bytes := sum(files[file].bytes for file in part.files)):
             raise Corrupt(f"{directory}: {name}: pieces of {needed_bytes} bytes in files of {there_bytes}")
         for path, slices in part.slices.items():
-            self.tensors[path] = tensor = torch.empty(slices.shape, dtype=getattr(torch, slices.dtype), device="cpu")
+            self.tensors[path] = tensor = _empty(f"{directory}: {name}: {path}", slices.shape, slices.dtype)
             for piece, start, stop in slices.pieces(path):
                 self.places[piece] = _bytes_of(tensor)[start:stop]
 
@@ -254,7 +254,7 @@ class _Reader:
     def place(self, info: TensorInfo, tensors: dict[str, torch.Tensor]) -> memoryview:
         """The memory for what is stored under a name: a new tensor's, or the piece's within the whole."""
         if (place := self.target.places.get(info.path)) is None:
-            tensors[info.path] = tensor = torch.empty(info.shape, dtype=getattr(torch, info.dtype), device="cpu")
+            tensors[info.path] = tensor = _empty(info.path, info.shape, info.dtype)
             return _bytes_of(tensor)
         if (info.dtype, info.shape) != ("uint8", (len(place),)):
             raise Corrupt(f"{info.path}: expected {len(place)} bytes, found {info.dtype} {list(info.shape)}")
@@ -290,6 +290,15 @@ class _Reader:
         if self.threads > 1:
             return os.preadv(self.stream.fileno(), [place], start)
         return self.stream.readinto(place)  # type: ignore[attr-defined,no-any-return]
+
+
+def _empty(path: str, shape: Sequence[int], dtype: str) -> torch.Tensor:
+    """Memory for a tensor. Raises ``Corrupt`` where this machine has not so much: a hole in a file costs no disk."""
+    try:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
+    except RuntimeError:
+        size_bytes = TensorInfo(path, dtype, tuple(shape)).nbytes
+        raise Corrupt(f"{path}: expected a tensor for which this machine has the memory, found {size_bytes} bytes") from None
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -95,6 +95,8 @@ class Saver:
     _plan: Plan | None = None  # of the save before
     _under_way: "_Writing | None" = None
     _worker: Worker = field(default_factory=lambda: Worker(_THREAD))
+    _failed: list[str] = field(default_factory=list)  # directories of saves that failed, and that are to be deleted
+    _has_swept: bool = False  # what earlier attempts have left unfinished
 
     def new_directory(self, step: int) -> str:
         """A name for the directory of a save: the first writer chooses it, and all write there."""
@@ -174,8 +176,9 @@ class Saver:
                 snapshot = Snapshot(shards, own, self.memory, steady, overlap=overlap, is_proof=is_proof)
             contents = commit.streamed(plan, encoded) if snapshot is None else snapshot.images
             rest = {name: replace(part, tensors={}) for name, part in encoded.items()}  # which are not held any longer
-            confirm = None if snapshot is None or check else snapshot.refuse_torn
-            write = functools.partial(self._write, plan, rest, contents, order, confirm)
+            write = functools.partial(self._write, plan, rest, contents, order)
+            if snapshot is not None and not check:
+                write = functools.partial(write, confirm=snapshot.refuse_torn)
             self._under_way = _Writing(snapshot, lambda: self.catalog.store.together(write), order, began, self._worker)
         if snapshot is None:
             self._under_way.join()
@@ -232,6 +235,13 @@ class Saver:
             return None
         return Saved(order.step, *committed, seconds, blocked_seconds, self.catalog.store.retries - order.retries)
 
+    def let_end(self, seconds: float) -> None:
+        """Leaves a save that is under way some time to end, as ``give_up_after`` does. Any thread may call it."""
+        if (writing := self._under_way) is not None:
+            now = time.monotonic()
+            writing.order.latest = min(writing.order.latest, now + max(now - writing.began, _SHORTEST_PATIENCE_SECONDS))
+            writing.join(seconds)
+
     def give_up_after(self, seconds: float) -> Saved | None:
         """Leaves a save that is under way some time to end, whatever comes of it: the training is over. Raises nothing.
 
@@ -239,9 +249,7 @@ class Saver:
         """
         if (writing := self._under_way) is None:
             return None
-        now = time.monotonic()
-        writing.order.latest = min(writing.order.latest, now + max(now - writing.began, _SHORTEST_PATIENCE_SECONDS))
-        writing.join(seconds)
+        self.let_end(seconds)
         if not writing.is_over:
             log.warning("save of step %s given up after another %.0f s", writing.order.step, seconds)
             self._under_way, self._worker = None, Worker(_THREAD)
@@ -262,40 +270,69 @@ class Saver:
         parts: Mapping[str, Encoded],
         contents: Sequence[commit.Content],
         order: _Order,
-        confirm: Callable[[], None] | None = None,
+        confirm: Callable[[], None] = lambda: None,
     ) -> tuple[str, int] | None:
-        """Writes this rank's share. The first writer commits, and then tidies up: the directory and its bytes.
-
-        ``confirm`` raises ``Torn`` where what was written is not the state of the step boundary.
-        """
+        """Writes this rank's share. The first writer commits, and tidies up before and after it: the directory and its
+        bytes. ``confirm`` raises ``Torn`` where what was written is not the state of the step boundary."""
         store, directory = self.catalog.store, order.directory
         with self._telling(order):
-            receipt = commit.write_share(store, directory, plan, contents, self.streams)
-            if confirm is not None:
-                confirm()
             if not self.writers.is_first:
+                receipt = commit.write_share(store, directory, plan, contents, self.streams)
+                confirm()
                 commit.put_receipt(store, directory, receipt)
                 return None
-            self.before_commit()
-            receipts = [receipt, *commit.collect(store, directory, plan, lambda: order.latest)]
-            manifest = commit.publish(
-                store,
-                directory,
-                plan,
-                parts,
-                receipts,
-                step=order.step,
-                attempt=self.attempt,
-                lineage=self.lineage,
-                meta=order.meta,
-                expected=order.expected,
-            )
+            self._clean_up()
+            with self._discarding(directory):
+                receipt = commit.write_share(store, directory, plan, contents, self.streams)
+                confirm()
+                self.before_commit()
+                receipts = [receipt, *commit.collect(store, directory, plan, lambda: order.latest)]
+                manifest = commit.publish(
+                    store,
+                    directory,
+                    plan,
+                    parts,
+                    receipts,
+                    step=order.step,
+                    attempt=self.attempt,
+                    lineage=self.lineage,
+                    meta=order.meta,
+                    expected=order.expected,
+                )
             self.catalog.add(directory, manifest)
             try:
-                self.catalog.prune(self.retention, order.best_step, attempt=self.attempt)
+                self.catalog.tidy(self.retention, order.best_step, self.attempt)
             except StoreError as error:  # the commit stands; what is left over goes after the next one
                 log.warning("could not delete old checkpoints: %s", error)
             return directory, manifest.bytes
+
+    @contextlib.contextmanager
+    def _discarding(self, directory: str) -> Iterator[None]:
+        """After an error, deletes what was put into a directory: it takes the room that the next save needs.
+
+        That waits for the next save where the storage fails for the moment, and would hold the bad news up, and where other
+        writers may still be at their shares.
+        """
+        try:
+            yield
+        except Exception as error:
+            self._failed.append(directory)
+            may_work = not (isinstance(error, StoreError) and error.transient)
+            if may_work and len(self.writers.ranks) == 1:
+                self._clean_up()
+            raise
+
+    def _clean_up(self) -> None:
+        """Deletes what earlier attempts have left unfinished, once, and what failed saves have."""
+        try:
+            if not self._has_swept:
+                self.catalog.sweep(self.attempt)
+                self._has_swept = True
+            while self._failed:
+                self.catalog.discard(self._failed[-1])
+                self._failed.pop()
+        except StoreError as error:
+            log.warning("could not delete what unfinished saves have left: %s", error)
 
     @contextlib.contextmanager
     def _telling(self, order: _Order) -> Iterator[None]:

@@ -27,10 +27,10 @@ import errno
 import functools
 import io
 import os
-import re
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from stat import S_ISLNK
 from typing import Any, BinaryIO, ClassVar, TypeVar
 
 import fsspec
@@ -39,11 +39,13 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
+from harness import secrecy
 from harness.checkpoint import unbuffered
 from harness.checkpoint.calls import THREAD, Row, check_awaited, in_words, insist, is_transient, while_awaited
 from harness.checkpoint.threads import Background, in_order
 from harness.checkpoint.unbuffered import Buffer
 from harness.errors import ConfigError, StoreError
+from harness.secrecy import without_user
 
 T = TypeVar("T")
 
@@ -54,6 +56,7 @@ _S3_PARTS_AT_ONCE = 2  # so many of an object at once: there are several objects
 _S3_CLIENTS = 4  # over so many clients,
 _S3_WORTH_CLIENTS_BYTES = 64 << 20  # if it is as large as that: to make a client takes 75 ms of a core
 _S3_MOST_PARTS = 10_000  # that S3 takes for an object
+_FIRST_BYTES = 1 << 20  # of an object whose size is not known, this much is asked for first
 RANGE_BYTES = 8 << 20  # what is read in ranges comes in pieces of this size,
 _RANGES_AHEAD = 8  # so many of them at a time
 _S3 = {"s3", "s3a"}
@@ -133,12 +136,35 @@ class Store:
         at_once = _RANGES_AHEAD if self.has_ranges else 1
         return in_order(at_once, lambda each: self.read_range(*each), ranges, ahead=at_once)
 
-    def list(self, prefix: str = "") -> dict[str, int]:
-        """All objects below a prefix (a directory's name), with their sizes in bytes. Directories do not count."""
+    def names(self, directory: str = "") -> list[str]:
+        """The names that lie directly in a directory, of objects and of directories. Nothing below them is looked at."""
+
+        def look() -> list[str]:
+            place = self._path(directory)
+            try:
+                found = self.fs.ls(place, detail=False)
+            except FileNotFoundError:
+                return []
+            return [name for path in found if (name := path.rstrip("/")[len(place) + 1 :])]
+
+        return self._call("list", directory, look)
+
+    def list(self, prefix: str = "", *, beginning: str = "", follow: bool = True) -> dict[str, int]:
+        """All objects below a prefix (a directory's name), with their sizes in bytes. Directories do not count.
+
+        ``beginning`` is that of the names below it that are wanted; for object stores (``has_ranges``) alone. A link counts
+        as what it leads to; without ``follow`` as an object of its own, which can be deleted. Raises
+        ``StoreError`` where the prefix itself is a link that leads nowhere.
+        """
+        place = f"{self.root}/{prefix}".rstrip("/")
 
         def find() -> dict[str, int]:
             start = len(self.root) + 1
-            return {info["name"][start:]: info["size"] for info in _files(self.fs, f"{self.root}/{prefix}".rstrip("/"))}
+            found = {info["name"][start:]: info["size"] for info in _files(self.fs, place, beginning, follow=follow)}
+            if not found and self._is_link(place) and not self.fs.exists(place):
+                what = "it is a link, and what it leads to is not there; mount that, or delete the link"
+                raise StoreError(f"list {self.url}/{prefix}: {what}")
+            return found
 
         return self._call("list", prefix, find)
 
@@ -159,20 +185,39 @@ class Store:
 
         def delete() -> None:
             with contextlib.suppress(FileNotFoundError):
-                self.fs.rm_file(self._path(name))
+                self._remove(self._path(name))
 
         self._call("delete", name, delete)
 
+    def unlink(self, name: str) -> bool:
+        """Removes a name that is a link, and nothing of what it leads to; false where it is none."""
+
+        def unlink() -> bool:
+            if is_link := self._is_link(self._path(name)):
+                self._remove(self._path(name))
+            return is_link
+
+        return self._call("delete", name, unlink)
+
     def delete_directory(self, name: str) -> None:
-        """Removes a directory that has become empty, where the filesystem keeps such things. Best effort."""
+        """Removes a directory in which no object is left, where the filesystem keeps such things. Best effort."""
         assert name, "the root of an object store is a bucket"
 
-        def remove() -> None:
+        def remove(path: str) -> None:
             with contextlib.suppress(OSError, NotImplementedError):
-                self.fs.rmdir(self._path(name))
+                for info in self.fs.ls(path, detail=True) if self.has_directories else ():
+                    if info["type"] == "directory":  # not one that a link leads to
+                        remove(info["name"])
+                self.fs.rmdir(path)
 
         with contextlib.suppress(StoreError):
-            self._call("remove", name, remove)
+            self._call("remove", name, lambda: remove(self._path(name)))
+
+    def _is_link(self, path: str) -> bool:  # noqa: ARG002  # an object store has none
+        return False
+
+    def _remove(self, path: str) -> None:
+        self.fs.rm_file(path)
 
     @contextlib.contextmanager
     def without_traces(self) -> Iterator[None]:
@@ -253,6 +298,14 @@ class _RangedStore(Store):
 
     has_ranges = True
 
+    def get(self, name: str, limit_bytes: int) -> bytes | None:
+        """As ``Store.get``; most objects that are wanted whole are small, and come with the first request."""
+        try:
+            first = self.read_range(name, 0, min(_FIRST_BYTES, limit_bytes))
+        except FileNotFoundError:
+            return None
+        return first if len(first) < min(_FIRST_BYTES, limit_bytes) else super().get(name, limit_bytes)
+
     def read(self, name: str, consume: Callable[[BinaryIO], T], size_bytes: int) -> T:  # noqa: ARG002  # each range has a deadline
         found_bytes = self.stat(name)
         if found_bytes is None:
@@ -271,7 +324,10 @@ class _RangedStore(Store):
         try:
             data = self.fs.cat_file(path, start=start, end=start + size_bytes)
         except Exception:  # how a store refuses a range beyond the end is its own affair
-            if self.fs.info(path)["size"] > start:
+            info = self.fs.info(path)
+            if info["type"] != "file":
+                raise FileNotFoundError(path) from None
+            if info["size"] > start:
                 raise
             return b""
         if len(data) > size_bytes:
@@ -344,6 +400,9 @@ class _LocalStore(Store):
     streams = 1  # a disk is fastest at one thing after the other
     shard_bytes = 1 << 30
 
+    def _is_link(self, path: str) -> bool:
+        return os.path.islink(path)
+
     def _open(self, path: str) -> Any:
         return open(path, "rb")  # fsspec's file has layers; this one reads straight to where the bytes are to be
 
@@ -372,6 +431,18 @@ class _SftpStore(Store):
     has_directories = True
     streams = 1  # one connection, whatever is asked of it
     shard_bytes = 1 << 30
+
+    def _is_link(self, path: str) -> bool:
+        try:
+            return S_ISLNK(self.fs.ftp.lstat(path).st_mode)
+        except (AttributeError, FileNotFoundError):  # another library's filesystem, or nothing
+            return False
+
+    def _remove(self, path: str) -> None:
+        if hasattr(self.fs, "ftp"):
+            self.fs.ftp.remove(path)  # of a link to a directory, fsspec would remove the directory
+        else:
+            super()._remove(path)
 
     def _open(self, path: str) -> Any:
         file = super()._open(path)
@@ -411,6 +482,8 @@ def open_store(
     no such filesystem or its package is not installed, ``StoreError`` when it cannot be connected to.
     """
 
+    secrecy.learn(url, storage_options, fsspec.config.conf)
+
     def connect() -> tuple[AbstractFileSystem, str]:
         return fsspec.core.url_to_fs(url, **(storage_options or {}))  # type: ignore[no-any-return]
 
@@ -436,7 +509,7 @@ def shown(url: str) -> str:
     """A URL as it may be shown: without user name, password and query, where secrets can stand."""
     if "://" not in url:
         return url.rstrip("/")
-    return re.sub(r"//[^/]*@", "//", url).partition("?")[0].rstrip("/")
+    return without_user(url).partition("?")[0].rstrip("/")
 
 
 class _Joined(io.RawIOBase):
@@ -475,10 +548,16 @@ def _gathered(chunks: Iterable[Buffer], size_bytes: int) -> Iterator[bytes]:
         yield piece
 
 
-def _files(fs: AbstractFileSystem, place: str) -> Iterator[dict[str, Any]]:
-    """What fsspec knows of each file below a place."""
+def _files(
+    fs: AbstractFileSystem, place: str, beginning: str = "", *, follow: bool = True, is_behind_link: bool = False
+) -> Iterator[dict[str, Any]]:
+    """What fsspec knows of each file below a place, and behind the links in it; without ``follow`` of each link itself.
+
+    Behind a link to a directory none to another directory is followed: so there is no circle.
+    """
     if getattr(type(fs), "_find", AsyncFileSystem._find) is not AsyncFileSystem._find:  # an object store: one listing
-        yield from (info for info in fs.find(place, detail=True).values() if info["type"] == "file")
+        found = fs.find(place, detail=True, **({"prefix": beginning} if beginning else {}))
+        yield from (info for info in found.values() if info["type"] == "file")
         return
     try:
         found = fs.ls(place, detail=True)  # not find(), which leaves out what it may not list
@@ -486,9 +565,21 @@ def _files(fs: AbstractFileSystem, place: str) -> Iterator[dict[str, Any]]:
         return
     for info in found:
         if info["type"] == "directory":
-            yield from _files(fs, info["name"])
-        elif info["type"] == "file":
+            yield from _files(fs, info["name"], follow=follow, is_behind_link=is_behind_link)
+        elif info["type"] == "file" or not follow:
             yield info
+        elif (target := _behind(fs, info["name"])) is not None and target["type"] == "file":
+            yield target
+        elif target is not None and target["type"] == "directory" and not is_behind_link:
+            yield from _files(fs, info["name"], is_behind_link=True)
+
+
+def _behind(fs: AbstractFileSystem, link: str) -> dict[str, Any] | None:
+    """What fsspec knows of what a link leads to; None where that is not there."""
+    try:
+        return {**fs.info(link), "name": link}
+    except FileNotFoundError:
+        return None
 
 
 def _abandon(file: Any) -> None:

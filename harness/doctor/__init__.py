@@ -8,11 +8,11 @@ Started as the training is (``harness launch ... -- doctor CONFIG.yaml``, or tor
 process, at what one process can see. A script with a ``harness.Run`` is run until it makes that. It leaves nothing behind.
 """
 
-import os
 from collections.abc import Callable, Sequence
 
 from harness.config import Config, load_config
 from harness.doctor.findings import Finding, error, exit_code, named, ok
+from harness.environment import size
 from harness.errors import ConfigError
 from harness.startup import import_torch
 
@@ -27,7 +27,7 @@ def examine(config_file: str, overrides: Sequence[str], tell: Tell, *, fresh: bo
     """
     config, found = _read(config_file, overrides)
     found = named("configuration", found)
-    if config is None and "WORLD_SIZE" not in os.environ:  # torch, which takes seconds to import, could add nothing
+    if config is None and size() == 1:  # torch, which takes seconds to import, could add nothing
         tell(found)
         return exit_code(found)
     import_torch()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from harness.errors import ConfigError, HarnessError
+from harness.secrecy import without_secrets
 
 
 @dataclass(frozen=True)
@@ -85,4 +86,4 @@ def places(ranks: Sequence[int], hosts: Sequence[str]) -> str:
 
 def in_words(problem: BaseException) -> str:
     """An exception that nobody raised on purpose, in a line."""
-    return f"{type(problem).__name__}: {' '.join(str(problem).split())}"[:500].rstrip(": ")
+    return without_secrets(f"{type(problem).__name__}: {' '.join(str(problem).split())}")[:500].rstrip(": ")

@@ -16,7 +16,7 @@ from harness.data import Cursor
 from harness.doctor.attempt import attempt
 from harness.doctor.case import Case
 from harness.doctor.findings import Finding, error, ok, warn
-from harness.environment import is_first_of_node
+from harness.environment import is_first_of_node, local_size
 from harness.errors import ConfigError
 from harness.state import tensors_in
 from harness.world import choose_backend, choose_device
@@ -37,7 +37,7 @@ def device(case: Case) -> list[Finding]:
     except ConfigError as mistake:
         case.device = None
         return [error(tried, str(mistake), "start fewer processes on each machine, or choose another device")]
-    count, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    count, here = torch.cuda.device_count(), local_size()
     if case.config.world.device == "auto" and case.device.type == "cpu":
         if count:
             what = f"{count} CUDA devices for {here} processes: all will train on the CPU"
@@ -75,7 +75,7 @@ def memory(case: Case) -> list[Finding]:
     workers = case.loader._workers if case.loader else 0
     if not workers or case.micro_batch_bytes is None or not os.path.isdir(_SHARED_MEMORY):
         return []
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = local_size()
     needed_bytes = processes * workers * _PREFETCHED * case.micro_batch_bytes
     free_bytes = shutil.disk_usage(_SHARED_MEMORY).free
     tried = f"compared {_SHARED_MEMORY} with the batches that {processes} x {workers} loader workers have in flight"

@@ -21,6 +21,7 @@ from harness.doctor.findings import Finding, error, in_words, ok, places, warn
 from harness.environment import is_under_torchrun, rank
 from harness.errors import HarnessError, RankFailure
 from harness.modules import model_state
+from harness.secrecy import without_secrets
 from harness.world import World, choose_backend, join_world
 
 _GROUP_SECONDS = 60.0
@@ -152,7 +153,7 @@ def _flat(config: RunConfig) -> dict[str, str]:
             for key, item in value.items():
                 walk(item, f"{path}.{key}" if path else str(key))
         else:
-            found[path] = repr(value)[:80]
+            found[path] = without_secrets(repr(value))[:80]
 
     walk(config.model_dump(mode="json", exclude={"checkpoint": {"storage_options"}}), "")
     return found

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from fsspec.implementations.memory import MemoryFileSystem
 
 from harness import crashes, journal
-from harness.checkpoint.catalog import Catalog
+from harness.checkpoint.catalog import Catalog, Entry
 from harness.checkpoint.format import checksum
 from harness.checkpoint.store import Store, open_store, shown
 from harness.config import CheckpointConfig, Config
@@ -187,14 +187,17 @@ def run(case: Case) -> list[Finding]:
     try:
         if case.fresh:
             refuse_to_reuse(catalog, launch_id())
-        entries = catalog.candidates()
         case.skips_newest = crashes.is_looping(catalog, case.config.crash_loop.same_failures)
+        entries = _looked_at(case)
         trains = _trains_now(catalog)
     except (ConfigError, CrashLoop) as problem:
         return [error(tried, str(problem), "", type(problem))]
     except HarnessError as problem:
         return [error(tried, str(problem), "see that it can be listed and read", type(problem))]
     whole = [entry for entry in entries if entry.state == "whole"]
+    if not entries and case.config.checkpoint.must_exist:
+        advice = "see that it is the right place, and that it is mounted, or start without checkpoint.must_exist"
+        return [error(tried, "there is none, and checkpoint.must_exist asks for one", advice, NoCheckpoint)]
     if not entries:
         return trains or [ok(tried, "there is none: a run would start from nothing")]
     if not whole:
@@ -227,6 +230,18 @@ def _trains_now(catalog: Catalog) -> list[Finding]:
     what = f"attempt {newest.number} told of itself {max(silent_seconds, 0):.0f} s ago, and has not said that it ended"
     advice = "see that it is dead: a start takes the run over, and one that still trains ends with exit code 77"
     return [warn("looked for a training that goes on", what, advice)]
+
+
+def _looked_at(case: Case) -> list[Entry]:
+    """What a run may resume from, as far as the checkpoints that are to be kept."""
+    assert case.store is not None
+    found, count = list[Entry](), 0
+    for entry in Catalog(case.store).candidates():
+        found.append(entry)
+        count += entry.state == "whole"
+        if count >= max(case.config.checkpoint.keep_last or 1, 1 + case.skips_newest):
+            break
+    return found
 
 
 # --- for how long, and how much --------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ distributed checkpoint, which torch unpickles without restraint; it is read only
 Tensors are mapped from the file where that is possible: a caller who keeps one, copies it.
 """
 
+import functools
 import json
 import os
 import pickle
@@ -37,12 +38,17 @@ class Place:
     def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
         self.store = open_store(url, storage_options)
         self.url = self.store.url
-        size_bytes = self.store.stat("")
-        self.is_file = size_bytes is not None
-        self.files = {"": size_bytes} if size_bytes is not None else self.store.list()
-        if not self.files:
-            raise ConfigError(f"{self.url}: expected a file or a directory with files, found nothing")
+        self._size_bytes = self.store.stat("")
+        self.is_file = self._size_bytes is not None
         self._fetched: tempfile.TemporaryDirectory[str] | None = None
+
+    @functools.cached_property
+    def files(self) -> Mapping[str, int]:
+        """The files with their sizes. Listed when they are first asked for: a run's are of no interest."""
+        found = {"": self._size_bytes} if self._size_bytes is not None else self.store.list()
+        if not found:
+            raise ConfigError(f"{self.url}: expected a file or a directory with files, found nothing")
+        return found
 
     def __enter__(self) -> Self:
         return self

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from harness.checkpoint import load
-from harness.checkpoint.catalog import Catalog
+from harness.checkpoint.catalog import Catalog, Entry
 from harness.checkpoint.format import Manifest, parse_directory
 from harness.checkpoint.store import Store
 from harness.errors import Mismatch, Unsupported
@@ -61,10 +61,8 @@ def read_foreign(src: str, *, trust: bool = False, storage_options: Mapping[str,
     with files.Place(src, storage_options) as place:
         if place.is_file:
             value, what = files.read_file(place.path(), place.url)
-        elif any(parse_directory(name.partition("/")[0]) for name in place.files):
-            entry = Catalog(place.store).newest()
-            assert entry.manifest is not None, "a whole checkpoint has a manifest"
-            return _from_checkpoint(place.store, entry.directory, entry.manifest)
+        elif any(parse_directory(name) for name in place.store.names()):
+            return Catalog(place.store).reading(lambda entry: _of_entry(place.store, entry))
         elif parse_directory(place.store.root.rpartition("/")[2]):
             run, directory = split(place.store)
             return _from_checkpoint(run, directory, Catalog(run).open(directory))
@@ -80,6 +78,11 @@ def split(store: Store) -> tuple[Store, str]:
     root, _, name = store.root.rpartition("/")
     url = store.url.rpartition("/")[0] if "/" in store.url else "."
     return type(store)(store.fs, root, url, store.attempts, store.deadline_seconds), name
+
+
+def _of_entry(store: Store, entry: Entry) -> Foreign:
+    assert entry.manifest is not None, "a whole checkpoint has a manifest"
+    return _from_checkpoint(store, entry.directory, entry.manifest)
 
 
 def _from_checkpoint(store: Store, directory: str, manifest: Manifest) -> Foreign:

@@ -47,20 +47,18 @@ def import_run(
     in any data; a run starts from it as from any other source. ``storage_options`` are those of ``src``.
     """
     catalog = Catalog(store)
-    if any(entry.state != "unfinished" for entry in catalog.entries()):
+    if next(catalog.candidates(), None) is not None:
         raise ConfigError(f"{store.url}: expected an unused URL, found a run")
     foreign = read_foreign(src, trust=trust, storage_options=storage_options)
     training = None if foreign.versions is None else {"module_versions": {"model": foreign.versions}}
     parts = {"model": foreign.model, "optimizer": foreign.optimizer, "training": training}
     about = {"source": foreign.source, "what": foreign.what}
     loss = {"loss": foreign.loss} if foreign.loss is not None and math.isfinite(foreign.loss) else {}
-    directory, _ = commit.write(
-        store,
-        {name: part for name, part in parts.items() if part is not None},
-        step=0,
-        attempt=catalog.claim_attempt({"imported": about}),
-        meta={"epoch": foreign.epoch, "world_size": None, "metrics": {"last": loss}, "imported": about},
-    )
+    meta = {"epoch": foreign.epoch, "world_size": None, "metrics": {"last": loss}, "imported": about}
+    attempt = catalog.claim_attempt({"imported": about})
+    with catalog.new_directory(0, attempt) as directory:
+        found = {name: part for name, part in parts.items() if part is not None}
+        commit.write(store, found, step=0, attempt=attempt, meta=meta, directory=directory)
     return directory, foreign
 
 
@@ -143,7 +141,13 @@ def _fitting_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[str, A
             lines += _state_differences(key, values, parameters[numbers[key]] if key in numbers else None)
     if lines:
         raise Mismatch(listed(f"the optimizer's state does not fit {type(optimizer).__name__}", lines))
-    state = {numbers[key]: _copied(values) for key, values in saved["state"].items()}
+    state = {
+        numbers[key]: {
+            name: _copied(value, parameters[numbers[key]] if name in _ELEMENTWISE else None)
+            for name, value in values.items()
+        }
+        for key, values in saved["state"].items()
+    }
     return {**live, "state": state}
 
 
@@ -189,8 +193,13 @@ def _state_differences(key: Any, values: Any, parameter: torch.Tensor | None) ->
             yield f"{name} of {key}: the file has {list(value.shape)}, the parameter has {list(parameter.shape)}"
 
 
-def _copied(value: Any) -> Any:
-    """The same with tensors of their own: ``load_state_dict`` keeps those that it is given, and these may lie in a file."""
+def _copied(value: Any, parameter: torch.Tensor | None = None) -> Any:
+    """The same with tensors of their own: ``load_state_dict`` keeps those that it is given, and these may lie in a file.
+
+    What belongs to a parameter element by element lies in memory as that does.
+    """
+    if isinstance(value, torch.Tensor) and parameter is not None:
+        return torch.empty_like(parameter, dtype=value.dtype, device=value.device, requires_grad=False).copy_(value.detach())
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if isinstance(value, Mapping):
