@@ -7,19 +7,42 @@ was expected, what was found, and the nearest known key where a key is unknown.
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from harness.errors import ConfigError
 from harness.secrecy import is_secret_name, without_secrets
 
 C = TypeVar("C", bound=BaseModel)
+
+
+def _expanded(text: Any) -> Any:
+    """With ``$NAME`` and ``${NAME}`` replaced by the environment's values, ``$$`` by a ``$``. A path, or a URL."""
+
+    def value(found: re.Match[str]) -> str:
+        name = found["name"] or found["braced"]
+        if name is None:
+            return "$"
+        if not os.environ.get(name):
+            raise PydanticCustomError(
+                "relation",
+                "the environment variable {name} is not set, or empty: set it, or write $$ for a $",
+                {"name": name},
+            )
+        return os.environ[name]
+
+    return _VARIABLE.sub(value, text) if isinstance(text, str) else text
+
+
+_VARIABLE = re.compile(r"\$(?:\$|(?P<name>[A-Za-z_]\w*)|\{(?P<braced>[A-Za-z_]\w*)\})")
+_Place = Annotated[str, Field(min_length=1), AfterValidator(_expanded)]  # of files, as a path or URL
 
 
 class _Section(BaseModel):
@@ -81,7 +104,7 @@ class DataConfig(_Section):
 class CheckpointConfig(_Section):
     """Where and when to save."""
 
-    url: str | None = Field(default=None, min_length=1)
+    url: _Place | None = None
     """Any fsspec URL or a path; one URL is one run. None: the run is not saved."""
     must_exist: bool = False
     """Refuse a ``url`` without a checkpoint (exit code 66): a mistyped one, or a disk that is not mounted, is no new run."""
@@ -151,7 +174,7 @@ class LogConfig(_Section):
     """A line after so many optimizer steps."""
     every_epochs: int | None = Field(default=None, ge=1)
     """A line after so many epochs."""
-    jsonl: str | None = None
+    jsonl: _Place | None = None
     """A local file to which rank 0 appends the same records as JSON lines."""
     format: Literal["text", "json"] = "text"
     """``text``: lines for people, and on a terminal one live line; ``json``: each line of the console as JSON, with rank,
@@ -164,9 +187,9 @@ class MetricsConfig(_Section):
     every_seconds: float | None = Field(default=10, gt=0)
     """Put what was told beside the checkpoints after so many seconds (in a long attempt, after 1 % of its age), and with
     each save. None: keep nothing there, and have no report."""
-    tensorboard: bool | str = False
+    tensorboard: bool | _Place = False
     """Write curves for TensorBoard into this directory, or (``true``) into ``tensorboard`` below a local checkpoint.url."""
-    prometheus: str | None = Field(default=None, min_length=1)
+    prometheus: _Place | None = None
     """Write the newest numbers into this file (``….prom``), for node_exporter's textfile collector."""
 
 
@@ -258,7 +281,7 @@ class Config(RunConfig):
 
     task: str = Field(min_length=1)
     """``package.module:function`` or ``path/to/file.py:function``: returns a ``harness.Task``."""
-    init_from: str | None = Field(default=None, min_length=1)
+    init_from: _Place | None = None
     """Where a new run takes its weights from: a file or directory of others (see ``harness import``), or the URL of another
     run. A run that has a checkpoint goes on from that instead."""
     init_optimizer: bool = False

@@ -792,7 +792,8 @@ def _settings(
         return config
     sections = dict(config or {})
     given = {key: value for key, value in checkpoint.items() if value is not None}
-    sections["checkpoint"] = {"url": None if url is None else os.fspath(url), **sections.get("checkpoint", {}), **given}
+    literal = None if url is None else os.fspath(url).replace("$", "$$")  # as everywhere else in Python
+    sections["checkpoint"] = {"url": literal, **sections.get("checkpoint", {}), **given}
     return run_config(sections)
 
 

@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from harness.config import Config, load_config, parse_overrides
 from harness.errors import ConfigError
+from harness.run import _settings
 
 GOOD = """\
 task: package.module:build
@@ -86,6 +87,37 @@ def test_null_takes_a_value_back(load):
     """An override can choose epochs where the file chose steps."""
     config = load(GOOD, "train.steps=null", "train.epochs=3")
     assert (config.train.steps, config.train.epochs) == (None, 3)
+
+
+def test_variables_in_the_names_of_places(load, monkeypatch):
+    """They come from the environment: the same file serves every user and every job. In ``args`` a dollar is a dollar."""
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.setenv("JOB_ID", "17")
+    config = load(
+        GOOD + "init_from: $SCRATCH/base.pth\nargs: {text: $SCRATCH}\n", "checkpoint.url=s3://b/${JOB_ID}-$$JOB_ID-$1$"
+    )
+    assert config.init_from == "/scratch/me/base.pth"
+    assert config.checkpoint.url == "s3://b/17-$JOB_ID-$1$"
+    assert config.args == {"text": "$SCRATCH"}
+    assert load(GOOD, "metrics.tensorboard=$SCRATCH/tb", "log.jsonl=$SCRATCH/l").metrics.tensorboard == "/scratch/me/tb"
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_variable_that_is_not_set_is_told(load, monkeypatch, value):
+    """An empty one, too: the run would lie somewhere else than anybody thinks."""
+    monkeypatch.delenv("SCRATCH", raising=False)
+    if value is not None:
+        monkeypatch.setenv("SCRATCH", value)
+    told = refusal(load, GOOD, "checkpoint.url=${SCRATCH}/run", "init_from=$SCRATCH")
+    for key in ("checkpoint.url", "init_from"):
+        assert f"{key}: the environment variable SCRATCH is not set, or empty: set it, or write $$ for a $" in told
+
+
+def test_a_url_in_a_program_is_taken_as_it_stands(monkeypatch):
+    """As ``harness.load`` takes it."""
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    assert _settings("runs/$SCRATCH/$$", {}, None).checkpoint.url == "runs/$SCRATCH/$$"
+    assert _settings(None, {}, {"checkpoint": {"url": "$SCRATCH"}}).checkpoint.url == "/scratch/me"
 
 
 def test_it_is_frozen(load):

@@ -3,12 +3,17 @@
 import contextlib
 import copy
 import dataclasses
+import functools
+import http.server
 import json
 import os
 import pickle
 import random
 import resource
+import subprocess
+import sys
 import tempfile
+import threading
 import uuid
 import warnings
 import zipfile
@@ -889,6 +894,165 @@ def test_compressed_pth(tmp_path):
                 compressed.writestr(name, plain.read(name))
         with pytest.raises(Corrupt, match="expected an archive that is not compressed"):
             read_foreign(f"{tmp_path}/compressed.pth")
+
+
+def archive(path, data_pkl, records=()):
+    """A file as ``torch.save`` writes it, with any pickle in it."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", data_pkl)
+        file.writestr("archive/version", "3\n")
+        for name, data in records:
+            file.writestr(f"archive/data/{name}", data)
+
+
+def laughs():
+    """Ten to the power of thirteen words, in a few hundred bytes."""
+    value = ["ha"] * 10
+    for _ in range(12):
+        value = [value] * 10
+    return value
+
+
+def doubled():
+    value = {"a": 1}
+    for _ in range(60):
+        value = {"a": value, "b": value}
+    return value
+
+
+def endless():
+    value = []
+    value.extend([value, value])
+    return value
+
+
+def views(whole):
+    return {f"view{index}": whole[index:] for index in range(100)}
+
+
+def text(written):
+    return b"X" + len(written).to_bytes(4, "little") + written
+
+
+def claiming_storages():
+    """Tensors of which each claims the bytes of all."""
+    dump, count = b"\x80\x02}(", (500_000).to_bytes(4, "little")
+    for index in range(400):
+        storage = (
+            b"(" + text(b"storage") + b"ctorch\nFloatStorage\n" + text(b"%d" % index) + text(b"cpu") + b"J" + count + b"tQ"
+        )
+        view = b"K\x00J" + count + b"\x85K\x01\x85\x89ccollections\nOrderedDict\n)R"
+        dump += text(b"w%d" % index) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + view + b"tR"
+    return dump + b"u.", [*((str(index), bytes(64)) for index in range(400)), ("z", bytes(2_100_000))]
+
+
+WEIGHT = {"w": torch.zeros(2, 2)}
+COPY_AGAIN = b"h\x00h\x01\x85R"
+MADE_TO_DO_HARM = {
+    "expanded": lambda path: torch.save({"w": torch.zeros(1).expand(1 << 33)}, path),
+    "laughs": lambda path: torch.save({**WEIGHT, "m._extra_state": laughs()}, path),
+    "laughs, old form": lambda path: torch.save(
+        {**WEIGHT, "m._extra_state": laughs()}, path, _use_new_zipfile_serialization=False
+    ),
+    "laughs in the optimizer": lambda path: torch.save(
+        {"model": WEIGHT, "optimizer": {"state": {}, "param_groups": [{"params": [0], "x": laughs()}]}}, path
+    ),
+    "doubled": lambda path: torch.save({**WEIGHT, "m._extra_state": doubled()}, path),
+    "endless": lambda path: torch.save({**WEIGHT, "m._extra_state": endless()}, path),
+    "text": lambda path: torch.save({**WEIGHT, "m._extra_state": ["x" * 1_000_000] * 100_000}, path),
+    "views": lambda path: torch.save(views(torch.zeros(1_000_000)), path),
+    "storages": lambda path: archive(path, *claiming_storages()),
+    "bytes": lambda path: archive(path, b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."),
+    "bytes by another name": lambda path: archive(path, b"\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R."),
+    "copies of text": lambda path: archive(
+        path, b"\x80\x02](c_codecs\nencode\nq\x00" + text(b"x" * 3_000_000) + b"q\x01" + COPY_AGAIN * 10_000 + b"e."
+    ),
+    "copies of copies": lambda path: archive(
+        path,
+        b"\x80\x02](ccollections\nOrderedDict\nq\x00)R("
+        + b"".join(text(b"%06d" % index) + b"N" for index in range(50_000))
+        + b"uq\x01"
+        + COPY_AGAIN * 10_000
+        + b"e.",
+    ),
+    "copies of what a tensor shows": lambda path: archive(
+        path, b"\x80\x02ctorch._utils\n_rebuild_device_tensor_from_cpu_tensor\n."
+    ),
+}
+
+
+IMPORT_WITHIN_LIMITS = """
+import resource, sys
+from harness.checkpoint.store import open_store
+from harness.errors import Corrupt, Unsupported
+from harness.interchange import import_run, read_foreign
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + (1 << 30),) * 2)
+resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 20,) * 2)
+for path in sys.argv[1:]:
+    try:
+        import_run(path, open_store(f"{path}-run"))
+    except (Corrupt, Unsupported) as error:
+        assert str(error).startswith(f"{path}: expected "), error
+    else:
+        raise AssertionError(path)
+"""
+
+
+def test_what_was_made_to_do_harm(tmp_path):
+    """A small file that stands for more than any machine holds is an error of one line, soon, in a gigabyte of memory."""
+    paths = []
+    for name, make in MADE_TO_DO_HARM.items():
+        paths.append(f"{tmp_path}/{name}.pth")
+        make(paths[-1])
+    subprocess.run([sys.executable, "-c", IMPORT_WITHIN_LIMITS, *paths], check=True, timeout=120)
+    assert not list(tmp_path.rglob("*-run/**/*.safetensors"))
+
+
+def test_what_is_shared_for_good_reasons(tmp_path):
+    """Views, ties, masks that were expanded, lists in two places: all come in as they are."""
+    whole, betas = torch.randn(300, 300), (0.9, 0.99)
+    model = {"a": whole, "b": whole[:100], "c": whole, "t": whole.t(), "mask": torch.ones(1, 1, 64).expand(8, 64, 64)}
+    groups = [{"params": [0], "betas": betas}, {"params": [1], "betas": betas}]
+    torch.save({"model": model, "optimizer": {"state": {}, "param_groups": groups}}, tmp_path / "saved.pth")
+    found = read_foreign(str(tmp_path / "saved.pth"))
+    assert all(torch.equal(found.model[name], value) for name, value in model.items())
+    assert found.optimizer["param_groups"] == groups
+
+
+def test_an_index_that_leads_elsewhere(sharded):
+    """An index names files beside it, and nothing else."""
+    place, index, _ = sharded
+    content = json.loads(index.read_text())
+    for name in ("../secret.safetensors", "/etc/passwd", "", ".", "a/../b", 7, None, ["x"]):
+        index.write_text(json.dumps({**content, "weight_map": {"w": name}}))
+        with pytest.raises(Corrupt, match=r"missing; .* names it|expected JSON with a weight_map"):
+            read_foreign(str(place))
+
+
+def test_a_run_on_a_server_of_files(tmp_path, trained):
+    """Whoever has put a checkpoint behind plain HTTP can start from it: with a slash, its page is a directory's."""
+    model, optimizer = trained
+    checkpoint(f"{tmp_path}/run", model, optimizer)
+    handler = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/run/"
+        assert same(read_foreign(url).model, dict(model.state_dict()))
+        with pytest.raises(ConfigError, match="HTTPFileSystem cannot do that"):
+            import_run(f"{tmp_path}/run", open_store(url.replace("/run/", "/other")))
+        server.shutdown()
+
+
+def test_an_exported_directory_without_a_configuration(tmp_path, caplog):
+    """Weights do not say what model they are of: transformers would build one of another size."""
+    run = checkpoint(f"{tmp_path}/run", nn.Linear(2, 2))
+    export_model(*run, f"{tmp_path}/out/")
+    assert f"{tmp_path}/out: there are the weights, and no config.json" in caplog.text
+    caplog.clear()
+    (tmp_path / "out/config.json").write_text("{}")
+    export_model(*run, f"file://{tmp_path}/out", overwrite=True)
+    assert "config.json" not in caplog.text
 
 
 def test_nothing_there(tmp_path):

@@ -348,3 +348,17 @@ def test_trees_that_do_not_fit_are_corrupt(tree, paths):
     """Tensors without a place, places without a tensor, tags that are unknown or hold something else."""
     with pytest.raises(Corrupt):
         decode(tree, {path: torch.zeros(2) for path in paths})
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("kind", [dict, list])
+def test_what_contains_itself_is_refused_at_once(kind, times):
+    """However often it is in itself; what merely stands in two places is written twice."""
+    inner = kind()
+    for number in range(times):
+        inner.append(inner) if kind is list else inner.update({str(number): inner})
+    with pytest.raises(Unsupported, match=r"part/a/b/0: a value that contains itself"):
+        encode({"a": {"b": inner}}, "part")
+    shared = [1, (2,)]
+    encoded = encode({"a": shared, "b": {"c": shared}}, "part")
+    assert decode(encoded.tree, {}) == {"a": shared, "b": {"c": shared}}

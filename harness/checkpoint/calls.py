@@ -6,16 +6,19 @@ behind; when that wakes up later, it finds that nobody waits for it any more (``
 
 import errno
 import math
+import re
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import TypeVar
 
 import tenacity
 
 from harness.checkpoint.threads import Background
 from harness.checkpoint.unbuffered import Buffer
+from harness.checkpoint.urls import with_shown_urls
 from harness.errors import ConfigError, HarnessError, StoreError
 
 T = TypeVar("T")
@@ -33,13 +36,29 @@ _PERMANENT_NAMES = {
     "AuthenticationException", "BadHostKeyException",  # paramiko
 }  # fmt: skip
 _TRANSIENT_STATUS = {408, 429}  # the only of HTTP's 4xx that may be otherwise next time
-_BACKEND_PACKAGES = {"botocore", "aiobotocore", "aiohttp", "azure", "google", "gcsfs", "paramiko", "asyncssh", "requests"}
+_REFUSED_STATUS = {400, 401, 403}  # S3 answers HEAD with 400, and no word why, when a token has expired
+_REFUSED_NAMES = {
+    "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError",  # botocore
+    "TokenRetrievalError", "UnauthorizedSSOTokenError", "AuthenticationException",  # botocore, paramiko
+    "ClientAuthenticationError", "RefreshError",  # Azure, Google
+}  # fmt: skip
+_REFUSED_CODES = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "RequestExpired", "TokenRefreshRequired"}  # S3's
 
 
 def insist(
-    where: str, function: Callable[[], T], attempts: int, limit_seconds: float, on_failure: Callable[[], None] = lambda: None
+    where: str,
+    function: Callable[[], T],
+    attempts: int,
+    limit_seconds: float,
+    on_failure: Callable[[], None] = lambda: None,
+    renew: Callable[[], bool] = lambda: False,
 ) -> T:
-    """The result of a call that may need several tries; ``on_failure`` is called after each that failed for the moment."""
+    """The result of a call that may need several tries.
+
+    ``on_failure`` is called after each that failed for the moment. ``renew`` is called, once, after one that was refused: it
+    says whether there are other credentials to try.
+    """
+    refused: list[StoreError] = []
 
     def attempt() -> T:
         try:
@@ -54,14 +73,19 @@ def insist(
                 raise ConfigError(f"{where}: {error}; the filesystem's options are checkpoint.storage_options") from None
             if not _is_of_storage(error):
                 raise
-            if transient := is_transient(error):
+            told = StoreError(f"{where}: {in_words(error)}", transient=is_transient(error))
+            if told.transient:
                 on_failure()
-            raise StoreError(f"{where}: {in_words(error)}", transient=transient) from error
+            elif not refused and _is_refusal(error) and renew():
+                refused.append(told)
+            raise told from error
 
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(attempts),
         wait=tenacity.wait_random_exponential(multiplier=0.2, max=10),
-        retry=tenacity.retry_if_exception(lambda error: isinstance(error, StoreError) and error.transient),
+        retry=tenacity.retry_if_exception(
+            lambda error: isinstance(error, StoreError) and (error.transient or error in refused)
+        ),
         reraise=True,
     )
     return retrying(attempt)
@@ -142,11 +166,19 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_of_storage(error: Exception) -> bool:
-    return any(
-        isinstance(cause, OSError | EOFError)  # EOFError is paramiko's word for a lost connection
-        or type(cause).__module__.partition(".")[0] in _BACKEND_PACKAGES
-        for cause in _causes(error)
-    )
+    """Whether the storage is to blame: for whatever its filesystem raises, which may be of any class.
+
+    What ends in our own code is our own, what the sender of a put raises is the sender's.
+    """
+    if any(isinstance(cause, OSError | EOFError) for cause in _causes(error)):  # EOFError: paramiko has lost its connection
+        return True
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    is_senders = any(frame.f_code is while_awaited.__code__ for frame in frames)
+    return not (isinstance(error, MemoryError) or is_senders or _is_ours(frames[-1]))
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).partition(".")[0] == "harness"
 
 
 def _is_wrong_option(error: Exception) -> bool:
@@ -154,7 +186,44 @@ def _is_wrong_option(error: Exception) -> bool:
     if not isinstance(error, TypeError) or "unexpected keyword argument" not in str(error):
         return False
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return not str(frame.f_globals["__name__"]).startswith("harness")
+    return not _is_ours(frame)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether somebody was not let in, which renewed credentials may change."""
+    for cause in _causes(error):
+        response = getattr(cause, "response", None)
+        code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None  # botocore's
+        names = {kind.__name__ for kind in type(cause).__mro__}
+        if isinstance(cause, PermissionError) or _status(cause) in _REFUSED_STATUS or code in _REFUSED_CODES | {"400"}:
+            return True
+        if not names.isdisjoint(_REFUSED_NAMES):
+            return True
+    return False
+
+
+def lacks_directory(error: Exception) -> bool:
+    """Whether an object could not be put because nobody has made its directory: WebDAV calls that a conflict."""
+    return any(isinstance(cause, FileNotFoundError) or _status(cause) == 409 for cause in _causes(error))
+
+
+def cannot(error: BaseException | None) -> bool:
+    """Whether a filesystem has said that it does not do such things, now or ever."""
+    return any(
+        isinstance(cause, NotImplementedError)
+        or _status(cause) in (405, 501)
+        or (not isinstance(cause, OSError) and re.search(r"read.?only", str(cause), re.IGNORECASE))
+        for cause in _causes(error)
+    )
+
+
+def _status(error: BaseException) -> int:
+    """HTTP's status, wherever a library keeps it; 0 where there is none."""
+    for holder in (error, getattr(error, "response", None)):
+        for name in ("status_code", "status", "code"):
+            if type(status := getattr(holder, name, None)) is int:
+                return status
+    return 0
 
 
 def is_transient(error: Exception) -> bool:
@@ -163,18 +232,18 @@ def is_transient(error: Exception) -> bool:
 
 
 def _is_permanent(error: BaseException) -> bool:
-    status = getattr(error, "status_code", None) or 0
+    status = _status(error)
     names = {kind.__name__ for kind in type(error).__mro__}
     return (
-        isinstance(error, _PERMANENT_TYPES)
+        isinstance(error, (*_PERMANENT_TYPES, NotImplementedError))
         or (isinstance(error, OSError) and error.errno in _PERMANENT)
         or not names.isdisjoint(_PERMANENT_NAMES)
         or (400 <= status < 500 and status not in _TRANSIENT_STATUS)
+        or status == 501
     )
 
 
 def in_words(error: Exception) -> str:
-    """An error as it is told to people."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return f"{type(error).__name__}: {error}".rstrip(": ")
+    """An error as it is told to people. A library's own text may have the URL with all that is secret in it."""
+    told = error.strerror if isinstance(error, OSError) else None
+    return with_shown_urls(told or f"{type(error).__name__}: {error}".rstrip(": "))

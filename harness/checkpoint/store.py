@@ -18,7 +18,10 @@ The contract that everything above rests on:
   Local files are read, never mapped: a mapped file that is cut short, or a page of it that the disk cannot read, is a
   SIGBUS that ends the process, and what was verified in a mapping may be other bytes when it is touched the next time.
 
-URLs are ``str``: ``pathlib`` eats a slash of ``s3://``.
+* A filesystem that nothing here knows is taken at its word: it may raise what it likes, want its directories made, tell no
+  sizes in its listings. What it cannot do at all is a ``ConfigError``.
+
+What a URL means, ``harness.checkpoint.urls`` says.
 """
 
 import asyncio
@@ -26,14 +29,17 @@ import contextlib
 import errno
 import functools
 import io
+import logging
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from stat import S_ISLNK
 from typing import Any, BinaryIO, ClassVar, TypeVar
 
 import fsspec
+from fsspec.archive import AbstractArchiveFileSystem
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
@@ -41,13 +47,25 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from harness import secrecy
 from harness.checkpoint import unbuffered
-from harness.checkpoint.calls import THREAD, Row, check_awaited, in_words, insist, is_transient, while_awaited
+from harness.checkpoint.calls import (
+    THREAD,
+    Row,
+    cannot,
+    check_awaited,
+    in_words,
+    insist,
+    is_transient,
+    lacks_directory,
+    while_awaited,
+)
 from harness.checkpoint.threads import Background, in_order
 from harness.checkpoint.unbuffered import Buffer
+from harness.checkpoint.urls import connect, shown
 from harness.errors import ConfigError, StoreError
-from harness.secrecy import without_user
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 _SMALL_BYTES = 4 << 20  # an object up to this size is sent in one request
 _BLOCK_BYTES = 16 << 20  # larger ones are streamed in parts of this size
@@ -62,6 +80,8 @@ _RANGES_AHEAD = 8  # so many of them at a time
 _S3 = {"s3", "s3a"}
 _RANGED = {*_S3, "gs", "gcs", "abfs", "az"}
 _SLOWEST_BYTES_PER_SECOND = 1 << 20  # a transfer slower than this has failed
+_RENEWED_EVERY_SECONDS = 1.0  # so often at most are credentials read anew: deletions may be refused by the thousand
+_NAMELESS = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}  # says fsync of a directory where a filesystem has no such thing
 _NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL}  # where directories cannot be fsynced, we made none
 
 
@@ -78,9 +98,10 @@ class Store:
     is_local: ClassVar[bool] = False
     has_ranges: ClassVar[bool] = False  # that can be read several at a time, each by a request of its own
     has_directories: ClassVar[bool] = False  # of its own, which somebody has to make and may remove
+    keeps_names = True  # whether the name of a file is on the disk when its directory was flushed
     retries = 0  # calls so far that failed for the moment
 
-    def __init__(self, fs: fsspec.AbstractFileSystem, root: str, url: str, attempts: int, deadline_seconds: float) -> None:
+    def __init__(self, fs: AbstractFileSystem, root: str, url: str, attempts: int, deadline_seconds: float) -> None:
         self.fs = fs
         self.root = root.rstrip("/")
         self.url = url  # without credentials: it is shown to people
@@ -88,6 +109,8 @@ class Store:
         self.deadline_seconds = deadline_seconds
         # What failed may have been the connection: SFTP never makes another, and S3 has a few, which may all hang.
         self._suspect: AbstractFileSystem | None = None
+        self._renewed = -_RENEWED_EVERY_SECONDS
+        self._renewing = threading.Lock()
         self._durable: set[str] = set()  # local directories whose names are on the disk
 
     def together(self, function: Callable[[], T]) -> Background[T]:
@@ -101,7 +124,7 @@ class Store:
 
     def put(self, name: str, chunks: Callable[[], Iterable[Buffer]], size_bytes: int) -> None:
         """Publishes an object. ``chunks`` is called once for each try and yields its ``size_bytes`` bytes."""
-        self._call("put", name, lambda: self._put(self._path(name), while_awaited(chunks()), size_bytes), size_bytes)
+        self._call("put", name, lambda: self._send(self._path(name), chunks, size_bytes), size_bytes)
 
     def get(self, name: str, limit_bytes: int) -> bytes | None:
         """The bytes of an object; None when there is none. One that is longer than ``limit_bytes`` is cut there."""
@@ -160,7 +183,8 @@ class Store:
 
         def find() -> dict[str, int]:
             start = len(self.root) + 1
-            found = {info["name"][start:]: info["size"] for info in _files(self.fs, place, beginning, follow=follow)}
+            infos = _files(self.fs, place, beginning, follow=follow)
+            found = {info["name"][start:]: self._size_bytes(info) for info in infos}
             if not found and self._is_link(place) and not self.fs.exists(place):
                 what = "it is a link, and what it leads to is not there; mount that, or delete the link"
                 raise StoreError(f"list {self.url}/{prefix}: {what}")
@@ -176,9 +200,16 @@ class Store:
                 info = self.fs.info(self._path(name))
             except FileNotFoundError:
                 return None
-            return int(info["size"]) if info["type"] == "file" else None
+            return self._size_bytes(info) if info["type"] == "file" else None
 
         return self._call("stat", name, stat)
+
+    def _size_bytes(self, info: Mapping[str, Any]) -> int:
+        """The size of a file that was listed: some listings have none, and the file itself has to be asked."""
+        size = info.get("size")
+        if size is None and (size := self.fs.info(info["name"]).get("size")) is None:
+            raise OSError(errno.ENOTSUP, "the storage does not say how large it is")
+        return int(size)
 
     def delete(self, name: str) -> None:
         """Removes an object; one that is not there is no error."""
@@ -204,11 +235,11 @@ class Store:
         assert name, "the root of an object store is a bucket"
 
         def remove(path: str) -> None:
-            with contextlib.suppress(OSError, NotImplementedError):
+            with contextlib.suppress(Exception):  # it does no harm where it is
                 for info in self.fs.ls(path, detail=True) if self.has_directories else ():
                     if info["type"] == "directory":  # not one that a link leads to
                         remove(info["name"])
-                self.fs.rmdir(path)
+                self._remove_directory(path)
 
         with contextlib.suppress(StoreError):
             self._call("remove", name, lambda: remove(self._path(name)))
@@ -228,7 +259,7 @@ class Store:
         finally:
             for path in made:
                 with contextlib.suppress(OSError, StoreError):
-                    self._call("remove", "", lambda path=path: self.fs.rmdir(path))  # type: ignore[misc]
+                    self._call("remove", "", lambda path=path: self._remove_directory(path))  # type: ignore[misc]
 
     def _missing(self, path: str) -> Iterator[str]:
         """Of a path and those above it, those that are not there, the innermost first."""
@@ -241,6 +272,12 @@ class Store:
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
+
+    def _remove_directory(self, path: str) -> None:
+        self.fs.rmdir(path)
+
+    def _send(self, path: str, chunks: Callable[[], Iterable[Buffer]], size_bytes: int) -> None:
+        self._put(path, while_awaited(chunks()), size_bytes)
 
     def _another(self, **options: Any) -> AbstractFileSystem:
         """A filesystem like ``fs``, with connections of its own."""
@@ -279,18 +316,89 @@ class Store:
     def _call(self, operation: str, name: str, function: Callable[[], T], size_bytes: int = 0) -> T:
         """Runs a storage call: deadline, retries, and errors in our own words."""
 
+        used = self.fs
+
         def run() -> T:
+            nonlocal used
             if self.fs is self._suspect:
                 self.fs = self._another()
-            self.fs.invalidate_cache()  # fsspec may keep listings, and other machines write here
+            used = self.fs
+            used.invalidate_cache()  # fsspec may keep listings, and other machines write here
             return function()
 
         def suspect() -> None:
-            self._suspect = self.fs
             self.retries += 1
+            if self.fs is used:  # else another call has seen to it
+                self._suspect = used
 
+        where = f"{operation} {self.url}/{name}".rstrip("/")
         limit_seconds = self.deadline_seconds + size_bytes / _SLOWEST_BYTES_PER_SECOND
-        return insist(f"{operation} {self.url}/{name}".rstrip("/"), run, self.attempts, limit_seconds, suspect)
+        try:
+            return insist(where, run, self.attempts, limit_seconds, suspect, lambda: self._renew(used))
+        except StoreError as error:
+            if operation in ("put", "list") and cannot(error.__cause__):
+                advice = f"{type(used).__name__} cannot do that; a run needs a file system to put, list and delete in"
+                raise ConfigError(f"{error}: {advice}; choose another URL") from None
+            raise
+
+    def _renew(self, refused: AbstractFileSystem) -> bool:
+        """Whether a call that was refused is worth another try. Credentials are read when a filesystem is made, and those
+        in a file or of a machine's role are replaced by others every few hours."""
+        if self.is_local:
+            return False
+        with self._renewing:
+            if self.fs is refused and self._suspect is not refused:  # else another call has seen to it
+                if time.monotonic() < self._renewed + _RENEWED_EVERY_SECONDS:
+                    return False
+                self._suspect, self._renewed = refused, time.monotonic()
+            return True
+
+
+class _OtherStore(Store):
+    """A filesystem of which nothing is known but what fsspec asks of all."""
+
+    has_directories = True  # or nothing of that name is there to be taken away
+    streams = 1  # a connection that is its only one may be at the other end
+
+    def _send(self, path: str, chunks: Callable[[], Iterable[Buffer]], size_bytes: int) -> None:
+        if isinstance(self.fs, AbstractArchiveFileSystem):
+            raise ConfigError(f"put {self.url}: an archive can only be read; choose another URL")
+        try:
+            super()._send(path, chunks, size_bytes)
+        except Exception as error:  # of any class
+            if not lacks_directory(error):
+                raise
+            self.fs.makedirs(os.path.dirname(path), exist_ok=True)
+            super()._send(path, chunks, size_bytes)
+
+    def _put(self, path: str, chunks: Iterable[Buffer], size_bytes: int) -> None:
+        if size_bytes <= _SMALL_BYTES:
+            super()._put(path, chunks, size_bytes)
+            return
+        try:
+            file = self.fs.open(path, "wb", block_size=_BLOCK_BYTES)
+        except NotImplementedError:  # it takes objects in one piece only
+            self.fs.pipe_file(path, b"".join(chunks))
+            return
+        try:
+            for chunk in chunks:
+                file.write(chunk)
+            file.close()
+        except BaseException:
+            if not _abandon(file):
+                with contextlib.suppress(Exception):
+                    self._remove(path)
+            raise
+
+    def _remove(self, path: str) -> None:
+        try:
+            self.fs.rm_file(path)
+        except NotImplementedError:
+            self.fs.rm(path)
+
+    def _remove_directory(self, path: str) -> None:
+        if not self.fs.ls(path, detail=False):  # some remove what is in it, too
+            self.fs.rmdir(path)
 
 
 class _RangedStore(Store):
@@ -365,7 +473,7 @@ class _S3Store(_RangedStore):
         part_bytes = max(_S3_PART_BYTES, -(-size_bytes // _S3_MOST_PARTS))
         bodies = enumerate(_gathered(chunks, part_bytes), 1)
         try:  # a part that arrives after the abort would stay, and cost money: they are waited for
-            send, at_once = functools.partial(self._send, upload, size_bytes), _S3_PARTS_AT_ONCE
+            send, at_once = functools.partial(self._send_part, upload, size_bytes), _S3_PARTS_AT_ONCE
             parts = list(in_order(at_once, send, bodies, ahead=at_once, waits=True))
             check_awaited()
             self.fs.call_s3("complete_multipart_upload", **upload, MultipartUpload={"Parts": parts})
@@ -374,7 +482,7 @@ class _S3Store(_RangedStore):
                 self.fs.call_s3("abort_multipart_upload", **upload)
             raise
 
-    def _send(self, upload: Mapping[str, str], size_bytes: int, numbered: tuple[int, bytes]) -> dict[str, Any]:
+    def _send_part(self, upload: Mapping[str, str], size_bytes: int, numbered: tuple[int, bytes]) -> dict[str, Any]:
         """What the completion has to say of a part; ``size_bytes`` are the object's."""
         number, body = numbered
         sent = self._client(size_bytes, number).call_s3("upload_part", **upload, PartNumber=number, Body=body)
@@ -408,7 +516,7 @@ class _LocalStore(Store):
 
     def _put(self, path: str, chunks: Iterable[Buffer], size_bytes: int) -> None:
         directory = os.path.dirname(path)
-        _make_durable_directory(directory, self._durable)
+        self._make_directory(directory)
         partial = _partial(path)
         try:
             with open(partial, "wb", buffering=0) as file:
@@ -422,7 +530,39 @@ class _LocalStore(Store):
             with contextlib.suppress(OSError):
                 os.unlink(partial)
             raise
-        _fsync_directory(directory)
+        self._keep_names(directory)
+
+    def _make_directory(self, path: str) -> None:
+        """Makes a directory and those above it, each with its name on the disk.
+
+        Who made one that is there already may have died, or been told of an error, before its name was: the first time that
+        a store meets a directory it sees to that itself.
+        """
+        exists = os.path.isdir(path)
+        if exists and (path in self._durable or path == os.path.dirname(path)):
+            return
+        parent = os.path.dirname(path)
+        self._make_directory(parent)
+        with contextlib.suppress(FileExistsError):
+            if not exists:
+                os.mkdir(path)
+        flush = _fsync_directory if exists else self._keep_names
+        try:
+            flush(parent)
+        except OSError as error:
+            if not exists or error.errno not in _NOT_OURS:
+                raise
+        self._durable.add(path)
+
+    def _keep_names(self, directory: str) -> None:
+        """Puts the names in a directory on the disk, where its filesystem can do that."""
+        try:
+            _fsync_directory(directory)
+        except OSError as error:
+            if error.errno not in _NAMELESS:
+                raise
+            self.keeps_names = False
+            _warn_of_names(self.root)
 
 
 class _SftpStore(Store):
@@ -479,18 +619,12 @@ def open_store(
     """The store at a URL: ``s3://bucket/run``, ``memory://run``, a local path, anything that fsspec knows.
 
     ``storage_options`` go to the filesystem as they are (``key``, ``endpoint_url``, …). Raises ``ConfigError`` when there is
-    no such filesystem or its package is not installed, ``StoreError`` when it cannot be connected to.
+    no such filesystem, its package is not installed, or the URL can be read in two ways; ``StoreError`` when it cannot be
+    connected to.
     """
 
     secrecy.learn(url, storage_options, fsspec.config.conf)
-
-    def connect() -> tuple[AbstractFileSystem, str]:
-        return fsspec.core.url_to_fs(url, **(storage_options or {}))  # type: ignore[no-any-return]
-
-    try:
-        fs, root = insist(f"open {shown(url)}", connect, attempts, deadline_seconds)
-    except (ValueError, ImportError, TypeError) as error:
-        raise ConfigError(f"{shown(url)}: {error}") from None
+    fs, root = insist(f"open {shown(url)}", lambda: connect(url, storage_options or {}), attempts, deadline_seconds)
     return _kind_of(fs)(fs, root, shown(url), attempts, deadline_seconds)
 
 
@@ -502,14 +636,9 @@ def _kind_of(fs: AbstractFileSystem) -> type[Store]:
         return _SftpStore
     if not _S3.isdisjoint(protocols) and hasattr(fs, "call_s3"):  # it is s3fs
         return _S3Store
-    return Store if _RANGED.isdisjoint(protocols) else _RangedStore
-
-
-def shown(url: str) -> str:
-    """A URL as it may be shown: without user name, password and query, where secrets can stand."""
-    if "://" not in url:
-        return url.rstrip("/")
-    return without_user(url).partition("?")[0].rstrip("/")
+    if not _RANGED.isdisjoint(protocols):
+        return _RangedStore
+    return Store if isinstance(fs, MemoryFileSystem) else _OtherStore
 
 
 class _Joined(io.RawIOBase):
@@ -582,14 +711,22 @@ def _behind(fs: AbstractFileSystem, link: str) -> dict[str, Any] | None:
         return None
 
 
-def _abandon(file: Any) -> None:
-    """Gives a half-written object up. Closing it would publish what has been written so far, and so would its finalizer."""
-    if not isinstance(file, AbstractBufferedFile):
-        file.close()
-        return
-    with contextlib.suppress(Exception):  # the upload is lost already; what matters is the exception that is under way
+def _abandon(file: Any) -> bool:
+    """Gives a half-written object up. Closing it would publish what has been written so far, and so would its finalizer.
+
+    False where that may have happened.
+    """
+    is_known = isinstance(file, AbstractBufferedFile)
+    try:
         file.discard()
-    file.closed = True
+    except Exception:  # the upload is lost already; what matters is the exception that is under way
+        if not is_known:
+            with contextlib.suppress(Exception):
+                file.close()
+            return False
+    if is_known:
+        file.closed = True
+    return True
 
 
 def _partial(path: str) -> str:
@@ -613,26 +750,13 @@ def _write_pipelined(file: Any, chunk: Buffer) -> None:
     file.write(view[-1:])
 
 
-def _make_durable_directory(path: str, known: set[str]) -> None:
-    """Makes a directory and those above it, each with its name on the disk.
-
-    Who made one that is there already may have died, or been told of an error, before its name was: the first time that
-    a store meets a directory (``known``) it sees to that itself.
-    """
-    exists = os.path.isdir(path)
-    if exists and (path in known or path == os.path.dirname(path)):
-        return
-    parent = os.path.dirname(path)
-    _make_durable_directory(parent, known)
-    with contextlib.suppress(FileExistsError):
-        if not exists:
-            os.mkdir(path)
-    try:
-        _fsync_directory(parent)
-    except OSError as error:
-        if not exists or error.errno not in _NOT_OURS:
-            raise
-    known.add(path)
+@functools.cache
+def _warn_of_names(root: str) -> None:
+    log.warning(
+        "%s: this file system cannot make names durable (fsync of a directory); a power cut, or a crash of its server, may "
+        "take the newest checkpoints with it",
+        root,
+    )
 
 
 def _fsync_directory(path: str) -> None:

@@ -144,6 +144,7 @@ class _Encoder:
     def __init__(self, name: str) -> None:
         self.name = name
         self.out = Encoded()
+        self.above: set[int] = set()  # identities of the values that the one at hand is in
         self.places: dict[int, list[str]] = {}  # address → the paths of those that are stored and begin there
 
     def value_at(self, path: tuple[str, ...], value: Any, *, keep: bool = False) -> Any:
@@ -162,12 +163,18 @@ class _Encoder:
                 return self.subclass_at(path, value)
             self.tensor_at(path, value)
             return {"$tensor": True} if keep else _TAKEN_OUT
-        if kind in (dict, OrderedDict):
-            return self.dict_at(path, value, keep)
-        if kind in (list, tuple, torch.Size):
-            items = [self.value_at((*path, str(index)), item, keep=True) for index, item in enumerate(value)]
-            return items if kind is list else {"$tuple": items}
+        if kind in (dict, OrderedDict, list, tuple, torch.Size):
+            if id(value) in self.above:  # it would end after 2 to the power of the levels, where it is in it twice
+                raise self.unsupported(path, "a value that contains itself")
+            self.above.add(id(value))
+            found = self.dict_at(path, value, keep) if kind in (dict, OrderedDict) else self.list_at(path, value)
+            self.above.discard(id(value))
+            return found
         return self.rare_at(path, value)
+
+    def list_at(self, path: tuple[str, ...], value: Any) -> Any:
+        items = [self.value_at((*path, str(index)), item, keep=True) for index, item in enumerate(value)]
+        return items if type(value) is list else {"$tuple": items}
 
     def dict_at(self, path: tuple[str, ...], value: dict[Any, Any], keep: bool) -> Any:
         found = {}

@@ -17,7 +17,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from harness import crashes, journal
 from harness.checkpoint.catalog import Catalog, Entry
 from harness.checkpoint.format import checksum
-from harness.checkpoint.store import Store, open_store, shown
+from harness.checkpoint.store import Store, open_store
+from harness.checkpoint.urls import shown
 from harness.config import CheckpointConfig, Config
 from harness.doctor.case import Case
 from harness.doctor.findings import Finding, error, ok, places, warn
@@ -266,6 +267,11 @@ def place(case: Case) -> list[Finding]:
         what = f"{kind}, which each machine has for itself, and the launcher speaks of {nodes()} machines"
         advice = "choose one that all see; to try it, start the doctor on all of them as the training is started"
         found.append(warn(tried, what, advice))
+    if not case.store.keeps_names:
+        what = (
+            f"{kind or 'it'} cannot make names durable (fsync of a directory): a power cut may take the newest checkpoints"
+        )
+        found.append(warn(tried, what, "choose another file system, or save often enough to go back a checkpoint or two"))
     return found or [ok(tried, kind)]
 
 

@@ -8,6 +8,7 @@ nothing, is written last. Tied weights are written under each of their names, so
 import contextlib
 import io
 import json
+import logging
 import os
 import pickle
 import re
@@ -23,12 +24,20 @@ from harness.checkpoint import load, tree
 from harness.checkpoint.format import DTYPES, INDEX_SUFFIX, Manifest, TensorInfo, encode_header, plan_shards, shard_name
 from harness.checkpoint.store import Store, open_store
 from harness.checkpoint.unbuffered import Buffer
+from harness.checkpoint.urls import shown
 from harness.errors import ConfigError, Mismatch, StoreError, Unsupported
 from harness.interchange.foreign import split
 
 _INDEX = f"model{INDEX_SUFFIX}"
 _MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(_INDEX))
 _UNBOUNDED_BYTES = 1 << 62
+_CONFIG = "config.json"
+_NO_CONFIG = (
+    "%s: there are the weights, and no config.json; without one transformers' from_pretrained builds a model of its default "
+    "size (7B for Llama), or fails. Put the model's there: model.config.save_pretrained(DIRECTORY)"
+)
+
+log = logging.getLogger(__name__)
 
 
 def export_model(
@@ -48,28 +57,32 @@ def export_model(
     ``out`` is a path or URL: ``NAME.safetensors``; ``NAME.pth`` (or ``.pt``, ``.bin``), for
     ``model.load_state_dict(torch.load(out, weights_only=True))``; or a directory (``NAME/``, or a local one that exists),
     which gets Hugging Face's layout with shards of at most ``shard_bytes``. ``overwrite`` replaces a file in one step; in a
-    directory, the model that is there goes first. ``storage_options`` are those of ``out``.
+    directory, the model that is there goes first, and a missing ``config.json`` is told of: weights do not say what model
+    they are of. ``storage_options`` are those of ``out``.
     """
     if part not in manifest.parts:
         found = ", ".join(manifest.parts) or "none"
         raise Mismatch(f"{store.url}/{directory}: expected a part called {part}, found {found} (--part says which)")
     target = open_store(out, storage_options)
-    if is_directory := out.endswith("/") or os.path.isdir(out):
+    if is_directory := out.endswith("/") or (target.is_local and os.path.isdir(target.root)):
         name, old = "", [name for name in target.list() if _MODEL_FILE.fullmatch(name)]
     elif out.endswith((".safetensors", ".pth", ".pt", ".bin")):
         target, name = split(target)
         old = [] if target.stat(name) is None else [name]
     else:
-        raise ConfigError(f"{out}: expected NAME.safetensors, NAME.pth or a directory (NAME/)")
+        raise ConfigError(f"{shown(out)}: expected NAME.safetensors, NAME.pth or a directory (NAME/)")
     if old and not overwrite:
         raise ConfigError(f"{target.url}/{old[0]}: is there already; expected a name that is not used, or --overwrite")
     parts = load.read(store, directory, manifest, manifest.parts.keys() & {part, "training"})
     versions = parts.get("training", {}).get("module_versions")
     if versions is not None and part not in versions:
         raise Mismatch(f"{store.url}/{directory}: expected a module, one of {', '.join(versions)}; found {part}")
-    model = parts[part]
+    model, out = parts[part], shown(out)
     if is_directory:
-        return _put_directory(target, _tensors(model, out), shard_bytes, old)
+        written = _put_directory(target, _tensors(model, out), shard_bytes, old)
+        if target.stat(_CONFIG) is None:
+            log.warning(_NO_CONFIG, target.url)
+        return written
     if name.endswith(".safetensors"):
         tensors = _tensors(model, out)
         return {name: _put_shard(target, name, tensors, _shards(tensors, _UNBOUNDED_BYTES)[0])}

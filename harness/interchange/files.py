@@ -8,6 +8,7 @@ Tensors are mapped from the file where that is possible: a caller who keeps one,
 """
 
 import functools
+import io
 import json
 import os
 import pickle
@@ -38,7 +39,7 @@ class Place:
     def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
         self.store = open_store(url, storage_options)
         self.url = self.store.url
-        self._size_bytes = self.store.stat("")
+        self._size_bytes = None if url.endswith("/") else self.store.stat("")  # a server has a page for each directory
         self.is_file = self._size_bytes is not None
         self._fetched: tempfile.TemporaryDirectory[str] | None = None
 
@@ -109,10 +110,10 @@ def read_file(path: str, shown: str) -> tuple[Any, str]:
         if head[8:9] == b"{":
             return _read_safetensors(path, shown, size_bytes), "safetensors"
         if head.startswith(b"PK\x03\x04"):
-            _check_archive(path, shown)
-            return _unpickle(path, shown, mmap=True), "torch.save"
+            _check_archive(path, shown, size_bytes)
+            return _unpickle_within(path, shown, size_bytes, mmap=True), "torch.save"
         if _LEGACY_MAGIC in head:
-            return _unpickle(path, shown, mmap=False), "torch.save, old form"
+            return _unpickle_within(path, shown, size_bytes, mmap=False), "torch.save, old form"
     except OSError as error:
         raise StoreError(f"read {shown}: {error.strerror or error}") from None
     if head.startswith(b"\x80"):
@@ -125,7 +126,7 @@ def read_file(path: str, shown: str) -> tuple[Any, str]:
 # --- torch.save ------------------------------------------------------------------------------------------------------
 
 
-def _check_archive(path: str, shown: str) -> None:
+def _check_archive(path: str, shown: str, size_bytes: int) -> None:
     """torch never compares the checksums that it writes into its archives: a flipped bit would become a weight."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -139,6 +140,8 @@ def _check_archive(path: str, shown: str) -> None:
                 raise Mismatch(f"{shown}: expected a file of torch.save, found a zip archive of something else")
             if any(member.compress_type != zipfile.ZIP_STORED for member in members):
                 raise Corrupt(f"{shown}: expected an archive that is not compressed, found a compressed one")
+            if sum(member.file_size for member in members) > size_bytes:  # several names for one place
+                raise Corrupt(f"{shown}: expected an archive of {size_bytes} bytes, found members of more")
             has_checksums = any(member.CRC for member in members)  # torch can be told to leave them out
             if has_checksums and (name := archive.testzip()) is not None:
                 raise Corrupt(f"{shown}: {name}: expected the checksum in the archive, found another")
@@ -163,6 +166,128 @@ def _unpickle(path: str, shown: str, *, mmap: bool) -> Any:
     except Exception as error:  # torch has no bound on what it raises for broken files
         reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise Corrupt(f"{shown}: expected a whole file of torch.save: {reason}") from None
+
+
+# --- files that were made to do harm ---------------------------------------------------------------------------------
+
+# A pickle names a value again in two bytes, and a tensor can show one number a billion times: a file of a kilobyte may stand
+# for more than any disk holds. What a file may unfold to is bounded by its size, with room for what people really save:
+# names, lists and masks that are shared, a tensor beside views of its parts.
+_TEXT_FACTOR, _TEXT_SLACK_BYTES = 64, 16 << 20
+_TENSOR_FACTOR, _TENSOR_SLACK_BYTES = 4, 64 << 20
+_VALUES_SLACK = 10_000
+_COPIES = {
+    "collections.OrderedDict", "collections.Counter", "torch.Size", "_codecs.encode", "builtins.set", "builtins.bytearray",
+}  # fmt: skip
+_UNBOUNDED = {  # a copy of all that a tensor shows
+    "torch._utils._rebuild_device_tensor_from_numpy", "torch._utils._rebuild_device_tensor_from_cpu_tensor",
+}  # fmt: skip
+_OPCODES = (  # those that torch's own reader knows
+    *(pickle.GLOBAL, pickle.NEWOBJ, pickle.REDUCE, pickle.BUILD, pickle.APPEND, pickle.APPENDS, pickle.SETITEM),
+    *(pickle.SETITEMS, pickle.MARK, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.NONE),
+    *(pickle.NEWFALSE, pickle.NEWTRUE, pickle.EMPTY_TUPLE, pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.EMPTY_SET),
+    *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINSTRING),
+    *(pickle.BINPERSID, pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT, pickle.LONG1),
+    *(pickle.PROTO, pickle.STOP),
+)
+
+
+class _Rehearsal(pickle._Unpickler):  # the one that is written in Python
+    """Reads a pickle without doing what it says: classes and functions are stand-ins that count what they would copy."""
+
+    dispatch = {opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in _OPCODES}  # noqa: RUF012
+
+    def __init__(self, file: BinaryIO, left_bytes: int) -> None:
+        super().__init__(file, encoding="utf-8")
+        self.left_bytes = left_bytes
+
+    def find_class(self, module: str, name: str) -> type:
+        full = f"{module.replace('__builtin__', 'builtins')}.{name}"
+        if full in _UNBOUNDED:
+            raise _TooMuch(f"found a call of {full}, which can take any amount of memory")
+
+        def stand_in(kind: type, *arguments: Any) -> Any:
+            made: Any = object.__new__(kind)
+            made.length = sum(_length(each) for each in arguments) if full in _COPIES else 0
+            self.left_bytes -= made.length
+            if self.left_bytes < 0:
+                raise _TooMuch("found calls that make more than a file of its size can hold")
+            return made
+
+        def set_item(made: Any, *_: Any) -> None:
+            made.length += 1
+
+        accept = lambda *_: None
+        body = {"__new__": stand_in, "__init__": accept, "__setstate__": accept, "__setitem__": set_item}
+        return type(name, (), {**body, "__len__": lambda made: made.length})
+
+    def persistent_load(self, identity: Any) -> Any:
+        return identity
+
+
+class _TooMuch(Exception):
+    pass
+
+
+def _length(argument: Any) -> int:
+    if type(argument) is int:  # bytearray(10) has ten bytes
+        return max(argument, 0)
+    return len(argument) if hasattr(argument, "__len__") else 0
+
+
+def _unpickle_within(path: str, shown: str, size_bytes: int, *, mmap: bool) -> Any:
+    """The value in a file, which unfolds to no more than a file of its size can mean."""
+    try:
+        pickle_bytes = _rehearse(path, is_archive=mmap)
+    except _TooMuch as error:
+        raise Unsupported(f"{shown}: expected tensors and plain values, {error}; {_SAFE_FORM}") from None
+    except Exception:  # broken, or of a kind that torch will not read: it says which
+        pickle_bytes = None
+    value = _unpickle(path, shown, mmap=mmap)
+    if pickle_bytes is None:
+        raise Corrupt(f"{shown}: expected a whole file of torch.save, found a pickle that only some can read")
+    _check_extent(value, shown, size_bytes, pickle_bytes)
+    return value
+
+
+def _rehearse(path: str, *, is_archive: bool) -> int:
+    """How many bytes of a file are pickles. Raises ``_TooMuch``, and anything for broken ones."""
+    left_bytes = os.path.getsize(path) + _TEXT_SLACK_BYTES
+    with open(path, "rb") as file:
+        source: BinaryIO = io.BytesIO(torch._C.PyTorchFileReader(path).get_record("data.pkl")) if is_archive else file
+        for _ in range(1 if is_archive else 5):  # the old form has the magic number, versions, and the storages' names
+            rehearsal = _Rehearsal(source, left_bytes)
+            rehearsal.load()
+            left_bytes = rehearsal.left_bytes
+        return source.tell()
+
+
+def _check_extent(value: Any, shown: str, size_bytes: int, pickle_bytes: int) -> None:
+    """Raises ``Corrupt`` for a value that is walked, or written, for much longer than the file is."""
+    values, text_bytes = pickle_bytes + _VALUES_SLACK, _TEXT_FACTOR * pickle_bytes + _TEXT_SLACK_BYTES
+    tensor_bytes = _TENSOR_FACTOR * size_bytes + _TENSOR_SLACK_BYTES
+    seen: set[Any] = set()
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, torch.Tensor):
+            if item.layout is torch.strided and not item.is_meta:  # the others are refused by their names
+                form = (item.data_ptr(), item.dtype, item.shape, item.stride())
+                tensor_bytes -= 0 if form in seen else item.nbytes
+                seen.add(form)
+        elif isinstance(item, str | bytes):
+            text_bytes -= len(item)
+        elif isinstance(item, Mapping | list | tuple | set | frozenset):
+            values -= len(item)
+            if values >= 0:
+                stack.extend(item)
+                stack.extend(item.values() if isinstance(item, Mapping) else ())
+        if min(values, text_bytes, tensor_bytes) < 0:
+            what = "values" if values < 0 else "text" if text_bytes < 0 else "numbers in its tensors"
+            raise Corrupt(
+                f"{shown}: expected what a file of {size_bytes} bytes can hold, found more {what}, by naming the same "
+                "again and again; if that is meant, save copies: tensor.clone()"
+            )
 
 
 # --- safetensors -----------------------------------------------------------------------------------------------------
@@ -258,4 +383,4 @@ def read_distributed(place: Place, *, trust: bool) -> Any:
         except (Exception, CheckpointException) as error:  # a BaseException, and no bound on the others
             reason = str(error).strip().rpartition("\n")[2] or type(error).__name__
             raise Corrupt(f"{place.url}: expected a whole distributed checkpoint: {reason}") from None
-        return _unpickle(path, place.url, mmap=True)
+        return _unpickle(path, place.url, mmap=True)  # what it may unfold to is trusted as well
