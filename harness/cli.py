@@ -378,16 +378,16 @@ def prune(
         click.echo(json.dumps([_summary(entry) for entry in gone], indent=1))
         return
     for entry in gone:
-        click.echo(f"{'would delete' if dry_run else 'deleted'}  {entry.state:<10}  {entry.directory}")
+        _print(f"{'would delete' if dry_run else 'deleted'}  {entry.state:<10}  {entry.directory}")
     went = {entry.directory for entry in gone}
     there = [entry for entry in catalog.entries() if entry.directory not in went]
     in_line = {entry.directory for entry in line(there)}
     for entry in there:
         if entry.state == "unfinished":
             what = "the last attempt may still be writing it; if it is dead, --unfinished deletes it"
-            click.echo(f"stays  unfinished  {entry.directory}  {what}")
+            _print(f"stays  unfinished  {entry.directory}  {what}")
         elif entry.state == "whole" and entry.directory not in in_line:
-            click.echo(f"stays  left  {entry.directory}  it goes further than the line that the run is on, and that left it")
+            _print(f"stays  left  {entry.directory}  it goes further than the line that the run is on, and that left it")
 
 
 @cli.command()

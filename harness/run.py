@@ -109,6 +109,10 @@ class Run:
         reopen: bool = False,
         must_exist: bool = False,
     ) -> None:
+        if examiner is not None:
+            given = {"every_steps": every_steps, "every_seconds": every_seconds, "every_epochs": every_epochs}
+            given |= {"keep_last": keep_last, "must_exist": must_exist or None}
+            examiner(_settings(url, given, config), state, world, fresh)
         self._host = program.host() if stop is None else None
         self.stop = program.host().stop if stop is None else stop
         if self._host is not None:
@@ -116,8 +120,6 @@ class Run:
         self._pid = os.getpid()
         intervals = {"every_steps": every_steps, "every_seconds": every_seconds, "every_epochs": every_epochs}
         self.config = _settings(url, {**intervals, "keep_last": keep_last, "must_exist": must_exist or None}, config)
-        if examiner is not None:
-            examiner(self.config, state, world, fresh)
         self.world = world or world_of_program(device_of(state), self.config.world.timeout_seconds)
         self.stop.before_leaving = self._before_leaving
         self.about = dict(about or {})

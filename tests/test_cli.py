@@ -287,13 +287,6 @@ def test_prune_says_what_stays(tmp_path):
     assert not (tmp_path / unfinished).exists()
 
 
-def test_ls_of_nothing(tmp_path):
-    """An empty place is not an error."""
-    done = harness("ls", str(tmp_path / "nothing"))
-    assert (done.returncode, done.stdout, done.stderr) == (0, "no checkpoints\n", "")
-    assert read_json("ls", str(tmp_path / "nothing")) == []
-
-
 @pytest.mark.parametrize("verb", [("ls",), ("ls", "--json"), ("prune", "--keep-last", "1")])
 def test_a_url_where_nothing_is(tmp_path, verb):
     """It is mistyped, more often than not: exit code 66, a sentence, and nothing is made there."""

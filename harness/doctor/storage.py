@@ -188,8 +188,8 @@ def run(case: Case) -> list[Finding]:
     try:
         if case.fresh:
             refuse_to_reuse(catalog, launch_id())
-        entries = _looked_at(case)
         case.skips_newest = crashes.is_looping(catalog, case.config.crash_loop.same_failures)
+        entries = _looked_at(case)
         trains = _trains_now(catalog)
     except (ConfigError, CrashLoop) as problem:
         return [error(tried, str(problem), "", type(problem))]
@@ -197,7 +197,8 @@ def run(case: Case) -> list[Finding]:
         return [error(tried, str(problem), "see that it can be listed and read", type(problem))]
     whole = [entry for entry in entries if entry.state == "whole"]
     if not entries and case.config.checkpoint.must_exist:
-        return [error(tried, "there is none, and checkpoint.must_exist is set", "see that the URL is right", NoCheckpoint)]
+        advice = "see that it is the right place, and that it is mounted, or start without checkpoint.must_exist"
+        return [error(tried, "there is none, and checkpoint.must_exist asks for one", advice, NoCheckpoint)]
     if not entries:
         return trains or [ok(tried, "there is none: a run would start from nothing")]
     if not whole:
@@ -239,7 +240,7 @@ def _looked_at(case: Case) -> list[Entry]:
     for entry in Catalog(case.store).candidates():
         found.append(entry)
         count += entry.state == "whole"
-        if count >= (case.config.checkpoint.keep_last or 1):
+        if count >= max(case.config.checkpoint.keep_last or 1, 1 + case.skips_newest):
             break
     return found
 
