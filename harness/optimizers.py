@@ -113,7 +113,7 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, saved: Mapping[str, 
         lines.append(f"class: the checkpoint has {saved['class']}, the task has {live['class']}")
     elif ("own" in saved) != ("own" in live):
         lines.append("state_dict: it had another form when the checkpoint was written")
-    old_groups, new_groups = _names_by_group(saved), _names_by_group(live)
+    old_groups, new_groups = names_by_group(saved), names_by_group(live)
     if len(old_groups) != len(new_groups):
         counts = f"the checkpoint has {len(old_groups)}, the optimizer has {len(new_groups)}"
         advice = "what add_param_group has added in training must be added before Run is made, or in Run(..., adapt=...)"
@@ -149,7 +149,8 @@ def _checked_inner(optimizer: Optimizer, model: nn.Module, saved: Mapping[str, A
     return found
 
 
-def _names_by_group(state: Mapping[str, Any]) -> list[list[str]]:
+def names_by_group(state: Mapping[str, Any]) -> list[list[str]]:
+    """The names of the parameters in each group of a state as ``optimizer_state`` gives it."""
     return state["params"] if "own" in state else [group["params"] for group in state["param_groups"]]
 
 

@@ -43,6 +43,7 @@ from harness.optimizers import (
     Attributes,
     check_optimizer,
     check_scheduler,
+    names_by_group,
     optimizer_state,
     plain_optimizer,
     restore_optimizer,
@@ -570,19 +571,18 @@ class _Optimizer(_Part):
         return built_groups(self.live.param_groups)
 
     def built_of(self, saved: Mapping[str, Any]) -> Built:
-        return built_groups(saved["param_groups"])
+        return built_groups(saved.get("param_groups", ()))  # one with a form of its own does not tell
 
     def names(self, captured: Mapping[str, Any]) -> dict[str, str]:
-        groups = enumerate(captured["param_groups"])
-        return {
-            f"{name} of group {index}": "an optimizer's parameter" for index, group in groups for name in group["params"]
-        }
+        groups = enumerate(names_by_group(captured))
+        return {f"{name} of group {index}": "an optimizer's parameter" for index, names in groups for name in names}
 
     def size(self, captured: Mapping[str, Any]) -> Any:
-        return [len(group["params"]) for group in captured["param_groups"]]
+        return [len(names) for names in names_by_group(captured)]
 
     def steady(self) -> Mapping[str, Any]:
-        return {"state": optimizer_state(self.live, self.owner)["state"]}
+        state = optimizer_state(self.live, self.owner)
+        return {"state": state.get("state") or state.get("own")}
 
     def reset_own(self) -> None:
         reset_groups(self.live, self.options, self.to_reset)
