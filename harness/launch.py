@@ -130,7 +130,8 @@ def launch(torchrun_options: Sequence[str], arguments: Sequence[str]) -> int:
         outcomes = outcome.read(directory)
         code = outcome.exit_code(agent.returncode, outcomes, asked_to_stop=asked_to_stop)
         code = 130 if interrupted and code == 1 else code
-        if code:  # torchrun has its say after the ranks, and at length
+        is_verdict = any(each.verdict and each.exit_code == code for each in outcomes)
+        if code and not is_verdict:  # torchrun has its say after the ranks, and at length; the doctor's are all well
             print(f"harness launch: exit code {code}: {_in_words(code, agent.returncode, outcomes)}", file=sys.stderr)
         return code
 
