@@ -315,8 +315,8 @@ def test_endless_values_are_refused():
     deep: Any = torch.zeros(1)
     for _ in range(200):
         deep = {"x": deep}
-    for value in (endless, deep):
-        with pytest.raises(Unsupported, match=r"^model/value/\S+: a value nested more than 100 levels deep"):
+    for value, what in ((endless, "a value that contains itself"), (deep, "a value nested more than 100 levels deep")):
+        with pytest.raises(Unsupported, match=rf"^model/value/\S+: {what}"):
             encode({"value": value}, "model")
     shallow: Any = torch.ones(1)
     for _ in range(95):
