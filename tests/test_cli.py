@@ -131,8 +131,10 @@ def test_a_checkpoint_that_does_not_fit_the_model(write, finished):
         "harness:   0.weight: the checkpoint has float32[3, 1], the model has float32[4, 1]",
         "harness:   0.bias: the checkpoint has float32[3], the model has float32[4]",
         "harness:   1.weight: the checkpoint has float32[1, 3], the model has float32[1, 4]",
-        "harness: if that is meant, it is another run, and belongs to another URL; what has grown while it was trained, "
-        "Run(..., adapt=...) can give the program before it is compared",
+        (
+            "harness: if that is meant, it is another run, and belongs to another URL; what has grown while it was trained, "
+            "Run(..., adapt=...) can give the program before it is compared"
+        ),
     ]
 
 
