@@ -15,17 +15,20 @@ of Python, NumPy and torch are seeded from ``(seed, epoch, index)``, and in the 
 
 import contextlib
 import functools
+import gc
+import inspect
 import itertools
 import logging
 import multiprocessing
 import random
 import signal
 import struct
+import sys
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
-from types import SimpleNamespace
+from types import FrameType, GeneratorType, SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -353,6 +356,8 @@ class Loader:
         self._fetched_from: tuple[Dataset[Any], Attributes | None] = dataset, None
         self._has_failed = self._has_told = False
         self._changes = 0  # of the data set, that workers had to be started anew for
+        self._walking: Callable[[], Any] = lambda: None  # the newest loop over an epoch
+        self._goes_on = False  # the first one begins within an epoch, after a restart
         self._handed_out: Cursor | None = None  # the batch that is being trained, and is not in the ledger yet
         self._ledger = _Ledger(self.schedule)
 
@@ -374,7 +379,15 @@ class Loader:
         return self.schedule.steps_per_epoch()
 
     def __iter__(self) -> Iterator[Any]:
+        batches = self._walk()
+        self._walking = weakref.ref(batches)
+        return batches
+
+    def _walk(self) -> Generator[Any]:
         epoch = self.cursor.epoch
+        if self._goes_on and self.rank == 0:
+            warn_of_counts(self._walking(), epoch, self.batch + 1)
+        self._goes_on = False
         try:
             while self.cursor.epoch == epoch:
                 step = self.next_step(whole=True)
@@ -501,6 +514,7 @@ class Loader:
         self.taken, self._has_failed = 0, False
         saved = Cursor(state["epoch"], state["offset"])
         self.cursor = self.schedule.settled(saved)
+        self._goes_on = self.cursor.offset > 0
         self.gaps = [Gap(*gap) for gap in state["gaps"]]
         if self._compares:
             self._fingerprint = state.get("fingerprint") or self._fingerprint
@@ -661,6 +675,36 @@ def _are_others(saved: Sequence[Any], live: Sequence[Any]) -> bool:
 
 def nothing() -> None:
     """Nobody wants to know."""
+
+
+_AROUND = (tuple, zip, map, filter, enumerate, itertools.islice, itertools.chain)
+_COUNTS = (itertools.count, type(iter(range(0))))
+
+
+def warn_of_counts(iterator: Any, epoch: int, batches: int) -> None:
+    """Says so where ``enumerate``, or a ``zip`` with numbers, counts what an iterator gives, which goes on within an epoch
+    after so many ``batches``. Called by the iterator itself. Nobody but Python's garbage collector knows who holds it."""
+    held = [iterator, *_generators_around(sys._getframe(1))]
+    for _ in range(3):
+        holders = [each for each in gc.get_referrers(*held) if type(each) in _AROUND]
+        if any(type(each) is enumerate or any(type(one) in _COUNTS for one in gc.get_referents(each)) for each in holders):
+            log.warning(
+                "enumerate(loader) begins at 0, and epoch %d goes on after %d batches: what depends on that number is not "
+                "as without the restart. Use loader.batch, which goes on, or a number that is in the state",
+                epoch,
+                batches,
+            )
+            return
+        held = holders
+
+
+def _generators_around(frame: FrameType | None) -> list[Any]:
+    """The generators that ask for a batch and pass it on, as tqdm's does. While they run, nobody sees what they hold."""
+    frames = []
+    while frame is not None and (frame.f_code.co_flags & inspect.CO_GENERATOR or "torch" in frame.f_globals["__name__"]):
+        frames.append(frame)
+        frame = frame.f_back
+    return [each for each in gc.get_objects() if type(each) is GeneratorType and each.gi_frame in frames]
 
 
 class _Ledger:

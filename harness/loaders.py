@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 
-from harness.data import Loader, nothing
+from harness.data import Loader, nothing, warn_of_counts
 from harness.errors import Mismatch
 
 log = logging.getLogger(__name__)
@@ -157,6 +157,7 @@ class Epochs:
         self._number: int | None = None  # of the epoch, as a DistributedSampler has it
         self.on_return: Callable[[], None] = nothing
         self.on_give: Callable[[], None] = nothing
+        self.epoch = 0  # of the run, where it says so
         loader._get_iterator = self._get_iterator
 
     @property
@@ -186,7 +187,13 @@ class Epochs:
         return iterator
 
     def _followed(self, iterator: Callable[[], Any], fetch: Callable[[], Any], batches: int) -> Callable[[], Any]:
+        goes_on = iterator()._num_yielded > 0  # within an epoch, after a restart
+
         def next_data() -> Any:
+            nonlocal goes_on
+            if goes_on:
+                goes_on = False
+                warn_of_counts(iterator(), self.epoch, iterator()._num_yielded)
             if iterator()._num_yielded < batches:  # else it has none, and the epoch goes on without
                 self.on_return()
             data = fetch()

@@ -360,8 +360,23 @@ class Run:
             self.loader.close()
         if self._saver is not None:
             self._tell_of(self._saver.give_up_after(self.config.stop.grace_seconds))
+        self._warn_of_lost_steps()
         self._reporter.close()
         self._leave_host()
+
+    def _warn_of_lost_steps(self) -> None:
+        """Says so where the loop was left by ``break``, and its end is not saved."""
+        is_at_an_error = self._error is not None or sys.exc_info()[0] is not None
+        if not self._is_in_loop or self._saver is None or self.stop.settled or is_at_an_error:
+            return
+        committed = self._committed[0] if self._committed else 0
+        self._is_in_loop = False
+        if committed < self.global_step and self.world.rank == 0:
+            log.warning(
+                "the loop was left before its end, at step %d: what came after step %d is not saved. Call run.finish() then",
+                self.global_step,
+                committed,
+            )
 
     def _leave_host(self) -> None:
         """The training is over: an error from now on is the program's own."""
@@ -513,6 +528,7 @@ class Run:
         if self.loader:
             self.loader.on_return, self.loader.on_exit = self._end_batch, self._fence
         for each in self.state.epochs if self.loader is None else ():
+            each.epoch = self.epoch
             each.on_return = functools.partial(self._end_batch, each)
             each.on_give = functools.partial(setattr, self, "_given_by", each)
         with self._omissions.looking():

@@ -451,6 +451,31 @@ def test_a_loader_that_leaves_it_out_goes_on(workers):
         second.close()
 
 
+@pytest.mark.parametrize(
+    ("walk", "is_told"),
+    [
+        (lambda loader: loader, False),
+        (lambda loader: list(loader), False),  # noqa: PLW0108  # what holds the batches holds no iterator
+        (enumerate, True),
+        (lambda loader: enumerate(each for each in loader), True),
+        (lambda loader: zip(itertools.count(), loader, strict=False), True),
+        (lambda loader: zip(loader, "abcdefgh", strict=False), False),
+    ],
+)
+def test_a_count_that_begins_anew_is_told_of(caplog, walk, is_told):
+    """Where a loop goes on within an epoch, and there only."""
+    first = Loader(TensorDataset(torch.arange(12.0)), 2)
+    for _ in range(2):
+        next(iter(first))
+    for offset in (0, 2):
+        loader = Loader(TensorDataset(torch.arange(12.0)), 2)
+        if offset:
+            loader.load_state_dict(first.state_dict())
+        for _ in walk(loader):
+            pass
+        assert ("goes on after 2 batches" in caplog.text) == (is_told and bool(offset))
+
+
 def test_a_resume_that_begins_to_leave_it_out(caplog):
     """Where the rest of the epoch is less than a batch, the epoch is over, and that is told; elsewhere it goes on."""
     first = loader()

@@ -156,6 +156,21 @@ def test_a_run_that_was_finished_early_stays_finished(tmp_path, caplog, inside):
     assert Script(tmp_path, reopen=True).train(3).seen == [2, 2, 2]
 
 
+def test_a_loop_that_is_left_without_a_word(tmp_path, caplog):
+    """What is not saved is told of when the run is closed; not after an error, nor where the end was saved."""
+    for finishes in (True, False):
+        script = Script(tmp_path / str(finishes), every_steps=2)
+        for _ in script.run.steps(100):
+            script.step(torch.ones(1, 2))
+            if script.run.global_step == 5:
+                break
+        if finishes:
+            script.run.finish()
+        script.run.close()
+        found = "the loop was left before its end, at step 5: what came after step 4 is not saved" in caplog.text
+        assert found != finishes
+
+
 def test_what_changes_after_the_last_save_is_saved_by_finish(tmp_path):
     """Averages that get their statistics when the loop is over, say."""
     script = Script(tmp_path).train(1)
