@@ -32,7 +32,8 @@ check: $(READY)
 	$(BIN)/mypy
 
 soak: $(READY)
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/optimizer-libraries --requirement tests/optimizer-libraries.txt
+	SOAK_LIBRARIES=build/optimizer-libraries $(BIN)/python -m pytest -m soak
 
 # BENCH_ARGS=--quick for a look; without, the results, the tables in benchmarks/README.md and docs/stall.png are written anew.
 BENCH_ARGS ?= --publish
