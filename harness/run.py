@@ -72,17 +72,19 @@ class Run:
     is written every ``every_steps`` steps, ``every_seconds`` seconds and ``every_epochs`` epochs, and at the end; the last
     ``keep_last`` are kept (None: all). It has all that the loop does before it asks for the next batch, or, after the last
     one of an epoch, for the next epoch: a save that is due waits for that, and so does a stop. ``config`` has further
-    sections as in the configuration of ``harness train``:
-    ``{"checkpoint": {…}, "watchdog": {…}}``. ``url=None`` saves nothing.
+    sections as in the configuration of ``harness train``: ``{"checkpoint": {…}, "watchdog": {…}}``. ``url=None`` saves
+    nothing.
 
     ``initialize`` is called where there is nothing to resume from (to load weights, say); what it returns is logged.
     ``about`` goes into each manifest and must be the same on all ranks. At a resume the checkpoint's learning rates and
     schedules count; of the ``reset_options`` that are named (``["lr"]``) the program's. ``adapt(step, epoch, names)`` is
     called before a checkpoint is compared, with dtype and shape of its tensors by part and name, to give a model or an
-    optimizer that grows what it had then. A stop signal, or a cloud's notice, ends the program
-    after the step, saved, with exit code 75 (0 under torchrun); given a ``stop`` request of its own, ``step`` raises
-    ``Stopped`` instead. ``fresh`` refuses a URL that holds a run, ``must_exist`` one that holds none. A loop that ``finish``
-    has ended early has nothing left to do when the program is started again; ``reopen`` trains on.
+    optimizer that grows what it had then.
+
+    A stop signal, or a cloud's notice, ends the program after the step, saved, with exit code 75 (0 under torchrun); given a
+    ``stop`` request of its own, the loop raises ``Stopped`` instead. ``fresh`` refuses a URL that holds a run,
+    ``must_exist`` one that holds none. A loop that ``finish`` has ended early has nothing left to do when the program is
+    started again; ``reopen`` trains on.
 
     Raises ``ConfigError`` for a bad setting, ``Mismatch`` where the newest checkpoint does not fit the state,
     ``NoCheckpoint`` where none is whole, or none there that ``must_exist``, ``StoreError`` where the storage fails,

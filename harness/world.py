@@ -434,8 +434,8 @@ class Agreement:
             self._steps_to_next, *agreed = self._pending.wait()
             self._pending = None
         self._steps_since += 1
-        if self._steps_since >= self._steps_to_next:
-            self._begin(wants)
+        if self._steps_since >= self._steps_to_next:  # what was just agreed on is about to happen: nobody wants it again
+            self._begin([0 if is_agreed else want for want, is_agreed in zip(wants, agreed, strict=True)])
         return agreed
 
     def _begin(self, wants: Sequence[int]) -> None:
