@@ -82,7 +82,7 @@ class Restored:
     step: int | None = None
     parts: Mapping[str, Any] | None = None
 
-    def restore(self, parts: Mapping[str, Any], step: int, rank: int) -> None:
+    def restore(self, parts: Mapping[str, Any], step: int, rank: int, epoch: int) -> None:
         self.parts, self.step = parts, step
 
     @property
