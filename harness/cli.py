@@ -71,9 +71,7 @@ def _run() -> None:
         cli.main(standalone_mode=False)
     except ImportError as error:
         if (error.name or "").partition(".")[0] == "torch":
-            raise ConfigError(
-                f"{error}: this verb needs PyTorch; install it for {sys.executable}: pip install torch"
-            ) from error
+            raise ConfigError(f"{error}: PyTorch is needed; install it for {sys.executable}: pip install torch") from error
         raise
 
 

@@ -364,6 +364,7 @@ class Run:
             self._tell_of(self._saver.give_up_after(self.config.stop.grace_seconds))
         self._warn_of_lost_steps()
         self._reporter.close()
+        self.stop.before_leaving = nothing
         self._leave_host()
 
     def _warn_of_lost_steps(self) -> None:

@@ -32,7 +32,7 @@ def import_torch(*modules: str) -> None:
         gc.freeze()
     for error in errors:
         if isinstance(error, ModuleNotFoundError) and error.name == "torch":
-            raise ConfigError(f"torch is not installed for {sys.executable}: install it there (pip install torch)") from None
+            raise ConfigError(f"{error}: PyTorch is needed; install it for {sys.executable}: pip install torch") from None
         raise error
 
 

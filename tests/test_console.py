@@ -275,7 +275,4 @@ def test_without_torch(tmp_path, command):
     done = harness(*command, cwd=tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert (
-        line
-        == f"harness: No module named 'torch': this verb needs PyTorch; install it for {sys.executable}: pip install torch"
-    )
+    assert line == f"harness: No module named 'torch': PyTorch is needed; install it for {sys.executable}: pip install torch"

@@ -56,7 +56,7 @@ def test_an_optimizer_would_import_the_rest():
     ("torch", "expected"),
     [
         ("raise OSError('libcudart.so: cannot open')", "OSError libcudart.so: cannot open"),
-        ("raise ModuleNotFoundError('No module', name='torch')", "ConfigError torch is not installed for"),
+        ("raise ModuleNotFoundError('No module', name='torch')", "ConfigError No module: PyTorch is needed; install it for"),
     ],
 )
 def test_the_first_error_is_the_one_that_is_seen(tmp_path, torch, expected):

@@ -241,6 +241,9 @@ class TestStrange(StoreContract):
     def place(self, tmp_path):
         return Place(f"strange://{tmp_path}/run", RawDirectory(f"{tmp_path}/run"))
 
+    @pytest.mark.skip(reason="fsspec says nothing of links there")
+    def test_links(self, place): ...
+
     @pytest.mark.skip(reason="it writes files in place, and says nothing of an upload")
     def test_interrupt_while_overwriting_keeps_the_old(self, place): ...
 
