@@ -287,7 +287,13 @@ def test_a_rank_that_dies_in_the_middle_holds_nobody_up(tmp_path, number):
     train_here(build, url=tmp_path / "run", train=TRAIN, checkpoint=CHECKPOINT)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    shared = {**environment(), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {
+        **environment(),
+        "WORLD_SIZE": "3",
+        "LOCAL_WORLD_SIZE": "3",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     command = [sys.executable, __file__, str(tmp_path), str(int(number))]
     ranks = [subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(3)]
     try:
