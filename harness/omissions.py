@@ -140,6 +140,8 @@ class Omissions:
 
     def at_boundary(self, loader: Loader | None, forwards: int) -> None:
         """Looks whether each step has had its batch."""
+        if not self._is_active:
+            return
         self._forwards = forwards
         if self._boundaries is not None:
             self._boundaries += 1

@@ -141,7 +141,8 @@ class Run:
         self._agreement: Agreement | None = None  # while the loop goes on
         self._metrics: Mapping[str, Any] = {}  # of the last step
         self._boundaries = 0  # how many this process has seen
-        self._due: _Due | None = None  # what waits for the end of the body of the step that was just taken
+        self._is_at_boundary = False  # the body of the step that was just taken has not ended
+        self._due: _Due | None = None  # what waits for that
         self._epoch_before = 0  # at the boundary before
         self._has_stepped = False  # an optimizer, since the last boundary
         self._loops = 0  # over ``epochs`` or ``steps`` that have begun
@@ -211,6 +212,7 @@ class Run:
         if self._agreement is None:
             raise ConfigError("run.step() belongs into a loop over run.epochs() or run.steps()")
         self._boundaries += 1
+        self._is_at_boundary = True
         self.state.progress.step += 1
         if metrics.keys() != self._metrics.keys():
             check_metric_names(metrics)
@@ -237,11 +239,16 @@ class Run:
         """Notes what is due at this boundary; what the boundary before has left is still due."""
         checkpoint, step, epochs = self.config.checkpoint, self.global_step, (self._epoch_before, self.epoch)
         self._epoch_before = self.epoch
-        before = self._due or _Due()
-        save = save or is_due(step, epochs, checkpoint.every_steps, checkpoint.every_epochs)
-        self._due = _Due(save=save or before.save, stop=stop or before.stop)
+        save = save or is_due(step, epochs, checkpoint.every_steps, checkpoint.every_epochs) or self._is_new_best()
+        if save or stop:
+            self._mark_due(save=save, stop=stop)
         if self._is_last_step() or is_due(step, epochs, self.config.log.every_steps, self.config.log.every_epochs):
             self._log()
+
+    def _mark_due(self, *, save: bool = False, stop: bool = False) -> None:
+        """Has it done at the end of the body, beside what is due there already."""
+        before = self._due or _Due()
+        self._due = _Due(save=save or before.save, stop=stop or before.stop)
 
     def _ends_of_bodies_show(self) -> bool:
         """Whether the loop comes back here, or to a loader that tells, when it has done with the step."""
@@ -249,7 +256,7 @@ class Run:
 
     def _end_batch(self, asked: Epochs | None = None) -> None:
         """The loop asks for another batch, of ours or of the loader that is ``asked``."""
-        if self._due is not None and asked is self._trained_from:
+        if self._is_at_boundary and asked is self._trained_from:
             self._omissions.at_next_batch(self._own_work.forwards)
             self._end_body()
 
@@ -263,8 +270,8 @@ class Run:
             checkpoint, log_every = self.config.checkpoint, self.config.log.every_epochs
             epochs = (self._epoch_before, self.epoch)
             self._epoch_before = self.epoch
-            due = self._due or _Due()
-            self._due = _Due(due.save or is_due(1, epochs, None, checkpoint.every_epochs), due.stop)
+            if is_due(1, epochs, None, checkpoint.every_epochs):
+                self._mark_due(save=True)
             if is_due(1, epochs, None, log_every):
                 self._log()
         self._omissions.at_epoch_end()
@@ -272,11 +279,10 @@ class Run:
 
     def _end_body(self) -> None:
         """The loop has done with a step, and with all that it does after it: now is the time for what is due."""
-        due, self._due = self._due, None
+        due, self._due, self._is_at_boundary = self._due, None, False
         if due is None or self._is_over():  # the end is saved by itself
             return
-        if due.save or due.stop or self._is_new_best():
-            self._save(must_succeed=due.stop)
+        self._save(must_succeed=due.stop)
         if due.stop:
             self._leave()
 
@@ -327,8 +333,12 @@ class Run:
             progress.best = {**values, "step": judged}
         message = f"step {self._of_total(judged)}  evaluation  {in_words(dict(values))}"
         self.tell("evaluate", message, step=judged, **values)
-        if self._is_new_best() and self._due is None and not self._ends_of_bodies_show() and not self._has_stepped:
-            self._save(must_succeed=False)  # else it is saved at the end of the body
+        if not self._is_new_best() or self._has_stepped:
+            return
+        if self._is_at_boundary:
+            self._mark_due(save=True)
+        elif not self._ends_of_bodies_show():
+            self._save(must_succeed=False)
 
     def tell(self, event: str, message: str, /, **values: Any) -> None:
         """Logs an event: ``message`` for people, the values for programs. Rank 0 speaks."""
