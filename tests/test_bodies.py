@@ -224,7 +224,7 @@ def test_whatever_dies_when_the_end_has_the_same_bits(tmp_path, loop, interval):
     """Of weights, moments, schedules, averages and histories: each end of a batch and of an epoch counts once."""
     straight = Program(tmp_path / "straight", loop)
     loop(straight)
-    for die_at in range(4, straight.ticks + 1, max(straight.ticks // 4, 2)):
+    for die_at in range(4, straight.ticks + 1, max(straight.ticks // 3, 2)):
         url = tmp_path / f"died-{die_at}"
         with pytest.raises(DiedError):
             loop(dying := Program(url, loop, die_at=die_at, **interval))
