@@ -222,9 +222,10 @@ def batches(
     with _on_cpu(), deaf_children():
         fetched = iter(loader)
     processes = [process for process in multiprocessing.active_children() if process not in before]
+    keeps, is_elsewhere = draws and not workers, torch.get_default_device().type != "cpu"  # asked once: it takes 10 µs
     try:
         while True:
-            with _generators_kept(draws and not workers), _on_cpu():
+            with _generators_kept() if keeps else _NO_CARE, _on_cpu() if is_elsewhere else _NO_CARE:
                 first = next(fetched)
                 step = announced.pop(0)
                 micro_batches = [(first, step[0].weight)] + [(next(fetched), micro.weight) for micro in step[1:]]
@@ -246,11 +247,8 @@ def _shield_worker(_worker: int) -> None:
 
 
 @contextlib.contextmanager
-def _generators_kept(wanted: bool) -> Iterator[None]:
+def _generators_kept() -> Iterator[None]:
     """Puts the generators back afterwards, after an error, too."""
-    if not wanted:
-        yield
-        return
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002  # as above
     try:
         yield
@@ -258,6 +256,9 @@ def _generators_kept(wanted: bool) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002  # as above
         torch.default_generator.set_state(states[2])
+
+
+_NO_CARE = contextlib.nullcontext()
 
 
 def _on_cpu() -> contextlib.AbstractContextManager[Any]:

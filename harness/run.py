@@ -687,8 +687,9 @@ class Run:
     def _before_optimizer(self, *_args: object) -> None:
         """An optimizer is about to take its step."""
         self._has_stepped = True
-        self._fence()
-        self._omissions.at_optimizer()
+        if self._saver is not None:
+            self._saver.fence()
+            self._omissions.at_optimizer()
 
     def _fence(self) -> None:
         """Before anything may change what a save may still be copying."""
