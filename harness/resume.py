@@ -158,18 +158,26 @@ def check_lockstep(world: World, state: State, about: Mapping[str, Any], *, resu
 
 def check_alike(world: World, state: State) -> None:
     """Raises ``ConfigError`` unless all ranks hold the same parameters and optimizer states, bit for bit. Called before an
-    attempt saves for the first time: a checkpoint has rank 0's, or pieces of each, and gives them to all."""
+    attempt saves for the first time: a checkpoint has rank 0's, or pieces of each, and gives them to all. Of parameters that
+    no optimizer moves, as ``Embedding(max_norm=…)`` does, a difference is told."""
     if world.size == 1:
         return
-    found = world.all_gather(state.steady_digests())
-    if not (different := [rank for rank in range(world.size) if found[rank] != found[0]]):
-        return
-    names = [name for name in found[0] if found[0][name] != found[different[0]].get(name)]
-    raise ConfigError(
-        f"step {state.progress.step}: {', '.join(names)} differs between rank 0 and ranks {different}, nothing is saved. "
-        "harness saves what is the same on all ranks: wrap each trained module in DistributedDataParallel, or average what "
-        "the ranks hold before run.step()"
-    )
+    gathered = world.all_gather(state.steady_digests())
+    found, apart = ([each[index] for each in gathered] for index in (0, 1))
+    if different := [rank for rank in range(world.size) if found[rank] != found[0]]:
+        names = [name for name in found[0] if found[0][name] != found[different[0]].get(name)]
+        raise ConfigError(
+            f"step {state.progress.step}: {', '.join(names)} differs between rank 0 and ranks {different}, nothing is "
+            "saved. harness saves what is the same on all ranks: wrap each trained module in DistributedDataParallel, or average "
+            "what the ranks hold before run.step()"
+        )
+    different = [rank for rank in range(world.size) if apart[rank] != apart[0]]
+    if different and world.rank == 0:
+        log.warning(
+            "parameters that no optimizer moves (frozen ones, or those of an Embedding with max_norm) differ between rank 0 "
+            "and ranks %s: the checkpoint has rank 0's, and a restart gives them to all",
+            different,
+        )
 
 
 def on_first(world: World, function: Any) -> Any:

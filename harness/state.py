@@ -329,14 +329,20 @@ class State:
         tensors = tensors_in([part.capture() for part in self._parts.values()])
         return {id(each) for each in held}, {tensor.data_ptr() for tensor in tensors}
 
-    def steady_digests(self) -> dict[str, str]:
+    def steady_digests(self) -> tuple[dict[str, str], dict[str, str]]:
         """Of each module's parameters and each optimizer's state on this rank, by part: what has to be the same on all ranks
-        between two steps. Buffers may differ."""
-        found = {}
+        between two steps; and apart, the parameters that something else than an optimizer moves. Buffers may differ."""
+        is_steady = self.is_steady()
+        found, apart = {}, {}
         for name, part in self._parts.items():
-            if not part.per_rank and (values := part.steady()):
+            values = {} if part.per_rank else dict(part.steady())
+            if isinstance(part, _Module):
+                others = {key: values.pop(key) for key, each in [*values.items()] if not is_steady(each)}
+                if others:
+                    apart[name] = commit.digest_of(others, name)
+            if values:
                 found[name] = commit.digest_of(values, name)
-        return found
+        return found, apart
 
     def digests(self) -> dict[str, Any]:
         """What must be the same on all ranks before they train together."""

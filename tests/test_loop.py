@@ -447,6 +447,32 @@ def other_metrics(world, _place: Path):
     return told
 
 
+def ranks_that_differ(world, place: Path):
+    """What becomes of a save where rank 1 holds something else: weights, or those that a forward pass renormalises."""
+    told = []
+    for name in ("weights", "words"):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"weights": nn.Linear(2, 1), "words": nn.Embedding(2, 2, max_norm=1.0)})
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        run = Run(place / name, {"model": model, "optimizer": optimizer}, world=world, every_steps=1, stop=StopRequest())
+        lines: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record, lines=lines: lines.append(record.getMessage())
+        logging.getLogger("harness.resume").addHandler(handler)
+        try:
+            for _ in run.steps(2):
+                with torch.no_grad():
+                    model[name].weight.add_(world.rank)
+                run.step()
+        except ConfigError as error:
+            lines.append(str(error))
+        finally:
+            logging.getLogger("harness.resume").removeHandler(handler)
+            run.close()
+        told.append(" ".join(lines))
+    return told
+
+
 def unequal_steps(world, place: Path):
     """What is said where rank 1 leaves its loop three steps before rank 0 does."""
     lines: list[str] = []
@@ -483,6 +509,19 @@ def test_ranks_share_an_evaluation(results):
     records = [json.loads(line) for line in (directory / "evaluated" / "judged.jsonl").read_text().splitlines()]
     means = [record["x"] for record in records if record["event"] == "evaluate"]
     assert means == [pytest.approx(0, abs=1e-6)] * 4
+
+
+@pytest.mark.torchrun
+def test_ranks_that_differ_are_not_saved(results):
+    """A checkpoint would give all ranks what rank 0 holds, or pieces of each. What no optimizer moves is told of."""
+    (weights, words), (weights_of_other, words_of_other) = returned(results[1]["ranks_that_differ"])
+    for text in (weights, weights_of_other):
+        assert "step 1: model differs between rank 0 and ranks [1], nothing is saved" in text
+    assert "parameters that no optimizer moves" in words
+    assert words_of_other == ""
+    directory = results[0] / "ranks_that_differ"
+    assert list(directory.glob("weights/step-*/manifest.json")) == []
+    assert newest(directory / "words")["step"] == 2
 
 
 @pytest.mark.torchrun
@@ -575,4 +614,7 @@ def test_a_short_last_batch_can_be_left_out(run, caplog):
 
 
 if __name__ == "__main__":
-    play([evaluated, empty_shares, saved_late, last_save_fails, other_metrics, unequal_steps], Path(sys.argv[1]))
+    play(
+        [evaluated, empty_shares, saved_late, last_save_fails, other_metrics, ranks_that_differ, unequal_steps],
+        Path(sys.argv[1]),
+    )
