@@ -57,12 +57,15 @@ class GradientOrder:
         for parameter in self._parameters:
             parameter.grad = None  # one that is there would be averaged over the ranks
         reducer = self._model.reducer
+        sparse = {
+            id(each.weight) for each in self._model.modules() if getattr(each, "sparse", False) and hasattr(each, "weight")
+        }
         with _unheard(self._parameters):
             reducer.prepare_for_forward()
             reducer.prepare_for_backward([])
             for number in order:  # one by one: within one backward pass, torch would choose the order
                 parameter = self._parameters[number]
-                torch.autograd.backward(parameter, torch.zeros_like(parameter))
+                torch.autograd.backward(parameter, _nothing_for(parameter, is_sparse=id(parameter) in sparse))
         for parameter, gradient in zip(self._parameters, before, strict=True):
             parameter.grad = gradient
         return None
@@ -118,6 +121,15 @@ def _reduced(model: DistributedDataParallel) -> list[torch.Tensor]:
     """The parameters whose gradients DDP adds up."""
     ignored = getattr(model, "parameters_to_ignore", ())
     return [each for name, each in model.module.named_parameters() if each.requires_grad and name not in ignored]
+
+
+def _nothing_for(parameter: torch.Tensor, *, is_sparse: bool) -> torch.Tensor:
+    """A gradient of zeros, of the layout that DDP expects: that of an embedding may be sparse."""
+    if not is_sparse:
+        return torch.zeros_like(parameter)
+    rows = torch.zeros((1, 0), dtype=torch.int64, device=parameter.device)
+    values = torch.zeros((0, *parameter.shape[1:]), dtype=parameter.dtype, device=parameter.device)
+    return torch.sparse_coo_tensor(rows, values, parameter.shape, check_invariants=False)
 
 
 def _forgets(hook: Any) -> bool:

@@ -168,8 +168,8 @@ def check_alike(world: World, state: State) -> None:
         names = [name for name in found[0] if found[0][name] != found[different[0]].get(name)]
         raise ConfigError(
             f"step {state.progress.step}: {', '.join(names)} differs between rank 0 and ranks {different}, nothing is "
-            "saved. harness saves what is the same on all ranks: wrap each trained module in DistributedDataParallel, or average "
-            "what the ranks hold before run.step()"
+            "saved. harness saves what is the same on all ranks: wrap each trained module in DistributedDataParallel, or "
+            "average what the ranks hold before run.step()"
         )
     different = [rank for rank in range(world.size) if apart[rank] != apart[0]]
     if different and world.rank == 0:
