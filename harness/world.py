@@ -365,7 +365,7 @@ def _wait_for_listener(address: str, port: int, timeout: timedelta) -> None:
     """
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(OSError),
-        wait=tenacity.wait_random(0.01, 0.03),
+        wait=tenacity.wait_fixed(0.02),  # not a random one: it would draw from the program's generator
         stop=tenacity.stop_after_delay(timeout),
     )
     try:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -246,6 +247,17 @@ class TestStrange(StoreContract):
 
     @pytest.mark.skip(reason="it writes files in place, and says nothing of an upload")
     def test_interrupt_while_overwriting_keeps_the_old(self, place): ...
+
+
+def test_a_retry_draws_no_random_number(strange):
+    """Python's generator belongs to the training: a storage that failed for a moment must not change what that draws."""
+    url, fail = strange
+    store = open_store(url, attempts=4)
+    before = random.getstate()
+    fail("pipe_file", Foreign("connection lost"), times=3)
+    put(store, "first", b"1")
+    assert store.retries == 3
+    assert random.getstate() == before
 
 
 @pytest.mark.parametrize("operation", ["pipe_file", "open", "ls", "info"])

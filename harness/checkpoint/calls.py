@@ -6,6 +6,7 @@ behind; when that wakes up later, it finds that nobody waits for it any more (``
 
 import errno
 import math
+import random
 import re
 import threading
 import time
@@ -25,6 +26,7 @@ T = TypeVar("T")
 Called = TypeVar("Called")
 
 THREAD = "harness-store"
+_JITTER = random.Random()  # not the process's generator, which is the training's: a retry must not draw from it
 
 _PERMANENT = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOENT,
@@ -82,7 +84,7 @@ def insist(
 
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(attempts),
-        wait=tenacity.wait_random_exponential(multiplier=0.2, max=10),
+        wait=lambda state: _JITTER.uniform(0, min(10.0, 0.2 * 2 ** (state.attempt_number - 1))),
         retry=tenacity.retry_if_exception(
             lambda error: isinstance(error, StoreError) and (error.transient or error in refused)
         ),
