@@ -111,17 +111,16 @@ class Run:
         reopen: bool = False,
         must_exist: bool = False,
     ) -> None:
+        given = {"every_steps": every_steps, "every_seconds": every_seconds, "every_epochs": every_epochs}
+        given |= {"keep_last": keep_last, "must_exist": must_exist or None}
         if examiner is not None:
-            given = {"every_steps": every_steps, "every_seconds": every_seconds, "every_epochs": every_epochs}
-            given |= {"keep_last": keep_last, "must_exist": must_exist or None}
             examiner(_settings(url, given, config), state, world, fresh)
         self._host = program.host() if stop is None else None
         self.stop = program.host().stop if stop is None else stop
         if self._host is not None:
             self._host.hear_of_errors(self._fail)
         self._pid = os.getpid()
-        intervals = {"every_steps": every_steps, "every_seconds": every_seconds, "every_epochs": every_epochs}
-        self.config = _settings(url, {**intervals, "keep_last": keep_last, "must_exist": must_exist or None}, config)
+        self.config = _settings(url, given, config)
         self.world = world or world_of_program(device_of(state), self.config.world.timeout_seconds)
         self.stop.before_leaving = self._before_leaving
         self.about = dict(about or {})
