@@ -15,6 +15,7 @@ from urllib.parse import quote
 import pytest
 import servers
 from cluster import environment, harness
+from store_contract import wait_for_those_left_behind
 
 from harness import console, crashes
 from harness.checkpoint.catalog import Catalog
@@ -329,6 +330,7 @@ def test_gcs(refusing, told):
     assert gcsfs
     assert "Traceback" in text
     assert "S3CR3T" not in text
+    wait_for_those_left_behind()
 
 
 # --- programs --------------------------------------------------------------------------------------------------------
