@@ -24,8 +24,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
 from harness.data import Loader
-from harness.loaders import INTO_THE_STATE
+from harness.loaders import INTO_THE_STATE, warn_of_single_samples
 from harness.state import State
+from harness.stragglers import OwnWork
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +38,10 @@ _AHEAD = "{}: batches seem to be fetched ahead, and a restart would skip one. Fe
 class Omissions:
     """Looks at a loop for a state, where ``is_active``; each finding is logged once."""
 
-    def __init__(self, state: State, *, is_active: bool) -> None:
+    def __init__(self, state: State, own_work: OwnWork, loader: Loader | None, *, is_active: bool) -> None:
         self._state = state
+        self._own_work = own_work
+        self._loader = loader
         self._is_active = is_active
         self._said: set[str] = set()
         self._stepped: dict[int, Optimizer] = {}  # those that have taken a step
@@ -75,6 +78,12 @@ class Omissions:
             log.warning("%s", message)
 
     # --- what the state lacks ----------------------------------------------------------------------------------------
+
+    def after_first_step(self) -> None:
+        """What the first step of this process has shown."""
+        self.warn()
+        if self._loader is not None and self._is_active:
+            warn_of_single_samples(self._loader, self._state.modules.items())
 
     def warn(self) -> None:
         """Names what the loop has used so far and the state lacks."""
@@ -138,14 +147,14 @@ class Omissions:
 
     # --- batches that are fetched ahead ------------------------------------------------------------------------------
 
-    def at_boundary(self, loader: Loader | None, forwards: int) -> None:
+    def at_boundary(self) -> None:
         """Looks whether each step has had its batch."""
         if not self._is_active:
             return
-        self._forwards = forwards
+        self._forwards = self._own_work.forwards
         if self._boundaries is not None:
             self._boundaries += 1
-        if loader is None:
+        if (loader := self._loader) is None:
             return
         fetched, now = self._fetched, loader.taken
         if now == fetched[-1] > 0:
@@ -161,9 +170,9 @@ class Omissions:
         if len(fetched) == 3 and loader.cursor.offset and (fetched[1] - fetched[0]) - (now - fetched[1]) == 1:
             self._say(_AHEAD.format("the first step of this loop had one batch more than the second"))
 
-    def at_next_batch(self, forwards: int) -> None:
+    def at_next_batch(self) -> None:
         """Looks whether the step before is over when its successor's batch is fetched."""
-        if forwards != self._forwards:
+        if self._is_active and self._own_work.forwards != self._forwards:
             self._say(_AHEAD.format("a batch was fetched after the model had begun the next step"))
 
     # --- a position that nobody keeps --------------------------------------------------------------------------------

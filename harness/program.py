@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Protocol, Self
 
 from harness import console, outcome
 from harness.environment import is_first_of_node, is_under_torchrun
@@ -162,6 +162,42 @@ def where_this_rank_was(reason: str) -> str:
 # --- a program that has a loop of its own ------------------------------------------------------------------------------
 
 
+class Hosted(Protocol):
+    """A run in a program: what the program's process does for it."""
+
+    def remember_crash(self, error: BaseException) -> None:
+        """An error has ended a loop, or the program. Called once or several times with the same one."""
+
+    def close(self) -> None:
+        """The program ends. Called once more, perhaps."""
+
+
+class Guest:
+    """In place of a host, where whoever calls has a stop request of their own, and owns the process."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self.stop = stop
+
+    def keep(self, run: Hosted) -> None:
+        """Nothing is installed."""
+
+    def has_finished(self, run: Hosted) -> None:
+        """Nothing was installed."""
+
+    def let_go(self, run: Hosted) -> None:
+        """Nothing was installed."""
+
+    def start(self, _run: Hosted) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def loop(self, _run: Hosted, _grace_seconds: float) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def end(self, _run: Hosted, stopped: Stopped) -> NoReturn:
+        """Raises it: whoever calls knows how the program ends."""
+        raise stopped
+
+
 class Host(Program):
     """What ``harness train`` does around a training, for a program that has loops of its own: while one is under way.
 
@@ -172,19 +208,56 @@ class Host(Program):
         super().__init__()
         self._pid = os.getpid()
         self._loops = 0  # that are under way; one may stand in another
-        self._runs: list[OnError] = []
+        self._runs: list[Hosted] = []  # to be closed when the program ends
+        self._unfinished: list[Hosted] = []  # of these, those that are told of an error which ends the program
         self._hook: Any = None
+        self._before: Any = None  # the hook that ours has replaced
         self._last_word: BaseException | None = None  # an error that the program has caught, and that no restart can mend
         begin()
-        atexit.register(self._say_last_word)
         console.begin("harness")
 
+    def keep(self, run: Hosted) -> None:
+        """Closes a run when the program ends, and has an error that nobody catches told as ``harness train`` tells it; not
+        at a prompt."""
+        for runs in (self._runs, self._unfinished):
+            if run not in runs:
+                runs.append(run)
+        atexit.unregister(self._leave)
+        atexit.register(self._leave)  # before what the storage's libraries have registered meanwhile
+        if self._hook is None and not is_interactive():
+            self._before, self._hook = sys.excepthook, self._tell_of
+            sys.excepthook = self._hook
+
+    def has_finished(self, run: Hosted) -> None:
+        """The training is over: what fails from now on is the program's own affair."""
+        self._unfinished = [each for each in self._unfinished if each is not run]
+        if not self._unfinished and self._hook is not None and sys.excepthook == self._hook:
+            sys.excepthook, self._hook = self._before, None
+
+    def let_go(self, run: Hosted) -> None:
+        """The run is closed."""
+        self.has_finished(run)
+        self._runs = [each for each in self._runs if each is not run]
+        if not self._runs and self._last_word is None:
+            atexit.unregister(self._leave)
+
     @contextlib.contextmanager
-    def loop(self, grace_seconds: float, on_error: OnError) -> Iterator[None]:
+    def start(self, run: Hosted) -> Iterator[None]:
+        """The time in which a run is made: an error then is no other than one in the loop."""
+        self.keep(run)
+        try:
+            yield
+        except Exception as error:
+            self._saw(run, error)
+            raise
+
+    @contextlib.contextmanager
+    def loop(self, run: Hosted, grace_seconds: float) -> Iterator[None]:
         """The time of a loop. The process is as before afterwards, and a stop that was asked for is forgotten.
 
-        ``on_error`` is called with the error that ends it, whoever catches that.
+        The run hears of the error that ends it, whoever catches that.
         """
+        self.keep(run)
         self.grace_seconds = grace_seconds
         self._last_word = None
         outcome.forget()
@@ -195,43 +268,30 @@ class Host(Program):
             yield
         except GeneratorExit:  # the loop was left: by break, or by an error that cannot be seen from here yet
             if not self.stop.settled and os.getpid() == self._pid:
-                _when_handled(functools.partial(self._saw, on_error))
+                _when_handled(functools.partial(self._saw, run))
             raise
         except Exception as error:
-            self._saw(on_error, error)
+            self._saw(run, error)
             raise
         finally:
             self._loops -= 1
             if self._loops == 0 and os.getpid() == self._pid:
                 self.__exit__()
 
-    @contextlib.contextmanager
-    def start(self, on_error: OnError) -> Iterator[None]:
-        """The time in which a run is made: an error then is no other than one in the loop."""
-        try:
-            yield
-        except Exception as error:
-            self._saw(on_error, error)
-            raise
-
-    def hear_of_errors(self, on_error: OnError) -> None:
-        """Has an error that nobody catches told as ``harness train`` tells it, after ``on_error``; not at a prompt."""
-        if on_error not in self._runs:
-            self._runs.append(on_error)
-        if self._hook is None and not is_interactive():
-            self._before, self._hook = sys.excepthook, self._tell_of
-            sys.excepthook = self._hook
-
-    def forget_errors(self, on_error: OnError) -> None:
-        """The run is over: what fails from now on is the program's own affair."""
-        self._runs = [each for each in self._runs if each != on_error]
-        if not self._runs and self._hook is not None and sys.excepthook == self._hook:
-            sys.excepthook, self._hook = self._before, None
+    def end(self, run: Hosted, stopped: Stopped) -> NoReturn:
+        """Ends the program, whose ranks have all stopped; at a prompt only the loop."""
+        if is_interactive():
+            raise KeyboardInterrupt(str(stopped)) if self.stop.reason == "SIGINT" else stopped
+        run.close()
+        sys.exit(record_stop(stopped))
 
     def _tell_of(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        runs = self._runs if os.getpid() == self._pid else []  # a forked child is no rank
-        for on_error in runs:
-            on_error(error)
+        """In place of ``sys.excepthook``."""
+        runs = [*self._unfinished] if os.getpid() == self._pid else []  # a forked child is no rank
+        for run in runs:
+            run.remember_crash(error)
+            with contextlib.suppress(Exception):  # the error that is under way matters more
+                run.close()
         if runs and (isinstance(error, HarnessError) or (is_under_torchrun() and not isinstance(error, KeyboardInterrupt))):
             fail(error)
         if runs and self._before is sys.__excepthook__ and not isinstance(error, KeyboardInterrupt):
@@ -239,18 +299,23 @@ class Host(Program):
         else:
             self._before(kind, error, trace)
 
-    def _saw(self, on_error: OnError, error: BaseException) -> None:
+    def _saw(self, run: Hosted, error: BaseException) -> None:
         """An error has ended a loop. The program may catch it and end with any exit code, or try again."""
         if not isinstance(error, Exception) or isinstance(error, Stopped):
             return
-        on_error(error)
+        run.remember_crash(error)
         ending = outcome.of(_meant(error))
         if ending.is_final:  # the launcher ends all at once where it sees such a record, and the program may know better
             self._last_word = error
         else:
             outcome.record(ending)
 
-    def _say_last_word(self) -> None:
+    def _leave(self) -> None:
+        """The process ends. A forked child has none of the runs' threads, and must not touch the parent's connections."""
+        if os.getpid() != self._pid:
+            return
+        for run in [*self._runs]:
+            run.close()
         if self._last_word is not None:
             outcome.record(outcome.of(self._last_word))
 

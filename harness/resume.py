@@ -39,9 +39,13 @@ class Resumed:
     directory: str
     step: int
     lineage: list[Ancestor]
-    random: Mapping[str, Any] | None  # this rank's random state, to be restored last; None where there is none for it
+    random: Mapping[str, Any]  # this rank's random state, to be restored last; empty where there is none for it
     save_seconds: float | None  # what a save took then, where that is known
     passed_over: Mapping[str, str]  # newer checkpoints that it does not go on from, and why
+
+
+NEW = Resumed("", 0, [], {}, None, {})
+"""There was nothing to resume from."""
 
 
 def resume(
@@ -51,8 +55,8 @@ def resume(
     *,
     how: Literal["auto", "each", "shared"] = "each",
     pass_over_newest: bool = False,
-) -> Resumed | None:
-    """Restores the newest checkpoint that all ranks can read; None when the run has none at all.
+) -> Resumed:
+    """Restores the newest checkpoint that all ranks can read; ``NEW`` when the run has none at all.
 
     One that does not fit the live state is a ``Mismatch``. ``how`` it is read is ``checkpoint.restore`` of the
     configuration. ``pass_over_newest`` takes the checkpoint before the newest whole one, if there is one. Raises
@@ -85,7 +89,7 @@ def resume(
             raise Mismatch(f"{where}: {error}\n{advice}; {grown}") from None
         _warn_if_inexact(meta, conditions(world))
         # With other ranks the random streams start anew, from the seed and the rank.
-        random = parts[RANDOM].get(str(world.rank)) if meta.get("world_size") == world.size else None
+        random = parts[RANDOM].get(str(world.rank), {}) if meta.get("world_size") == world.size else {}
         ancestor = Ancestor(entry.manifest.attempt, entry.step)
         lineage = [*entry.manifest.lineage, ancestor]
         on_first(world, functools.partial(_tell_of_other_lines, catalog, entry, passed_over))
@@ -97,7 +101,7 @@ def resume(
             f"{catalog.store.url}: expected a whole checkpoint, found {len(passed_over)} damaged ones; "
             "restore one of them or start a run at another URL"
         )
-    return None
+    return NEW
 
 
 def _each(world: World, catalog: Catalog) -> Iterator[Entry]:

@@ -445,7 +445,13 @@ class State:
             elif part.to_reset:
                 part.reset_own()
 
-    def check_frozen(self) -> None:
+    def after_first_step(self) -> None:
+        """What the first step of this process has shown: the order of DDP's gradients, and what is frozen."""
+        for gradients in self.gradients.values():
+            gradients.stop_noting()
+        self._check_frozen()
+
+    def _check_frozen(self) -> None:
         """After the first step of a resumed run: warns where other parameters are trained than when the checkpoint was
         written, since ``requires_grad`` is restored by nobody but the program."""
         if self._was_frozen is None:

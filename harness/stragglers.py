@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from harness.data import Loader
 
@@ -31,23 +32,30 @@ class OwnWork:
         self._seconds = 0.0
         self._began: float | None = None
         self._events: list[torch.cuda.Event] = []  # beginnings and ends in turn, not yet counted
+        self._hooks: list[RemovableHandle] = []
         for module in modules:
             inner = module.module if isinstance(module, DistributedDataParallel) else module
             # DDP waits for rank 0's buffers before the forward pass. In one that was compiled with what is around it, that
             # cannot be told from the pass itself.
             if not any(isinstance(each, DistributedDataParallel) for each in inner.modules()):
-                inner.register_forward_pre_hook(self._begin_forward)
-                inner.register_forward_hook(self._end_forward)
+                self._hooks.append(inner.register_forward_pre_hook(self._begin_forward))
+                self._hooks.append(inner.register_forward_hook(self._end_forward))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of a module takes its hooks along. In the copy they note down nothing that counts."""
         return type(self), (self._device, ())
 
+    def stop(self) -> None:
+        """Looks no more."""
+        for hook in self._hooks:
+            hook.remove()
+
     def _begin_forward(self, model: nn.Module, _inputs: object) -> None:
         if model.training:
             self.forwards += torch.is_grad_enabled()
             self._began = time.perf_counter()
-            self._record_event()
+            if self._device.type == "cuda":
+                self._record_event()
 
     def _end_forward(self, _model: nn.Module, _inputs: object, _outputs: object) -> None:
         if self._began is None:
@@ -66,10 +74,9 @@ class OwnWork:
         return self._seconds + (self._loader.waited_seconds if self._loader else 0.0)
 
     def _record_event(self) -> None:
-        if self._device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            event.record()
-            self._events.append(event)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        self._events.append(event)
 
 
 @dataclass(frozen=True)

@@ -408,7 +408,7 @@ def is_timeout(error: BaseException) -> bool:
     return "timeout" in str(error).lower() or "timed out" in str(error).lower()
 
 
-class Agreement:
+class Maximum:
     """What all ranks want, known to all at the same step, at no cost to the step.
 
     Every rank may want things (small numbers; the largest of each counts). Now and then a maximum over the control group is

@@ -97,7 +97,7 @@ class _World(SoloWorld):
     size = 7
 
 
-def resume_from(store: Store) -> tuple[resume.Resumed | None, Restored]:
+def resume_from(store: Store) -> tuple[resume.Resumed, Restored]:
     """Resumes as a training run does, with the same fallbacks, in one process."""
     restored = Restored()
     return resume.resume(_World(Restored.device), Catalog(store), restored), restored
@@ -113,7 +113,7 @@ class Life:
         self.saver = Saver(
             catalog=self.catalog,
             attempt=self.attempt,
-            lineage=resumed.lineage if resumed else [],
+            lineage=resumed.lineage,
             retention=Retention(keep_last),
             shard_bytes=shard_bytes,
             failures_allowed=failures_allowed,

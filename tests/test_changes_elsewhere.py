@@ -121,7 +121,7 @@ def test_a_torn_save_is_made_up_for_at_the_next_boundary(tmp_path, monkeypatch):
         return forward(model, x)
 
     monkeypatch.setattr(Renormed, "forward", later)
-    monkeypatch.setattr("harness.run._PROOFS", 0)
+    monkeypatch.setattr("harness.checkpointing.PROOFS", 0)
     torch.manual_seed(0)
     model = Renormed("nothing")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

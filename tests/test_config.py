@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from harness.config import Config, load_config, parse_overrides
 from harness.errors import ConfigError
-from harness.run import _settings
+from harness.run import settings_of
 
 GOOD = """\
 task: package.module:build
@@ -116,8 +116,8 @@ def test_a_variable_that_is_not_set_is_told(load, monkeypatch, value):
 def test_a_url_in_a_program_is_taken_as_it_stands(monkeypatch):
     """As ``harness.load`` takes it."""
     monkeypatch.setenv("SCRATCH", "/scratch/me")
-    assert _settings("runs/$SCRATCH/$$", {}, None).checkpoint.url == "runs/$SCRATCH/$$"
-    assert _settings(None, {}, {"checkpoint": {"url": "$SCRATCH"}}).checkpoint.url == "/scratch/me"
+    assert settings_of("runs/$SCRATCH/$$", {}, None).checkpoint.url == "runs/$SCRATCH/$$"
+    assert settings_of(None, {}, {"checkpoint": {"url": "$SCRATCH"}}).checkpoint.url == "/scratch/me"
 
 
 def test_it_is_frozen(load):

@@ -478,7 +478,7 @@ def unequal_steps(world, place: Path):
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
-    logging.getLogger("harness.run").addHandler(handler)
+    logging.getLogger("harness.attempt").addHandler(handler)
     torch.manual_seed(0)
     brief = TorchrunWorld(torch.device("cpu"), "gloo", timeout_seconds=2)
     run = Run(None, {"model": nn.Linear(1, 1)}, world=brief, stop=StopRequest(), config={"log": {"every_steps": None}})
@@ -490,7 +490,7 @@ def unequal_steps(world, place: Path):
     except Exception as error:
         run.remember_crash(error)
     finally:
-        logging.getLogger("harness.run").removeHandler(handler)
+        logging.getLogger("harness.attempt").removeHandler(handler)
         world.all_gather(None)  # over a group of its own
     return lines
 

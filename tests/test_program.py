@@ -31,8 +31,8 @@ def as_before(monkeypatch):
     monkeypatch.setattr(outcome, "_directory", None)
     before = of_process()
     yield
-    for on_error in [*program.host()._runs, print]:  # of runs that a test has left behind
-        program.host().forget_errors(on_error)
+    for run in [*program.host()._runs]:  # that a test has left behind
+        program.host().let_go(run)
     assert of_process() == before
     assert not program.host().stop
 
@@ -156,7 +156,7 @@ def test_what_an_error_means_for_the_launch(tmp_path, monkeypatch):
     with pytest.raises(ConfigError):
         script.train(forgets, at=script.run.global_step)
     assert outcome_of() == []
-    program.host()._say_last_word()
+    program.host()._leave()
     assert outcome.read(str(tmp_path)) == [Outcome(2, "mine")]
     script.train(lambda: None)
     assert outcome_of() == []

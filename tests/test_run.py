@@ -238,7 +238,6 @@ def test_the_best_is_kept(tmp_path):
     """Where the loop tells of evaluations."""
     script = Script(tmp_path, keep_last=1, config={"checkpoint": {"keep_best": True}})
     for loss in (3.0, 1.0, 2.0, 5.0):
-        script.run.total_steps = None
         for _ in script.run.steps(script.run.global_step + 1):
             script.step(torch.ones(1, 2))
             script.run.evaluated("loss", {"loss": loss})

@@ -456,7 +456,7 @@ def test_an_optimizer_within_another(tmp_path, wrap):
             scheduler = StepLR(inner, 2, 0.5)
             fenced: list[int] = []
             run = run_of({"model": model, "optimizer": optimizer, "scheduler": scheduler}, url)
-            run._saver.fence = lambda fenced=fenced: fenced.append(1)
+            run._attempt.saves.fence = lambda fenced=fenced: fenced.append(1)
             for _ in run.steps(until):
                 optimizer.zero_grad()
                 model(torch.ones(2)).square().sum().backward()

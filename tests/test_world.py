@@ -20,7 +20,7 @@ from harness import console, program
 from harness.config import WorldConfig
 from harness.environment import Ranks
 from harness.errors import ConfigError, RankFailure
-from harness.world import Agreement, SoloWorld, TorchrunWorld, _fresh_store, has_lost_a_peer, join_world, world_of_program
+from harness.world import Maximum, SoloWorld, TorchrunWorld, _fresh_store, has_lost_a_peer, join_world, world_of_program
 
 RANKS = 3
 HALF_A_MINUTE = timedelta(seconds=30)
@@ -53,7 +53,7 @@ def test_a_plain_process_agrees_with_itself(solo):
 
 def test_an_agreement_of_one_is_immediate(solo):
     """What one plain process wants counts at the same step."""
-    agreement = Agreement(solo, wants=2)
+    agreement = Maximum(solo, wants=2)
     assert agreement.exchange(0, 0) == [0, 0]
     assert agreement.exchange(1, 0) == [1, 0]
     agreement.finish()
@@ -251,7 +251,7 @@ def wrapping(world, place: Path):
 
 def agreeing(world, place: Path):
     """Two ranks want something at different steps; each notes when it learns of it. Steps of a millisecond."""
-    agreement = Agreement(world, wants=2, interval_seconds=0.02)
+    agreement = Maximum(world, wants=2, interval_seconds=0.02)
     learnt = []
     rounds = 0
     begin = world.begin_max

@@ -101,7 +101,6 @@ def resume(case: Case) -> list[Finding]:
             resumed = resume_run(world, Catalog(store), case.state(), how=how, pass_over_newest=skips)
         except HarnessError as problem:
             return [error(tried, "; ".join(map(str.strip, str(problem).splitlines())), "", type(problem))]
-    assert resumed is not None, "there is a checkpoint"
     took = f"step {resumed.step}, every byte verified, in {time.monotonic() - began:.1f} s"
     advice = f"know that the run goes back to step {resumed.step}"
     return [warn(tried, each, advice) for each in heard.errors] or [ok(tried, took)]
