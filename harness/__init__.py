@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # see ``__getattr__``
-    from harness.checkpoint.direct import latest, load, save
+    from harness.checkpoint.checkpointer import Checkpointer, latest, load, save
     from harness.data import Loader, Schedule
     from harness.errors import HarnessError
     from harness.run import Run
@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # see ``__getattr__``
 __version__ = "0.1.0"
 
 __all__ = [
+    "Checkpointer",
     "Evaluation",
     "HarnessError",
     "Loader",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Checkpointer": "checkpoint.checkpointer",
     "Evaluation": "task",
     "HarnessError": "errors",
     "Loader": "data",
@@ -41,9 +43,9 @@ _HOMES = {
     "StopRequest": "signals",
     "Task": "task",
     "join_world": "world",
-    "latest": "checkpoint.direct",
-    "load": "checkpoint.direct",
-    "save": "checkpoint.direct",
+    "latest": "checkpoint.checkpointer",
+    "load": "checkpoint.checkpointer",
+    "save": "checkpoint.checkpointer",
 }
 
 

@@ -11,7 +11,7 @@ import harness
 from harness import resume
 from harness.checkpoint.catalog import Catalog, Retention
 from harness.checkpoint.format import Attempt as AttemptId
-from harness.checkpoint.saver import Saved, Saver
+from harness.checkpoint.saver import Saved, Saver, SaveRequest
 from harness.checkpoint.shares import Writers
 from harness.checkpoint.staging import HostMemory
 from harness.circumstances import Circumstances
@@ -260,13 +260,12 @@ class Checkpointing:
         if ranks is not None:
             parts |= {name: {str(rank): each[name] for rank, each in enumerate(ranks)} for name in ranks[0]}
         best = int(progress.best["step"]) if checkpoint.keep_best and progress.best else None
-        about: dict[str, Any] = {"step": progress.step, "best_step": best, "directory": directory}
-        about |= {"meta": self._with_conditions(meta), "is_steady": self._state.is_steady()}
+        request = SaveRequest(progress.step, self._with_conditions(meta), best, directory, self._state.is_steady())
         self._events.event("saving", "", step=progress.step)
         if must_succeed or checkpoint.mode == "sync":
-            self._tell_of(saver.save(parts, **about, must_succeed=must_succeed))
+            self._tell_of(saver.save(parts, request, must_succeed=must_succeed))
         else:
-            saver.begin(parts, **about, overlap=checkpoint.overlap, check=checkpoint.check_snapshots)
+            saver.begin(parts, request, overlap=checkpoint.overlap, check=checkpoint.check_snapshots)
 
     def _with_conditions(self, meta: Mapping[str, Any]) -> dict[str, Any]:
         return {

@@ -38,7 +38,7 @@ from harness import resume
 from harness.checkpoint import commit
 from harness.checkpoint.catalog import Catalog, Retention
 from harness.checkpoint.format import MANIFEST
-from harness.checkpoint.saver import Saved, Saver
+from harness.checkpoint.saver import Saved, Saver, SaveRequest
 from harness.checkpoint.shares import Writers
 from harness.checkpoint.store import Store
 from harness.world import SoloWorld
@@ -120,7 +120,7 @@ class Life:
         )
 
     def save(self, step: int, *, must_succeed: bool = True) -> Saved | None:
-        return self.saver.save(parts_at(step), step=step, meta={"world_size": 2}, must_succeed=must_succeed)
+        return self.saver.save(parts_at(step), SaveRequest(step, {"world_size": 2}), must_succeed=must_succeed)
 
 
 class Pair(Life):
@@ -135,15 +135,15 @@ class Pair(Life):
         self.second = replace(self.saver, catalog=Catalog(second), writers=Writers((0, 1), 1))
 
     def save(self, step: int, *, must_succeed: bool = True) -> Saved | None:
-        about = {"step": step, "meta": {"world_size": 2}, "directory": self.saver.new_directory(step)}
-        about |= {"is_steady": lambda tensor: True}
+        directory = self.saver.new_directory(step)
+        request = SaveRequest(step, {"world_size": 2}, directory=directory, is_steady=lambda tensor: True)
 
         def share(_seconds: float) -> None:
-            self.second.save(parts_at(step), **about)
+            self.second.save(parts_at(step), request)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(commit, "time", SimpleNamespace(monotonic=time.monotonic, sleep=share))
-            return self.saver.save(parts_at(step), **about, must_succeed=must_succeed)
+            return self.saver.save(parts_at(step), request, must_succeed=must_succeed)
 
 
 def committed_step(name: str) -> int | None:

@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 from harness import Loader, Run, StopRequest
 from harness.checkpoint import staging
 from harness.checkpoint.commit import digest_of
+from harness.checkpoint.saver import SaveRequest
 from harness.modules import model_state
 
 STEPS = 8
@@ -171,13 +172,13 @@ def test_a_save_that_is_torn_is_no_failure(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     writer = saver(str(tmp_path), failures_allowed=0)
     weight = torch.zeros(10)
-    writer.begin({"model": {"weight": weight}}, step=1, meta={}, is_steady=lambda tensor: True)
+    writer.begin({"model": {"weight": weight}}, SaveRequest(1, is_steady=lambda tensor: True))
     weight.add_(1)
     writer.fence()
     assert writer.wait() is None
     assert (writer.failures, writer.must_repeat) == (0, True)
     assert "weight changed outside of optimizer.step()" in caplog.text
-    writer.begin({"model": {"weight": weight}}, step=2, meta={}, is_steady=lambda tensor: True)
+    writer.begin({"model": {"weight": weight}}, SaveRequest(2, is_steady=lambda tensor: True))
     weight.add_(1)
     assert writer.wait().step == 2
     assert not writer.must_repeat

@@ -304,11 +304,11 @@ def test_so_many_shards_are_on_their_way_at_once(tmp_path):
 
     store = Observed.at(tmp_path / "three", meet)
     encoded = {"model": commit.encode(parts())["model"]}  # six shards
-    options = {"step": 40, "attempt": ATTEMPT, "lineage": [], "meta": {}, "shard_bytes": 100}
-    directory, manifest = commit.write_encoded(store, encoded, streams=3, **options)
+    header = commit.Header(40, ATTEMPT)
+    directory, manifest = commit.write_encoded(store, encoded, header, shard_bytes=100, streams=3)
     assert len(manifest.parts["model"].files) == 6
     assert bits(load.read(store, directory, manifest)) == bits({"model": parts()["model"]})
-    _, alone = commit.write_encoded(open_store(str(tmp_path / "one")), encoded, **options)
+    _, alone = commit.write_encoded(open_store(str(tmp_path / "one")), encoded, header, shard_bytes=100)
     assert (alone.files, alone.parts) == (manifest.files, manifest.parts)
 
 
@@ -322,6 +322,6 @@ def test_a_shard_that_fails_beside_others_leaves_no_commit(tmp_path):
     store = Observed.at(tmp_path, refuse)
     encoded = {"model": commit.encode(parts())["model"]}
     with pytest.raises(StoreError, match="refused"):
-        commit.write_encoded(store, encoded, step=40, attempt=ATTEMPT, lineage=[], meta={}, shard_bytes=100, streams=2)
+        commit.write_encoded(store, encoded, commit.Header(40, ATTEMPT), shard_bytes=100, streams=2)
     assert {entry.state for entry in Catalog(store).entries()} <= {"unfinished"}
     assert len([name for operation, name in store.calls if operation == "put"]) < 6

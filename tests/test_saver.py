@@ -13,7 +13,7 @@ from faults import Contents, Life, Objects, Pair
 from harness.checkpoint import load
 from harness.checkpoint.catalog import Catalog, Retention
 from harness.checkpoint.format import Ancestor, Attempt
-from harness.checkpoint.saver import Saver
+from harness.checkpoint.saver import Saver, SaveRequest
 from harness.checkpoint.store import open_store
 from harness.errors import StoreError, Superseded, Unsupported
 
@@ -31,7 +31,7 @@ def saver(url: str, **changes) -> Saver:
 
 
 def save(saver: Saver, step: int, count: int = 10, *, must_succeed: bool = False, best_step: int | None = None):
-    return saver.save(parts(step, count), step=step, meta={"epoch": 0}, best_step=best_step, must_succeed=must_succeed)
+    return saver.save(parts(step, count), SaveRequest(step, {"epoch": 0}, best_step), must_succeed=must_succeed)
 
 
 @contextlib.contextmanager
@@ -143,7 +143,7 @@ def test_a_failed_save_takes_no_room(tmp_path, retention):
     small = {"a": {"weight": torch.zeros(10)}}  # a part that is written before the one that fails
     with small_files():
         for step in (20, 30):
-            assert writer.save(small | parts(step, TOO_LARGE), step=step, meta={}) is None
+            assert writer.save(small | parts(step, TOO_LARGE), SaveRequest(step)) is None
             assert sorted(os.listdir(tmp_path)) == ["attempts", first.directory]
     saved = save(writer, 40)
     kept = {saved.directory} if retention.keep_last else {saved.directory, first.directory}
@@ -199,7 +199,7 @@ def test_a_state_that_cannot_be_saved_is_no_failure_of_storage(tmp_path, caplog)
     """What no next save can cure is raised at once and not counted."""
     writer = saver(str(tmp_path))
     with pytest.raises(Unsupported, match=r"^training/handle: "):
-        writer.save({"training": {"handle": object()}}, step=10, meta={}, must_succeed=False)
+        writer.save({"training": {"handle": object()}}, SaveRequest(10))
     assert (writer.failures, failed_lines(caplog)) == (0, [])
 
 

@@ -18,7 +18,7 @@ from harness import Task
 from harness.checkpoint import load, staging
 from harness.checkpoint.commit import streamed as streamed_of
 from harness.checkpoint.format import BlockHasher, checksum
-from harness.checkpoint.saver import Saver
+from harness.checkpoint.saver import Saver, SaveRequest
 from harness.checkpoint.shares import Plan
 from harness.checkpoint.staging import HostMemory, Snapshot
 from harness.checkpoint.store import open_store
@@ -152,7 +152,7 @@ def test_begin_does_not_wait_and_the_fence_does(tmp_path, monkeypatch):
     weight, buffer = torch.zeros(1000), torch.zeros(1000)
     state = {"model": {"weight": weight, "buffer": buffer}}
     with held_up(monkeypatch) as (begun, gate):
-        writer.begin(state, step=1, meta={}, is_steady=lambda tensor: tensor is weight)
+        writer.begin(state, SaveRequest(1, is_steady=lambda tensor: tensor is weight))
         buffer.fill_(7)
         assert writer.poll() is None
         assert writer.is_busy
@@ -174,14 +174,14 @@ def test_a_failure_is_told_of_when_it_is_asked_for(tmp_path, caplog):
     """A save that fails beside the training is counted as any other, and the one too many is raised."""
     writer = saver(str(tmp_path), failures_allowed=1)
     with small_files():
-        writer.begin(parts(1, TOO_LARGE), step=1, meta={})
+        writer.begin(parts(1, TOO_LARGE), SaveRequest(1))
         assert writer.wait() is None
         assert (writer.failures, len(failed_lines(caplog))) == (1, 1)
-        writer.begin(parts(2, TOO_LARGE), step=2, meta={})
+        writer.begin(parts(2, TOO_LARGE), SaveRequest(2))
         writer._under_way.join(30)
         with pytest.raises(StoreError, match="File too large"):
             writer.poll()
-    writer.begin(parts(3), step=3, meta={})
+    writer.begin(parts(3), SaveRequest(3))
     assert writer.wait().step == 3
     assert writer.failures == 0
 
@@ -190,10 +190,10 @@ def test_a_save_that_does_not_end_is_given_up(tmp_path, monkeypatch, caplog):
     """The end of a training waits so long and no longer, and raises nothing."""
     writer = saver(str(tmp_path))
     with held_up(monkeypatch):
-        writer.begin(parts(1), step=1, meta={}, is_steady=lambda tensor: True)
+        writer.begin(parts(1), SaveRequest(1, is_steady=lambda tensor: True))
         assert writer.give_up_after(0.1) is None
         assert "save of step 1 given up" in caplog.text
-    writer.begin(parts(2), step=2, meta={})
+    writer.begin(parts(2), SaveRequest(2))
     assert writer.give_up_after(30).step == 2
 
 
@@ -205,7 +205,7 @@ def test_what_could_not_be_copied_is_not_committed(tmp_path, monkeypatch):
         raise RuntimeError("no copy")
 
     monkeypatch.setattr(staging, "_copy", failing)
-    writer.begin(parts(1), step=1, meta={}, is_steady=lambda tensor: True)
+    writer.begin(parts(1), SaveRequest(1, is_steady=lambda tensor: True))
     writer.fence()
     with pytest.raises(RuntimeError, match="no copy"):
         writer.wait()

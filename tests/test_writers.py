@@ -37,7 +37,7 @@ from harness.checkpoint import format as layout
 from harness.checkpoint import store as store_module
 from harness.checkpoint.catalog import Catalog, Retention, verify_all
 from harness.checkpoint.format import DTYPES, MANIFEST, Attempt, Receipt, TensorInfo, receipt_name
-from harness.checkpoint.saver import Saver
+from harness.checkpoint.saver import Saver, SaveRequest
 from harness.checkpoint.shares import Piece, Plan, Writers, divide
 from harness.checkpoint.store import Store, open_store
 from harness.checkpoint.tree import Encoded, flat_bytes
@@ -187,7 +187,7 @@ def test_a_plan_is_used_again_until_something_changes(tmp_path, small_blocks, wh
     after = CHANGES[what](before)
     plans = []
     for step, values in enumerate((before, after)):
-        saver.begin({"model": values}, step=step, meta={}, is_steady=everything)
+        saver.begin({"model": values}, SaveRequest(step, is_steady=everything))
         assert saver.wait() is not None
         plans.append(saver._plan)
     assert (plans[0] is plans[1]) == (what in ("nothing", "every value and address", "a second name"))
@@ -240,7 +240,7 @@ def save(savers: list[Saver], step: int = 1, states: Any = None, **options: Any)
     """Each saves beside the others; what the first one says."""
     directory = savers[0].new_directory(step)
     for saver, state in zip(savers, states or [parts() for _ in savers], strict=True):
-        saver.begin(state, step=step, meta={}, directory=directory, is_steady=everything, **options)
+        saver.begin(state, SaveRequest(step, directory=directory, is_steady=everything), **options)
     assert [saver.wait() for saver in savers[1:]] == [None] * (len(savers) - 1)
     return savers[0].wait()
 
@@ -273,13 +273,13 @@ def test_every_way_to_save(small_blocks, tmp_path, mode):
     """At the boundary, beside the training, and where a share is larger than the memory that it may take."""
     writers = savers(*(open_store(str(tmp_path)) for _ in range(2)), memory_limit_bytes=100 if mode == "no room" else None)
     if mode == "sync":
-        about = {"step": 1, "meta": {}, "directory": writers[0].new_directory(1), "is_steady": everything}
-        assert writers[1].save(parts(), **about, must_succeed=True) is None
-        writers[0].save(parts(), **about, must_succeed=True)
+        request = SaveRequest(1, directory=writers[0].new_directory(1), is_steady=everything)
+        assert writers[1].save(parts(), request, must_succeed=True) is None
+        writers[0].save(parts(), request, must_succeed=True)
     elif mode == "no room":  # the first one waits within ``begin``, for one that another process would be
-        about = {"step": 1, "meta": {}, "directory": writers[0].new_directory(1), "is_steady": everything}
+        request = SaveRequest(1, directory=writers[0].new_directory(1), is_steady=everything)
         for writer in reversed(writers):
-            writer.begin(parts(), **about)
+            writer.begin(parts(), request)
         assert writers[0].wait() is not None
     else:
         save(writers, check=True)
@@ -394,8 +394,8 @@ def test_a_writer_that_says_nothing_is_not_waited_for_for_ever(small_blocks, cap
     assert save(writers) is None
     assert "the ranks [1] have not written theirs" in failed(caplog)[-1]
     writers = savers(Objects(objects), silent, patience_seconds=600)
-    about = {"step": 2, "meta": {}, "directory": writers[0].new_directory(2), "is_steady": everything}
-    writers[0].begin(parts(), **about)
+    request = SaveRequest(2, directory=writers[0].new_directory(2), is_steady=everything)
+    writers[0].begin(parts(), request)
     began = time.monotonic()
     assert writers[0].give_up_after(60) is None
     assert time.monotonic() - began < 10
@@ -434,10 +434,10 @@ def test_a_share_that_was_torn_is_made_up_for(small_blocks, monkeypatch, caplog)
     objects: dict[str, bytes] = {}
     writers = savers(Objects(objects), Objects(objects))
     states = [parts(), parts()]
-    about = {"step": 1, "meta": {}, "directory": writers[0].new_directory(1), "is_steady": everything}
-    writers[0].begin(states[0], **about)
+    request = SaveRequest(1, directory=writers[0].new_directory(1), is_steady=everything)
+    writers[0].begin(states[0], request)
     with held_up(monkeypatch):
-        writers[1].begin(states[1], **about)
+        writers[1].begin(states[1], request)
         for tensor in states[1]["model"].values():
             tensor.zero_()
     assert [writer.wait() for writer in reversed(writers)] == [None, None]
@@ -457,9 +457,9 @@ def test_an_error_of_the_program_is_told_and_raised(small_blocks, monkeypatch):
         return write_share(store, directory, plan, *arguments) if plan.writers.is_first else {}[directory]
 
     monkeypatch.setattr(commit, "write_share", mistaken)
-    about = {"step": 1, "meta": {}, "directory": writers[0].new_directory(1), "is_steady": everything}
+    request = SaveRequest(1, directory=writers[0].new_directory(1), is_steady=everything)
     for writer in writers:
-        writer.begin(parts(), **about)
+        writer.begin(parts(), request)
     with pytest.raises(KeyError):
         writers[1].wait()
     with pytest.raises(Unsupported, match="rank 1: KeyError"):
@@ -474,7 +474,7 @@ def test_a_receipt_that_is_none(small_blocks, text):
     directory = writers[0].new_directory(1)
     objects[f"{directory}/{receipt_name(1)}"] = text
     with pytest.raises((StoreError, Unsupported)):
-        writers[0].save(parts(), step=1, meta={}, directory=directory, is_steady=everything, must_succeed=True)
+        writers[0].save(parts(), SaveRequest(1, directory=directory, is_steady=everything), must_succeed=True)
     assert MANIFEST not in " ".join(objects)
 
 

@@ -5,8 +5,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from contenders.protocol import Contender
-from harness.checkpoint.catalog import Catalog, Retention
-from harness.checkpoint.saver import Saver
+from harness import Checkpointer
+from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.store import open_store
 from harness.config import WorldConfig
 from harness.resume import conditions, resume
@@ -15,7 +15,7 @@ from harness.world import SoloWorld, World, join_world
 
 
 class Harness(Contender):
-    """Saves are made by ``Saver``, restores by ``resume``, which looks for the newest whole checkpoint itself."""
+    """Saves are made by a ``Checkpointer``, restores by ``resume``, which looks for the newest whole checkpoint itself."""
 
     world: World = SoloWorld(torch.device("cpu"))
 
@@ -23,32 +23,22 @@ class Harness(Contender):
         self.world = join_world(WorldConfig(device="cpu"))
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
-        catalog = Catalog(open_store(self.url))
         self.state = self._state(model, optimizer)
-        self.saver = Saver(
-            catalog=catalog,
-            attempt=catalog.claim_attempt({}),
-            lineage=[],
-            retention=Retention(),
-            shard_bytes=catalog.store.shard_bytes,
-            streams=catalog.store.streams,
-            failures_allowed=0,
-        )
+        self.checkpoints = Checkpointer(self.url)
 
     def save(self, step: int) -> None:
         self.state.progress.step = step
         parts = {**self.state.capture(), "random": {"0": random_state(self.world.device)}}
-        self.saver.begin(parts, step=step, meta=conditions(self.world), is_steady=self.state.is_steady())
+        self.checkpoints.begin(parts, step=step, meta=conditions(self.world), is_steady=self.state.is_steady())
 
     def fence(self) -> None:
-        self.saver.fence()
+        self.checkpoints.fence()
 
     def wait(self) -> None:
-        self.saver.wait()
+        self.checkpoints.wait()
 
     def restore(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         resumed = resume(self.world, Catalog(open_store(self.url)), self._state(model, optimizer))
-        assert resumed is not None
         assert resumed.step == step
 
     def _state(self, model: nn.Module, optimizer: Optimizer) -> State:

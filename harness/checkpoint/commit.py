@@ -13,7 +13,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
@@ -61,6 +61,16 @@ class Torn(Exception):
         super().__init__(", ".join(paths[:5]) + more)
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a manifest says of a checkpoint besides its content. ``meta`` is JSON, and goes into it as it is."""
+
+    step: int
+    attempt: Attempt
+    lineage: Sequence[Ancestor] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
 def write(
     store: Store,
     parts: Mapping[str, Mapping[str, Any]],
@@ -77,13 +87,8 @@ def write(
     ``parts`` are nested values such as state dictionaries; ``meta`` is JSON that goes into the manifest as it is. Raises
     ``Unsupported`` before anything is written, ``StoreError`` when the store fails; in both cases nothing is committed.
     """
-    about: dict[str, Any] = {
-        "step": check_step(step),
-        "attempt": attempt,
-        "lineage": lineage,
-        "meta": check_meta(meta or {}),
-    }
-    return write_encoded(store, encode(parts), **about, shard_bytes=shard_bytes, directory=directory)
+    header = Header(check_step(step), attempt, lineage, check_meta(meta or {}))
+    return write_encoded(store, encode(parts), header, shard_bytes=shard_bytes, directory=directory)
 
 
 def encode(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, tree.Encoded]:
@@ -114,20 +119,16 @@ def _blocks_of(tensor: torch.Tensor) -> Blocks:
 def write_encoded(
     store: Store,
     encoded: Mapping[str, tree.Encoded],
+    header: Header,
     *,
-    step: int,
-    attempt: Attempt,
-    lineage: Sequence[Ancestor],
-    meta: Mapping[str, Any] | None,
     shard_bytes: int,
     streams: int = 1,
     directory: str | None = None,
 ) -> tuple[str, Manifest]:
     """As ``write``, for parts that were taken apart, with so many shards on their way at once."""
-    directory, plan = directory or new_directory(step, attempt), Plan(encoded, shard_bytes)
+    directory, plan = directory or new_directory(header.step, header.attempt), Plan(encoded, shard_bytes)
     receipt = write_share(store, directory, plan, streamed(plan, encoded), streams)
-    manifest = publish(store, directory, plan, encoded, [receipt], step=step, attempt=attempt, lineage=lineage, meta=meta)
-    return directory, manifest
+    return directory, publish(store, directory, plan, encoded, [receipt], header)
 
 
 # --- one writer, or several ------------------------------------------------------------------------------------------
@@ -215,11 +216,7 @@ def publish(
     plan: Plan,
     encoded: Mapping[str, tree.Encoded],
     receipts: Sequence[Receipt],
-    *,
-    step: int,
-    attempt: Attempt,
-    lineage: Sequence[Ancestor],
-    meta: Mapping[str, Any] | None,
+    header: Header,
     expected: Mapping[str, Mapping[str, Blocks]] | None = None,
 ) -> Manifest:
     """Makes a checkpoint of what all writers have written. The first of them does it.
@@ -238,13 +235,13 @@ def publish(
         parts = {name: _part(plan, name, part, whole[name]) for name, part in encoded.items()}
         indexes = _indexes(plan, parts)
         manifest = Manifest(
-            step=step,
-            attempt=attempt.id,
+            step=header.step,
+            attempt=header.attempt.id,
             files=[*(file for receipt in receipts for file in receipt.files), *_files(indexes)],
             parts=parts,
-            lineage=list(lineage),
+            lineage=list(header.lineage),
             created=datetime.now(UTC).isoformat(timespec="milliseconds"),
-            meta=dict(meta or {}),
+            meta=dict(header.meta),
         )
         text = manifest.encode()  # before the last look at the store: nothing but the put may fail after it
         try:

@@ -58,14 +58,27 @@ class Saved:
     retries: int = 0  # calls of the storage that had to be tried again, whoever made them
 
 
+@dataclass(frozen=True)
+class SaveRequest:
+    """What is to be saved, besides the state.
+
+    ``meta`` is JSON for the manifest; ``best_step`` is a step whose checkpoint is kept whatever its age. ``directory`` is
+    where, the same for all writers; the first one chooses it where it is empty. ``is_steady`` says which tensors change in
+    the optimizer's step alone, and are the same on all writers.
+    """
+
+    step: int
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    best_step: int | None = None
+    directory: str = ""
+    is_steady: IsSteady = nothing_is_steady
+
+
 @dataclass
 class _Order:
-    """What a save is to write, besides the state."""
+    """A request that is carried out."""
 
-    directory: str
-    step: int
-    meta: Mapping[str, Any]
-    best_step: int | None
+    request: SaveRequest
     latest: float  # until when the other writers are waited for
     retries: int  # of the store, before it began
     expected: Found | None = None  # checksums, where they are to be compared
@@ -82,6 +95,7 @@ class Saver:
     shard_bytes: int
     failures_allowed: int
     streams: int = 1
+    owns_run: bool = True  # nobody else writes there: what others have left goes, and a newer attempt ends this one
     writers: Writers = field(default_factory=Writers)
     memory: HostMemory = field(default_factory=lambda: HostMemory(pinned=False))
     memory_limit_bytes: int | None = None
@@ -106,33 +120,28 @@ class Saver:
     def save(
         self,
         parts: Mapping[str, Mapping[str, Any]],
+        request: SaveRequest,
         *,
-        step: int,
-        meta: Mapping[str, Any],
-        best_step: int | None = None,
-        directory: str | None = None,
-        is_steady: IsSteady = nothing_is_steady,
         must_succeed: bool = False,
     ) -> Saved | None:
         """Commits a checkpoint, then deletes what is not to be kept. None when it failed and training may go on, and on
         other writers than the first.
 
-        ``best_step`` is a step whose checkpoint is kept whatever its age; ``directory`` and ``is_steady`` are for several
-        writers: where, and what is the same on all of them. Raises ``Superseded`` when a newer attempt has taken the run
+        Raises ``Superseded`` when a newer attempt has taken the run
         over, ``Unsupported`` for a state that cannot be written.
         """
         assert self._under_way is None, "the result of the save before this one comes first"
         began = time.monotonic()
-        order = self._order(directory, step, meta, best_step)
+        order = self._order(request)
 
         def write() -> tuple[str, int] | None:
             with self._telling(order):
                 encoded = commit.encode(parts)
-                plan = self._planned(encoded, is_steady)
+                plan = self._planned(encoded, request.is_steady)
                 contents = commit.streamed(plan, encoded)
                 return self.catalog.store.together(lambda: self._write(plan, encoded, contents, order)).result()
 
-        committed = self._committed(step, write, must_succeed=must_succeed)
+        committed = self._committed(request.step, write, must_succeed=must_succeed)
         seconds = time.monotonic() - began
         self.must_repeat = False
         return self._saved(order, committed, seconds, seconds)
@@ -140,27 +149,23 @@ class Saver:
     def begin(
         self,
         parts: Mapping[str, Mapping[str, Any]],
+        request: SaveRequest,
         *,
-        step: int,
-        meta: Mapping[str, Any],
-        best_step: int | None = None,
-        directory: str | None = None,
-        is_steady: IsSteady = nothing_is_steady,
         overlap: bool = True,
         check: bool = False,
     ) -> None:
-        """Begins to save what ``parts`` are now; ``best_step`` and ``directory`` as for ``save``.
+        """Begins to save what ``parts`` are now.
 
-        Whoever changes a tensor for which ``is_steady`` calls ``fence`` first; without ``overlap`` all is copied before
-        ``begin`` returns. ``check`` compares what is written with the state as it is now, and raises ``Unsupported`` from
-        ``poll`` or ``wait`` when something has changed it in between. It costs a pass over the state. Without it such a save
-        is dropped (see ``must_repeat``). A state that does not
-        fit into ``memory_limit_bytes`` is written before ``begin`` returns.
+        Whoever changes a tensor that the request calls steady calls ``fence`` first; without ``overlap`` all is copied
+        before ``begin`` returns. ``check`` compares what is written with the state as it is now, and raises ``Unsupported``
+        from ``poll`` or ``wait`` when something has changed it in between. It costs a pass over the state. Without it such a
+        save is dropped (see ``must_repeat``). A state that does not fit into ``memory_limit_bytes`` is written before
+        ``begin`` returns.
         """
         assert self._under_way is None, "the result of the save before this one comes first"
         began = time.monotonic()
         self.must_repeat = False
-        order = self._order(directory, step, meta, best_step)
+        order, is_steady = self._order(request), request.is_steady
         with self._telling(order), without_collections():
             encoded = commit.encode(parts)
             if check and self.writers.is_first:
@@ -225,7 +230,7 @@ class Saver:
         writing.join()
         writing.blocked_seconds += time.monotonic() - began
         self._under_way = None
-        committed = self._committed(writing.order.step, writing.result)
+        committed = self._committed(writing.order.request.step, writing.result)
         return self._saved(writing.order, committed, writing.seconds, writing.blocked_seconds)
 
     def _saved(
@@ -233,7 +238,7 @@ class Saver:
     ) -> Saved | None:
         if committed is None:
             return None
-        return Saved(order.step, *committed, seconds, blocked_seconds, self.catalog.store.retries - order.retries)
+        return Saved(order.request.step, *committed, seconds, blocked_seconds, self.catalog.store.retries - order.retries)
 
     def let_end(self, seconds: float) -> None:
         """Leaves a save that is under way some time to end, as ``give_up_after`` does. Any thread may call it."""
@@ -251,18 +256,18 @@ class Saver:
             return None
         self.let_end(seconds)
         if not writing.is_over:
-            log.warning("save of step %s given up after another %.0f s", writing.order.step, seconds)
+            log.warning("save of step %s given up after another %.0f s", writing.order.request.step, seconds)
             self._under_way, self._worker = None, Worker(_THREAD)
             return None
         with contextlib.suppress(HarnessError):  # what ends the training matters more
             return self.wait()
         return None
 
-    def _order(self, directory: str | None, step: int, meta: Mapping[str, Any], best_step: int | None) -> _Order:
-        assert directory or self.writers.is_first, "the first writer says where"
+    def _order(self, request: SaveRequest) -> _Order:
+        assert request.directory or self.writers.is_first, "the first writer says where"
         latest = time.monotonic() + self.writers.patience_seconds
-        directory = directory or self.new_directory(step)
-        return _Order(directory, step, meta, best_step, latest, self.catalog.store.retries)
+        request = replace(request, directory=request.directory or self.new_directory(request.step))
+        return _Order(request, latest, self.catalog.store.retries)
 
     def _write(
         self,
@@ -274,7 +279,7 @@ class Saver:
     ) -> tuple[str, int] | None:
         """Writes this rank's share. The first writer commits, and tidies up before and after it: the directory and its
         bytes. ``confirm`` raises ``Torn`` where what was written is not the state of the step boundary."""
-        store, directory = self.catalog.store, order.directory
+        store, request, directory = self.catalog.store, order.request, order.request.directory
         with self._telling(order):
             if not self.writers.is_first:
                 receipt = commit.write_share(store, directory, plan, contents, self.streams)
@@ -287,24 +292,19 @@ class Saver:
                 confirm()
                 self.before_commit()
                 receipts = [receipt, *commit.collect(store, directory, plan, lambda: order.latest)]
-                manifest = commit.publish(
-                    store,
-                    directory,
-                    plan,
-                    parts,
-                    receipts,
-                    step=order.step,
-                    attempt=self.attempt,
-                    lineage=self.lineage,
-                    meta=order.meta,
-                    expected=order.expected,
-                )
+                header = commit.Header(request.step, self.attempt, self.lineage, request.meta)
+                manifest = commit.publish(store, directory, plan, parts, receipts, header, order.expected)
             self.catalog.add(directory, manifest)
-            try:
-                self.catalog.tidy(self.retention, order.best_step, self.attempt)
-            except StoreError as error:  # the commit stands; what is left over goes after the next one
-                log.warning("could not delete old checkpoints: %s", error)
+            self._tidy(request.best_step)
             return directory, manifest.bytes
+
+    def _tidy(self, best_step: int | None) -> None:
+        if not self.owns_run:
+            return
+        try:
+            self.catalog.tidy(self.retention, best_step, self.attempt)
+        except StoreError as error:  # the commit stands; what is left over goes after the next one
+            log.warning("could not delete old checkpoints: %s", error)
 
     @contextlib.contextmanager
     def _discarding(self, directory: str) -> Iterator[None]:
@@ -325,7 +325,7 @@ class Saver:
     def _clean_up(self) -> None:
         """Deletes what earlier attempts have left unfinished, once, and what failed saves have."""
         try:
-            if not self._has_swept:
+            if self.owns_run and not self._has_swept:
                 self.catalog.sweep(self.attempt)
                 self._has_swept = True
             while self._failed:
@@ -348,11 +348,11 @@ class Saver:
             if isinstance(error, Torn):
                 self._copy_at_once(error)
             else:
-                log.error("save of step %s: the share of rank %s FAILED: %s", order.step, rank, problem)  # noqa: TRY400
+                log.error("save of step %s: the share of rank %s FAILED: %s", order.request.step, rank, problem)  # noqa: TRY400
             with contextlib.suppress(StoreError):  # then it is the silence that tells
                 is_of_storage = isinstance(error, StoreError)
                 receipt = Receipt(rank, problem=problem, is_of_storage=is_of_storage, is_torn=is_torn)
-                commit.put_receipt(self.catalog.store, order.directory, receipt)
+                commit.put_receipt(self.catalog.store, order.request.directory, receipt)
             if not is_ours:
                 raise
 
