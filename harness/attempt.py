@@ -107,7 +107,7 @@ def _begin(circumstances: Circumstances, catalog: Catalog, memory: HostMemory, *
     about: dict[str, Any] = {"launch": launch_id(), "world_size": world.size, "host": platform.node()}
     about |= {"pid": os.getpid(), "began": began(), "restarts": restarts(), "launcher_began": launcher_began()}
     claimed = resume.on_first(world, lambda: catalog.claim_attempt(about))
-    events = Reporter(config, active=world.rank == 0, attempt=claimed.id)
+    events = Reporter(config, active=world.rank == 0, attempt=claimed.id, store=catalog.store)
     attempt = Attempt(
         events,
         circumstances.place,

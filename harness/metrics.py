@@ -11,7 +11,7 @@ from typing import Any
 import xxhash
 
 from harness import console
-from harness.checkpoint.store import open_store
+from harness.checkpoint.store import Store
 from harness.config import RunConfig
 from harness.console import LiveLine, here, number
 from harness.dashboards import Prometheus, TensorBoard
@@ -49,12 +49,13 @@ def _is_number(value: Any) -> bool:
 
 
 class Reporter:
-    """Writes the events of one attempt. On other ranks than 0 it is made with ``active=False`` and writes nothing.
+    """Writes the events of one attempt, into its ``store``, too, where it has one. On other ranks than 0 it is made with
+    ``active=False`` and writes nothing.
 
     Where a place that is to keep them cannot, training goes on; that is told of once.
     """
 
-    def __init__(self, config: RunConfig, *, active: bool, attempt: str = "") -> None:
+    def __init__(self, config: RunConfig, *, active: bool, attempt: str = "", store: Store | None = None) -> None:
         here.attempt = attempt
         console.speak(config.log.format)
         self._active = active
@@ -72,10 +73,9 @@ class Reporter:
             self._sinks.append(TensorBoard(_directory(metrics.tensorboard, url)))
         if metrics.prometheus is not None:
             self._sinks.append(Prometheus(metrics.prometheus))
-        if url is not None and attempt and metrics.every_seconds is not None:
+        if store is not None and metrics.every_seconds is not None:
             # Two short tries: a save waits for it, and the lines that it does not take are put later.
-            store = open_store(url, config.checkpoint.storage_options, attempts=2, deadline_seconds=5)
-            self._journal = Journal(store, attempt, metrics.every_seconds)
+            self._journal = Journal(store.within(attempts=2, deadline_seconds=5), attempt, metrics.every_seconds)
             self._sinks.append(self._journal)
 
     def event(self, name: str, message: str, /, **values: Any) -> None:

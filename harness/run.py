@@ -17,6 +17,7 @@ import torch
 from harness import attempt, program
 from harness.agreement import Agreement, Decides, NoLoop
 from harness.attempt import Attempt
+from harness.checkpoint.urls import shown
 from harness.circumstances import Circumstances
 from harness.config import RunConfig, run_config
 from harness.data import Loader, nothing
@@ -296,14 +297,26 @@ class Run:
 def settings_of(
     url: str | os.PathLike[str] | None, checkpoint: Mapping[str, Any], config: Mapping[str, Any] | RunConfig | None
 ) -> RunConfig:
-    """All settings in one; what is None was not given."""
-    if isinstance(config, RunConfig):
-        return config
-    sections = dict(config or {})
+    """All settings in one; what is None was not given. What is given beside ``config`` counts.
+
+    Raises ``ConfigError`` for a setting that is wrong, and for two URLs.
+    """
+    place = None if url is None else os.fspath(url)
     given = {key: value for key, value in checkpoint.items() if value is not None}
-    literal = None if url is None else os.fspath(url).replace("$", "$$")  # as everywhere else in Python
-    sections["checkpoint"] = {"url": literal, **sections.get("checkpoint", {}), **given}
-    return run_config(sections)
+    given |= {} if place is None else {"url": place.replace("$", "$$")}  # it is literal, as everywhere else in Python
+    if isinstance(config, RunConfig):
+        before, own = config.checkpoint.url, run_config({"checkpoint": {"url": None, **given}}).checkpoint
+        changes = {key: getattr(own, key) for key in given}
+        settings = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=changes)})
+    else:
+        sections = dict(config or {})
+        before = run_config({"checkpoint": {"url": sections.get("checkpoint", {}).get("url")}}).checkpoint.url
+        settings = run_config({**sections, "checkpoint": {"url": None, **sections.get("checkpoint", {}), **given}})
+    if before not in (None, settings.checkpoint.url):
+        raise ConfigError(
+            f"Run: expected one URL, found {shown(str(place))} and checkpoint.url {shown(str(before))} in config"
+        )
+    return settings
 
 
 def loader_of(state: Mapping[str, Any], world: World) -> Loader | None:

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from harness.config import Config, load_config, parse_overrides
+from harness.config import Config, RunConfig, load_config, parse_overrides
 from harness.errors import ConfigError
 from harness.run import settings_of
 
@@ -118,6 +118,20 @@ def test_a_url_in_a_program_is_taken_as_it_stands(monkeypatch):
     monkeypatch.setenv("SCRATCH", "/scratch/me")
     assert settings_of("runs/$SCRATCH/$$", {}, None).checkpoint.url == "runs/$SCRATCH/$$"
     assert settings_of(None, {}, {"checkpoint": {"url": "$SCRATCH"}}).checkpoint.url == "/scratch/me"
+
+
+@pytest.mark.parametrize("make", [dict, RunConfig.model_validate])
+def test_what_is_given_beside_a_config(make):
+    """Counts, is checked like any other setting, and is refused where it is another URL."""
+    config = {"checkpoint": {"url": "runs/a", "every_steps": 5, "keep_last": 2}, "stop": {"grace_seconds": 3.0}}
+    found = settings_of("runs/a", {"every_steps": 7, "every_epochs": None}, make(config))
+    assert (found.checkpoint.every_steps, found.checkpoint.keep_last, found.stop.grace_seconds) == (7, 2, 3.0)
+    assert settings_of(None, {}, make(config)).checkpoint.url == "runs/a"
+    assert settings_of("runs/$b", {}, make({"stop": {}})).checkpoint.url == "runs/$b"
+    with pytest.raises(ConfigError, match=r"checkpoint\.every_steps: "):
+        settings_of("runs/a", {"every_steps": 0}, make(config))
+    with pytest.raises(ConfigError, match=r"expected one URL, found runs/b and checkpoint\.url runs/a in config"):
+        settings_of("runs/b", {}, make(config))
 
 
 def test_it_is_frozen(load):

@@ -36,7 +36,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from stat import S_ISLNK
-from typing import Any, BinaryIO, ClassVar, TypeVar
+from typing import Any, BinaryIO, ClassVar, Self, TypeVar
 
 import fsspec
 from fsspec.archive import AbstractArchiveFileSystem
@@ -112,6 +112,10 @@ class Store:
         self._renewed = -_RENEWED_EVERY_SECONDS
         self._renewing = threading.Lock()
         self._durable: set[str] = set()  # local directories whose names are on the disk
+
+    def within(self, attempts: int, deadline_seconds: float) -> Self:
+        """The same store, for whoever has less time."""
+        return type(self)(self.fs, self.root, self.url, attempts, deadline_seconds)
 
     def together(self, function: Callable[[], T]) -> Background[T]:
         """Begins a function that makes many calls, which on a local filesystem share its thread.
