@@ -13,14 +13,15 @@ from harness import crashes, outcome, resume
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.staging import HostMemory
 from harness.checkpoint.store import open_store
-from harness.checkpointing import Checkpointing, NoSaves, Saves
-from harness.circumstances import Circumstances, Place
+from harness.checkpointing import Checkpointing, Saves
+from harness.circumstances import Circumstances
 from harness.config import Config, RunConfig
 from harness.console import here
 from harness.crashes import Crash
 from harness.environment import began, launch_id, launcher_began, restarts
 from harness.errors import ConfigError, HarnessError, StoreError
 from harness.metrics import Reporter
+from harness.program_loop import Place
 from harness.resume import NEW, Resumed
 from harness.save_policy import SavePolicy
 from harness.state import State
@@ -36,7 +37,7 @@ class Attempt:
     events: Reporter
     place: Callable[[], Place] = lambda: Place(here.rank, 0, 0, [])
     resumed: Resumed = NEW
-    saves: Saves = field(default_factory=NoSaves)
+    saves: Saves = field(default_factory=Saves)
     record_crash: Callable[[Crash], None] = lambda _crash: None
     next: "Callable[[], Attempt] | None" = None  # where there is something to roll back to
 
@@ -58,11 +59,13 @@ class Attempt:
 
     @contextlib.contextmanager
     def remembering(self) -> Iterator[None]:
-        """The time until somebody else does it."""
+        """The time until somebody else does it, and closes what is open."""
         try:
             yield
-        except Exception as error:
-            self.remember(error)
+        except BaseException as error:
+            if isinstance(error, Exception):
+                self.remember(error)
+            self.events.close()
             raise
 
     def end_soon(self, seconds: float) -> None:
@@ -85,7 +88,7 @@ def first_of(circumstances: Circumstances, *, fresh: bool) -> Attempt:
         events.event("start", "no checkpoint.url: this run is not saved", step=state.progress.step)
         _start_anew(circumstances, events)
         resume.check_lockstep(world, state, circumstances.about, resumed=False)
-        return Attempt(events, circumstances.place)
+        return Attempt(events, circumstances.loop.place)
     catalog = Catalog(open_store(checkpoint.url, checkpoint.storage_options))
     if fresh and checkpoint.must_exist:
         raise ConfigError("checkpoint.must_exist expects a run in checkpoint.url, fresh an unused one: choose")
@@ -110,7 +113,7 @@ def _begin(circumstances: Circumstances, catalog: Catalog, memory: HostMemory, *
     events = Reporter(config, active=world.rank == 0, attempt=claimed.id, store=catalog.store)
     attempt = Attempt(
         events,
-        circumstances.place,
+        circumstances.loop.place,
         record_crash=functools.partial(crashes.record, catalog, claimed),
         next=functools.partial(_begin, circumstances, catalog, memory),
     )

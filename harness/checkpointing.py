@@ -5,7 +5,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 import harness
 from harness import resume
@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 PROOFS = 2  # saves of an attempt that show whether only the optimizer changes what it owns
 
 
-class Saves(Protocol):
-    """The saves of one attempt."""
+class Saves:
+    """The saves of an attempt; of this very class where the run has no URL, and nothing is saved."""
 
     def fence(self) -> None:
         """Called before anything may change what a save may still be copying."""
@@ -42,6 +42,7 @@ class Saves(Protocol):
     def is_wanted(self) -> bool:
         """Whether this rank asks for a save: ``checkpoint.every_seconds`` have passed by rank 0's clock, or the last one saw
         the state change while it was copied."""
+        return False
 
     def save(self, *, must_succeed: bool) -> None:
         """Saves beside the training, or, where it is the last thing to happen, before that goes on. All ranks call it."""
@@ -49,15 +50,17 @@ class Saves(Protocol):
     def begin_here(self) -> None:
         """The interval runs from now on."""
 
-    def unsaved_since(self, step: int) -> int | None:
-        """The step of the last save, where that is before ``step``; None where nothing is lost."""
+    def warn_of_lost_steps(self, step: int) -> None:
+        """Says so where what came before ``step`` is not saved, and the loop was left."""
 
     def has_end(self) -> bool:
         """Whether the newest checkpoint has everything as it is now: a loop may change something after its last save. All
         ranks call it."""
+        return True
 
     def can_roll_back(self) -> bool:
         """Whether there is a checkpoint to go back to. All ranks call it."""
+        return False
 
     def refuse_superseded(self) -> None:
         """Raises ``Superseded`` where a newer attempt trains this run. All ranks call it."""
@@ -69,47 +72,7 @@ class Saves(Protocol):
         """The same, and whatever comes of it, there is no other save."""
 
 
-class NoSaves:
-    """Those of a run without a URL."""
-
-    def fence(self) -> None:
-        """Nothing is being copied."""
-
-    def poll(self) -> None:
-        """Nothing was committed."""
-
-    def wait(self) -> None:
-        """There is nothing to wait for."""
-
-    def is_wanted(self) -> bool:
-        return False
-
-    def save(self, *, must_succeed: bool) -> None:
-        """There is no place for it."""
-
-    def begin_here(self) -> None:
-        """There is no interval."""
-
-    def unsaved_since(self, _step: int) -> int | None:
-        return None
-
-    def has_end(self) -> bool:
-        return True
-
-    def can_roll_back(self) -> bool:
-        return False
-
-    def refuse_superseded(self) -> None:
-        """There is no other."""
-
-    def let_end(self, seconds: float) -> None:
-        """There is none."""
-
-    def give_up_after(self, seconds: float) -> None:
-        """There is none."""
-
-
-class Checkpointing:
+class Checkpointing(Saves):
     """The saves of one attempt at a URL. Ranks that do not write take part in what all have to agree on."""
 
     def __init__(
@@ -122,9 +85,7 @@ class Checkpointing:
         memory: HostMemory,
     ) -> None:
         self._attempt, self._catalog, self._events = attempt, catalog, events
-        self._describe, self._shown = circumstances.describe_save, circumstances.shown
-        self._about = circumstances.about
-        self._state = circumstances.state
+        self._loop, self._state, self._about = circumstances.loop, circumstances.state, circumstances.about
         self._world, self._config = world, config = circumstances.world, circumstances.config
         self._policy = SavePolicy(config.checkpoint)
         self._writers = _writers(world, config)
@@ -186,9 +147,14 @@ class Checkpointing:
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
-    def unsaved_since(self, step: int) -> int | None:
-        saved = self._committed[0]
-        return saved if self._is_writer and saved < step else None
+    def warn_of_lost_steps(self, step: int) -> None:
+        saved, _ = self._committed
+        if saved < step and self._world.rank == 0:
+            log.warning(
+                "the loop was left before its end, at step %d: what came after step %d is not saved. Call run.finish() then",
+                step,
+                saved,
+            )
 
     def has_end(self) -> bool:
         return bool(resume.on_first(self._world, self._has_end))
@@ -222,7 +188,7 @@ class Checkpointing:
         if not self._has_saved:
             resume.check_alike(self._world, self._state)
             self._has_saved = True
-        meta = self._describe()
+        meta = self._loop.describe_save()
         ranks = self._world.gather(self._state.capture_rank())
         self._last_time = time.monotonic()
         directory = self._choose_directory(must_succeed=must_succeed)
@@ -241,7 +207,7 @@ class Checkpointing:
             assert isinstance(self._saver, Saver), "rank 0 writes"
             step = self._state.progress.step
             if self._saver.is_busy and self._config.checkpoint.when_busy == "skip" and not must_succeed:
-                message = f"step {self._shown(step)}  NOT saved: the save before is still being written"
+                message = f"step {self._loop.shown(step)}  NOT saved: the save before is still being written"
                 self._events.event("skip", message, step=step)
                 return None
             return self._saver.new_directory(step)
@@ -283,7 +249,7 @@ class Checkpointing:
             return
         self._committed = saved.step, saved.directory
         times = f"in {saved.seconds:.2f} s, of which training waited {saved.blocked_seconds:.3f} s"
-        self._events.event("save", f"step {self._shown(saved.step)}  saved {saved.directory} {times}", **asdict(saved))
+        self._events.event("save", f"step {self._loop.shown(saved.step)}  saved {saved.directory} {times}", **asdict(saved))
         self._save_seconds = saved.seconds
         self._warn_if_slow()
 
@@ -312,14 +278,12 @@ class _Bystander:
     def poll(self) -> None:
         """Nothing is written here."""
 
-    def wait(self) -> None:
-        """Nothing is written here."""
+    wait = poll
 
     def let_end(self, seconds: float) -> None:
-        """Nothing is written here."""
+        """Nothing is under way here."""
 
-    def give_up_after(self, seconds: float) -> None:
-        """Nothing is written here."""
+    give_up_after = let_end
 
 
 def _writers(world: World, config: RunConfig) -> Writers:

@@ -3,13 +3,12 @@
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from harness.agreement import Decision
 from harness.bodies import Bodies
-from harness.circumstances import Place
 from harness.config import Config, RunConfig
 from harness.data import Loader
 from harness.errors import ConfigError
@@ -40,6 +39,16 @@ class Length:
         return self.is_last_step(step) or (self.epochs is not None and epoch >= self.epochs)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is: its last step, how often it has called ``run.step()`` in this process, and the samples it trains."""
+
+    rank: int
+    step: int
+    boundaries: int
+    samples: Sequence[int]
+
+
 class ProgramLoop:
     """Follows the loops of a program, one after the other.
 
@@ -53,8 +62,8 @@ class ProgramLoop:
         config: RunConfig,
         state: State,
         loader: Loader | None,
-        *,
         tell: Callable[..., None],
+        *,
         fence: Callable[[], None],
         on_due: Callable[[Due], None],
     ) -> None:

@@ -105,31 +105,24 @@ class Run:
         self._decisions: Decides = NoLoop()
         self._attempt = Attempt(Reporter(self.config, active=False))  # until there is one
         self._error: BaseException | None = None  # that was seen last
-        self._to_undo: list[Callable[[], None]] = []  # when it is closed
+        self._closing = contextlib.ExitStack()
+        self._closing.callback(self._host.let_go, self)
         with self._host.start(self), watching(self.config):
             self.world = world or world_of_program(device_of(state), self.config.world.timeout_seconds)
             if world is None:
-                self._to_undo.append(self.world.let_go)
+                self._closing.callback(self.world.let_go)
             speaks = self.world.rank == 0
             self.state = State(state, self.world.device, reset_options=reset_options, adapt=adapt, speaks=speaks)
             self.loader = loader_of(state, self.world)
-            self._loop = ProgramLoop(
-                *(self.world, self.config, self.state, self.loader), tell=self.tell, fence=self._fence, on_due=self._do
+            parts = self.world, self.config, self.state
+            self._loop = ProgramLoop(*parts, self.loader, self.tell, fence=self._fence, on_due=self._do)
+            self._closing.callback(self._loop.close)
+            self._attempt = attempt.first_of(
+                Circumstances(*parts, self._loop, about or {}, initialize or nothing), fresh=fresh
             )
-            self._to_undo.append(self._loop.close)
-            self._circumstances = Circumstances(
-                self.world,
-                self.config,
-                self.state,
-                about=dict(about or {}),
-                initialize=initialize or nothing,
-                describe_save=self._loop.describe_save,
-                shown=self._loop.shown,
-                place=self._loop.place,
-            )
-            self._attempt = attempt.first_of(self._circumstances, fresh=fresh)
             self._random = self._attempt.resumed.random
-        self.stop.before_leaving = self._before_leaving
+            self.stop.before_leaving = self._before_leaving
+            self._closing.callback(self._end)
         if reopen:
             self.state.progress.finished_loops = 0
 
@@ -221,28 +214,16 @@ class Run:
 
     def close(self) -> None:
         """Ends the loader's workers, and a save that is under way: one that can be finished soon is worth it."""
+        self._closing.close()
+
+    def _end(self) -> None:
         if self.loader:
             self.loader.close()
         self._attempt.close(self.config.stop.grace_seconds)
-        self._warn_of_lost_steps()
-        self.stop.before_leaving = nothing
-        to_undo, self._to_undo = self._to_undo, []
-        for undo in reversed(to_undo):
-            undo()
-        self._host.let_go(self)
-
-    def _warn_of_lost_steps(self) -> None:
-        """Says so where the loop was left by ``break``, and its end is not saved."""
         is_at_an_error = self._error is not None or sys.exc_info()[0] is not None
-        if not self._loop.is_left or self.stop.settled or is_at_an_error:
-            return
-        committed = self._attempt.saves.unsaved_since(self.global_step)
-        if committed is not None and self.world.rank == 0:
-            log.warning(
-                "the loop was left before its end, at step %d: what came after step %d is not saved. Call run.finish() then",
-                self.global_step,
-                committed,
-            )
+        if self._loop.is_left and not self.stop.settled and not is_at_an_error:
+            self._attempt.saves.warn_of_lost_steps(self.global_step)
+        self.stop.before_leaving = nothing
 
     # --- a loop ------------------------------------------------------------------------------------------------------
 
