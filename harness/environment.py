@@ -160,7 +160,7 @@ def max_restarts() -> int | None:
 
 
 def lends_its_store() -> bool:
-    """Whether the ranks meet in torchrun's own store, which outlives them. See ``harness.world._fresh_store``."""
+    """Whether the ranks meet in torchrun's own store, which outlives them. See ``_fresh_store``."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 

@@ -3,8 +3,8 @@
 It adds to torchrun's command line only what is not there, and to the environment:
 
 * ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``: otherwise (torch 2.13) a node that joins a running job hangs it;
-* three restarts (torchrun's default is none), counted anew when the ranks start from a newer checkpoint (``harness.agent``),
-  and a time to save after a signal;
+* three restarts (torchrun's default is none), counted anew when the ranks start from a newer checkpoint (see
+  ``harness.agent``), and a time to save after a signal;
 * on one machine the address ``localhost``: the machine's own name need not lead anywhere;
 * a death signal, so that a killed launcher leaves no orphans: launcher → agent → workers;
 * deaf ears for SIGUSR1 and SIGUSR2, of which torchrun would die.

@@ -5,8 +5,8 @@ loop is under way. How a rank ends is said here, too: in words, in a record for 
 
 torchrun has one signal for two things. SIGTERM may be a stop, which all ranks agree on at a step boundary. Or another rank
 has died, and torchrun is about to start all of them anew: then nothing can be agreed on any more, and a rank that waited for
-its step boundary would hold up the others. ``harness launch`` lets its ranks know which one it is (``harness.outcome``).
-Under plain torchrun a rank looks whether all ranks of its machine are still there.
+its step boundary would hold up the others. ``harness launch`` lets its ranks know which one it is, through
+``harness.outcome``. Under plain torchrun a rank looks whether all ranks of its machine are still there.
 """
 
 import atexit

@@ -39,8 +39,8 @@ class Foreign:
     """What others saved, in our terms.
 
     ``model`` maps plain names to CPU tensors (and ``…_extra_state`` to any plain value); ``versions`` are those of its
-    modules, as by ``harness.modules.module_versions``, None where the file does not tell. ``optimizer`` is as torch has
-    it, keyed by numbers, or with plain names for the numbers where the file has those. Tensors may be mapped from the file.
+    modules, as by ``module_versions``, None where the file does not tell. ``optimizer`` is as torch has it, keyed by
+    numbers, or with plain names for the numbers where the file has those. Tensors may be mapped from the file.
     """
 
     source: str
