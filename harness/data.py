@@ -27,9 +27,9 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from types import FrameType, GeneratorType, SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -45,16 +45,14 @@ from harness.world import rank_and_size
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Cursor:
+class Cursor(NamedTuple):
     """The position of a run: ``offset`` samples of ``epoch`` have been trained."""
 
     epoch: int = 0
     offset: int = 0
 
 
-@dataclass(frozen=True)
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """Samples that a rank puts through the model at once, and their weight in the mean over the global batch."""
 
     epoch: int
@@ -181,6 +179,13 @@ class Seeded(Dataset[Any]):
         np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002  # as above
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed: the devices' generators are not a loader's
         return self.dataset[index]
+
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Any]:
+        """Several samples, as a loader of torch's asks for them."""
+        if self.seed is None and self.set_epoch is None:
+            return [self.dataset[index] for _epoch, index in keys]
+        return [self[key] for key in keys]
 
 
 def batches(
@@ -431,7 +436,7 @@ class Loader:
 
     def is_gap(self, cursor: Cursor) -> bool:
         """Whether the batch that begins here is not to be trained."""
-        return any((gap.epoch, gap.offset) == (cursor.epoch, cursor.offset) for gap in self.gaps)
+        return bool(self.gaps) and any((gap.epoch, gap.offset) == cursor for gap in self.gaps)
 
     def pass_over(self) -> Gap:
         """Notes that the batch that was handed out last is not trained."""
@@ -521,7 +526,7 @@ class Loader:
             self._fingerprint = state.get("fingerprint") or self._fingerprint
         if self.cursor != saved and self.rank == 0:
             log.warning(
-                "epoch %d ends at sample %d: what is left of it is less than a batch, and drop_last is new", *astuple(saved)
+                "epoch %d ends at sample %d: what is left of it is less than a batch, and drop_last is new", *saved
             )
 
     def _note(self) -> None:
