@@ -5,6 +5,7 @@ import functools
 import logging
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,18 +14,21 @@ from harness import crashes, outcome, resume
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.staging import HostMemory
 from harness.checkpoint.store import open_store
-from harness.checkpointing import Checkpointing, Saves
+from harness.checkpointing import Checkpointing
 from harness.circumstances import Circumstances
 from harness.config import Config, RunConfig
 from harness.console import here
 from harness.crashes import Crash
 from harness.environment import began, launch_id, launcher_began, restarts
 from harness.errors import ConfigError, HarnessError, StoreError
+from harness.hangs import NoWatchdog
 from harness.metrics import Reporter
 from harness.program_loop import Place
 from harness.resume import NEW, Resumed
 from harness.save_policy import SavePolicy
+from harness.saves import Saves
 from harness.state import State
+from harness.watchdog import Watchdog
 from harness.world import World, has_lost_a_peer, is_timeout
 
 log = logging.getLogger(__name__)
@@ -68,14 +72,24 @@ class Attempt:
             self.events.close()
             raise
 
-    def end_soon(self, seconds: float) -> None:
-        """The process must leave: a save that is under way is worth some time. Any thread may call it."""
-        self.saves.let_end(seconds)
-        self.events.flush()
+    def begin_here(self, step: int, steps_in_all: int | None) -> None:
+        """A loop begins, or goes on after a rollback."""
+        self.saves.begin_here()
+        self.events.show(step, steps_in_all)
 
-    def close(self, grace_seconds: float) -> None:
-        """Ends what is under way: a save that can be finished soon is worth it."""
+    def end_soon(self, grace_seconds: float, watchdog: Watchdog | NoWatchdog) -> None:
+        """Another rank has died, and the process leaves: a save under way is worth some time. Called in any thread."""
+        self.saves.let_end(grace_seconds)
+        self.events.flush()
+        if watchdog.is_reporting:  # it ends the process when it is done
+            time.sleep(grace_seconds)
+
+    def close(self, grace_seconds: float, *, left_at: int | None = None) -> None:
+        """Ends what is under way: a save that can be finished soon is worth it. ``left_at`` is the step at which the loop
+        was left before its end."""
         self.saves.give_up_after(grace_seconds)
+        if left_at is not None:
+            self.saves.warn_of_lost_steps(left_at)
         self.events.close()
 
 

@@ -180,7 +180,6 @@ class Seeded(Dataset[Any]):
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed: the devices' generators are not a loader's
         return self.dataset[index]
 
-
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[Any]:
         """Several samples, as a loader of torch's asks for them."""
         if self.seed is None and self.set_epoch is None:
@@ -525,9 +524,7 @@ class Loader:
         if self._compares:
             self._fingerprint = state.get("fingerprint") or self._fingerprint
         if self.cursor != saved and self.rank == 0:
-            log.warning(
-                "epoch %d ends at sample %d: what is left of it is less than a batch, and drop_last is new", *saved
-            )
+            log.warning("epoch %d ends at sample %d: what is left of it is less than a batch, and drop_last is new", *saved)
 
     def _note(self) -> None:
         """Puts the batch that was handed out last into the ledger: it has been trained."""

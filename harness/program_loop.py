@@ -16,6 +16,7 @@ from harness.metrics import as_json
 from harness.omissions import Omissions
 from harness.progress_log import ProgressLog
 from harness.save_policy import Due, SavePolicy
+from harness.saves import Saves
 from harness.state import State
 from harness.stragglers import OwnWork
 from harness.world import World
@@ -52,8 +53,8 @@ class Place:
 class ProgramLoop:
     """Follows the loops of a program, one after the other.
 
-    ``fence`` is called before a loop may change what a save is still copying, ``on_due`` when the time has come for a save
-    or a stop. ``tell`` takes an event, a message and values.
+    ``saves`` are those of the attempt; ``on_due`` is called when the time has come for one, or for a stop. ``tell`` takes an
+    event, a message and values.
     """
 
     def __init__(
@@ -63,18 +64,17 @@ class ProgramLoop:
         state: State,
         loader: Loader | None,
         tell: Callable[..., None],
-        *,
-        fence: Callable[[], None],
+        saves: Callable[[], Saves],
         on_due: Callable[[Due], None],
     ) -> None:
         self._world, self._config, self._state, self._loader = world, config, state, loader
-        self._fence, self._on_due = fence, on_due
+        self._saves, self._on_due = saves, on_due
         self._policy = SavePolicy(config.checkpoint)
         self._own_work = OwnWork(world.device, state.modules.values(), loader)
         self._omissions = Omissions(state, self._own_work, loader, is_active=world.rank == 0)
         self._log = ProgressLog(world, config, state, loader, self._own_work, tell)
         more, end = self._omissions.at_next_batch, self._at_end_of_body
-        self._bodies = Bodies(state, loader, fence=fence, on_more=more, on_end=end)
+        self._bodies = Bodies(state, loader, fence=self._fence, on_more=more, on_end=end)
         self._hooks = [each.register_step_pre_hook(self._before_optimizer) for each in state.stepping()]
         self._length = Length()
         self._boundaries = 0  # that this process has seen
@@ -84,7 +84,10 @@ class ProgramLoop:
         self._is_under_way = False  # the newest loop has not come to its own end
 
     def close(self) -> None:
-        """Takes away what looks at the program's optimizers and modules."""
+        """Ends the loader's workers, and takes away what looks at the program's optimizers and modules."""
+        if self._loader:
+            self._loader.close()
+        self._is_under_way = False
         for hook in self._hooks:
             hook.remove()
         self._own_work.stop()
@@ -139,6 +142,7 @@ class ProgramLoop:
         by_epochs = length.epochs * len(self._loader) if length.epochs and self._loader else None
         steps_in_all = length.steps or by_epochs
         self._state.check_lengths(steps_in_all, length.epochs, each_step=isinstance(self._config, Config))
+        self._state.restore_random()
         return steps_in_all
 
     def epochs(self) -> Iterator[int]:
@@ -230,6 +234,10 @@ class ProgramLoop:
         self._has_stepped = True
         self._fence()
         self._omissions.at_optimizer()
+
+    def _fence(self) -> None:
+        """Before anything may change what a save may still be copying."""
+        self._saves().fence()
 
     def _end_epoch(self, epoch: int) -> None:
         """The body of an epoch has ended, which the loop may have left early."""

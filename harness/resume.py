@@ -39,12 +39,11 @@ class Resumed:
     directory: str
     step: int
     lineage: list[Ancestor]
-    random: Mapping[str, Any]  # this rank's random state, to be restored last; empty where there is none for it
     save_seconds: float | None  # what a save took then, where that is known
     passed_over: Mapping[str, str]  # newer checkpoints that it does not go on from, and why
 
 
-NEW = Resumed("", 0, [], {}, None, {})
+NEW = Resumed("", 0, [], None, {})
 """There was nothing to resume from."""
 
 
@@ -89,11 +88,11 @@ def resume(
             raise Mismatch(f"{where}: {error}\n{advice}; {grown}") from None
         _warn_if_inexact(meta, conditions(world))
         # With other ranks the random streams start anew, from the seed and the rank.
-        random = parts[RANDOM].get(str(world.rank), {}) if meta.get("world_size") == world.size else {}
+        state.random_to_restore = parts[RANDOM].get(str(world.rank), {}) if meta.get("world_size") == world.size else {}
         ancestor = Ancestor(entry.manifest.attempt, entry.step)
         lineage = [*entry.manifest.lineage, ancestor]
         on_first(world, functools.partial(_tell_of_other_lines, catalog, entry, passed_over))
-        return Resumed(entry.directory, entry.step, lineage, random, save_seconds(meta), passed_over)
+        return Resumed(entry.directory, entry.step, lineage, save_seconds(meta), passed_over)
     if storage_failed:  # what cannot be read today is not damaged
         raise StoreError(f"{catalog.store.url}: no checkpoint could be read: {'; '.join(problems)}", transient=True)
     if passed_over:

@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ from harness.notices import Watcher
 from harness.program_loop import Length, ProgramLoop
 from harness.save_policy import Due
 from harness.signals import StopRequest
-from harness.state import Adapt, State, restore_random_state
+from harness.state import Adapt, State
 from harness.watchdog import Watchdog
 from harness.world import World, world_of_program
 
@@ -42,9 +41,9 @@ examiner: Callable[[RunConfig, Mapping[str, Any], World | None, bool], None] | N
 class Run:
     """A training that survives the death of its processes.
 
-    ``state`` names what is saved and restored: modules (plain, in DDP, compiled), optimizers, schedulers, gradient scalers,
-    a ``Loader``, and whatever else has ``state_dict`` and ``load_state_dict``. When the run is made, the newest whole
-    checkpoint at ``url`` (any fsspec URL, or a path) is in them, on every rank. Then::
+    ``state`` names what is saved and restored: modules (plain, in DDP, compiled), optimizers, schedulers, scalers, a
+    ``Loader``, whatever else has ``state_dict`` and ``load_state_dict``. When the run is made, the newest whole checkpoint
+    at ``url`` (any fsspec URL, or a path; None saves nothing) is in them, on every rank. Then::
 
         for epoch in run.epochs(10):      # or: for step in run.steps(10_000)
             for batch in loader:
@@ -53,10 +52,9 @@ class Run:
 
     Every rank makes it with the same arguments, after ``init_process_group`` and after the model was wrapped. A checkpoint
     is written every ``every_steps`` steps, ``every_seconds`` seconds and ``every_epochs`` epochs, and at the end; the last
-    ``keep_last`` are kept (None: all). It has all that the loop does before it asks for the next batch, or, after the last
-    one of an epoch, for the next epoch: a save that is due waits for that, and so does a stop. ``config`` has further
-    sections as in the configuration of ``harness train``: ``{"checkpoint": {…}, "watchdog": {…}}``. ``url=None`` saves
-    nothing.
+    ``keep_last`` are kept (None: all). It has all that the loop does before it asks for the next batch, or, after an
+    epoch's last one, for the next epoch: a save that is due waits for that, and so does a stop. ``config`` has further
+    sections as for ``harness train``: ``{"checkpoint": {…}, "watchdog": {…}}``.
 
     ``initialize`` is called where there is nothing to resume from (to load weights, say); what it returns is logged.
     ``about`` goes into each manifest and must be the same on all ranks. At a resume the checkpoint's learning rates and
@@ -69,9 +67,8 @@ class Run:
     ``must_exist`` one that holds none. A loop that ``finish`` has ended early has nothing left to do when the program is
     started again; ``reopen`` trains on.
 
-    Raises ``ConfigError`` for a bad setting, ``Mismatch`` where the newest checkpoint does not fit the state,
-    ``NoCheckpoint`` where none is whole, or none there that ``must_exist``, ``StoreError`` where the storage fails,
-    ``CrashLoop`` where attempts die of the same error again and again.
+    Raises ``ConfigError`` for a bad setting, ``Mismatch`` where the newest checkpoint does not fit, ``NoCheckpoint`` where
+    none is whole, ``StoreError`` where the storage fails, ``CrashLoop`` where attempts die of the same error repeatedly.
     """
 
     def __init__(
@@ -115,18 +112,14 @@ class Run:
             self.state = State(state, self.world.device, reset_options=reset_options, adapt=adapt, speaks=speaks)
             self.loader = loader_of(state, self.world)
             parts = self.world, self.config, self.state
-            self._loop = ProgramLoop(*parts, self.loader, self.tell, fence=self._fence, on_due=self._do)
+            self._loop = ProgramLoop(*parts, self.loader, self.tell, lambda: self._attempt.saves, self._do)
             self._closing.callback(self._loop.close)
-            self._attempt = attempt.first_of(
-                Circumstances(*parts, self._loop, about or {}, initialize or nothing), fresh=fresh
-            )
-            self._random = self._attempt.resumed.random
-            self.stop.before_leaving = self._before_leaving
-            self._closing.callback(self._end)
+            circumstances = Circumstances(*parts, self._loop, about or {}, initialize or nothing)
+            self._attempt = attempt.first_of(circumstances, fresh=fresh)
+            self.stop.before_leaving = lambda: self._attempt.end_soon(self.config.stop.grace_seconds, self._watchdog)
+            self._closing.callback(setattr, self.stop, "before_leaving", nothing)
         if reopen:
             self.state.progress.finished_loops = 0
-
-    # --- what the loop asks ------------------------------------------------------------------------------------------
 
     @property
     def global_step(self) -> int:
@@ -150,11 +143,10 @@ class Run:
 
     def step(self, /, **metrics: Any) -> None:
         """A step boundary: the optimizer has taken its step, and every rank is here. Metrics (numbers or 0-dim tensors) are
-        averaged over the ranks where they are logged; all ranks tell the same.
-
-        Raises ``StoreError`` after too many failed saves in a row, ``Superseded`` where a newer attempt trains this run,
-        ``Stopped`` (see the class), ``ConfigError`` where the ranks tell different metrics. In a loop over a ``Loader``, or
-        over ``steps``, what is due happens when the loop asks for more, and raises there.
+        averaged over the ranks where they are logged; all ranks tell the same. Raises ``StoreError`` after too many failed
+        saves in a row, ``Superseded`` where a newer attempt trains this run, ``Stopped`` (see the class), ``ConfigError``
+        where the ranks tell different metrics. In a loop over a ``Loader``, or over ``steps``, what is due happens when the
+        loop asks for more, and raises there.
         """
         decision = self._decisions.decide(save_is_wanted=self._attempt.saves.is_wanted())
         self._loop.reach_boundary(metrics, decision)
@@ -202,8 +194,7 @@ class Run:
         self._attempt.events.close()
         assert self._attempt.next is not None, "there is a checkpoint"
         self._attempt = self._attempt.next()
-        self._random = self._attempt.resumed.random
-        self._begin_here()
+        self._attempt.begin_here(self.global_step, self._loop.begin_here())
 
     def remember_crash(self, error: BaseException) -> None:
         """Leaves a record of an error in the training code, or in a sample, for the attempts to come."""
@@ -214,18 +205,10 @@ class Run:
 
     def close(self) -> None:
         """Ends the loader's workers, and a save that is under way: one that can be finished soon is worth it."""
-        self._closing.close()
-
-    def _end(self) -> None:
-        if self.loader:
-            self.loader.close()
-        self._attempt.close(self.config.stop.grace_seconds)
         is_at_an_error = self._error is not None or sys.exc_info()[0] is not None
-        if self._loop.is_left and not self.stop.settled and not is_at_an_error:
-            self._attempt.saves.warn_of_lost_steps(self.global_step)
-        self.stop.before_leaving = nothing
-
-    # --- a loop ------------------------------------------------------------------------------------------------------
+        is_left = not is_at_an_error and not self.stop.settled and self._loop.is_left
+        self._attempt.close(self.config.stop.grace_seconds, left_at=self.global_step if is_left else None)
+        self._closing.close()
 
     @contextlib.contextmanager
     def _training(self, length: Length) -> Iterator[None]:
@@ -239,20 +222,12 @@ class Run:
             self._decisions = Agreement(self.world, self.stop, watcher)
             try:
                 with self._loop.under_way(length):
-                    self._begin_here()
+                    self._attempt.begin_here(self.global_step, self._loop.begin_here())
                     yield
                 self._decisions.finish()
                 self.finish()
             finally:
                 self._decisions = NoLoop()
-
-    def _begin_here(self) -> None:
-        """The clocks and the random numbers go on from where the state is."""
-        self._attempt.saves.begin_here()
-        self._attempt.events.show(self.global_step, self._loop.begin_here())
-        random, self._random = self._random, {}
-        if random:
-            restore_random_state(random, self.world.device)
 
     def _do(self, due: Due) -> None:
         """What is due at the end of a step's body."""
@@ -263,16 +238,6 @@ class Run:
             reason = self.stop.reason or "on another rank"
             self.tell("stop", "", step=self.global_step, reason=reason)  # how the program ends is logged when it does
             self._host.end(self, Stopped(f"asked to stop ({reason}) at step {self.global_step}, {saved}"))
-
-    def _fence(self) -> None:
-        """Before anything may change what a save may still be copying."""
-        self._attempt.saves.fence()
-
-    def _before_leaving(self) -> None:
-        """Another rank has died, and this one leaves, in another thread."""
-        self._attempt.end_soon(self.config.stop.grace_seconds)
-        if self._watchdog.is_reporting:  # it ends the process when it is done
-            time.sleep(self.config.stop.grace_seconds)
 
 
 def settings_of(

@@ -113,6 +113,7 @@ class State:
     ) -> None:
         self.device = device
         self.progress = Progress()
+        self.random_to_restore: Mapping[str, Any] = {}  # this rank's, when the loop begins; empty where there is none for it
         self._speaks = speaks
         self._adapt = adapt
         self._objects = {name: plain_optimizer(each) for name, each in objects.items()}
@@ -354,7 +355,7 @@ class State:
     def restore(self, parts: Mapping[str, Mapping[str, Any]], step: int, rank: int = 0, epoch: int = 0) -> None:
         """Puts the parts of a checkpoint into the live objects. Raises ``Mismatch`` before it touches any of them.
 
-        The generators are not touched: see ``restore_random_state``.
+        The generators are not touched: see ``restore_random``.
         """
         saved = {name: part for name, part in parts.items() if name not in (TRAINING, RANDOM)}
         if self._adapt is not None:
@@ -385,6 +386,12 @@ class State:
         self._reset()
         last, best = dict(training["last"]), dict(training["best"])
         self.progress = Progress(step, int(training["epoch"]), last, best, int(training.get("finished_loops", 0)))
+
+    def restore_random(self) -> None:
+        """Sets the generators to what a checkpoint has, once: whatever a program draws before its loop does not count."""
+        states, self.random_to_restore = self.random_to_restore, {}
+        if states:
+            restore_random_state(states, self.device)
 
     def _settle(self, orders: Mapping[str, Any]) -> None:
         lives = [part.live for part in self._parts.values()]
