@@ -18,7 +18,7 @@ import click
 import harness
 from harness import console, outcome
 from harness.environment import is_first_of_node, is_under_torchrun, rank, ranks, restarts
-from harness.errors import ConfigError, Corrupt, HarnessError, NoCheckpoint, RankFailure, Stopped
+from harness.errors import ConfigError, Corrupt, HarnessError, NoCheckpoint, RankFailure
 from harness.escapes import for_terminal
 from harness.outcome import Outcome
 from harness.secrecy import scrubbed
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from harness.checkpoint.catalog import Catalog, Entry
     from harness.config import Config
     from harness.doctor.findings import Finding
-    from harness.signals import StopRequest
     from harness.task import Task
 
 Function = Callable[..., Any]
@@ -99,7 +98,12 @@ def train(config_file: str, overrides: tuple[str, ...], fresh: bool, resume: boo
         config = load_config(config_file, (*overrides, "checkpoint.must_exist=true") if resume else overrides)
         task = _build_task(config)
         process.grace_seconds = config.stop.grace_seconds
-        _train(config, task, process.stop, fresh=fresh)
+        from harness import loop  # noqa: PLC0415  # see the module's docstring
+        from harness.world import join_world  # noqa: PLC0415
+
+        world = join_world(config.world)
+        with program.ending(world):
+            loop.train(config, task, world, process.stop, fresh=fresh)
 
 
 def _check_ranks() -> None:
@@ -124,30 +128,6 @@ def _build_task(config: "Config") -> "Task":
     from harness.loop import build_task  # noqa: PLC0415  # torch is imported only once the task is known to exist
 
     return build_task(config, builder)
-
-
-def _train(config: "Config", task: "Task", stop: "StopRequest", *, fresh: bool) -> None:
-    """Joins the other ranks, trains, and leaves: in step with them after a success, at once after a failure."""
-    from harness import loop, program  # noqa: PLC0415  # see the module's docstring
-    from harness.signals import ignore_stop_signals  # noqa: PLC0415
-    from harness.world import join_world  # noqa: PLC0415
-
-    world = join_world(config.world)
-    try:
-        try:
-            loop.train(config, task, world, stop, fresh=fresh)
-            world.close()
-            ignore_stop_signals()
-        except Stopped as stopped:
-            world.close()
-            ignore_stop_signals()
-            if not is_under_torchrun():
-                raise
-            program.record_stop(stopped)
-    except BaseException as error:
-        if world.size == 1 or isinstance(error, Stopped):
-            raise
-        program.fail(error)
 
 
 class _Halves(click.Command):

@@ -23,12 +23,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, NoReturn, Protocol, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self
 
 from harness import console, outcome
 from harness.environment import is_first_of_node, is_under_torchrun
 from harness.errors import HarnessError, RankFailure, Stopped
 from harness.signals import StopRequest, die_with_parent, ignore_stop_signals
+
+if TYPE_CHECKING:
+    from harness.world import World  # torch: a program listens before it is imported
 
 log = logging.getLogger("harness")
 
@@ -117,13 +120,36 @@ def _has_lost_a_sibling() -> bool:
 # --- how a rank ends -------------------------------------------------------------------------------------------------
 
 
-def record_stop(stopped: Stopped) -> int:
-    """Says that all ranks have stopped well, and returns the exit code. torchrun would start a worker that says it in its
-    exit code again; under it the record says it alone."""
+@contextlib.contextmanager
+def ending(world: "World") -> Iterator[None]:
+    """The time of a training. The process ends in step with the other ranks of ``world`` after a success and after a stop,
+    at once after a failure; where it is the only one, whoever called tells of the error."""
+    stopped: Stopped | None = None
+    try:
+        try:
+            yield
+        except Stopped as error:
+            stopped = error
+        world.close()
+        ignore_stop_signals()
+    except BaseException as error:
+        if world.size == 1:
+            raise
+        fail(error)
+    if stopped is not None:
+        end_stopped(stopped)
+
+
+def end_stopped(stopped: Stopped) -> NoReturn:
+    """Ends the process, whose ranks have all stopped well. torchrun would start a worker that says so in its exit code
+    again; under it the record says it alone."""
     ignore_stop_signals()
     outcome.record(outcome.of(stopped))
-    log.info("%s", stopped)
-    return 0 if is_under_torchrun() else stopped.exit_code
+    if is_under_torchrun():
+        log.info("%s", stopped)
+        sys.exit(0)
+    console.complain_of(stopped)
+    sys.exit(stopped.exit_code)
 
 
 def fail(error: BaseException) -> NoReturn:
@@ -283,7 +309,7 @@ class Host(Program):
         if is_interactive():
             raise KeyboardInterrupt(str(stopped)) if self.stop.reason == "SIGINT" else stopped
         run.close()
-        sys.exit(record_stop(stopped))
+        end_stopped(stopped)
 
     def _tell_of(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """In place of ``sys.excepthook``."""
