@@ -393,14 +393,10 @@ class _Service:
                     wire.shutdown(socket.SHUT_RDWR)
 
         self._cut = cut
-        calling = Background(exchange, "harness-notices-request")
-        calling.join(limit_seconds)
         try:
-            if calling.is_alive():
-                cut()
-                raise TimeoutError
-            return calling.result()
+            return Background(exchange, "harness-notices-request").result_within(limit_seconds)
         except TimeoutError:
+            cut()
             raise _Fault(where, f"no answer within {limit_seconds:g} s") from None
         except (OSError, http.client.HTTPException) as error:
             raise _Fault(where, type(error).__name__, str(error)) from None

@@ -6,7 +6,7 @@ still in a core's cache. Only when they agree with the manifest are the tensors 
 there is no pickle on this path.
 
 The pieces of a tensor that lies in several go to their places in the whole. A local file is read by several threads, each a
-stretch of it, whose pages it has the kernel give first (``harness.checkpoint.pages``); none waits for another one.
+stretch of it, whose pages it has the kernel give first (``harness.checkpoint.pages``), and hashed by the caller.
 
 Ranks that read together (``peers``) read each byte once between them: of every round of pieces each rank reads one, and
 gets all. Each computes the checksums of all that it was given.
@@ -42,7 +42,7 @@ from harness.checkpoint.format import (
     hasher,
 )
 from harness.checkpoint.store import RANGE_BYTES, Store, joined
-from harness.checkpoint.threads import in_turns, threads_for
+from harness.checkpoint.threads import in_order, threads_for
 from harness.checkpoint.unbuffered import Buffer
 from harness.errors import CheckpointError, Corrupt, HarnessError, RankFailure, StoreError
 
@@ -222,7 +222,9 @@ class _Reader:
         tensors: dict[str, torch.Tensor] = {}
         places = [self.place(info, tensors) for info in infos]
         own = [BlockHasher(self.algorithm) for _ in infos]
-        in_turns(self.threads, self.fill, self.hash, self.stretches(start, infos, places, own))
+        stretches = self.stretches(start, infos, places, own)
+        for filled in in_order(self.threads, self.fill, stretches, ahead=2 * self.threads):
+            self.hash(filled)
         if self.read_at(self.size_bytes, memoryview(bytearray(1))):
             raise Corrupt(f"expected {self.size_bytes} bytes, found more")
         if (found := f"{self.algorithm}:{self.whole.hexdigest()}") != self.expected:
@@ -242,8 +244,7 @@ class _Reader:
 
     def bytes_at(self, start: int, count: int) -> bytes:
         """The next bytes of the file, and the file's checksum goes on."""
-        stretch = _Stretch(start, memoryview(bytearray(count)), is_shared=False, hashers=[self.whole])
-        self.fill(stretch)
+        stretch = self.fill(_Stretch(start, memoryview(bytearray(count)), is_shared=False, hashers=[self.whole]))
         self.hash(stretch)
         return bytes(stretch.place)
 
@@ -265,7 +266,7 @@ class _Reader:
                 yield _Stretch(start + offset, place[offset : offset + _STRETCH_BYTES], is_shared, (self.whole, blocks))
             start += len(place)
 
-    def fill(self, stretch: _Stretch) -> None:
+    def fill(self, stretch: _Stretch) -> _Stretch:
         pages.give(stretch.place)
         place = memoryview(bytearray(len(stretch.place))) if stretch.is_shared else stretch.place
         done_bytes = 0
@@ -276,6 +277,7 @@ class _Reader:
             done_bytes += count
         if stretch.is_shared:
             self.target.put(self, stretch.place, place)
+        return stretch
 
     def hash(self, stretch: _Stretch) -> None:
         for each in stretch.hashers:
