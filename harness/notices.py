@@ -41,7 +41,6 @@ from harness.errors import ConfigError
 log = logging.getLogger("harness")
 
 BASE_URL = "http://169.254.169.254"  # of all three; an address, for a look-up of Google's name is bounded by nothing
-LEAD_SECONDS = {"aws": 120.0, "gcp": 30.0, "azure": 30.0}  # what is promised between a stop notice and the end
 _ANSWER_BYTES = 1 << 20  # no honest answer is longer
 
 

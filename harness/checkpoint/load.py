@@ -84,7 +84,9 @@ def read(
         if in_pieces:
             shards = _read_in_pieces(store, directory, needed, targets, peers)
         else:
-            shards = _read_whole(store, directory, needed, targets)
+            shards = {
+                each.name: read_shard(store, f"{directory}/{each.name}", each, targets.get(each.name)) for each in needed
+            }
         return {name: _assemble(directory, name, part, shards, wholes[name].tensors) for name, part in wanted.items()}
 
 
@@ -176,11 +178,6 @@ class _Target:
 
 
 # --- file by file ----------------------------------------------------------------------------------------------------
-
-
-def _read_whole(store: Store, directory: str, files: Sequence[FileInfo], targets: Mapping[str, _Target]) -> dict[str, Shard]:
-    """Reads one file after the other, a local one, which comes from memory in the best case, by several threads."""
-    return {file.name: read_shard(store, f"{directory}/{file.name}", file, targets.get(file.name)) for file in files}
 
 
 def read_shard(store: Store, name: str, file: FileInfo, target: _Target | None = None) -> Shard:
