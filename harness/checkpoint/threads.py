@@ -50,7 +50,7 @@ class Background(threading.Thread, Generic[T]):
         finally:  # also when the caller was interrupted
             self.left_behind = self.is_alive()
         if self.left_behind:
-            raise TimeoutError(f"no answer within {seconds:g} s")
+            raise TimeoutError(f"no answer within {seconds:.0f} s")
         return self.result()
 
 
