@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import platform
-import re
 import sys
 import threading
 import time
@@ -26,6 +25,7 @@ from typing import Any, Literal, TextIO
 
 from harness.environment import is_first_of_node, rank, size
 from harness.errors import HarnessError
+from harness.escapes import for_terminal
 from harness.secrecy import learn, scrubbed, without_secrets
 
 
@@ -44,9 +44,6 @@ here = Here(rank(), platform.node(), size())  # a process has one; a program may
 
 Line = tuple[str, Mapping[str, Any]]  # what an event says to people, and its values
 _SECONDS_BETWEEN_LINES = 60.0  # of those that the live line makes superfluous, so that a terminal keeps some
-
-# All but the ends of lines and tabs; and what turns the direction of writing.
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class Lines(logging.Formatter):
@@ -131,7 +128,7 @@ def complain_of(error: BaseException, *, for_all: bool = False) -> None:
 
 def printable(text: str) -> str:
     """A text as it may be shown: without secrets, and what a terminal would obey escaped."""
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), without_secrets(text))
+    return for_terminal(without_secrets(text), keep="\n\t")
 
 
 def number(value: float, digits: int) -> str:
@@ -199,22 +196,20 @@ class LiveLine:
         self._epoch, self._saved, self._is_saving = 0, 0.0, False
         self._held: Line | None = None  # the last of training, where it is shown nowhere else
         self._told_time = -math.inf
-        self._handlers = [handler for handler in _handlers() if _is_terminal(handler)]
-        self._streams = [handler.stream for handler in self._handlers]
-        has_width = os.get_terminal_size(self._streams[0].fileno()).columns > 0  # a container's may not say
+        handlers = [handler for handler in _handlers() if _is_terminal(handler)]
+        has_width = os.get_terminal_size(handlers[0].stream.fileno()).columns > 0  # a container's may not say
         form = "step {n_fmt}/{total_fmt} {percentage:3.0f}% |{bar:16}| {desc} eta {remaining}"
         self._bar = Bar(
             total=total,
             initial=step,
-            file=self._streams[0],
+            file=handlers[0].stream,
             bar_format=form if total else "step {n_fmt} {desc}",
             mininterval=0.2,
             dynamic_ncols=has_width,
             **({} if has_width else {"ncols": 100, "nrows": 20}),
             leave=False,
         )
-        for handler in self._handlers:
-            handler.setStream(_Above(handler.stream, self._bar))
+        self._streams = {each: each.setStream(_Above(each.stream, self._bar)) for each in handlers}  # those before
 
     def reached(self, step: int, epoch: int) -> None:
         """Goes along with the training, and draws where it is time to."""
@@ -258,9 +253,8 @@ class LiveLine:
 
     def close(self) -> None:
         """Takes the line away."""
-        for handler, stream in zip(self._handlers, self._streams, strict=True):
+        for handler, stream in self._streams.items():
             handler.setStream(stream)
-        self._handlers, self._streams = [], []
         self._bar.close()
 
 
@@ -271,12 +265,8 @@ class _Above(io.TextIOBase):
         self._stream, self._bar = stream, bar
 
     def write(self, text: str) -> int:
-        with self._bar.get_lock():
-            self._bar.clear()
-            written = self._stream.write(text)
-            self._stream.flush()
-            self._bar.refresh()
-        return written
+        self._bar.write(text, file=self._stream, end="")
+        return len(text)
 
     def flush(self) -> None:
         self._stream.flush()

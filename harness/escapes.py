@@ -9,13 +9,15 @@ from html import escape
 _NO_METRIC = re.compile(r"[^a-zA-Z0-9_]")
 
 
-def for_terminal(value: object, most: int | None = None) -> str:
-    """One line of a terminal: characters that would steer it, break the line or turn its direction are shown as ``\\x1b``.
-    Text longer than ``most`` characters is cut."""
+def for_terminal(value: object, most: int | None = None, keep: str = "") -> str:
+    """One line of a terminal: characters that would steer it, break the line or turn its direction are shown as ``\\x1b``,
+    but for those to ``keep``. Text longer than ``most`` characters is cut."""
     text = str(value)
     if most is not None and len(text) > most:
         text = f"{text[:most]}…"
-    return text if text.isprintable() else "".join(char if char.isprintable() else _shown(char) for char in text)
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char in keep else _escaped(char) for char in text)
 
 
 def for_html(value: object, most: int | None = None) -> str:
@@ -33,5 +35,5 @@ def for_prometheus_label(value: object) -> str:
     return for_terminal(value).replace("\\", "\\\\").replace('"', '\\"')
 
 
-def _shown(char: str) -> str:
+def _escaped(char: str) -> str:
     return char.encode("unicode_escape").decode()

@@ -15,34 +15,32 @@ again on the same machine.
 
 Nothing here reaches the training: what goes wrong is logged, once for each kind, and the asking goes on. ``http.client``
 does the talking, because it knows no proxies: a link-local address means the machine that asks, and behind an
-``HTTP_PROXY`` it would mean another. Its timeouts, like those of every library above it, begin anew with each byte. So its
-socket is replaced by one that counts down to a single deadline for the whole request, and that a stop wakes up.
+``HTTP_PROXY`` it would mean another. Its timeouts, like those of every library above it, begin anew with each byte. So each
+request is made in a thread of its own, and after a single deadline, or at a stop, its connection is cut.
 """
 
 import contextlib
 import email.utils
-import errno
 import http.client
 import json
 import logging
 import os
 import re
-import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, Self
 from urllib.parse import urlencode, urlsplit
 
+from harness.checkpoint.threads import Background
 from harness.errors import ConfigError
 
 log = logging.getLogger("harness")
 
 BASE_URL = "http://169.254.169.254"  # of all three; an address, for a look-up of Google's name is bounded by nothing
-LEAD_SECONDS = {"aws": 120.0, "gcp": 30.0, "azure": 30.0}  # what is promised between a stop notice and the end
 _ANSWER_BYTES = 1 << 20  # no honest answer is longer
 
 
@@ -78,15 +76,13 @@ class Watcher:
         backoff_seconds: float = 10,  # the longest pause while nothing answers: less than any lead
     ) -> None:
         self._cloud = cloud
-        self._host, self._port = _parse(base_url)
         self._interval_seconds = interval_seconds
-        self._request_seconds = request_seconds
         self._long_poll_seconds = long_poll_seconds
         self._first_answer_seconds = first_answer_seconds
         self._backoff_seconds = backoff_seconds
         self._notice: Notice | None = None
         self._complaints: set[tuple[str, str]] = set()
-        self._bell: _Bell | None = None
+        self._service = _Service(*_parse(base_url), request_seconds)
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
 
@@ -94,16 +90,14 @@ class Watcher:
         """Begins to ask; with ``none``, does nothing."""
         if self._cloud == "none" or self._thread is not None:
             return
-        self._bell = _Bell()
-        service = _Service(self._host, self._port, self._request_seconds, self._bell)
         match self._cloud:
             case "aws":
-                cloud: _Aws | _Gcp | _Azure = _Aws(service)
+                cloud: _Aws | _Gcp | _Azure = _Aws(self._service)
             case "gcp":
-                cloud = _Gcp(service, self._long_poll_seconds)
+                cloud = _Gcp(self._service, self._long_poll_seconds)
             case "azure":
-                cloud = _Azure(service, self._first_answer_seconds)
-        self._thread = threading.Thread(target=self._watch, args=(cloud, self._bell), name="harness-notices", daemon=True)
+                cloud = _Azure(self._service, self._first_answer_seconds)
+        self._thread = threading.Thread(target=self._watch, args=(cloud,), name="harness-notices", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> Self:
@@ -118,35 +112,32 @@ class Watcher:
         return self._notice
 
     def stop(self) -> None:
-        """Ends the thread, in the middle of a long poll, too. May be called twice, and without ``start``."""
-        if self._thread is None or self._bell is None or os.getpid() != self._pid:  # a forked child has the bell, too
+        """Ends the watch, in the middle of a long poll, too. May be called twice, and without ``start``.
+
+        A thread that is just connecting is left behind: it ends by itself, and says nothing more.
+        """
+        if self._thread is None or os.getpid() != self._pid:  # a forked child shares the connection
             return
-        self._bell.ring()
-        self._thread.join(timeout=1)  # it takes longer only where a name in the base URL is being looked up
-        if not self._thread.is_alive():
-            self._bell.close()
-            self._thread = None
+        self._service.stop()
+        self._thread.join(timeout=0.2)
 
     # --- in the thread -----------------------------------------------------------------------------------------------
 
-    def _watch(self, cloud: "_Aws | _Gcp | _Azure", bell: "_Bell") -> None:
+    def _watch(self, cloud: "_Aws | _Gcp | _Azure") -> None:
         interval = cloud.interval_seconds if self._interval_seconds is None else self._interval_seconds
-        pause = interval
-        with contextlib.suppress(_Stopped):
-            while True:
-                began = time.monotonic()
-                answers = [self._put(question) for question in cloud.questions]
-                if self._notice is not None and self._notice.kind == "stop":
-                    return  # there is nothing more to learn
-                pause = interval if any(answers) else min(2 * pause, max(interval, self._backoff_seconds))
-                bell.sleep(began + pause)
+        pause, is_over = interval, self._service.is_over
+        while not is_over.is_set():
+            began = time.monotonic()
+            answers = [self._put(question) for question in cloud.questions]
+            if self._notice is not None and self._notice.kind == "stop":
+                return  # there is nothing more to learn
+            pause = interval if any(answers) else min(2 * pause, max(interval, self._backoff_seconds))
+            is_over.wait(began + pause - time.monotonic())
 
     def _put(self, question: Callable[[], Notice | None]) -> bool:
         """Whether the question was answered."""
         try:
             notice = question()
-        except _Stopped:
-            raise
         except _Fault as fault:
             self._complain(fault)
             return False
@@ -159,7 +150,7 @@ class Watcher:
         return True
 
     def _complain(self, fault: "_Fault", defect: Exception | None = None) -> None:
-        if fault.kind not in self._complaints:
+        if fault.kind not in self._complaints and not self._service.is_over.is_set():
             self._complaints.add(fault.kind)
             log.warning("preemption.watch %s: %s (said once; the asking goes on)", self._cloud, fault, exc_info=defect)
 
@@ -322,10 +313,6 @@ def _moment(text: Any, parse: Callable[[str], datetime]) -> datetime | None:
 # --- the metadata service --------------------------------------------------------------------------------------------
 
 
-class _Stopped(Exception):
-    """The watcher was stopped while it waited."""
-
-
 class _Fault(Exception):
     """An answer that says nothing, or none."""
 
@@ -361,10 +348,16 @@ class _Answer(NamedTuple):
 class _Service:
     """One request, one connection: none is held open between the questions."""
 
-    def __init__(self, host: str, port: int, request_seconds: float, bell: "_Bell") -> None:
+    def __init__(self, host: str, port: int, request_seconds: float) -> None:
+        self.is_over = threading.Event()  # nobody wants to know any more
         self._host, self._port = host, port
         self._request_seconds = request_seconds
-        self._bell = bell
+        self._cut: Callable[[], None] = lambda: None  # ends the request that is under way
+
+    def stop(self) -> None:
+        """Ends the request that is under way; there is no other."""
+        self.is_over.set()
+        self._cut()
 
     def ask(
         self,
@@ -376,9 +369,15 @@ class _Service:
         waiting_seconds: float = 0,
     ) -> _Answer:
         where, limit_seconds = f"{method} {path}", self._request_seconds + waiting_seconds
-        connection = _Connection(self._host, self._port, self._bell, time.monotonic() + limit_seconds)
-        try:
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=limit_seconds)
+        wires: list[socket.socket] = []  # the connection forgets its own before the answer is read
+
+        def exchange() -> _Answer:
             with contextlib.closing(connection):
+                connection.connect()
+                wires.append(connection.sock)
+                if self.is_over.is_set():
+                    raise TimeoutError
                 target = f"{path}?{urlencode(query)}" if query else path
                 connection.request(method, target, headers={**headers, "Connection": "close"})
                 with connection.getresponse() as response:
@@ -386,95 +385,20 @@ class _Service:
                     if response.length:  # read() with a limit does not mind an answer that ends early
                         raise _Fault(where, "malformed", f"{response.length} bytes more were promised")
                     return _Answer(where, response.status, text, response.getheader("ETag", ""))
+
+        def cut() -> None:
+            for wire in wires:
+                with contextlib.suppress(OSError):  # it is over already
+                    wire.shutdown(socket.SHUT_RDWR)
+
+        self._cut = cut
+        try:
+            return Background(exchange, "harness-notices-request").result_within(limit_seconds)
         except TimeoutError:
+            cut()
             raise _Fault(where, f"no answer within {limit_seconds:g} s") from None
         except (OSError, http.client.HTTPException) as error:
             raise _Fault(where, type(error).__name__, str(error)) from None
-
-
-class _Connection(http.client.HTTPConnection):
-    """All that happens on it is over at ``until``, a time of the monotonic clock."""
-
-    def __init__(self, host: str, port: int, bell: "_Bell", until: float) -> None:
-        super().__init__(host, port)
-        self._bell, self._until = bell, until
-
-    def connect(self) -> None:
-        """Takes the first address that lets us in: ``localhost`` has two."""
-        refusal = OSError("no address")
-        for *what, _, address in socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM):
-            try:
-                self.sock = _Socket.connected(what, address, self._bell, self._until)
-                return
-            except OSError as error:
-                refusal = error
-        raise refusal
-
-
-class _Socket(socket.socket):
-    """Waits until a deadline, however little comes however often, and no longer than nobody rings."""
-
-    bell: "_Bell"
-    until: float
-
-    @classmethod
-    def connected(cls, what: Iterable[Any], address: Any, bell: "_Bell", until: float) -> Self:
-        """``what`` is the address's family, the socket's type, and its protocol."""
-        sock = cls(*what)
-        try:
-            sock.bell, sock.until = bell, until
-            sock.setblocking(False)
-            status = sock.connect_ex(address)
-            if status == errno.EINPROGRESS:
-                bell.wait(sock, selectors.EVENT_WRITE, until)
-                status = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if status:
-                raise OSError(status, os.strerror(status))
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-
-    def recv_into(self, *args: Any, **kwargs: Any) -> int:
-        """Which is how ``http.client`` reads."""
-        while True:
-            self.bell.wait(self, selectors.EVENT_READ, self.until)
-            with contextlib.suppress(BlockingIOError):
-                return super().recv_into(*args, **kwargs)
-
-
-class _Bell:
-    """Wakes the thread up wherever it waits. A byte in a socket, for an event of ``threading`` wakes no one who waits for
-    sockets, and an end of file would not come while a loader's worker, forked meanwhile, holds the other end, too."""
-
-    def __init__(self) -> None:
-        self._inside, self._outside = socket.socketpair()
-
-    def ring(self) -> None:
-        self._outside.send(b"!")
-
-    def close(self) -> None:
-        self._inside.close()
-        self._outside.close()
-
-    def sleep(self, until: float) -> None:
-        self._select([], until)
-
-    def wait(self, sock: socket.socket, event: int, until: float) -> None:
-        """Raises ``TimeoutError`` when the time is over before the socket is ready."""
-        if not self._select([(sock, event)], until):
-            raise TimeoutError
-
-    def _select(self, what: Iterable[tuple[socket.socket, int]], until: float) -> bool:
-        # poll(2), unlike epoll, needs no descriptor of its own, and unlike select(2) knows those above 1024.
-        with selectors.PollSelector() as selector:
-            selector.register(self._inside, selectors.EVENT_READ)
-            for sock, event in what:
-                selector.register(sock, event)
-            ready = [key.fileobj for key, _ in selector.select(max(0, until - time.monotonic()))]
-        if self._inside in ready:
-            raise _Stopped
-        return bool(ready)
 
 
 def _parse(base_url: str) -> tuple[str, int]:

@@ -71,19 +71,20 @@ def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
 def _left_out(optimizer: Optimizer, state: Mapping[str, Any]) -> Iterator[tuple[str, Optimizer]]:
     """The attributes of an optimizer that are optimizers whose state is not in its ``state_dict()``: SAM's, for one."""
     inner = [(name, each) for name, each in vars(optimizer).items() if isinstance(each, Optimizer) and each is not optimizer]
-    held = {id(tensor) for tensor in _tensors(state)} if inner else set()
+    held = {id(tensor) for tensor in tensors_in(state)} if inner else set()
     for name, each in inner:
         values = dict(each.state)
-        if values and each.state is not optimizer.state and not {id(tensor) for tensor in _tensors(values)} <= held:
+        if values and each.state is not optimizer.state and not {id(tensor) for tensor in tensors_in(values)} <= held:
             yield name, each
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors within lists, tuples and dictionaries."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping | list | tuple):
         for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 def _has_torchs_form(state: Mapping[str, Any], optimizer: Optimizer) -> bool:

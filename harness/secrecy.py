@@ -48,9 +48,10 @@ _ASSIGNED = (
 )
 _ANSWERED = r"secret_?access_?key|session_?token|access_?token|refresh_?token|id_token|client_secret|private_key"
 # Of a URL: everything up to the last @ before a slash; or else, where a password has a slash itself, up to the last one.
-_USER = re.compile(r"(?<=://)(?:[^\s/'\"<>]+@|[^\s/@:\[\]'\"<>]+:(?!\d{1,5}(?:[/?#\s]|$))(?:(?!://)[^\s'\"<>])*@)")
+_USER = r"(?<=://)(?:[^/{0}]+@|(?!arn:)[^/@:\[\]{0}]+:(?!\d{{1,5}}(?:[/?#\s]|$))(?:(?!://)[^{0}])*@)"
+_USER_OF_URL = re.compile(_USER.format(r"\n"))
 _PATTERNS = (
-    (_USER, f"{HIDDEN}@"),
+    (re.compile(_USER.format(r"\s'\"<>")), f"{HIDDEN}@"),
     (re.compile(rf"(?i)\b({_HEADER})(['\"]?\s*[:=,]\s*b?['\"]?)(?=[^\s'\"])[^'\"\r\n]+"), rf"\1\2{HIDDEN}"),
     (re.compile(rf"(?i)(?<![\w.-])({_ASSIGNED})=(b?['\"]?)[^\s'\"&;,<>)\]}}]{{4,}}"), rf"\1=\2{HIDDEN}"),
     (re.compile(rf"(?i)\b({_ANSWERED})(['\"]?\s*[:>]\s*b?['\"]?)[^\s'\",<>]{{8,}}"), rf"\1\2{HIDDEN}"),
@@ -91,7 +92,7 @@ def scrubbed(value: Any) -> Any:
 
 def without_user(url: str) -> str:
     """A URL without the user and the password in it; a chain of several without those of each."""
-    return _USER.sub("", url)
+    return _USER_OF_URL.sub("", url)
 
 
 def is_secret_name(name: str) -> bool:
@@ -142,7 +143,7 @@ def _of_text(name: str, value: str) -> Iterator[str]:
 
 def _of_url(url: str) -> Iterator[str]:
     """The user and the password of each URL in a chain, and the secrets of its query."""
-    for match in _USER.finditer(url):
+    for match in _USER_OF_URL.finditer(url):
         user, colon, password = match[0].removesuffix("@").partition(":")
         if not colon:
             continue

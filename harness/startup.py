@@ -3,9 +3,9 @@
 import gc
 import importlib
 import sys
-import threading
 
 from harness.checkpoint.collector import without_collections
+from harness.checkpoint.threads import Background
 from harness.errors import ConfigError
 
 _TO_TRAIN = ("torch", "torch._dynamo")  # torch 2.13 imports the second one when the first optimizer is made
@@ -22,23 +22,13 @@ def import_torch(*modules: str) -> None:
     """
     if "torch" in sys.modules:
         return
-    errors: list[BaseException] = []
     with without_collections():
         # Errors that it catches on the way stay somewhere in it, with the frames of all callers, and with what those are
         # going to hold, the user's task, which would then never be collected. A thread has no callers.
-        thread = threading.Thread(target=_import, args=(modules or _TO_TRAIN, errors), name="harness-import")
-        thread.start()
-        thread.join()
-        gc.freeze()
-    for error in errors:
-        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+        try:
+            Background(lambda: [importlib.import_module(name) for name in modules or _TO_TRAIN], "harness-import").result()
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
             raise ConfigError(f"{error}: PyTorch is needed; install it for {sys.executable}: pip install torch") from None
-        raise error
-
-
-def _import(names: tuple[str, ...], errors: list[BaseException]) -> None:
-    try:
-        for name in names:
-            importlib.import_module(name)
-    except BaseException as error:  # is raised in the thread that has asked
-        errors.append(error)
+        gc.freeze()

@@ -7,7 +7,7 @@ consumed, and what is live must be filled.
 import json
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,6 +49,7 @@ from harness.optimizers import (
     restore_optimizer,
     saved_parameters,
     scheduler_state,
+    tensors_in,
     with_step_hooks,
 )
 from harness.options import (
@@ -735,15 +736,6 @@ def _shapes(part: Mapping[str, Any], name: str) -> dict[str, tuple[str, tuple[in
 def _attributes(value: Any) -> Mapping[str, Any]:
     """The attributes of an object that has a dictionary of them."""
     return getattr(value, "__dict__", {})
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors within lists, tuples and dictionaries."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(item)
 
 
 # --- to the device ---------------------------------------------------------------------------------------------------

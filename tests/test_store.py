@@ -74,23 +74,6 @@ def test_the_parts_of_an_object_travel_together(s3):
     assert store.get("file.bin", 32 * MIB) == content(32 * MIB)
 
 
-def test_a_large_object_goes_over_several_clients(s3):
-    """Each an event loop, in a thread of its own; all are made anew when a connection has failed."""
-    store = open_store(s3.url(uuid.uuid4().hex), s3.storage_options)
-    put(store, "small.bin", content(32 * MIB))
-    assert not store._clients, "to make one takes longer than it would save"
-    put(store, "large.bin", content(68 * MIB))
-    assert store.get("large.bin", 68 * MIB) == content(68 * MIB)
-    before = store._clients
-    assert before[0] is store.fs
-    assert len({id(client.loop) for client in before}) == len({id(client._s3) for client in before}) == 4
-    store._suspect = store.fs
-    put(store, "large.bin", content(68 * MIB, seed=1))
-    assert store.get("large.bin", 68 * MIB) == content(68 * MIB, seed=1)
-    assert not {*map(id, before)} & {*map(id, store._clients)}
-    assert {id(client.loop) for client in before} == {id(client.loop) for client in store._clients}, "threads are kept"
-
-
 @pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # adlfs hands whole blocks to aiohttp
 class TestAzure(StoreContract):
     @pytest.fixture

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 
-from harness.checkpoint.threads import Worker, in_order, in_turns
+from harness.checkpoint.threads import Worker, in_order
 
 
 def test_a_worker_makes_one_call_after_the_other():
@@ -163,96 +163,6 @@ def test_who_asks_for_no_more_leaves_no_thread_behind():
     assert not any(thread.is_alive() for thread in own)
 
 
-# --- two calls for each of many --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_the_second_calls_are_made_in_order_one_at_a_time_and_after_the_first(count):
-    first, second, at_it, most = set(), [], [], []
-
-    def begin(number: int) -> None:
-        time.sleep(0.01 * (number % 3 == 0))
-        first.add(number)
-
-    def end(number: int) -> None:
-        at_it.append(number)
-        assert number in first
-        time.sleep(0.01 * (number % 4 == 0))
-        second.append(number)
-        most.append(len(at_it))
-        at_it.remove(number)
-
-    in_turns(count, begin, end, iter(range(40)))
-    assert second == [*range(40)]
-    assert {*most} == {1}
-
-
-def test_the_first_calls_are_made_side_by_side_and_the_caller_makes_some():
-    """A thread that is ahead of its turn goes on with the next item."""
-    behind, ahead, threads = threading.Event(), threading.Event(), set()
-
-    def begin(number: int) -> None:
-        threads.add(threading.get_ident())
-        if number == 0:
-            assert ahead.wait(30)  # all the others are done before this one
-            behind.set()
-        elif number == 9:
-            ahead.set()
-
-    seen = []
-    in_turns(2, begin, seen.append, range(10))
-    assert behind.is_set()
-    assert seen == [*range(10)]
-    assert len(threads) == 2
-    assert threading.get_ident() in threads
-
-
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("where", ["first", "then", "items"])
-def test_an_error_of_either_call_or_of_the_items_ends_it(count, where):
-    begun, ended = [], []
-
-    def noting(seen: list[int], fails: bool):
-        def call(number: int) -> None:
-            time.sleep(0.001)  # a thread that has the turn and is interrupted is not left behind by hundreds
-            seen.append(number)
-            if fails and number == 5:
-                raise ZeroDivisionError
-
-        return call
-
-    def items():
-        yield from range(8)
-        if where == "items":
-            raise ZeroDivisionError
-        yield from range(8, 1000)
-
-    with pytest.raises(ZeroDivisionError):
-        in_turns(count, noting(begun, where == "first"), noting(ended, where == "then"), items())
-    time.sleep(0.1)
-    assert len(begun) < 100
-    assert ended == [*range(len(ended))]
-    assert len(ended) <= {"first": 5, "then": 6, "items": 8}[where]
-
-
-def test_an_error_does_not_wait_for_a_call_that_hangs():
-    """Such as a read from a file server that is gone."""
-    caller, hangs, go_on = threading.get_ident(), threading.Event(), threading.Event()
-
-    def begin(number: int) -> None:
-        if threading.get_ident() != caller:
-            hangs.set()
-            go_on.wait(60)
-        elif hangs.wait(30):
-            raise ZeroDivisionError
-
-    began = time.monotonic()
-    with pytest.raises(ZeroDivisionError):
-        in_turns(2, begin, lambda number: None, range(4))
-    assert time.monotonic() - began < 30
-    go_on.set()
-
-
 def test_what_the_calls_of_one_that_failed_held_is_free_at_once():
     """A damaged checkpoint may be as large as the next one that is tried: it does not wait for the garbage collector."""
 
@@ -267,7 +177,7 @@ def test_what_the_calls_of_one_that_failed_held_is_free_at_once():
                 raise ZeroDivisionError
 
         with pytest.raises(ZeroDivisionError):
-            in_turns(2, begin, lambda number: None, range(10))
+            list(in_order(2, begin, range(10), ahead=4))
         return weakref.ref(held)
 
     gc.disable()

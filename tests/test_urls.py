@@ -125,6 +125,7 @@ def test_what_could_be_read_in_two_ways_is_refused(url, told):
     [
         ("sftp://user:p/ss@host/run", "sftp://host/run"),
         ("sftp://user:p/s@s::t@host/run", "sftp://host/run"),
+        ("sftp://user:it's p/w@host/run", "sftp://host/run"),
         ("sftp://host:22/run@v1", "sftp://host:22/run@v1"),
         ("s3://bucket/run@v1", "s3://bucket/run@v1"),
         ("s3://arn:aws:s3:us-west-2:1:accesspoint/ap/run@v1", "s3://arn:aws:s3:us-west-2:1:accesspoint/ap/run@v1"),
@@ -134,7 +135,7 @@ def test_what_could_be_read_in_two_ways_is_refused(url, told):
     ],
 )
 def test_urls_are_shown_without_odd_passwords(url, expected):
-    """A slash ends no password; a port is none."""
+    """A slash ends no password, nor does a quote; a port is none."""
     assert shown(url) == expected
 
 

@@ -1,6 +1,6 @@
 """Calls to a storage: each ends within a deadline, is tried again where that may help, and fails in words of ours.
 
-A call runs in a thread of its own (``Try``), or in one that several share (``Row``). When it hangs, its thread is left
+A call runs in a thread of its own, or in one that several share (``Row``). When it hangs, its thread is left
 behind; when that wakes up later, it finds that nobody waits for it any more (``check_awaited``) and does no harm.
 """
 
@@ -67,7 +67,7 @@ def insist(
             row = threading.current_thread()
             if isinstance(row, Row):
                 return row.call(where, function, limit_seconds)
-            return Try(function).result_within(limit_seconds)
+            return Background(function, THREAD).result_within(limit_seconds)
         except HarnessError:
             raise
         except Exception as error:
@@ -93,30 +93,15 @@ def insist(
     return retrying(attempt)
 
 
-class Try(Background[T]):
-    """One try of a call. When it hangs, it is left behind."""
-
-    left_behind = False
-
-    def __init__(self, function: Callable[[], T]) -> None:
-        super().__init__(function, THREAD)
-
-    def result_within(self, seconds: float) -> T:
-        try:
-            self.join(seconds)
-        finally:  # also when the caller was interrupted
-            self.left_behind = self.is_alive()
-        if self.left_behind:
-            raise TimeoutError(f"no answer within {seconds:.0f} s")
-        return self.result()
-
-
-class Row(Try[T]):
+class Row(Background[T]):
     """Calls that are made one after the other by a function. When one hangs, the function is left behind."""
 
     where = ""  # the call that is under way,
     limit_seconds = math.inf  # how long it may take,
     latest = math.inf  # and until when, in monotonic time
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        super().__init__(function, THREAD)
 
     def call(self, where: str, function: Callable[[], Called], limit_seconds: float) -> Called:
         """Makes a call; called by the function, in this thread."""
@@ -153,7 +138,7 @@ def while_awaited(chunks: Iterable[Buffer]) -> Iterator[Buffer]:
 def check_awaited() -> None:
     """Raises ``TimeoutError`` in a call that was given up."""
     this = threading.current_thread()
-    if isinstance(this, Try) and this.left_behind:
+    if isinstance(this, Background) and this.left_behind:
         raise TimeoutError("nobody waits for this any more")
 
 

@@ -6,7 +6,7 @@ still in a core's cache. Only when they agree with the manifest are the tensors 
 there is no pickle on this path.
 
 The pieces of a tensor that lies in several go to their places in the whole. A local file is read by several threads, each a
-stretch of it, whose pages it has the kernel give first (``harness.checkpoint.pages``); none waits for another one.
+stretch of it, whose pages it has the kernel give first (``harness.checkpoint.pages``), and hashed by the caller.
 
 Ranks that read together (``peers``) read each byte once between them: of every round of pieces each rank reads one, and
 gets all. Each computes the checksums of all that it was given.
@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from harness.checkpoint import tree
+from harness.checkpoint import pages, tree
 from harness.checkpoint.catalog import check_bytes, read_file
 from harness.checkpoint.collector import without_collections
 from harness.checkpoint.format import (
@@ -41,12 +41,12 @@ from harness.checkpoint.format import (
     digest,
     hasher,
 )
-from harness.checkpoint.pages import Pages, cut
 from harness.checkpoint.store import RANGE_BYTES, Store, joined
-from harness.checkpoint.threads import in_turns, threads_for
+from harness.checkpoint.threads import in_order, threads_for
 from harness.checkpoint.unbuffered import Buffer
 from harness.errors import CheckpointError, Corrupt, HarnessError, RankFailure, StoreError
 
+_STRETCH_BYTES = 2 << 20  # of a file, read at once, and hashed while it is in a core's cache
 _ROUND_BYTES = 16 << 20  # of all pieces that ranks hand on at once: they hold them all,
 _SMALLEST_PIECE_BYTES = 64 << 10  # however many they are
 
@@ -78,14 +78,15 @@ def read(
     names = [file for name, part in wanted.items() for file in (f"{name}{INDEX_SUFFIX}", *part.files) if file in files]
     needed = [files[name] for name in names]
     in_pieces = peers is not None or store.has_ranges
-    pages = Pages(sum(file.bytes for file in needed))
     with without_collections():
         wholes = {name: _Wholes(directory, name, part, files) for name, part in wanted.items()}
         targets = {file: _Target(wholes[name].places) for name, part in wanted.items() for file in part.files}
         if in_pieces:
-            shards = _read_in_pieces(store, directory, needed, targets, pages, peers)
+            shards = _read_in_pieces(store, directory, needed, targets, peers)
         else:
-            shards = _read_whole(store, directory, needed, targets, pages)
+            shards = {
+                each.name: read_shard(store, f"{directory}/{each.name}", each, targets.get(each.name)) for each in needed
+            }
         return {name: _assemble(directory, name, part, shards, wholes[name].tensors) for name, part in wanted.items()}
 
 
@@ -179,24 +180,17 @@ class _Target:
 # --- file by file ----------------------------------------------------------------------------------------------------
 
 
-def _read_whole(
-    store: Store, directory: str, files: Sequence[FileInfo], targets: Mapping[str, _Target], pages: Pages
-) -> dict[str, Shard]:
-    """Reads one file after the other, a local one, which comes from memory in the best case, by several threads."""
-    return {file.name: read_shard(store, f"{directory}/{file.name}", file, targets.get(file.name), pages) for file in files}
-
-
-def read_shard(store: Store, name: str, file: FileInfo, target: _Target | None = None, pages: Pages | None = None) -> Shard:
+def read_shard(store: Store, name: str, file: FileInfo, target: _Target | None = None) -> Shard:
     """What is in a file, verified against the manifest's entry for it. An index has no tensors."""
     threads = threads_for(file.bytes) if store.is_local else 1
-    return read_file(store, name, file, lambda stream: _consume(stream, file, target, pages or Pages(file.bytes), threads))
+    return read_file(store, name, file, lambda stream: _consume(stream, file, target, threads))
 
 
-def _consume(stream: BinaryIO, file: FileInfo, target: _Target | None, pages: Pages, threads: int = 1) -> Shard:
+def _consume(stream: BinaryIO, file: FileInfo, target: _Target | None, threads: int = 1) -> Shard:
     if file.name.endswith(INDEX_SUFFIX):
         check_bytes(stream, file)
         return {}, {}
-    return _Reader(stream, file, target or _Target({}), pages, threads).tensors()
+    return _Reader(stream, file, target or _Target({}), threads).tensors()
 
 
 class _Stretch(NamedTuple):
@@ -211,9 +205,8 @@ class _Stretch(NamedTuple):
 class _Reader:
     """A shard on its way in, stretch by stretch: several are read side by side, and hashed in order."""
 
-    def __init__(self, stream: BinaryIO, file: FileInfo, target: _Target, pages: Pages, threads: int) -> None:
+    def __init__(self, stream: BinaryIO, file: FileInfo, target: _Target, threads: int) -> None:
         self.stream = stream
-        self.pages = pages
         self.target = target
         self.threads = threads
         self.size_bytes, self.expected = file.bytes, file.checksum
@@ -226,7 +219,9 @@ class _Reader:
         tensors: dict[str, torch.Tensor] = {}
         places = [self.place(info, tensors) for info in infos]
         own = [BlockHasher(self.algorithm) for _ in infos]
-        in_turns(self.threads, self.fill, self.hash, self.stretches(start, infos, places, own))
+        stretches = self.stretches(start, infos, places, own)
+        for filled in in_order(self.threads, self.fill, stretches, ahead=2 * self.threads):
+            self.hash(filled)
         if self.read_at(self.size_bytes, memoryview(bytearray(1))):
             raise Corrupt(f"expected {self.size_bytes} bytes, found more")
         if (found := f"{self.algorithm}:{self.whole.hexdigest()}") != self.expected:
@@ -246,8 +241,7 @@ class _Reader:
 
     def bytes_at(self, start: int, count: int) -> bytes:
         """The next bytes of the file, and the file's checksum goes on."""
-        stretch = _Stretch(start, memoryview(bytearray(count)), is_shared=False, hashers=[self.whole])
-        self.fill(stretch)
+        stretch = self.fill(_Stretch(start, memoryview(bytearray(count)), is_shared=False, hashers=[self.whole]))
         self.hash(stretch)
         return bytes(stretch.place)
 
@@ -265,12 +259,12 @@ class _Reader:
     ) -> Iterator[_Stretch]:
         for info, place, blocks in zip(infos, places, own, strict=True):
             is_shared = info.path in self.target.places
-            for offset, piece in cut(place):
-                yield _Stretch(start + offset, piece, is_shared, (self.whole, blocks))
+            for offset in range(0, len(place), _STRETCH_BYTES):
+                yield _Stretch(start + offset, place[offset : offset + _STRETCH_BYTES], is_shared, (self.whole, blocks))
             start += len(place)
 
-    def fill(self, stretch: _Stretch) -> None:
-        self.pages.give(stretch.place)
+    def fill(self, stretch: _Stretch) -> _Stretch:
+        pages.give(stretch.place)
         place = memoryview(bytearray(len(stretch.place))) if stretch.is_shared else stretch.place
         done_bytes = 0
         while done_bytes < len(place):
@@ -280,6 +274,7 @@ class _Reader:
             done_bytes += count
         if stretch.is_shared:
             self.target.put(self, stretch.place, place)
+        return stretch
 
     def hash(self, stretch: _Stretch) -> None:
         for each in stretch.hashers:
@@ -314,7 +309,6 @@ def _read_in_pieces(
     directory: str,
     files: Sequence[FileInfo],
     targets: Mapping[str, _Target],
-    pages: Pages,
     peers: Peers | None,
 ) -> dict[str, Shard]:
     """Reads files, the next one's first pieces beside the last ones of the one before; with ``peers`` each byte once between
@@ -324,7 +318,7 @@ def _read_in_pieces(
     found: dict[str, Shard] = {}
     for file in files:
         try:
-            found[file.name] = _consume(joined(islice(pieces, relay.count(file))), file, targets.get(file.name), pages)
+            found[file.name] = _consume(joined(islice(pieces, relay.count(file))), file, targets.get(file.name))
         except CheckpointError as error:
             relay.problem = relay.problem or type(error)(f"{directory}/{file.name}: {error}")
             for _ in pieces:  # the others learn of it with the next round, if there is one

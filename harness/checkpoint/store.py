@@ -24,7 +24,6 @@ The contract that everything above rests on:
 What a URL means, ``harness.checkpoint.urls`` says.
 """
 
-import asyncio
 import contextlib
 import errno
 import functools
@@ -34,7 +33,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from stat import S_ISLNK
 from typing import Any, BinaryIO, ClassVar, Self, TypeVar
 
@@ -70,9 +69,7 @@ log = logging.getLogger(__name__)
 _SMALL_BYTES = 4 << 20  # an object up to this size is sent in one request
 _BLOCK_BYTES = 16 << 20  # larger ones are streamed in parts of this size
 _S3_PART_BYTES = 8 << 20  # or, to S3, of this,
-_S3_PARTS_AT_ONCE = 2  # so many of an object at once: there are several objects, and with 4 all of them came later,
-_S3_CLIENTS = 4  # over so many clients,
-_S3_WORTH_CLIENTS_BYTES = 64 << 20  # if it is as large as that: to make a client takes 75 ms of a core
+_S3_PARTS_AT_ONCE = 2  # so many of an object at once: there are several objects, and with 4 all of them came later
 _S3_MOST_PARTS = 10_000  # that S3 takes for an object
 _FIRST_BYTES = 1 << 20  # of an object whose size is not known, this much is asked for first
 RANGE_BYTES = 8 << 20  # what is read in ranges comes in pieces of this size,
@@ -283,10 +280,10 @@ class Store:
     def _send(self, path: str, chunks: Callable[[], Iterable[Buffer]], size_bytes: int) -> None:
         self._put(path, while_awaited(chunks()), size_bytes)
 
-    def _another(self, **options: Any) -> AbstractFileSystem:
+    def _another(self) -> AbstractFileSystem:
         """A filesystem like ``fs``, with connections of its own."""
         fs = self.fs
-        return type(fs)(*fs.storage_args, **{**fs.storage_options, "skip_instance_cache": True, **options})
+        return type(fs)(*fs.storage_args, **{**fs.storage_options, "skip_instance_cache": True})
 
     def _open(self, path: str) -> Any:
         return self.fs.open(path, "rb", block_size=_BLOCK_BYTES)
@@ -448,24 +445,7 @@ class _RangedStore(Store):
 
 
 class _S3Store(_RangedStore):
-    """S3, to which the parts of an object can be on their way at once: fsspec's own file sends one after the other.
-
-    Those of a large one go over several clients: one of s3fs signs, copies and sends all its bytes in a single thread, its
-    event loop, with less than 1 GB/s.
-    """
-
-    _clients: Sequence[AbstractFileSystem] = ()
-    _making = threading.Lock()
-
-    def _client(self, size_bytes: int, number: int) -> Any:
-        """The filesystem for a part of an object of this size: one of several that are as ``fs``, in turn."""
-        if size_bytes < _S3_WORTH_CLIENTS_BYTES:
-            return self.fs
-        with self._making:
-            if not self._clients or self._clients[0] is not self.fs:  # that has taken the place of one that had failed
-                more = (self._another(loop=_loop(number)) for number in range(1, _S3_CLIENTS))
-                self._clients = [self.fs, *more]
-            return self._clients[number % _S3_CLIENTS]
+    """S3, to which the parts of an object can be on their way at once: fsspec's own file sends one after the other."""
 
     def _put(self, path: str, chunks: Iterable[Buffer], size_bytes: int) -> None:
         if size_bytes <= _SMALL_BYTES:
@@ -477,7 +457,7 @@ class _S3Store(_RangedStore):
         part_bytes = max(_S3_PART_BYTES, -(-size_bytes // _S3_MOST_PARTS))
         bodies = enumerate(_gathered(chunks, part_bytes), 1)
         try:  # a part that arrives after the abort would stay, and cost money: they are waited for
-            send, at_once = functools.partial(self._send_part, upload, size_bytes), _S3_PARTS_AT_ONCE
+            send, at_once = functools.partial(self._send_part, upload), _S3_PARTS_AT_ONCE
             parts = list(in_order(at_once, send, bodies, ahead=at_once, waits=True))
             check_awaited()
             self.fs.call_s3("complete_multipart_upload", **upload, MultipartUpload={"Parts": parts})
@@ -486,22 +466,11 @@ class _S3Store(_RangedStore):
                 self.fs.call_s3("abort_multipart_upload", **upload)
             raise
 
-    def _send_part(self, upload: Mapping[str, str], size_bytes: int, numbered: tuple[int, bytes]) -> dict[str, Any]:
-        """What the completion has to say of a part; ``size_bytes`` are the object's."""
+    def _send_part(self, upload: Mapping[str, str], numbered: tuple[int, bytes]) -> dict[str, Any]:
+        """What the completion has to say of a part."""
         number, body = numbered
-        sent = self._client(size_bytes, number).call_s3("upload_part", **upload, PartNumber=number, Body=body)
+        sent = self.fs.call_s3("upload_part", **upload, PartNumber=number, Body=body)
         return {"PartNumber": number, "ETag": sent["ETag"]}
-
-
-@functools.cache
-def _loop(number: int) -> asyncio.AbstractEventLoop:
-    """An event loop in a thread of its own, like the one that fsspec has for all its filesystems."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name=f"{THREAD}-{number}", daemon=True).start()
-    return loop
-
-
-os.register_at_fork(after_in_child=_loop.cache_clear)  # where the threads are not
 
 
 class _LocalStore(Store):

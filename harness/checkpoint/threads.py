@@ -1,5 +1,4 @@
-"""Work in other threads: a call beside the caller, calls that wait for their turn, one call, or two, for each of many
-items."""
+"""Work in other threads: a call beside the caller, calls that wait for their turn, one call for each of many items."""
 
 import concurrent.futures
 import functools
@@ -28,6 +27,7 @@ class Background(threading.Thread, Generic[T]):
         self.function = function
         self.results: list[T] = []
         self.failure: BaseException | None = None
+        self.left_behind = False  # nobody waits for it any more
         self.start()
 
     def run(self) -> None:
@@ -42,6 +42,16 @@ class Background(threading.Thread, Generic[T]):
         if self.failure is not None:
             raise self.failure
         return self.results[0]
+
+    def result_within(self, seconds: float) -> T:
+        """The same, or ``TimeoutError`` where it takes too long: then it is left behind."""
+        try:
+            self.join(seconds)
+        finally:  # also when the caller was interrupted
+            self.left_behind = self.is_alive()
+        if self.left_behind:
+            raise TimeoutError(f"no answer within {seconds:.0f} s")
+        return self.result()
 
 
 class Worker:
@@ -126,83 +136,3 @@ def in_order(
         is_over.set()
         if waits:
             concurrent.futures.wait(coming)
-
-
-def in_turns(count: int, first: Callable[[Item], object], then: Callable[[Item], object], items: Iterable[Item]) -> None:
-    """Calls ``first`` with each item, by so many threads side by side, and ``then`` with each in order, one at a time.
-
-    The caller is one of the threads. None waits for another one's turn: ``then`` is called by the thread that finds that an
-    item can have it, most often the one that has called ``first``, in the cache of whose core things still are. No item is
-    begun after an error, which is raised here; what another thread is in the middle of then is left behind.
-    """
-    if count == 1:
-        for item in items:
-            first(item)
-            then(item)
-        return
-    turns = _Turns(first, then, items)
-    for _ in range(count - 1):
-        Background(turns.take)
-    turns.take()
-    failure = turns.outcome()
-    del turns
-    if failure is not None:
-        try:
-            raise failure
-        finally:
-            del failure  # with this frame it would be a circle, and keep what the calls held until the next collection
-
-
-class _Turns(Generic[Item]):
-    """The items of ``in_turns``, and how far they are."""
-
-    def __init__(self, first: Callable[[Item], object], then: Callable[[Item], object], items: Iterable[Item]) -> None:
-        self._first, self._then = first, then
-        self._items = enumerate(items)
-        self._ready: dict[int, Item] = {}  # for ``then``, by number
-        self._begun = self._done = 0
-        self._is_taken = False  # the turn, by one of the threads
-        self._is_over = False  # something has failed
-        self._failure: BaseException | None = None
-        self._changed = threading.Condition()
-
-    def take(self) -> None:
-        """What each of the threads does, until no item is left or something has failed."""
-        try:
-            while (mine := self._next()) is not None:
-                number, item = mine
-                self._first(item)
-                self._ready[number] = item  # before it asks for the turn: who has that looks here again when it ends it
-                while self._begin_turn():
-                    self._then(self._ready.pop(self._done))
-                    self._end_turn()
-        except BaseException as error:  # handed to the caller, whatever it is
-            with self._changed:
-                if not self._is_over:
-                    self._is_over, self._failure = True, error
-                self._changed.notify_all()
-
-    def _next(self) -> tuple[int, Item] | None:
-        with self._changed:
-            mine = None if self._is_over else next(self._items, None)
-            self._begun += mine is not None
-            return mine
-
-    def _begin_turn(self) -> bool:
-        """Whether there is an item whose turn it is, and nobody at it."""
-        with self._changed:
-            can_begin = not (self._is_over or self._is_taken) and self._done in self._ready
-            self._is_taken = self._is_taken or can_begin
-            return can_begin
-
-    def _end_turn(self) -> None:
-        with self._changed:
-            self._done, self._is_taken = self._done + 1, False
-            self._changed.notify_all()
-
-    def outcome(self) -> BaseException | None:
-        """The first error, or None when all items are done. Forgets it."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._is_over or self._done == self._begun)
-        failure, self._failure = self._failure, None
-        return failure

@@ -18,6 +18,7 @@ from fsspec import AbstractFileSystem, available_protocols, get_filesystem_class
 from fsspec.implementations.dirfs import DirFileSystem
 
 from harness.errors import ConfigError
+from harness.secrecy import without_user
 
 _LOCAL = {"file", "local"}
 _BUCKETS = {"s3", "s3a", "gs", "gcs"}
@@ -113,9 +114,6 @@ def _without_wrappers(fs: AbstractFileSystem, root: str) -> tuple[AbstractFileSy
 
 # --- secrets ---------------------------------------------------------------------------------------------------------
 
-# A login ends at the last @ before the path, or, with a password in which there is a slash, before the next URL of a chain.
-# The colon of a port has digits behind it.
-_LOGIN = re.compile(r"(?<=://)(?:(?!arn:)[^/@:]*:(?!:|\d{1,5}/)(?:(?!::\w+:).)*@|[^/]*@)")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
 _QUERY = re.compile(r"\?[\w.~%-]+=[^\s'\"<>)]*")
 
@@ -124,7 +122,7 @@ def shown(url: str) -> str:
     """A URL as it may be shown: without user name, password and query, where secrets can stand."""
     if not _LIKE_A_URL.match(url) or url.startswith("file://"):
         return url.rstrip("/")
-    return _LOGIN.sub("", url).partition("?")[0].rstrip("/")
+    return without_user(url).partition("?")[0].rstrip("/")
 
 
 def with_shown_urls(text: str) -> str:

@@ -12,10 +12,7 @@ T = TypeVar("T")
 def attempt(function: Callable[[], T], limit_seconds: float) -> tuple[T | None, str]:
     """The result of a call, and in words why there is none. One that does not end in time is left behind in its thread."""
     trying = Background(function, "harness-doctor")
-    trying.join(limit_seconds)
-    if trying.is_alive():
-        return None, f"no end within {limit_seconds:.0f} s"
     try:
-        return trying.result(), ""
+        return trying.result_within(limit_seconds), ""
     except BaseException as problem:  # whatever it is, the one who waits is to hear of it
-        return None, in_words(problem)
+        return None, f"no end within {limit_seconds:.0f} s" if trying.left_behind else in_words(problem)

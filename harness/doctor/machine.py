@@ -18,7 +18,7 @@ from harness.doctor.case import Case
 from harness.doctor.findings import Finding, error, ok, warn
 from harness.environment import is_first_of_node, local_size
 from harness.errors import ConfigError
-from harness.state import tensors_in
+from harness.optimizers import tensors_in
 from harness.world import choose_backend, choose_device
 
 _BATCH_SECONDS = 120.0  # a loader that takes longer for a few batches does not work
