@@ -66,7 +66,8 @@ class Bodies:
         """The optimizer has taken its step, and the body goes on. What the boundary before has left is still due."""
         self._is_open = True
         self._trained_from = self._given_by
-        self._due = max(self._due, due)
+        if due:
+            self._due = max(self._due, due)
 
     def save_at_end(self) -> None:
         """Has a save made at the end of this body; at once where that has come, and nobody sees the next one."""
@@ -82,7 +83,7 @@ class Bodies:
 
     def end(self, due: Due = Due.NOTHING) -> None:
         """The loop has done with a step, and with all that it does after it: now is the time for what is due."""
-        due, self._due, self._is_open = max(self._due, due), Due.NOTHING, False
+        due, self._due, self._is_open = self._due or due, Due.NOTHING, False
         if due:
             self._on_end(due)
 

@@ -30,6 +30,7 @@ from harness.stragglers import OwnWork
 
 log = logging.getLogger(__name__)
 
+_MOST_STEPS = 200  # in which an optimizer is seen: a hook for all of them costs each step a microsecond
 _MOST_FRAMES, _MOST_OBJECTS, _MOST_LEVELS, _MOST_ITEMS = 12, 5000, 3, 100
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, torch.Tensor)
 _AHEAD = "{}: batches seem to be fetched ahead, and a restart would skip one. Fetch each batch in the step that trains it"
@@ -51,6 +52,7 @@ class Omissions:
         self._boundaries: int | None = None  # since the epoch began, where no loader of ours counts them
         self._fetched = [0]  # batches in all: before the loop, at its first boundary, and at the newest one
         self._forwards = 0  # at the last boundary
+        self._looked = 0  # at so many boundaries of this loop
         self._marks: tuple[int, Mapping[str, Any]] | None = None  # of the save that was begun in ``step``, and its step
 
     @contextlib.contextmanager
@@ -58,15 +60,16 @@ class Omissions:
         """The time of a loop."""
         self._fetched = self._fetched[-1:]
         self._began = time.perf_counter()
+        self._looked = 0
         if not self._is_active:
             yield
             return
-        hook = register_optimizer_step_pre_hook(self._note)
+        self._hook = register_optimizer_step_pre_hook(self._note)
         self._modules_that_changed(_found())  # none yet
         try:
             yield
         finally:
-            hook.remove()
+            self._hook.remove()
             self._stepped.clear()
 
     def _note(self, optimizer: Optimizer, *_: object) -> None:
@@ -152,6 +155,9 @@ class Omissions:
         if not self._is_active:
             return
         self._forwards = self._own_work.forwards
+        self._looked += 1
+        if self._looked == _MOST_STEPS:
+            self._hook.remove()
         if self._boundaries is not None:
             self._boundaries += 1
         if (loader := self._loader) is None:

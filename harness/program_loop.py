@@ -53,8 +53,7 @@ class Place:
 class ProgramLoop:
     """Follows the loops of a program, one after the other.
 
-    ``saves`` are those of the attempt; ``on_due`` is called when the time has come for one, or for a stop. ``tell`` takes an
-    event, a message and values.
+    ``on_due`` is called when the time has come for a save, or for a stop. ``tell`` takes an event, a message and values.
     """
 
     def __init__(
@@ -64,11 +63,10 @@ class ProgramLoop:
         state: State,
         loader: Loader | None,
         tell: Callable[..., None],
-        saves: Callable[[], Saves],
         on_due: Callable[[Due], None],
     ) -> None:
         self._world, self._config, self._state, self._loader = world, config, state, loader
-        self._saves, self._on_due = saves, on_due
+        self._saves, self._on_due = Saves(), on_due
         self._policy = SavePolicy(config.checkpoint)
         self._own_work = OwnWork(world.device, state.modules.values(), loader)
         self._omissions = Omissions(state, self._own_work, loader, is_active=world.rank == 0)
@@ -131,12 +129,12 @@ class ProgramLoop:
             yield
         self._is_under_way = False
 
-    def begin_here(self) -> int | None:
+    def begin_here(self, saves: Saves) -> int | None:
         """The loop goes on from where the state is, and the clocks run from now on. All ranks call it.
 
-        Returns how many steps the run has in all, where that is known.
+        ``saves`` are those of the attempt. Returns how many steps the run has in all, where that is known.
         """
-        length = self._length
+        length, self._saves = self._length, saves
         self._epoch_before = self.epoch
         self._log.begin_here()
         by_epochs = length.epochs * len(self._loader) if length.epochs and self._loader else None
@@ -232,12 +230,12 @@ class ProgramLoop:
     def _before_optimizer(self, *_args: object) -> None:
         """An optimizer is about to take its step."""
         self._has_stepped = True
-        self._fence()
+        self._saves.fence()
         self._omissions.at_optimizer()
 
     def _fence(self) -> None:
         """Before anything may change what a save may still be copying."""
-        self._saves().fence()
+        self._saves.fence()
 
     def _end_epoch(self, epoch: int) -> None:
         """The body of an epoch has ended, which the loop may have left early."""

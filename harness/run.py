@@ -112,7 +112,7 @@ class Run:
             self.state = State(state, self.world.device, reset_options=reset_options, adapt=adapt, speaks=speaks)
             self.loader = loader_of(state, self.world)
             parts = self.world, self.config, self.state
-            self._loop = ProgramLoop(*parts, self.loader, self.tell, lambda: self._attempt.saves, self._do)
+            self._loop = ProgramLoop(*parts, self.loader, self.tell, self._do)
             self._closing.callback(self._loop.close)
             circumstances = Circumstances(*parts, self._loop, about or {}, initialize or nothing)
             self._attempt = attempt.first_of(circumstances, fresh=fresh)
@@ -194,7 +194,7 @@ class Run:
         self._attempt.events.close()
         assert self._attempt.next is not None, "there is a checkpoint"
         self._attempt = self._attempt.next()
-        self._attempt.begin_here(self.global_step, self._loop.begin_here())
+        self._attempt.begin_here(self.global_step, self._loop.begin_here(self._attempt.saves))
 
     def remember_crash(self, error: BaseException) -> None:
         """Leaves a record of an error in the training code, or in a sample, for the attempts to come."""
@@ -222,7 +222,7 @@ class Run:
             self._decisions = Agreement(self.world, self.stop, watcher)
             try:
                 with self._loop.under_way(length):
-                    self._attempt.begin_here(self.global_step, self._loop.begin_here())
+                    self._attempt.begin_here(self.global_step, self._loop.begin_here(self._attempt.saves))
                     yield
                 self._decisions.finish()
                 self.finish()
