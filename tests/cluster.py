@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import nursery
+
 from harness.startup import import_torch
 
 T = TypeVar("T")
@@ -34,6 +36,8 @@ AGENT, TORCHRUN = "harness.agent", "torch.distributed.run"
 # Before a command: makes it process 1, as in a container. Needs root, or leave to be it.
 CONTAINER = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 POLL_SECONDS = 0.005
+SHARE_OF_LOOKING = 0.1  # of the time that is waited: what looks at a long log, or asks a program, is not asked all the time
+LONGEST_POLL_SECONDS = 0.3
 PATIENCE_SECONDS = 240.0  # for what takes a few seconds on a fast machine that does nothing else
 
 
@@ -43,11 +47,13 @@ class Impatient(AssertionError):
 
 def wait_until(found: Callable[[], T | None], what: str, seconds: float = PATIENCE_SECONDS) -> T:
     """The first true value of ``found()``; ``Impatient`` when there is none in time."""
-    deadline = time.monotonic() + seconds
+    began = looked = time.monotonic()
     while not (value := found()):
-        if time.monotonic() > deadline:
+        now = time.monotonic()
+        if now > began + seconds:
             raise Impatient(f"waited {seconds:.0f} s for {what}")
-        time.sleep(POLL_SECONDS)
+        time.sleep(min(max(POLL_SECONDS, (now - looked) / SHARE_OF_LOOKING), LONGEST_POLL_SECONDS))
+        looked = time.monotonic()
     return value
 
 
@@ -198,6 +204,12 @@ def launch(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def train_undisturbed(directory: Path, config: Mapping[str, Any], ranks: int, seconds: float = PATIENCE_SECONDS) -> None:
+    """The run that others are compared with, on ranks that share one import of torch."""
+    with launch(directory, config, command=(__file__, str(ranks), "harness", "train")) as run:
+        run.succeed(seconds)
+
+
 def environment(temporary: str | None = None) -> dict[str, str]:
     """An environment that does not depend on who runs the tests, and in which numerics do not depend on the launcher."""
     kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH") if key in os.environ}
@@ -246,11 +258,16 @@ def alive(pid: int) -> bool:
     return False
 
 
-def harness(*arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None, stdin: str = "") -> Any:
-    """Runs ``python -m harness`` to its end, as one plain process."""
+def harness(
+    *arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None, stdin: str = "", warm: bool = False
+) -> Any:
+    """Runs ``python -m harness`` to its end, as one plain process; a ``warm`` one has torch imported when it begins."""
+    whole = {**environment(), **(env or {})}
+    if warm:
+        return nursery.harness(*arguments, env=whole, cwd=cwd, stdin=stdin, seconds=PATIENCE_SECONDS)
     return subprocess.run(
         [sys.executable, "-m", "harness", *arguments],
-        env={**environment(), **(env or {})},
+        env=whole,
         cwd=cwd,
         input=stdin,
         capture_output=True,
@@ -319,7 +336,7 @@ def play(scenarios: Sequence[Callable[[Any, Path], Any]], directory: Path) -> No
 
 def played(file: str, directory: Path, ranks: int) -> dict[str, list[Any]]:
     """Starts a test file as a script on some ranks, lets it ``play``, and returns for each scenario the ranks' results."""
-    with launch(directory, None, ranks=ranks, command=(__file__, file, str(directory))) as run:
+    with launch(directory, None, command=(__file__, str(ranks), file, str(directory))) as run:
         run.succeed(150)
     names = {path.name.split(".")[0] for path in directory.glob("*.0.json")}
     return {name: [json.loads((directory / f"{name}.{rank}.json").read_text()) for rank in range(ranks)] for name in names}
@@ -380,7 +397,51 @@ def newest(url: Path | str) -> dict[str, Any]:
     return {"step": entry.step, "digests": digests, "parts": load.read(catalog.store, entry.directory, entry.manifest)}
 
 
-if __name__ == "__main__":  # a rank of ``played``: the test file is the program, and starts as soon as ``harness train``
+def become_ranks(count: int) -> None:
+    """Forks so many ranks, in which it returns, with the environment, the session and the store that torchrun's workers
+    have; here it ends when they have ended. What torchrun takes longest for, importing torch in each, was done before."""
+    told = {
+        "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count,
+        "GROUP_RANK": 0,
+        "GROUP_WORLD_SIZE": 1,
+        "MASTER_ADDR": "localhost",
+    }
+    elastic = {"RUN_ID": uuid.uuid4(), "USE_AGENT_STORE": True, "MAX_RESTARTS": 0, "RESTART_COUNT": 0}
+    told |= {f"TORCHELASTIC_{name}": value for name, value in elastic.items()}
+    reader, writer = os.pipe()
+    ranks = {}
+    for rank in range(count):
+        if not (pid := os.fork()):
+            os.close(writer)
+            os.setsid()
+            port = int.from_bytes(os.read(reader, 2), "big")
+            os.close(reader)
+            told |= {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in told.items()})
+            return
+        ranks[pid] = rank
+    from torch.distributed import TCPStore
+
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # it has threads: not before the forks
+    os.write(writer, store.port.to_bytes(2, "big") * count)
+    while ranks:
+        pid, status = os.wait()
+        rank = ranks.pop(pid)
+        if code := os.waitstatus_to_exitcode(status):
+            print(f"rank {rank} has ended with {code}", file=sys.stderr, flush=True)
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+            os._exit(1)
+    os._exit(0)
+
+
+if __name__ == "__main__":  # the ranks of ``played``, for which the test file is the program, or of ``train_undisturbed``
     import_torch()
-    sys.argv = sys.argv[1:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    become_ranks(int(sys.argv[1]))
+    sys.argv = sys.argv[2:]
+    if sys.argv[0] == "harness":
+        sys.path[0] = os.getcwd()
+        runpy.run_module("harness", run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")

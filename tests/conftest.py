@@ -9,14 +9,20 @@ import tempfile
 import pytest
 import servers
 
+from harness.startup import import_torch
+
+import_torch()  # nearly every file does; so it is quick, and the collector passes over it from then on
+
 # Read when gcsfs is imported. With it, a file system looks for Google's own servers by gRPC, for a minute.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 
 def pytest_collection_modifyitems(items):
-    """The files that start processes come first: they take the longest, and the short ones fill what is left at the end."""
+    """The files that start processes come first, those before all that mostly wait for what they have started: they take the
+    longest, and the short ones fill what is left at the end."""
+    waiting = ("test_slurm.py", "test_hosts.py")
     starting = {item.path for item in items if item.get_closest_marker("torchrun")}
-    items.sort(key=lambda item: item.path not in starting)
+    items.sort(key=lambda item: (item.path.name not in waiting, item.path not in starting))
 
 
 @pytest.fixture(scope="session")

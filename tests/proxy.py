@@ -6,6 +6,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Iterator
 from typing import Self
 
 HOST = "127.0.0.1"
@@ -25,6 +26,9 @@ class Proxy:
         self.delay_seconds = 0.0  # of each piece
         self.disturbances = 0  # resets so far
         self.served_bytes = 0  # sent by the server so far
+        self.busiest_bytes = 0  # of these, on the connection that has had most
+        self.most_at_once = 0  # connections on which the server's bytes were under way at one time
+        self._under_way = 0
         self._lock = threading.Lock()
         self._ends: set[socket.socket] = set()
         self._listener = socket.create_server((HOST, 0))
@@ -44,6 +48,20 @@ class Proxy:
         """Resets every connection there is."""
         for end in list(self._ends):
             _reset(end)
+
+    @contextlib.contextmanager
+    def delivery(self, size_bytes: int, of_connection_bytes: int) -> Iterator[None]:
+        """The time in which bytes of the server's are under way."""
+        with self._lock:
+            self.served_bytes += size_bytes
+            self.busiest_bytes = max(self.busiest_bytes, of_connection_bytes)
+            self._under_way += 1
+            self.most_at_once = max(self.most_at_once, self._under_way)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._under_way -= 1
 
     def _accept(self) -> None:
         while True:
@@ -79,7 +97,7 @@ class _Connection:
         self.proxy, self.client, self.server = proxy, client, server
         for end in (client, server):
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sent_bytes = 0
+        self.sent_bytes = self.served_bytes = 0
 
     def pump_up(self) -> None:
         while data := self._receive(self.client):
@@ -93,9 +111,9 @@ class _Connection:
         while data := self._receive(self.server):
             if self.sent_bytes > self.proxy.lost_after_bytes and self.proxy._take("lost_answers"):
                 break
-            with self.proxy._lock:
-                self.proxy.served_bytes += len(data)
-            self._send(self.client, data)
+            self.served_bytes += len(data)
+            with self.proxy.delivery(len(data), self.served_bytes):
+                self._send(self.client, data)
         self._end()
 
     def _receive(self, end: socket.socket) -> bytes:

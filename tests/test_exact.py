@@ -119,18 +119,13 @@ def digests(url: str | Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """The run that nothing happens to, for a number of ranks (None: one plain process), made once; its directory."""
-    made: dict[int | None, Path] = {}
-
-    def run(ranks: int | None) -> Path:
-        if ranks not in made:
-            made[ranks] = tmp_path_factory.mktemp(f"straight-{ranks}")
-            with launch(made[ranks], config("run", place="."), ranks=ranks) as launched:
-                launched.succeed()
-        return made[ranks]
-
-    return run
+def straight(tmp_path_factory, on_three_ranks):
+    """The directory of the run that nothing happens to, by the number of ranks (None: one plain process)."""
+    alone = tmp_path_factory.mktemp("straight")
+    with launch(alone, config("run", place=".")) as run:
+        run.succeed()
+    returned(on_three_ranks[1]["undisturbed"])
+    return {None: alone, 3: on_three_ranks[0] / "undisturbed"}
 
 
 # --- killed and resumed ----------------------------------------------------------------------------------------------
@@ -147,7 +142,7 @@ def test_one_process_killed_and_started_again(tmp_path, straight, workers):
     with launch(tmp_path, command) as run:
         assert run.wait_for("resume")["step"] == 6
         run.succeed()
-    assert digests(tmp_path / "run") == digests(straight(None) / "run")
+    assert digests(tmp_path / "run") == digests(straight[None] / "run")
 
 
 @pytest.mark.torchrun
@@ -162,35 +157,36 @@ def test_a_rank_killed_and_restarted_by_torchrun(tmp_path, straight):
         release(tmp_path / "step")
         assert run.wait_for("resume", attempt=2)["step"] == 6
         run.succeed()
-    assert digests(tmp_path / "run") == digests(straight(3) / "run")
+    assert digests(tmp_path / "run") == digests(straight[3] / "run")
 
 
 @pytest.mark.soak
 @pytest.mark.torchrun
 def test_without_settled_gradients_a_resume_differs(tmp_path, straight):
     """The tests above can fail: on three ranks, a resume in which DDP orders its gradients anew ends with other bits."""
-    branch(straight(3) / "run", tmp_path / "run", 6)
+    branch(straight[3] / "run", tmp_path / "run", 6)
     with launch(tmp_path, config("run", settle=False), ranks=3) as run:
         assert run.wait_for("resume")["step"] == 6
         run.succeed()
-    assert digests(tmp_path / "run")["model"] != digests(straight(3) / "run")["model"]
+    assert digests(tmp_path / "run")["model"] != digests(straight[3] / "run")["model"]
 
 
 # --- other world sizes -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.torchrun
-def test_the_same_samples_at_other_world_sizes(tmp_path, straight):
-    """A run that goes from two ranks under DDP to one plain process to three ranks trains the same global batches."""
-    branch(straight(2) / "run", tmp_path / "run", 6)
-    for steps, ranks in ((10, None), (STEPS, 3)):
-        with launch(tmp_path, config("run", place=".", steps=steps), ranks=ranks) as run:
-            run.wait_for("resume")
-            run.succeed()
-            assert "world_size" in run.output()  # the change is told of
+def test_the_same_samples_at_other_world_sizes(tmp_path, straight, caplog):
+    """A run that goes from three ranks under DDP to one plain process to two ranks trains the same global batches."""
+    branch(straight[3] / "run", tmp_path / "run", 6)
+    train_here(lambda: build(str(tmp_path)), **here(tmp_path, steps=10))
+    assert "world_size" in caplog.text  # the change is told of
+    with launch(tmp_path, config("run", place="."), ranks=2) as run:
+        run.wait_for("resume")
+        run.succeed()
+        assert "world_size" in run.output()
     trained, expected = samples_by_step(tmp_path), expected_samples()
     assert {step: trained[step] for step in range(6, STEPS)} == {step: expected[step] for step in range(6, STEPS)}
-    assert samples_by_step(straight(2)) == samples_by_step(straight(3)) == expected
+    assert samples_by_step(straight[None]) == samples_by_step(straight[3]) == expected
 
 
 def samples_by_step(directory: Path) -> dict[int, list[int]]:
@@ -287,6 +283,16 @@ def in_two_halves(world, place: Path, task, **train) -> list[dict[str, str]]:
     for url, steps in (("straight", 4), ("halves", 2), ("halves", 4)):
         train_here(task, world, url=place / url, seed=SEED, train={**train, "steps": steps})
     return [newest(place / url)["digests"] for url in ("straight", "halves")]
+
+
+def undisturbed(world, place: Path):
+    """The run that others are compared with."""
+    train_here(lambda: build(str(place)), world, **here(place))
+
+
+def here(place: Path, **options) -> dict:
+    """The run of this file, for ``train_here``."""
+    return {key: value for key, value in config(str(place / "run"), **options).items() if key not in ("task", "args")}
 
 
 def uneven(world, place: Path):
@@ -474,4 +480,7 @@ def test_resumed_in_one_process(tmp_path, task, precision):
 
 
 if __name__ == "__main__":
-    play([uneven, fewer_samples_than_ranks, awkward, compiled, forgotten, bf16, fp16, hooked, static], Path(sys.argv[1]))
+    play(
+        [undisturbed, uneven, fewer_samples_than_ranks, awkward, compiled, forgotten, bf16, fp16, hooked, static],
+        Path(sys.argv[1]),
+    )

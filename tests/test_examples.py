@@ -3,12 +3,11 @@
 import difflib
 import os
 import signal
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
-from cluster import committed, launch, newest
+from cluster import Run, launch, newest
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 URLS = {"plain": "rings", "amp": "curve", "compiled": "sums", "streamed": "stream", "gan": "circle", "bandit": "bandit"}
@@ -41,18 +40,68 @@ def digests(directory: Path, name: str) -> dict[str, str]:
     return {part: digest for part, digest in found.items() if part != "random"}
 
 
-def each_with_ranks_and_kills() -> Iterator[Any]:
-    """Every time the plain one, killed once; in ``make soak`` all, often."""
-    yield pytest.param("plain", 3, 1, id="plain")
-    for name in URLS:
-        yield pytest.param(name, 2 if name == "streamed" else 3, 3, id=f"{name}-often", marks=pytest.mark.soak)
+@dataclass
+class Disturbed:
+    """A script's run that had a rank killed, was asked to stop after that, and was started again; and one left alone."""
+
+    directory: Path
+    codes: list[int] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    stopped_at: int = 0
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The README's script on two ranks."""
+    found = Disturbed(tmp_path_factory.mktemp("plain"))
+    command, url = launching("plain", 2, 1), found.directory / "disturbed" / "runs" / URLS["plain"]
+    with launch(found.directory / "straight", None, command=command) as run:
+        run.succeed()
+    with launch(found.directory / "disturbed", None, command=command) as run:
+        kill_after_its_first_save(run, url, attempt=1, rank=1)
+        run.wait(lambda: any(url.glob("step-*-000002-*/manifest.json")), "the first save after the kill")
+        os.kill(run.process.pid, signal.SIGTERM)
+        found.codes.append(run.finish())
+        found.outputs.append(run.output())
+    found.stopped_at = newest(url)["step"]
+    with launch(found.directory / "disturbed", None, command=command) as run:
+        found.codes.append(run.finish())
+        found.outputs.append(run.output())
+    return found
+
+
+def kill_after_its_first_save(run: Run, url: Path, attempt: int, rank: int) -> None:
+    run.wait(lambda: url.exists() and any(url.glob(f"step-*-{attempt:06}-*/manifest.json")), "the attempt's first save")
+    run.kill_rank(rank)
 
 
 @pytest.mark.torchrun
-@pytest.mark.parametrize(("name", "ranks", "kills"), list(each_with_ranks_and_kills()))
-def test_killed_it_ends_with_the_same_bits(tmp_path, name, ranks, kills):
+def test_killed_it_ends_with_the_same_bits(plain):
     """A rank is SIGKILLed after a save, torchrun starts all again, and the end has every bit of the run that was left alone:
     models, optimizers, what the script keeps for itself, and the ledger of the samples."""
+    assert plain.outputs[0].count("resuming from step-") == 1
+    assert plain.codes[-1] == 0, plain.outputs[-1]
+    assert digests(plain.directory / "disturbed", "plain") == digests(plain.directory / "straight", "plain")
+
+
+@pytest.mark.torchrun
+def test_a_script_that_is_asked_to_stop(plain):
+    """Under ``harness launch`` all ranks save the same step, the exit code asks for a new start, and that one goes on."""
+    assert plain.codes == [75, 0], plain.outputs
+    assert f"asked to stop (SIGTERM) at step {plain.stopped_at}, which is saved" in plain.outputs[0]
+    last = plain.outputs[0].splitlines()[-1]
+    assert last == "harness launch: exit code 75: stopped, as was asked; start the same command again to go on"
+    assert "Traceback" not in plain.outputs[0].partition("resuming from step-")[2]
+    assert f"step {plain.stopped_at}" in plain.outputs[1]
+    assert newest(plain.directory / "disturbed" / "runs" / URLS["plain"])["step"] == 500
+
+
+@pytest.mark.soak
+@pytest.mark.torchrun
+@pytest.mark.parametrize("name", list(URLS))
+def test_killed_often_it_ends_with_the_same_bits(tmp_path, name):
+    """The same of every script, on more ranks, after several kills."""
+    ranks, kills = 2 if name == "streamed" else 3, 3
     command = launching(name, ranks, kills)
     if name == "streamed":
         pytest.importorskip("torchdata.stateful_dataloader")
@@ -61,29 +110,10 @@ def test_killed_it_ends_with_the_same_bits(tmp_path, name, ranks, kills):
     url = tmp_path / "killed" / "runs" / URLS[name]
     with launch(tmp_path / "killed", None, command=command) as run:
         for number in range(1, kills + 1):
-            saves = f"step-*-{number:06}-*/manifest.json"  # of this attempt
-            run.wait(lambda saves=saves: url.exists() and any(url.glob(saves)), "the attempt's first save")
-            run.kill_rank(-number % ranks)
+            kill_after_its_first_save(run, url, number, -number % ranks)
         run.succeed()
         assert run.output().count("resuming from step-") == kills
     assert digests(tmp_path / "killed", name) == digests(tmp_path / "straight", name)
-
-
-@pytest.mark.torchrun
-def test_a_script_that_is_asked_to_stop(tmp_path):
-    """Under ``harness launch`` all ranks save the same step, the exit code asks for a new start, and that one goes on."""
-    command = launching("plain", 2)
-    with launch(tmp_path, None, command=command) as run:
-        url = tmp_path / "runs" / "rings"
-        run.wait(lambda: url.exists() and committed(url), "the first save")
-        os.kill(run.process.pid, signal.SIGTERM)
-        assert run.finish() == 75, run.output()
-        stopped_at = newest(url)["step"]
-        assert f"asked to stop (SIGTERM) at step {stopped_at}, which is saved" in run.output()
-    with launch(tmp_path, None, command=command) as run:
-        run.succeed()
-        assert f"step {stopped_at}" in run.output()
-        assert newest(url)["step"] == 500
 
 
 def test_one_process_needs_no_torchrun(tmp_path):

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import test_stops
 import torch
-from cluster import Impatient, launch, newest, path_with_harness, records, wait_until
+from cluster import Impatient, newest, path_with_harness, records, train_undisturbed, wait_until
 from hosts import Host, hosts, what_is_missing
 from test_stops import MOST_STEPS
 from torch import nn
@@ -209,8 +209,7 @@ def test_the_host_of_the_rendezvous_is_lost(cluster, tmp_path):
         "args": {},
         "train": {"steps": end, "global_batch_size": BATCH},
     }
-    with launch(tmp_path, plain, ranks=3) as run:
-        run.succeed(300)
+    train_undisturbed(tmp_path, plain, ranks=3, seconds=300)
     assert newest(cluster.url)["digests"] == newest(tmp_path / "run")["digests"]
 
 

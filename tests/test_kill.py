@@ -10,7 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
-from cluster import Run, alive, committed, harness, held, hold, launch, read_json, release, wait_until
+from cluster import Run, alive, committed, harness, held, hold, launch, read_json, release, train_undisturbed, wait_until
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 from torch import nn
@@ -81,11 +81,10 @@ def digests(*url: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """The digests of the run on two ranks that nothing happens to, by step."""
+    """The digests at the end of the run on two ranks that nothing happens to."""
     directory = tmp_path_factory.mktemp("straight")
-    with launch(directory, config("run", steps=STORM_STEPS, every=STEPS), ranks=2) as run:
-        run.succeed()
-    return {step: digests(str(directory / "run"), "--step", str(step)) for step in (STEPS, STORM_STEPS)}
+    train_undisturbed(directory, config("run", every=STEPS), ranks=2)
+    return digests(str(directory / "run"))
 
 
 # --- during a save ---------------------------------------------------------------------------------------------------
@@ -148,12 +147,16 @@ def _moment_of(path: str) -> tuple[str, Path]:
 
 
 @pytest.mark.torchrun
-def test_killed_at_any_moment_of_a_save(tmp_path, straight):
+@pytest.mark.parametrize("steps", [[6, 12, 15], pytest.param(list(MOMENTS), marks=pytest.mark.soak)], ids=["some", "all"])
+def test_killed_at_any_moment_of_a_save(tmp_path, straight, steps):
     """Whichever rank dies at whichever moment of a save: ``ls`` has the newest commit first among the whole ones, it is the
     earlier one unless the manifest was complete, and the run goes on from there, in the end with the same bits."""
     url, paused = tmp_path / "run", tmp_path / "paused"
-    with launch(tmp_path, config(f"gated://{url}", place=str(tmp_path)), ranks=2, max_restarts=len(MOMENTS)) as run:
-        for number, (step, (moment, victim)) in enumerate(MOMENTS.items(), start=1):
+    for step in MOMENTS.keys() - steps:
+        release(tmp_path / f"saving-{step}")
+    with launch(tmp_path, config(f"gated://{url}", place=str(tmp_path)), ranks=2, max_restarts=len(steps)) as run:
+        for number, step in enumerate(steps, start=1):
+            moment, victim = MOMENTS[step]
             run.wait(lambda step=step: held(tmp_path / f"saving-{step}"), f"{moment} of step {step}")
             paused.touch()  # the next attempt waits until we have looked
             before = run.workers()
@@ -168,7 +171,7 @@ def test_killed_at_any_moment_of_a_save(tmp_path, straight):
             paused.unlink()
             assert run.wait_for("resume", attempt=number + 1)["step"] == committed, moment
         run.succeed()
-    assert digests(str(url)) == straight[STEPS]
+    assert digests(str(url)) == straight
 
 
 # --- at random moments -----------------------------------------------------------------------------------------------
@@ -203,14 +206,19 @@ def events(directory: Path) -> list[dict]:
     return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines() if line.endswith("}")]
 
 
+@pytest.mark.soak
 @pytest.mark.torchrun
-def test_short_kill_storm(tmp_path, straight):
+def test_short_kill_storm(tmp_path):
     """Three SIGKILLs at random moments leave no trace in the bits of the result."""
-    assert storm(tmp_path, 3, STORM_STEPS, seed=random.randrange(10**6)) == straight[STORM_STEPS]
+    with launch(tmp_path / "straight", config("run", steps=STORM_STEPS, every=STORM_STEPS), ranks=2) as run:
+        run.succeed()
+    (tmp_path / "storm").mkdir()
+    found = storm(tmp_path / "storm", 3, STORM_STEPS, seed=random.randrange(10**6))
+    assert found == digests(str(tmp_path / "straight" / "run"))
 
 
 @pytest.mark.torchrun
-@pytest.mark.parametrize("launcher", ["harness launch", "torchrun"])
+@pytest.mark.parametrize("launcher", ["harness launch", pytest.param("torchrun", marks=pytest.mark.soak)])
 def test_a_death_while_the_ranks_start_does_not_hold_up_the_others(tmp_path, straight, launcher):
     """A rank is killed while another builds its task, then while that is in a long step of its own: the survivor knows that
     torchrun's SIGTERM is no stop, and leaves at once, though it had a grace of minutes. The run goes on and completes."""
@@ -229,7 +237,7 @@ def test_a_death_while_the_ranks_start_does_not_hold_up_the_others(tmp_path, str
         assert run.wait_for("resume", attempt=2)["step"] == 9
         run.succeed()
         assert "another rank has failed" in run.output()
-    assert digests(str(tmp_path / "run")) == straight[STEPS]
+    assert digests(str(tmp_path / "run")) == straight
 
 
 def survives(run: Run) -> None:
@@ -273,7 +281,7 @@ def test_killed_on_s3(tmp_path, straight, s3):
     assert listed.returncode == 0, listed.stderr
     assert listed.stdout.count("whole") == STEPS // EVERY
     found = json.loads(harness("inspect", url, "--json", env=s3.env).stdout)
-    assert {name: found["digest"][name] for name in straight[STEPS]} == straight[STEPS]
+    assert {name: found["digest"][name] for name in straight} == straight
 
 
 # --- the launcher ----------------------------------------------------------------------------------------------------
@@ -281,15 +289,18 @@ def test_killed_on_s3(tmp_path, straight, s3):
 
 @pytest.mark.torchrun
 def test_a_killed_launcher_leaves_no_writer_behind(tmp_path, straight):
-    """When torchrun itself is SIGKILLed, its workers end, too; a second start goes on and ends with the same bits."""
-    command = config("run", place=".", hold_at=10)
-    with launch(tmp_path, command, ranks=2) as run:
+    """When the launcher is SIGKILLed, torchrun ends, and with it its workers; a second start goes on and ends with the same
+    bits."""
+    settings = config("run", place=".", hold_at=10)
+    command = ("-m", "harness", "launch", "--nproc-per-node=2", "--", "train")
+    with launch(tmp_path, settings, command=command) as run:
         run.wait(lambda: held(tmp_path / "step"), "the step at which the launcher is killed")
         run.wait(lambda: 9 in committed(tmp_path / "run"), "the save before it")
         workers = run.workers()
         os.kill(run.process.pid, signal.SIGKILL)
         wait_until(lambda: not any(alive(pid) for pid in workers.values()), "the workers to end")
-    with launch(tmp_path, command, ranks=2) as run:
+        wait_until(lambda: not run.processes(), "the end of all processes of the run")
+    with launch(tmp_path, settings, ranks=2) as run:
         assert run.wait_for("resume")["step"] == 9
         run.succeed()
-    assert digests(str(tmp_path / "run")) == straight[STEPS]
+    assert digests(str(tmp_path / "run")) == straight

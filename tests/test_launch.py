@@ -177,6 +177,7 @@ def test_a_launch_outlives_many_deaths(tmp_path):
     assert "a rank failed after 3 restarts in a row without a newer checkpoint: the launch ends" in run.output()
 
 
+@pytest.mark.soak
 @pytest.mark.torchrun
 def test_a_signal_to_the_launcher_stops_all_ranks_and_asks_for_more(tmp_path):
     """SIGTERM: the ranks stop at one step, that step is saved, the exit code is 75, and the next launch goes on from it."""
@@ -204,6 +205,7 @@ def test_a_mistake_is_not_tried_again(tmp_path):
         assert "seeed: unknown key" in last
 
 
+@pytest.mark.soak
 @pytest.mark.torchrun
 def test_a_killed_launcher_leaves_no_orphans(tmp_path):
     """SIGKILL for the launcher ends the agent, and that ends the ranks."""

@@ -317,7 +317,10 @@ needs_hosts = pytest.mark.skipif(bool(what_is_missing()), reason=what_is_missing
 
 @pytest.mark.torchrun
 @needs_hosts
-def test_a_pod_is_evicted_and_the_run_goes_on(tmp_path):
+@pytest.mark.parametrize(
+    "others", [("jobset.yaml",), pytest.param(("jobset.yaml", "trainjob.yaml"), marks=pytest.mark.soak)], ids=" ".join
+)
+def test_a_pod_is_evicted_and_the_run_goes_on(tmp_path, others):
     """All pods end with the code that is free; the next ones go on, those of the other files, too, and end with 0. None
     waits for one that was told to go, as torchrun's agents do for five minutes."""
     with pods("job.yaml", tmp_path, config(tmp_path)) as (first, second):
@@ -326,7 +329,7 @@ def test_a_pod_is_evicted_and_the_run_goes_on(tmp_path):
         assert [second.finish(), first.finish()] == [75, 75], first.output() + second.output()
         step = newest(tmp_path / "run")["step"]
         assert f"at step {step}, which is saved" in first.output()
-    for attempt, file in enumerate(("jobset.yaml", "trainjob.yaml"), 1):
+    for attempt, file in enumerate(others, 1):
         with pods(file, tmp_path, config(tmp_path, step + 10), attempt=attempt) as runs:
             # A pod that asks for the rendezvous before it is there waits ever longer between its tries.
             assert [run.finish(180) for run in runs] == [0, 0], "\n".join(run.output() for run in runs)

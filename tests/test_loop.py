@@ -363,7 +363,7 @@ def endless(tmp_path: Path, **data) -> dict:
     }
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.soak)])
 def test_a_plain_run_that_is_asked_to_stop(tmp_path, number):
     """It saves its last step, says so, and leaves with the code that means: start me again. Loader workers, which get the
     signal too, do not keep it from that."""

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cluster import launch, newest, path_with_harness, records, wait_until
+from cluster import newest, path_with_harness, records, train_undisturbed, wait_until
 from slurm import Slurm, slurm, what_is_missing
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.skipif(bool(what_is_missing()), reason=what_is_missing() or "-")]
@@ -94,10 +94,9 @@ def jobs(cluster, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The digests of the same run under plain torchrun."""
+    """The digests of the same run outside of Slurm."""
     place = tmp_path_factory.mktemp("plain")
-    with launch(place, {**config(place), "args": {}}, ranks=2) as run:
-        run.succeed(300)
+    train_undisturbed(place, {**config(place), "args": {}}, ranks=2, seconds=300)
     return newest(place / "run")["digests"]
 
 
