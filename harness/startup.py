@@ -1,5 +1,6 @@
 """The start of a program: torch is imported out of the garbage collector's sight."""
 
+import contextlib
 import gc
 import importlib
 import sys
@@ -8,7 +9,8 @@ import threading
 from harness.checkpoint.collector import without_collections
 from harness.errors import ConfigError
 
-_TO_TRAIN = ("torch", "torch._dynamo")  # torch 2.13 imports the second one when the first optimizer is made
+_OF_OPTIMIZERS = "torch._dynamo"  # which torch (2.11 to 2.15) imports when the first optimizer is made; it is not public
+_TO_TRAIN = ("torch", _OF_OPTIMIZERS)
 
 
 def import_torch(*modules: str) -> None:
@@ -39,6 +41,7 @@ def import_torch(*modules: str) -> None:
 def _import(names: tuple[str, ...], errors: list[BaseException]) -> None:
     try:
         for name in names:
-            importlib.import_module(name)
+            with contextlib.suppress(ModuleNotFoundError) if name == _OF_OPTIMIZERS else contextlib.nullcontext():
+                importlib.import_module(name)
     except BaseException as error:  # is raised in the thread that has asked
         errors.append(error)
