@@ -13,7 +13,7 @@ import servers
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that start processes come first: they take the longest, and the short ones fill what is left at the end."""
     starting = {item.path for item in items if item.get_closest_marker("torchrun")}
     items.sort(key=lambda item: item.path not in starting)
