@@ -198,9 +198,12 @@ def launch(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+COVERAGE = ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")  # how `make coverage` reaches what a test starts
+
+
 def environment(temporary: str | None = None) -> dict[str, str]:
     """An environment that does not depend on who runs the tests, and in which numerics do not depend on the launcher."""
-    kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH") if key in os.environ}
+    kept = {key: os.environ[key] for key in (*("PATH", "HOME", "LANG", "LD_LIBRARY_PATH"), *COVERAGE) if key in os.environ}
     return {**kept, "OMP_NUM_THREADS": "1", **({"TMPDIR": temporary} if temporary else {})}
 
 
