@@ -159,7 +159,7 @@ class Epochs:
         self.on_return: Callable[[], None] = nothing
         self.on_give: Callable[[], None] = nothing
         self.epoch = 0  # of the run, where it says so
-        torch_private.set_maker(loader, self._get_iterator)
+        torch_private.set_maker(loader, self._begin_epoch)
 
     @property
     def _loader(self) -> Any:
@@ -181,7 +181,7 @@ class Epochs:
         """Before the loader's own."""
         self._restored = state
 
-    def _get_iterator(self) -> Any:
+    def _begin_epoch(self) -> Any:
         iterator = self._new_iterator()
         if (batches := _length(self._loader)) is not None:
             fetch = _weakly(torch_private.next_of(iterator))
