@@ -184,8 +184,8 @@ class Epochs:
     def _begin_epoch(self) -> Any:
         iterator = self._new_iterator()
         if (batches := _length(self._loader)) is not None:
-            fetch = _weakly(torch_private.next_of(iterator))
-            torch_private.set_next(iterator, self._followed(weakref.ref(iterator), fetch, batches))
+            weak = weakref.ref(iterator)
+            torch_private.wrap_next(iterator, lambda fetch: self._followed(weak, _weakly(fetch), batches))
         return iterator
 
     def _followed(self, iterator: Callable[[], Any], fetch: Callable[[], Any], batches: int) -> Callable[[], Any]:
@@ -217,7 +217,7 @@ class Epochs:
                 self._generators.set_own(restored["now"])
             self._generators.set_process(kept)
         if self._loader.persistent_workers:  # it is used again for the next epoch
-            torch_private.set_reset(iterator, self._noting(_weakly(torch_private.reset_of(iterator))))
+            torch_private.wrap_reset(iterator, lambda reset: self._noting(_weakly(reset)))
         return iterator
 
     def _noting(self, reset: Callable[..., Any]) -> Callable[..., None]:

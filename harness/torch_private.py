@@ -368,14 +368,14 @@ def make_iterator(loader: Any) -> Any:
     return iterator
 
 
-def next_of(iterator: Any) -> Callable[[], Any]:
-    """The method that gives the next batch."""
-    return iterator._next_data  # type: ignore[no-any-return]
+def wrap_next(iterator: Any, wrap: Callable[[Callable[[], Any]], Callable[[], Any]]) -> None:
+    """Has an iterator get its batches from a function that is made of its own."""
+    iterator._next_data = wrap(iterator._next_data)
 
 
-def set_next(iterator: Any, give: Callable[[], Any]) -> None:
-    """Has an iterator get its batches from a function."""
-    iterator._next_data = give
+def wrap_reset(iterator: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Has an iterator that is used for several epochs begin a further one with a function that is made of its own."""
+    iterator._reset = wrap(iterator._reset)
 
 
 def given_by(iterator: Any) -> int:
@@ -386,16 +386,6 @@ def given_by(iterator: Any) -> int:
 def is_finished(iterator: Any) -> bool:
     """Whether an iterator of torchdata's has come to its end."""
     return getattr(iterator, "_finished", False)
-
-
-def reset_of(iterator: Any) -> Callable[..., Any]:
-    """The method with which an iterator begins a further epoch."""
-    return iterator._reset  # type: ignore[no-any-return]
-
-
-def set_reset(iterator: Any, reset: Callable[..., Any]) -> None:
-    """Has an iterator begin a further epoch with a function."""
-    iterator._reset = reset
 
 
 def index_sampler_of(loader: Any) -> Any:
