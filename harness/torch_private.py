@@ -33,7 +33,9 @@ from harness.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-TRIED = ("2.11", "2.13", "2.15")  # the versions of torch that the tests have run with, from the oldest to the newest
+# The versions of torch that harness was tried with, from the oldest to the newest: 2.13 with the whole test suite, the
+# others with its main parts, on the CPU.
+TRIED = ("2.11", "2.13", "2.15")
 
 
 def is_tried(version: str) -> bool:
