@@ -11,11 +11,12 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python;
 
 BENCH := build/bench-venv
 
-.PHONY: help check test soak demo bench clean
+.PHONY: help check test coverage soak demo bench clean
 help:
 	@echo 'make demo    train a small GPT on 2 processes, kill one, and compare with the run that was not killed'
 	@echo 'make test    the test suite'
 	@echo 'make check   formatting, lint, types'
+	@echo 'make coverage  the test suite, and which lines it has run'
 	@echo 'make soak    the proofs that take long'
 	@echo 'make bench   what checkpoints cost, beside other systems: 45 minutes (BENCH_ARGS=--quick: 3)'
 	@echo 'make clean   delete what these make; runs/ stays'
@@ -25,6 +26,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -m 'not soak' -n 4 --dist loadfile --no-loadscope-reorder
+
+# Beside what it takes to count, the tests are the same; no threshold.
+coverage: $(READY)
+	$(BIN)/python -m pytest -m 'not soak' -n 4 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 check: $(READY)
 	$(BIN)/ruff format --check
@@ -61,5 +66,5 @@ $(BENCH)/ready: pyproject.toml constraints.txt benchmarks/requirements.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
 	find harness tests launch benchmarks -name __pycache__ -prune -exec rm -rf {} +

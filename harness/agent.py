@@ -9,14 +9,14 @@ instead of 1.7 s. Where the launcher gives a directory (``harness.outcome``):
 
 On a terminal it takes the live line of its ranks away before it writes.
 
-Both hang on methods of torchrun that are not public. Where a version of torch has none such, nothing is told.
+Both hang on methods of torchrun that are not public (``harness.torch_private``). Where a torch does not have them,
+one line says what is missing.
 """
 
-import contextlib
+import functools
 import os
 import sys
-from collections.abc import Callable
-from typing import Any, TextIO, cast
+from typing import TextIO, cast
 
 from harness import outcome
 from harness.console import Clearing
@@ -48,36 +48,21 @@ class Restarts:
         return f"a rank failed after {self._allowed} restarts {kind}: the launch ends"
 
 
-def _say_why_ranks_end(directory: str) -> None:
-    from torch.distributed.elastic.multiprocessing.api import PContext, SignalException  # noqa: PLC0415
+def _watch(directory: str, *, renewed: bool) -> None:
+    """Has torchrun note in the directory why it ends ranks, and count its restarts."""
+    from harness import torch_private  # noqa: PLC0415  # imports torch
 
-    close = PContext.close
-
-    def close_and_say_why(context: PContext, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(sys.exception(), SignalException):  # else torchrun was signalled, and passes it on
-            outcome.say_ended(directory, context.pids().values())
-        close(context, *args, **kwargs)
-
-    PContext.close = close_and_say_why  # type: ignore[assignment,method-assign]
-
-
-def _count_restarts(directory: str, *, renewed: bool) -> None:
-    from torch.distributed.elastic.agent.server.api import WorkerState  # noqa: PLC0415
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent  # noqa: PLC0415
-
-    monitor: Callable[..., Any] = LocalElasticAgent._monitor_workers
     restarts: Restarts | None = None
 
-    def monitor_and_count(agent: Any, group: Any) -> Any:
+    def left(allowed: int, now: int) -> int:
         nonlocal restarts
-        result = monitor(agent, group)
-        if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
-            restarts = restarts or Restarts(group.spec.max_restarts, renewed=renewed)
-            agent._remaining_restarts = restarts.left(agent._remaining_restarts, outcome.resumed_step(directory))
-            print(f"harness launch: {restarts.in_words(agent._remaining_restarts)}", file=sys.stderr, flush=True)
-        return result
+        restarts = restarts or Restarts(allowed, renewed=renewed)
+        now = restarts.left(now, outcome.resumed_step(directory))
+        print(f"harness launch: {restarts.in_words(now)}", file=sys.stderr, flush=True)
+        return now
 
-    LocalElasticAgent._monitor_workers = monitor_and_count  # type: ignore[method-assign]
+    torch_private.before_ranks_are_ended(functools.partial(outcome.say_ended, directory))
+    torch_private.when_ranks_fail(left)
 
 
 def main() -> None:
@@ -88,9 +73,7 @@ def main() -> None:
 
     if (directory := os.environ.get(outcome.DIRECTORY_VARIABLE)) is not None:
         renewed = os.environ.pop(COUNTS_PROGRESS_VARIABLE, "") == "1"
-        with contextlib.suppress(ImportError, AttributeError):
-            _say_why_ranks_end(directory)
-            _count_restarts(directory, renewed=renewed)
+        _watch(directory, renewed=renewed)
     try:
         torchrun()
     except SignalException:  # it has said which one

@@ -20,6 +20,8 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from harness import torch_private
+
 
 class GradientOrder:
     """The order for one DDP module: ``order`` has the numbers of its parameters, and is empty until it is known."""
@@ -28,10 +30,11 @@ class GradientOrder:
         self.order: list[int] = []
         self._model = model
         self._parameters = _reduced(model)
-        # One that looks for unused parameters keeps its first order. With a static graph DDP remembers more than an order.
-        self.is_static = bool(model.static_graph)
-        reorders = not model.find_unused_parameters and not self.is_static
         self._hooks: list[RemovableHandle] = []
+        self._lacking = torch_private.lacking_of_ddp(model)
+        # One that looks for unused parameters keeps its first order. With a static graph DDP remembers more than an order.
+        self.is_static = not self._lacking and bool(model.static_graph)
+        reorders = not (self._lacking or model.find_unused_parameters or self.is_static)
         for number, parameter in enumerate(self._parameters if reorders else ()):
             handle = parameter.register_post_accumulate_grad_hook(self._note(number))  # type: ignore[no-untyped-call]
             self._hooks.append(handle)
@@ -42,11 +45,13 @@ class GradientOrder:
         ``restored`` has the ids of those objects whose state is restored afterwards. Where a communication hook remembers
         more than that, nothing is done. Returns what keeps DDP from taking the order over.
         """
+        if self._lacking:
+            return f"torch {torch.__version__} has no {self._lacking}"
         if self.is_static:
             return "static_graph=True has DDP order its gradients anew" if self._model.process_group.size() > 2 else None
         if not self._hooks or self.order or len(order) != len(self._parameters):
             return None
-        for hook, state in getattr(self._model, "_comm_hooks", ()):
+        for hook, state in torch_private.communication_hooks(self._model):
             memories = [each for each in (state, getattr(hook, "__self__", None)) if each is not None]
             if not (_forgets(hook) or any(id(each) in restored for each in memories)):
                 name = getattr(hook, "__qualname__", type(hook).__name__)
@@ -56,16 +61,15 @@ class GradientOrder:
         before = [parameter.grad for parameter in self._parameters]
         for parameter in self._parameters:
             parameter.grad = None  # one that is there would be averaged over the ranks
-        reducer = self._model.reducer
         sparse = {
             id(each.weight) for each in self._model.modules() if getattr(each, "sparse", False) and hasattr(each, "weight")
         }
         with _unheard(self._parameters):
-            reducer.prepare_for_forward()
-            reducer.prepare_for_backward([])
+            torch_private.begin_backward(self._model)
             for number in order:  # one by one: within one backward pass, torch would choose the order
                 parameter = self._parameters[number]
                 torch.autograd.backward(parameter, _nothing_for(parameter, is_sparse=id(parameter) in sparse))
+            torch_private.end_backward(self._model)
         for parameter, gradient in zip(self._parameters, before, strict=True):
             parameter.grad = gradient
         return None
@@ -119,7 +123,7 @@ def _around(module: torch.nn.Module) -> list[DistributedDataParallel]:
 
 def _reduced(model: DistributedDataParallel) -> list[torch.Tensor]:
     """The parameters whose gradients DDP adds up."""
-    ignored = getattr(model, "parameters_to_ignore", ())
+    ignored = torch_private.parameters_left_out(model)
     return [each for name, each in model.module.named_parameters() if each.requires_grad and name not in ignored]
 
 
@@ -143,7 +147,7 @@ def _forgets(hook: Any) -> bool:
 def _unheard(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
     """For a while no hook of these parameters is called but DDP's own, which are not Python's. The dictionaries that torch
     looks into are emptied and filled again: what a hook's handle removes, it removes from them."""
-    silenced = [(hooks, dict(hooks)) for parameter in parameters for hooks in _hooks_of(parameter)]
+    silenced = [(hooks, dict(hooks)) for parameter in parameters for hooks in torch_private.hooks_of(parameter)]
     for hooks, _ in silenced:
         hooks.clear()
     try:
@@ -151,17 +155,3 @@ def _unheard(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
     finally:
         for hooks, before in silenced:
             hooks.update(before)
-
-
-def _hooks_of(parameter: torch.Tensor) -> Iterator[dict[int, Any]]:
-    """The hooks of a parameter, and of the node of the graph that adds its gradient up, where it has any."""
-    for hooks in (parameter._backward_hooks, parameter._post_accumulate_grad_hooks):
-        if hooks:
-            yield hooks
-    node = torch.autograd.graph.get_gradient_edge(parameter).node
-    for register in (node.register_hook, node.register_prehook):
-        handle = register(lambda *_: None)  # a node shows its hooks to nobody but those who register one
-        hooks = handle.hooks_dict_ref()
-        handle.remove()
-        if hooks:
-            yield hooks

@@ -37,6 +37,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
+from harness import torch_private
 from harness.dataset import Attributes, Sketch, others, sketch
 from harness.errors import ConfigError, Corrupt, Mismatch
 from harness.signals import STOP_SIGNALS, deaf_children, die_with_parent
@@ -236,7 +237,7 @@ def batches(
             yield micro_batches
     finally:
         if processes:
-            fetched._shutdown_workers()  # type: ignore[attr-defined]  # its finalizer may come too late: see below
+            torch_private.end_workers(fetched)
         for process in processes:  # those that are still busy ignore SIGTERM, and Python would wait for them when it exits
             process.kill()
 

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 import xxhash
 
+from harness import torch_private
+
 # --- changes ---------------------------------------------------------------------------------------------------------
 
 _MOST_VALUES = 256  # are looked at, those on top first
@@ -68,7 +70,7 @@ def _values(holder: Any) -> Iterator[tuple[str, *tuple[Any, ...]]]:
 
 def _contents(value: Any) -> Iterator[Any]:
     if isinstance(value, torch.Tensor) and not value.is_inference():
-        yield value._version
+        yield torch_private.version(value)
     elif isinstance(value, np.ndarray) and value.nbytes <= _SMALL_BYTES and not value.dtype.hasobject:
         yield value.tobytes()
     elif isinstance(value, list | tuple | set | frozenset | Mapping):

@@ -5,7 +5,6 @@ generators that most of them do not save. ``Epochs`` remembers these as they wer
 after a resume.
 """
 
-import itertools
 import logging
 import random
 import weakref
@@ -15,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 
+from harness import torch_private
 from harness.data import Loader, nothing, warn_of_counts
 from harness.errors import Mismatch
 
@@ -144,10 +143,12 @@ class Epochs:
     with a state of their own draw as they like; after them the generators are set to what they were at the save.
 
     Where the data set has a length, ``on_return`` is called when the loop asks for another batch of an epoch that has one,
-    before anything else, and ``on_give`` when it is given one.
+    before anything else, and ``on_give`` when it is given one. Raises ``ConfigError`` where this torch's loaders are made
+    otherwise.
     """
 
     def __init__(self, name: str, loader: Any) -> None:
+        torch_private.require(torch_private.LOADER)
         self._name = name
         self._weak = weakref.ref(loader)  # the loader has this; its workers are to end with it
         self._generators = _Generators(loader)
@@ -158,14 +159,14 @@ class Epochs:
         self.on_return: Callable[[], None] = nothing
         self.on_give: Callable[[], None] = nothing
         self.epoch = 0  # of the run, where it says so
-        loader._get_iterator = self._get_iterator
+        torch_private.set_maker(loader, self._begin_epoch)
 
     @property
     def _loader(self) -> Any:
         return self._weak()
 
     def _make(self) -> Any:
-        return type(self._loader)._get_iterator(self._loader)
+        return torch_private.make_iterator(self._loader)
 
     def state_dict(self) -> dict[str, Any]:
         """The states of the generators."""
@@ -180,21 +181,22 @@ class Epochs:
         """Before the loader's own."""
         self._restored = state
 
-    def _get_iterator(self) -> Any:
+    def _begin_epoch(self) -> Any:
         iterator = self._new_iterator()
         if (batches := _length(self._loader)) is not None:
-            iterator._next_data = self._followed(weakref.ref(iterator), _weakly(iterator._next_data), batches)
+            weak = weakref.ref(iterator)
+            torch_private.wrap_next(iterator, lambda fetch: self._followed(weak, _weakly(fetch), batches))
         return iterator
 
     def _followed(self, iterator: Callable[[], Any], fetch: Callable[[], Any], batches: int) -> Callable[[], Any]:
-        goes_on = iterator()._num_yielded > 0  # within an epoch, after a restart
+        goes_on = torch_private.given_by(iterator()) > 0  # within an epoch, after a restart
 
         def next_data() -> Any:
             nonlocal goes_on
             if goes_on:
                 goes_on = False
-                warn_of_counts(iterator(), self.epoch, iterator()._num_yielded)
-            if iterator()._num_yielded < batches:  # else it has none, and the epoch goes on without
+                warn_of_counts(iterator(), self.epoch, torch_private.given_by(iterator()))
+            if torch_private.given_by(iterator()) < batches:  # else it has none, and the epoch goes on without
                 self.on_return()
             data = fetch()
             self.on_give()
@@ -211,11 +213,11 @@ class Epochs:
             self._began, self._is_reused = restored["began"], restored["is_reused"]
             kept = self._generators.states()
             iterator, has_drawn_once = self._redrawn()
-            if not has_drawn_once or getattr(iterator, "_finished", False):  # then it will not come to the end once more
+            if not has_drawn_once or torch_private.is_finished(iterator):  # then it will not come to the end once more
                 self._generators.set_own(restored["now"])
             self._generators.set_process(kept)
         if self._loader.persistent_workers:  # it is used again for the next epoch
-            iterator._reset = self._noting(_weakly(iterator._reset))
+            torch_private.wrap_reset(iterator, lambda reset: self._noting(_weakly(reset)))
         return iterator
 
     def _noting(self, reset: Callable[..., Any]) -> Callable[..., None]:
@@ -238,7 +240,7 @@ class Epochs:
         """An iterator that goes on where the saved one was, and whether its samplers draw the order from nothing but the
         generators."""
         loader = self._loader
-        index_sampler = loader._index_sampler
+        index_sampler = torch_private.index_sampler_of(loader)
         wraps = type(index_sampler).__module__.startswith("torchdata.") and hasattr(index_sampler, "sampler")
         holder, key = (
             (index_sampler, "sampler") if wraps else (loader, "sampler" if loader.batch_sampler is None else "batch_sampler")
@@ -258,11 +260,9 @@ class Epochs:
         finally:
             vars(holder)[key] = sampler
             loader.generator = generator
-        iterator._index_sampler = index_sampler
-        if isinstance(iterator._sampler_iter, itertools.islice) and not loader.num_workers:  # which would draw later
-            for _ in range(iterator._sampler_iter_yielded):
-                next(once.order, None)
-            iterator._sampler_iter = once.order
+        torch_private.set_index_sampler(iterator, index_sampler)
+        if not loader.num_workers:
+            torch_private.draw_now(iterator, once.order)
         return iterator, True
 
 
@@ -293,9 +293,6 @@ def with_single_samples(loader: Loader, modules: Iterable[tuple[str, nn.Module]]
     if loader.schedule.fewest_at_once(loader.world_size) > 1:
         return None
     for name, module in modules:
-        norms = [
-            each for each in module.modules() if isinstance(each, _BatchNorm) and not isinstance(each, nn.SyncBatchNorm)
-        ]
-        if any(each.training for each in norms):
+        if any(each.training for each in module.modules() if torch_private.is_batch_norm(each)):
             return name
     return None

@@ -4,7 +4,6 @@ DDP wraps a model as ``module``, ``torch.compile`` as ``_orig_mod``, at the top 
 by looking at the wrappers, never by cutting strings: a model may own a child that is really called ``module``.
 """
 
-import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from harness import torch_private
 from harness.checkpoint import tree
 from harness.errors import Mismatch, Unsupported
 
@@ -27,18 +27,19 @@ def _wrapped(module: nn.Module) -> str | None:
     """The name under which a wrapper keeps the module that it wraps; None for a module that is no wrapper."""
     if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
         return "module"
-    # Only a program that has compiled something has imported this, and importing it takes seconds.
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    return "_orig_mod" if dynamo is not None and isinstance(module, dynamo.OptimizedModule) else None
+    return "_orig_mod" if torch_private.is_compiled(module) else None
 
 
-def _prefixes(module: nn.Module, raw: str = "", plain: str = "") -> Iterator[tuple[nn.Module, str, str]]:
+def _prefixes(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
     """Every module in the tree, with the prefix of its entries in torch's ``state_dict()``, and in ours."""
-    inner = _wrapped(module)
-    yield module, raw, plain
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from _prefixes(child, f"{raw}{name}.", plain if name == inner else f"{plain}{name}.")
+    plain, inner = {"": ""}, {"": _wrapped(module)}
+    yield module, "", ""
+    for path, child in module.named_modules(remove_duplicate=False):
+        if path:
+            parent, _, name = path.rpartition(".")
+            plain[path] = plain[parent] if name == inner[parent] else f"{plain[parent]}{name}."
+            inner[path] = _wrapped(child)
+            yield child, f"{path}.", plain[path]
 
 
 def plain_names(module: nn.Module, state: Iterable[str] = ()) -> dict[str, str]:
@@ -75,7 +76,8 @@ def model_state(model: nn.Module) -> dict[str, Any]:
 
 def module_versions(model: nn.Module) -> dict[str, int | None]:
     """The versions of the modules, but for those that have torch's default, 1. Modules load older states by them."""
-    return {plain: module._version for module, _, plain in _prefixes(unwrap(model)) if module._version != 1}
+    found = {plain: torch_private.module_version(module) for module, _, plain in _prefixes(unwrap(model))}
+    return {plain: version for plain, version in found.items() if version != 1}
 
 
 def check_model(model: nn.Module, saved: Mapping[str, Any], what: str = "model") -> None:
@@ -159,11 +161,7 @@ def check_is_whole(name: str, model: nn.Module) -> str | None:
 
 def _writes_its_own(model: nn.Module, path: str) -> bool:
     """Whether the module that owns a parameter has its own way to write and to read it: packed, say."""
-    owner = type(model.get_submodule(path.rpartition(".")[0]))
-    return (
-        owner._save_to_state_dict is not nn.Module._save_to_state_dict
-        and owner._load_from_state_dict is not nn.Module._load_from_state_dict
-    )
+    return torch_private.has_own_state(type(model.get_submodule(path.rpartition(".")[0])))
 
 
 def _buffers(model: nn.Module) -> set[str]:
@@ -198,8 +196,8 @@ def restore_model(model: nn.Module, saved: Mapping[str, Any], versions: Mapping[
     plain = plain_names(model, names)
     state = OrderedDict((name, saved[plain[name]]) for name in names)
     if versions is not None:  # without them, modules that have changed since take the state for one of their oldest version
-        metadata = {raw.removesuffix("."): {"version": versions.get(plain, 1)} for _, raw, plain in _prefixes(model)}
-        state._metadata = metadata  # type: ignore[attr-defined]  # where torch keeps it
+        own = {raw.removesuffix("."): versions.get(plain, 1) for _, raw, plain in _prefixes(model)}
+        torch_private.set_versions(state, own)
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:

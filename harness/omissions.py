@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
+from harness import torch_private
 from harness.data import Loader
 from harness.loaders import INTO_THE_STATE, warn_of_single_samples
 from harness.state import State
@@ -131,7 +132,7 @@ class Omissions:
         for name, each in found:
             is_used = (
                 (issubclass(type(each), LRScheduler) and id(getattr(each, "optimizer", None)) in unnamed)
-                or (issubclass(type(each), torch.amp.GradScaler) and getattr(each, "_scale", None) is not None)
+                or (issubclass(type(each), torch.amp.GradScaler) and torch_private.is_used(each))
                 or (issubclass(type(each), DataLoader) and not has_position)
             )
             if is_used and id(each) not in objects:
@@ -231,7 +232,7 @@ def _version(module: nn.Module, known: set[int]) -> int | None:
     """A number that changes with the tensors of a module; None where all of them are known, or nobody can say."""
     try:
         tensors = [each for each in chain(module.parameters(), module.buffers()) if each.data_ptr() not in known]
-        return sum(each._version for each in tensors) if tensors else None
+        return sum(map(torch_private.version, tensors)) if tensors else None
     except (RuntimeError, ValueError):  # one that has no memory yet, or was made in inference mode
         return None
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from harness import torch_private
 from harness.checkpoint import tree
 from harness.checkpoint.format import row_major
 from harness.errors import Mismatch, Unsupported
@@ -452,7 +453,7 @@ def check_scheduler(scheduler: LRScheduler, saved: Mapping[str, Any]) -> None:
 
 def _class_of(scheduler: LRScheduler) -> str:
     """``StepLR``, or ``SequentialLR(LinearLR, StepLR)``."""
-    inner = ", ".join(_class_of(each) for each in getattr(scheduler, "_schedulers", ()))
+    inner = ", ".join(_class_of(each) for each in torch_private.schedulers_within(scheduler))
     return f"{type(scheduler).__name__}({inner})" if inner else type(scheduler).__name__
 
 
@@ -471,7 +472,7 @@ def plain_optimizer(optimizer: Any) -> Any:
 
 def with_step_hooks(optimizer: Any) -> Iterator[Optimizer]:
     """Those of an optimizer, and of the optimizers within it, whose ``step`` calls hooks."""
-    if hasattr(optimizer, "_optimizer_step_pre_hooks") and getattr(type(optimizer).step, "hooked", False):
+    if torch_private.calls_step_hooks(optimizer):
         yield optimizer
     for each in vars(optimizer).values():
         if isinstance(each, Optimizer):

@@ -7,7 +7,7 @@ values, how the objects were *built*: what one program has built is compared wit
 
 import bisect
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
+from harness import torch_private
 from harness.errors import ConfigError
 
 Built = dict[str, Any]  # options and their plain values; of an optimizer, a list of those of its groups
@@ -148,7 +149,7 @@ def _with_others(names: Collection[str]) -> set[str]:
 
 def inner(scheduler: LRScheduler) -> Sequence[LRScheduler]:
     """The schedulers that a scheduler is made of."""
-    return getattr(scheduler, "_schedulers", ())
+    return torch_private.schedulers_within(scheduler)
 
 
 def built_schedule(scheduler: LRScheduler) -> Built:
@@ -186,8 +187,10 @@ def reset_schedule(
 ) -> None:
     """Gives a schedule those settings with which the program has built it, and the optimizer the rate that they mean here.
 
-    ``restored`` has the rate of each group and the one that its schedule began with, as the checkpoint has them.
+    ``restored`` has the rate of each group and the one that its schedule began with, as the checkpoint has them. Raises
+    ``ConfigError`` where this torch does not let a schedule be moved.
     """
+    torch_private.require(torch_private.SCHEDULES)
     wanted = _with_others(names) | {f"_{name}" for name in names}
     if {"lr", "max_lr"} & {*names}:
         wanted |= {"base_lrs"}
@@ -209,7 +212,7 @@ def reset_schedule(
         else:
             group["lr"] = rate
     for each in _all(scheduler):
-        each._last_lr = [_own(group["lr"]) for group in groups]
+        torch_private.set_last_rates(each, [_own(group["lr"]) for group in groups])
 
 
 def _all(scheduler: LRScheduler) -> Iterator[LRScheduler]:
@@ -221,21 +224,13 @@ def _all(scheduler: LRScheduler) -> Iterator[LRScheduler]:
 def _rates(scheduler: LRScheduler) -> Sequence[Any] | None:
     """The rates at the position where a schedule is; None where they follow from the rates before."""
     if isinstance(scheduler, lr_scheduler.SequentialLR):
-        return _rates(scheduler._schedulers[bisect.bisect_right(scheduler._milestones, scheduler.last_epoch)])
+        return _rates(inner(scheduler)[bisect.bisect_right(torch_private.milestones(scheduler), scheduler.last_epoch)])
     if isinstance(scheduler, lr_scheduler.CosineAnnealingWarmRestarts):
         scheduler.step(scheduler.last_epoch)  # finds its cycle by the position
         return [group["lr"] for group in scheduler.optimizer.param_groups]
-    closed: Callable[[], Sequence[Any]] | None = getattr(scheduler, "_get_closed_form_lr", None)
-    if closed is not None:
-        return closed()
-    if not isinstance(scheduler, _BY_POSITION):
-        return None
-    before = getattr(scheduler, "_get_lr_called_within_step", False)
-    scheduler._get_lr_called_within_step = True  # else it warns
-    try:
-        return scheduler.get_lr()
-    finally:
-        scheduler._get_lr_called_within_step = before
+    if (rates := torch_private.rates_at_position(scheduler)) is not None:
+        return rates
+    return torch_private.rates_by_get_lr(scheduler) if isinstance(scheduler, _BY_POSITION) else None
 
 
 def _scaled(scheduler: LRScheduler, restored: Sequence[tuple[float, float | None]]) -> list[Any]:
@@ -254,13 +249,15 @@ def check_length(name: str, scheduler: LRScheduler, steps: int) -> None:
             f"{name}: OneCycleLR ends after {scheduler.total_steps} steps, and this run has {steps}; make the schedule as "
             "long as the run. To use the program's length in place of the checkpoint's: reset_options with 'total_steps'"
         )
-    begins = [0, *scheduler._milestones] if isinstance(scheduler, lr_scheduler.SequentialLR) else [0] * len(inner(scheduler))
-    for each, begin in zip(inner(scheduler), begins, strict=True):
+    begins = [0] * len(inner(scheduler))
+    if isinstance(scheduler, lr_scheduler.SequentialLR):
+        begins = [0, *torch_private.milestones(scheduler)]
+    for each, begin in zip(inner(scheduler), begins, strict=False):
         check_length(name, each, steps - begin)
 
 
 def position(scheduler: LRScheduler) -> int:
     """How often a scheduler was stepped."""
-    while not hasattr(scheduler, "last_epoch"):
-        scheduler = inner(scheduler)[0]  # all of them at once
-    return scheduler.last_epoch
+    while not hasattr(scheduler, "last_epoch") and (within := inner(scheduler)):
+        scheduler = within[0]  # all of them at once
+    return getattr(scheduler, "last_epoch", 0)

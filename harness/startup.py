@@ -1,5 +1,6 @@
 """The start of a program: torch is imported out of the garbage collector's sight."""
 
+import contextlib
 import gc
 import importlib
 import sys
@@ -8,7 +9,8 @@ from harness.checkpoint.collector import without_collections
 from harness.checkpoint.threads import Background
 from harness.errors import ConfigError
 
-_TO_TRAIN = ("torch", "torch._dynamo")  # torch 2.13 imports the second one when the first optimizer is made
+_OF_OPTIMIZERS = "torch._dynamo"  # which torch (2.11 to 2.15) imports when the first optimizer is made; it is not public
+_TO_TRAIN = ("torch", _OF_OPTIMIZERS)
 
 
 def import_torch(*modules: str) -> None:
@@ -26,9 +28,15 @@ def import_torch(*modules: str) -> None:
         # Errors that it catches on the way stay somewhere in it, with the frames of all callers, and with what those are
         # going to hold, the user's task, which would then never be collected. A thread has no callers.
         try:
-            Background(lambda: [importlib.import_module(name) for name in modules or _TO_TRAIN], "harness-import").result()
+            Background(lambda: _import(modules or _TO_TRAIN), "harness-import").result()
         except ModuleNotFoundError as error:
             if error.name != "torch":
                 raise
             raise ConfigError(f"{error}: PyTorch is needed; install it for {sys.executable}: pip install torch") from None
         gc.freeze()
+
+
+def _import(names: tuple[str, ...]) -> None:
+    for name in names:
+        with contextlib.suppress(ModuleNotFoundError) if name == _OF_OPTIMIZERS else contextlib.nullcontext():
+            importlib.import_module(name)

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from harness import torch_private
 from harness.buckets import gradient_orders
 from harness.checkpoint import commit, tree
 from harness.checkpoint.collector import without_collections
@@ -99,8 +100,9 @@ class State:
     and not the checkpoint's. ``adapt`` is called before a checkpoint is compared, and may give the live objects what it has.
     Only one rank ``speaks``, that is, warns.
 
-    Raises ``ConfigError`` for an object that has no state, or an option that none has, ``Unsupported`` for an optimizer of
-    foreign parameters, for a model whose ``state_dict()`` leaves out what is trained, and for what the ranks share out.
+    Raises ``ConfigError`` for an object that has no state, an option that none has, or a torch that lacks what a run needs,
+    ``Unsupported`` for an optimizer of foreign parameters, for a model whose ``state_dict()`` leaves out what is trained,
+    and for what the ranks share out.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class State:
         adapt: Adapt | None = None,
         speaks: bool = True,
     ) -> None:
+        torch_private.require()
         self.device = device
         self.progress = Progress()
         self.random_to_restore: Mapping[str, Any] = {}  # this rank's, when the loop begins; empty where there is none for it
@@ -318,7 +321,9 @@ class State:
         for name, part in self._parts.items():
             if not isinstance(part, _Module | _Optimizer | _DataLoader) and not isinstance(part.live, Loader):
                 encoded = tree.encode(part.capture(), name)
-                versions = {path: (tensor.data_ptr(), tensor._version) for path, tensor in encoded.tensors.items()}
+                versions = {
+                    path: (tensor.data_ptr(), torch_private.version(tensor)) for path, tensor in encoded.tensors.items()
+                }
                 found[name] = (json.dumps(encoded.tree, sort_keys=True), versions)
         return found
 

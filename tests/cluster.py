@@ -210,9 +210,12 @@ def train_undisturbed(directory: Path, config: Mapping[str, Any], ranks: int, se
         run.succeed(seconds)
 
 
+COVERAGE = ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")  # how `make coverage` reaches what a test starts
+
+
 def environment(temporary: str | None = None) -> dict[str, str]:
     """An environment that does not depend on who runs the tests, and in which numerics do not depend on the launcher."""
-    kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH") if key in os.environ}
+    kept = {key: os.environ[key] for key in (*("PATH", "HOME", "LANG", "LD_LIBRARY_PATH"), *COVERAGE) if key in os.environ}
     return {**kept, "OMP_NUM_THREADS": "1", **({"TMPDIR": temporary} if temporary else {})}
 
 
@@ -421,7 +424,7 @@ def become_ranks(count: int) -> None:
             os.environ.update({name: str(value) for name, value in told.items()})
             return
         ranks[pid] = rank
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # it has threads: not before the forks
     os.write(writer, store.port.to_bytes(2, "big") * count)

@@ -17,7 +17,7 @@ import_torch()  # nearly every file does; so it is quick, and the collector pass
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that start processes come first, those before all that mostly wait for what they have started: they take the
     longest, and the short ones fill what is left at the end."""
     waiting = ("test_slurm.py", "test_hosts.py")

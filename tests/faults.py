@@ -16,6 +16,7 @@ parts, and requests that get lost on the way there or back. ``Flawed`` is a file
 
 import builtins
 import contextlib
+import functools
 import io
 import itertools
 import logging
@@ -88,6 +89,7 @@ class Restored:
     @property
     def exact(self) -> bool:
         """Whether it is, bit for bit, what the run held at that step."""
+        assert self.parts is not None and self.step is not None, "nothing was restored"
         return same(self.parts, parts_at(self.step)) and self.parts["model"]["tied"] is self.parts["model"]["weight"]
 
 
@@ -100,7 +102,8 @@ class _World(SoloWorld):
 def resume_from(store: Store) -> tuple[resume.Resumed, Restored]:
     """Resumes as a training run does, with the same fallbacks, in one process."""
     restored = Restored()
-    return resume.resume(_World(Restored.device), Catalog(store), restored), restored
+    state: Any = restored
+    return resume.resume(_World(Restored.device), Catalog(store), state), restored
 
 
 class Life:
@@ -186,7 +189,7 @@ class Witness:
             self.remark("prune")
             delete(name)
 
-        store.put, store.delete = watched_put, watched_delete
+        vars(store).update(put=watched_put, delete=watched_delete)
         return store
 
     def remark(self, verb: str) -> None:
@@ -414,7 +417,7 @@ class Disk:
             changes = [(number, index) for number in reachable for index in range(len(self.inodes[number].pending))]
             unsafe = [number for number in reachable if self.inodes[number].content != self.inodes[number].safe_content]
             for contents, chosen in itertools.product(self._contents(unsafe), self._subsets(changes)):
-                yield self._tree(0, lambda number, chosen=chosen: self._names(number, chosen), contents)
+                yield self._tree(0, functools.partial(self._names, chosen=chosen), contents)
 
     def _new(self, *, is_file: bool) -> int:
         self.inodes.append(_Inode())
@@ -433,8 +436,8 @@ class Disk:
 
     @staticmethod
     def _change(directory: _Inode, change: dict[str, int | None]) -> None:
-        directory.names |= change
-        directory.names = {name: number for name, number in directory.names.items() if number is not None}
+        names = {**directory.names, **change}
+        directory.names = {name: number for name, number in names.items() if number is not None}
         directory.pending.append(change)
 
     @contextlib.contextmanager
@@ -453,9 +456,10 @@ class Disk:
         found, new = {0}, [0]
         while new:
             inode = self.inodes[new.pop()]
-            names = {*inode.safe_names.values(), *(number for change in inode.pending for number in change.values())}
-            new += names - found - {None}
-            found |= names - {None}
+            names = {*inode.safe_names.values()}
+            names |= {number for change in inode.pending for number in change.values() if number is not None}
+            new += names - found
+            found |= names
         return sorted(found)
 
     def _contents(self, unsafe: list[int]) -> Iterator[dict[int, bytes]]:
@@ -680,17 +684,17 @@ class Flawed(AbstractFileSystem):
     protocol = "flawed"
     flaw: Flaw = staticmethod(lambda path, data: data)
 
-    def ls(self, path, detail=True, **kwargs):
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> Any:
         return LocalFileSystem().ls(path, detail)
 
-    def info(self, path, **kwargs):
+    def info(self, path: str, **kwargs: Any) -> Any:
         return LocalFileSystem().info(path)
 
-    def pipe_file(self, path, value, mode="overwrite", **kwargs):
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         Path(path).write_bytes(value)
 
-    def _open(self, path, mode="rb", **kwargs):
+    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
         data = Path(path).read_bytes()
         is_flawed = "step-000000000006" in path and path.endswith(".safetensors")
         return io.BytesIO(Flawed.flaw(path, data) if is_flawed else data)

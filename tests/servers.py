@@ -8,6 +8,7 @@ ways that fsspec knows: ``storage_options`` beside ``url(name)``, or ``env`` in 
 
 import base64
 import contextlib
+import functools
 import getpass
 import json
 import os
@@ -205,7 +206,7 @@ def _running(
         port = _free_port()
         process = _start(folder, command(port), env or {})
         try:
-            _until(lambda port=port: _accepts(port), f"port {port}", process, folder)
+            _until(functools.partial(_accepts, port), f"port {port}", process, folder)
         except RuntimeError:
             _end(process)
             if final:
@@ -276,7 +277,7 @@ def _until(done: Callable[[], bool], what: str, process: subprocess.Popen[bytes]
         if process.poll() is None:
             return
     last = (folder / "log").read_text(errors="replace")[-2000:]
-    raise RuntimeError(f"{process.args}: no {what}, exit status {process.poll()}; the end of its log:\n{last}")
+    raise RuntimeError(f"{process.args!r}: no {what}, exit status {process.poll()}; the end of its log:\n{last}")
 
 
 def _wait(done: Callable[[], bool], what: str) -> None:

@@ -252,7 +252,7 @@ def test_tensors_of_every_dtype_and_layout_survive(name):
     assert not any(view.is_contiguous() for view in views)
 
 
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:.* support is experimental:UserWarning")
 def test_every_other_dtype_of_torch_is_refused_with_its_path():
     """A dtype that a next torch adds is never written as something else."""
     others = [dtype for dtype in torch_dtypes() if str(dtype).removeprefix("torch.") not in DTYPES]

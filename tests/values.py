@@ -14,7 +14,7 @@ from harness.state import State
 class Training(State):
     """What a training usually has, as attributes and as a state on the CPU."""
 
-    def __init__(self, model, optimizer, scheduler=None, scaler=None) -> None:
+    def __init__(self, model: Any, optimizer: Any, scheduler: Any = None, scaler: Any = None) -> None:
         self.model, self.optimizer, self.scheduler, self.scaler = model, optimizer, scheduler, scaler
         objects = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
         super().__init__({name: each for name, each in objects.items() if each is not None}, torch.device("cpu"))

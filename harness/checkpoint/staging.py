@@ -31,6 +31,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
+from harness import torch_private
 from harness.checkpoint import tree
 from harness.checkpoint.commit import Torn
 from harness.checkpoint.format import CHECKSUM, DATA_ALIGNMENT_BYTES, BlockHasher, Blocks, TensorInfo, hasher
@@ -66,7 +67,7 @@ class _Watched:
     place: torch.Tensor  # uint8
 
     def has_moved(self) -> bool:
-        return self.tensor._version != self.version
+        return torch_private.version(self.tensor) != self.version
 
     def differs(self) -> bool:
         """Whether the tensor has other bytes than its copy."""
@@ -214,7 +215,7 @@ class Image:
     def watch(self, is_steady: Callable[[torch.Tensor], bool]) -> list[_Watched]:
         """Those tensors that nothing but the optimizer should change, before any of them is copied."""
         return [
-            _Watched(path, tensor, tensor._version, self._memory[start : start + tensor.nbytes])
+            _Watched(path, tensor, torch_private.version(tensor), self._memory[start : start + tensor.nbytes])
             for path, (start, tensor) in self._missing.items()
             if is_steady(tensor)
         ]

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import harness
+from harness import torch_private
 from harness.checkpoint import commit
 from harness.config import Config, RunConfig, WorldConfig
 from harness.doctor.attempt import attempt
@@ -181,9 +182,26 @@ def versions(facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
             found.append(warn(tried, f"{key}: {differing}", "make it the same: the bits of a result may depend on it"))
         elif differing:
             found.append(error(tried, f"{key}: {differing}", _MUST_AGREE.get(key, "give every rank the same configuration")))
+    found += _untried()
     first = facts[0]
     alike = f"python {first['python']}, torch {first['torch']}, CUDA {first['cuda']}, harness {first['harness']}"
     return found or [ok(tried if len(facts) > 1 else "read the versions", alike)]
+
+
+def _untried() -> list[Finding]:
+    """Where this torch is older or newer than those that harness was tried with, or lacks something that is not public."""
+    tried = f"compared torch {torch.__version__} with the versions that harness was tried with"
+    versions, advice = ", ".join(torch_private.TRIED), f"install torch {torch_private.TRIED[-1]}"
+    found = []
+    if not torch_private.is_tried(torch.__version__):
+        what = f"it is none of {versions}, nor between them"
+        found.append(warn(tried, what, f"try a resume before a long run, or {advice}"))
+    for part in torch_private.missing():
+        say = error if part.is_needed else warn
+        found.append(
+            say("looked for what torch does not promise to keep", f"it has no {part.names}: {part.without}", advice)
+        )
+    return found
 
 
 def _value(fact: Mapping[str, Any], key: str) -> Any:

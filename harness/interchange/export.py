@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from harness import torch_private
 from harness.checkpoint import load, tree
 from harness.checkpoint.format import DTYPES, INDEX_SUFFIX, Manifest, TensorInfo, encode_header, plan_shards, shard_name
 from harness.checkpoint.store import Store, open_store
@@ -153,8 +154,7 @@ def _state_dict(model: Mapping[str, Any], versions: Mapping[str, int | None] | N
     if versions is not None:
         dots = [(name, index) for name in model for index, letter in enumerate(name) if letter == "."]
         prefixes = {"", *(name[: index + 1] for name, index in dots), *versions}
-        metadata = {prefix.removesuffix("."): {"version": versions.get(prefix, 1)} for prefix in sorted(prefixes)}
-        state._metadata = metadata  # type: ignore[attr-defined]  # where torch keeps it
+        torch_private.set_versions(state, {prefix.removesuffix("."): versions.get(prefix, 1) for prefix in sorted(prefixes)})
     return state
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from harness import torch_private
 from harness.checkpoint import load
 from harness.checkpoint.catalog import Catalog, Entry
 from harness.checkpoint.format import Manifest, parse_directory
@@ -176,7 +177,7 @@ def shortener(names: Iterable[str]) -> Callable[[str], str]:
 
 def _versions(value: Mapping[str, Any], short: Callable[[str], str]) -> dict[str, int | None] | None:
     """The versions of the modules, which ``state_dict()`` leaves beside its entries; a file need not have kept them."""
-    metadata = getattr(value, "_metadata", None)
+    metadata = torch_private.versions_of(value)
     if not isinstance(metadata, Mapping):
         return None
     found = {raw: about.get("version") for raw, about in metadata.items() if isinstance(about, Mapping)}
