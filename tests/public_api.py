@@ -79,6 +79,10 @@ def without_a_run(url: str) -> Iterator[str]:
     if newest is not None:
         loaded: dict[str, Any] = harness.load(url, step=newest)
         yield from sorted(loaded)
+    with harness.Checkpointer(url, keep_last=2) as checkpoints:
+        checkpoints.begin({"weights": {"a": torch.arange(3)}}, step=2, meta={"note": "beside the program"})
+        saved = checkpoints.wait()
+        assert saved is None or saved.seconds >= saved.blocked_seconds
 
 
 def who() -> tuple[int, int, torch.device]:

@@ -66,7 +66,7 @@ def _module_in(name: str, known: set[str]) -> str:
 
 def test_the_public_names():
     """What ``import harness`` offers; a name that comes or goes is a decision."""
-    names = "Evaluation HarnessError Loader Run Schedule StopRequest Task join_world latest load save"
+    names = "Checkpointer Evaluation HarnessError Loader Run Schedule StopRequest Task join_world latest load save"
     assert harness.__all__ == names.split()
     for name in harness.__all__:
         assert len(getattr(harness, name).__doc__) > 60, f"{name}: say what it is, in what units, and what it raises"
