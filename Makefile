@@ -15,7 +15,7 @@ BENCH := build/bench-venv
 help:
 	@echo 'make demo    train a small GPT on 2 processes, kill one, and compare with the run that was not killed'
 	@echo 'make test    the test suite'
-	@echo 'make check   formatting, lint, types'
+	@echo 'make check   formatting, lint, types, which package imports which'
 	@echo 'make coverage  the test suite, and which lines it has run'
 	@echo 'make soak    the proofs that take long'
 	@echo 'make bench   what checkpoints cost, beside other systems: 45 minutes (BENCH_ARGS=--quick: 3)'
@@ -35,6 +35,7 @@ check: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 soak: $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/optimizer-libraries --requirement tests/optimizer-libraries.txt

@@ -39,7 +39,7 @@ import workload
 from contenders import BY_NAME, ENTRIES, Entry
 from relay import counting
 
-from harness.signals import die_with_parent
+from harness.runtime.signals import die_with_parent
 
 HERE = Path(__file__).parent
 FORK = multiprocessing.get_context("fork")

@@ -15,7 +15,7 @@ import torch
 import xxhash
 
 from harness.checkpoint import pages
-from harness.checkpoint.threads import in_threads, threads_for
+from harness.runtime.threads import in_threads, threads_for
 
 PIECE_BYTES = 16 << 20
 STRETCH_BYTES = 2 << 20

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from harness import Loader, Run, StopRequest, Task
 from harness.config import Config
-from harness.loop import train
-from harness.world import TorchrunWorld, World
+from harness.distributed.world import TorchrunWorld, World
+from harness.training.loop import train
 
 BATCH = 8
 

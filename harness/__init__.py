@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # see ``__getattr__``
     from harness.checkpoint.checkpointer import Checkpointer, latest, load, save
-    from harness.data import Loader, Schedule
+    from harness.data.loader import Loader, Schedule
+    from harness.distributed.world import join_world
     from harness.errors import HarnessError
-    from harness.run import Run
-    from harness.signals import StopRequest
+    from harness.runtime.signals import StopRequest
     from harness.task import Evaluation, Task
-    from harness.world import join_world
+    from harness.training.run import Run
 
 __version__ = "0.1.0"
 
@@ -37,12 +37,12 @@ _HOMES = {
     "Checkpointer": "checkpoint.checkpointer",
     "Evaluation": "task",
     "HarnessError": "errors",
-    "Loader": "data",
-    "Run": "run",
-    "Schedule": "data",
-    "StopRequest": "signals",
+    "Loader": "data.loader",
+    "Run": "training.run",
+    "Schedule": "data.loader",
+    "StopRequest": "runtime.signals",
     "Task": "task",
-    "join_world": "world",
+    "join_world": "distributed.world",
     "latest": "checkpoint.checkpointer",
     "load": "checkpoint.checkpointer",
     "save": "checkpoint.checkpointer",

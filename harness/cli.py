@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 import harness
-from harness import console, outcome
-from harness.environment import is_first_of_node, is_under_torchrun, rank, ranks, restarts
 from harness.errors import ConfigError, Corrupt, HarnessError, NoCheckpoint, RankFailure
-from harness.escapes import for_terminal
-from harness.outcome import Outcome
+from harness.launcher import outcome
+from harness.launcher.outcome import Outcome
+from harness.runtime import console
+from harness.runtime.environment import is_first_of_node, is_under_torchrun, rank, ranks, restarts
+from harness.runtime.escapes import for_terminal
 from harness.secrecy import scrubbed
 
 if TYPE_CHECKING:
@@ -89,8 +90,8 @@ def train(config_file: str, overrides: tuple[str, ...], fresh: bool, resume: boo
     the model does not fit, 65 or 66 the run's checkpoints are damaged, 74 the storage fails, 75 stopped and saved: start it
     again, 76 a rank failed, 1 anything else, with a traceback.
     """
-    from harness import program  # noqa: PLC0415  # see the module's docstring
     from harness.config import load_config  # noqa: PLC0415
+    from harness.training import program  # noqa: PLC0415  # see the module's docstring
 
     program.begin()
     with program.Program() as process:  # before torch is imported, which takes seconds
@@ -98,8 +99,8 @@ def train(config_file: str, overrides: tuple[str, ...], fresh: bool, resume: boo
         config = load_config(config_file, (*overrides, "checkpoint.must_exist=true") if resume else overrides)
         task = _build_task(config)
         process.grace_seconds = config.stop.grace_seconds
-        from harness import loop  # noqa: PLC0415  # see the module's docstring
-        from harness.world import join_world  # noqa: PLC0415
+        from harness.distributed.world import join_world  # noqa: PLC0415
+        from harness.training import loop  # noqa: PLC0415  # see the module's docstring
 
         world = join_world(config.world)
         with program.ending(world):
@@ -118,14 +119,14 @@ def _check_ranks() -> None:
 
 def _build_task(config: "Config") -> "Task":
     """Everything that can be wrong with the configuration is found here, before the ranks meet."""
-    from harness.checkpoint.store import open_store  # noqa: PLC0415  # see the module's docstring
+    from harness.storage.store import open_store  # noqa: PLC0415  # see the module's docstring
     from harness.task import find_builder, package_of  # noqa: PLC0415
 
     console.hear(package_of(config.task))
     builder = find_builder(config.task, config.args)
     if config.checkpoint.url is not None:
         open_store(config.checkpoint.url, config.checkpoint.storage_options)
-    from harness.loop import build_task  # noqa: PLC0415  # torch is imported only once the task is known to exist
+    from harness.training.loop import build_task  # noqa: PLC0415  # torch is imported only once the task is known to exist
 
     return build_task(config, builder)
 
@@ -146,7 +147,7 @@ def launch(arguments: tuple[str, ...]) -> None:
     torchrun needs to restart well and ends it when starting again cannot help. Exit codes: 0 done, 75 stopped and saved:
     start it again, 1, 74, 76 failed, starting again may help; 2, 65, 66, 70, 77 as for train: somebody has to act first.
     """
-    from harness.launch import halves, launch  # noqa: PLC0415  # see the module's docstring
+    from harness.launcher.launch import halves, launch  # noqa: PLC0415  # see the module's docstring
 
     sys.exit(launch(*halves(arguments)))
 
@@ -168,9 +169,9 @@ def doctor(what: str, arguments: tuple[str, ...], fresh: bool, as_json: bool) ->
     script, the machine, or a checkpoint of another model, 66 no checkpoint is whole, 70 a crash loop, 74 the storage fails,
     76 the ranks do not meet.
     """
-    from harness import program  # noqa: PLC0415  # see the module's docstring
     from harness.doctor import examine, examine_script  # noqa: PLC0415
-    from harness.signals import STOP_SIGNALS  # noqa: PLC0415
+    from harness.runtime.signals import STOP_SIGNALS  # noqa: PLC0415
+    from harness.training import program  # noqa: PLC0415  # see the module's docstring
 
     if restarts():
         raise RankFailure("the doctor has spoken, and torchrun starts it again: see above, or use harness launch")
@@ -191,7 +192,7 @@ def _leave_doctor(code: int, *, at_once: bool = True) -> NoReturn:
     """Ends the doctor; at once where a script is under way, none of whose own endings is to be run."""
     if not at_once:
         sys.exit(code)
-    from harness.world import leave_at_once  # noqa: PLC0415  # see the module's docstring
+    from harness.distributed.world import leave_at_once  # noqa: PLC0415  # see the module's docstring
 
     sys.stdout.flush()
     sys.stderr.flush()
@@ -231,8 +232,8 @@ def _reads_run(function: Function) -> Function:
 
 def _open_catalog(url: str, storage_options: tuple[str, ...]) -> "Catalog":
     from harness.checkpoint.catalog import Catalog  # noqa: PLC0415  # see the module's docstring
-    from harness.checkpoint.store import open_store  # noqa: PLC0415
     from harness.config import parse_overrides  # noqa: PLC0415
+    from harness.storage.store import open_store  # noqa: PLC0415
 
     return Catalog(open_store(url, parse_overrides(storage_options, may_be_secret=True)))
 
@@ -409,8 +410,8 @@ def report(url: str, out: str | None, storage_options: tuple[str, ...], as_json:
 
     In short on the terminal; OUT.html is a page with the loss curve and a time line, which needs no network.
     """
-    from harness import journal  # noqa: PLC0415  # see the module's docstring
     from harness.report import numbers, page, words  # noqa: PLC0415
+    from harness.telemetry import journal  # noqa: PLC0415  # see the module's docstring
 
     catalog = _open_catalog(url, storage_options)
     records = journal.read(catalog.store)

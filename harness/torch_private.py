@@ -28,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, lr_scheduler
 from torch.utils.data import DataLoader
 
-from harness.environment import rank
 from harness.errors import ConfigError
+from harness.runtime.environment import rank
 
 log = logging.getLogger(__name__)
 

@@ -27,12 +27,12 @@ from typing import Any, TypeVar
 
 import nursery
 
-from harness.startup import import_torch
+from harness.runtime.startup import import_torch
 
 T = TypeVar("T")
 
 # torchrun as ``harness launch`` starts it, and stock: these differ in nothing but how fast they start.
-AGENT, TORCHRUN = "harness.agent", "torch.distributed.run"
+AGENT, TORCHRUN = "harness.launcher.agent", "torch.distributed.run"
 # Before a command: makes it process 1, as in a container. Needs root, or leave to be it.
 CONTAINER = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 POLL_SECONDS = 0.005
@@ -323,7 +323,7 @@ def release(place: Path) -> None:
 def play(scenarios: Sequence[Callable[[Any, Path], Any]], directory: Path) -> None:
     """On every rank: goes through the scenarios in order and files what each returns, or raises."""
     from harness.config import WorldConfig
-    from harness.world import join_world
+    from harness.distributed.world import join_world
 
     world = join_world(WorldConfig(timeout_seconds=60))
     for scenario in scenarios:
@@ -358,9 +358,9 @@ def train_here(task: Any, world: Any = None, *, fresh: bool = False, **config: A
     import torch
 
     from harness.config import Config
-    from harness.loop import build_task, train
-    from harness.signals import StopRequest
-    from harness.world import SoloWorld
+    from harness.distributed.world import SoloWorld
+    from harness.runtime.signals import StopRequest
+    from harness.training.loop import build_task, train
 
     url = config.pop("url", None)
     checkpoint = {"check_snapshots": True, **config.pop("checkpoint", {}), **({"url": str(url)} if url else {})}
@@ -381,7 +381,7 @@ def hears(pid: int) -> bool:
 def committed(url: Path | str, storage_options: Mapping[str, Any] | None = None) -> set[int]:
     """The steps that are committed: a save goes on beside the training, so a test that is about to kill waits for it."""
     from harness.checkpoint.format import MANIFEST
-    from harness.checkpoint.store import open_store
+    from harness.storage.store import open_store
 
     names = open_store(str(url), storage_options).list()
     return {int(name.split("-")[1]) for name in names if name.startswith("step-") and name.endswith(f"/{MANIFEST}")}
@@ -391,7 +391,7 @@ def newest(url: Path | str) -> dict[str, Any]:
     """The newest whole checkpoint of a run: its manifest's metadata and digests, and its parts."""
     from harness.checkpoint import load
     from harness.checkpoint.catalog import Catalog
-    from harness.checkpoint.store import open_store
+    from harness.storage.store import open_store
 
     catalog = Catalog(open_store(str(url)))
     entry = catalog.newest()

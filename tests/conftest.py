@@ -9,7 +9,7 @@ import tempfile
 import pytest
 import servers
 
-from harness.startup import import_torch
+from harness.runtime.startup import import_torch
 
 import_torch()  # nearly every file does; so it is quick, and the collector passes over it from then on
 

@@ -34,15 +34,15 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
-import harness.checkpoint.store
-from harness import resume
+import harness.storage.store
 from harness.checkpoint import commit
 from harness.checkpoint.catalog import Catalog, Retention
 from harness.checkpoint.format import MANIFEST
 from harness.checkpoint.saver import Saved, Saver, SaveRequest
 from harness.checkpoint.shares import Writers
-from harness.checkpoint.store import Store
-from harness.world import SoloWorld
+from harness.distributed.world import SoloWorld
+from harness.storage.store import Store
+from harness.training import resume
 
 Tree = Mapping[str, bytes]  # what lies on a disk or in a bucket: the objects' names and their bytes
 
@@ -77,7 +77,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 class Restored:
-    """Takes what ``harness.resume`` puts into a training state."""
+    """Takes what ``harness.training.resume`` puts into a training state."""
 
     device = torch.device("cpu")
     step: int | None = None
@@ -336,7 +336,7 @@ def system_calls_through(hook: Hook) -> Iterator[None]:
     """Everything that harness and fsspec do to a local disk goes through ``hook``."""
     calls = SystemCalls(hook)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (harness.checkpoint.store, fsspec.implementations.local):
+        for module in (harness.storage.store, fsspec.implementations.local):
             patch.setattr(module, "os", calls)
             patch.setattr(module, "open", calls.open_file, raising=False)
         yield

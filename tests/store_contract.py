@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from harness.checkpoint.store import Store, open_store
 from harness.errors import StoreError
+from harness.storage.store import Store, open_store
 
 MIB = 1 << 20
 SEVERAL_BLOCKS = 36 * MIB + 12345  # two whole parts of a multipart upload and a rest

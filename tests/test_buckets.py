@@ -13,8 +13,8 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 from harness import Run, StopRequest
-from harness.buckets import GradientOrder
-from harness.state import State
+from harness.state.buckets import GradientOrder
+from harness.state.capture import State
 
 CPU = torch.device("cpu")
 

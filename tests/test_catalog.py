@@ -12,8 +12,8 @@ import harness
 from harness.checkpoint import commit
 from harness.checkpoint.catalog import Catalog, Entry, Retention, verify_all
 from harness.checkpoint.format import Ancestor, Attempt, checksum, parse_directory
-from harness.checkpoint.store import Store, open_store
 from harness.errors import Corrupt, NoCheckpoint, StoreError, UnknownFormat
+from harness.storage.store import Store, open_store
 
 FIRST, SECOND, THIRD = (Attempt(f"00000{number}-0000000{number}") for number in (1, 2, 3))
 EVERYTHING = Retention()

@@ -16,7 +16,7 @@ from harness import Loader, Run, StopRequest
 from harness.checkpoint import staging
 from harness.checkpoint.commit import digest_of
 from harness.checkpoint.saver import SaveRequest
-from harness.modules import model_state
+from harness.state.modules import model_state
 
 STEPS = 8
 
@@ -122,7 +122,7 @@ def test_a_torn_save_is_made_up_for_at_the_next_boundary(tmp_path, monkeypatch):
         return forward(model, x)
 
     monkeypatch.setattr(Renormed, "forward", later)
-    monkeypatch.setattr("harness.checkpointing.PROOFS", 0)
+    monkeypatch.setattr("harness.training.checkpointing.PROOFS", 0)
     torch.manual_seed(0)
     model = Renormed("nothing")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

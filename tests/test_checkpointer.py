@@ -10,8 +10,8 @@ from test_staging import held_up
 
 from harness import Checkpointer
 from harness.checkpoint.catalog import Catalog
-from harness.checkpoint.store import open_store
 from harness.errors import NoCheckpoint, StoreError, Superseded, Unsupported
+from harness.storage.store import open_store
 
 
 def parts(value: float) -> dict[str, dict[str, object]]:

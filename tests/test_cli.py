@@ -15,7 +15,7 @@ from harness import Task, save
 from harness.checkpoint import commit
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Ancestor, Attempt, new_directory
-from harness.checkpoint.store import open_store
+from harness.storage.store import open_store
 
 TRAIN = {"steps": 4, "global_batch_size": 4}
 
@@ -204,7 +204,7 @@ def test_under_a_debugger(write):
     """``python -m pdb -m harness train`` stops in front of the program and lets it run; there is no process group."""
     done = subprocess.run(
         [sys.executable, "-m", "pdb", "-m", "harness", "train", write()],
-        input="import harness.loop as loop\nbreak loop._Trainer.step\ncontinue\np self.world.size\nclear 1\ncontinue\n",
+        input="from harness.training import loop\nbreak loop._Trainer.step\ncontinue\np self.world.size\nclear 1\ncontinue\n",
         env=environment(),
         capture_output=True,
         text=True,

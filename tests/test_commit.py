@@ -16,8 +16,8 @@ from values import bits
 from harness.checkpoint import commit, load
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import DTYPES, Ancestor, Attempt, FileInfo, Manifest, checksum, parse_directory
-from harness.checkpoint.store import Store, open_store
 from harness.errors import StoreError, Unsupported
+from harness.storage.store import Store, open_store
 
 ATTEMPT = Attempt("000003-0000abcd")
 

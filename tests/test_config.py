@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from harness.config import Config, RunConfig, load_config, parse_overrides
 from harness.errors import ConfigError
-from harness.run import settings_of
+from harness.training.run import settings_of
 
 GOOD = """\
 task: package.module:build

@@ -19,7 +19,8 @@ import pytest
 import torch
 from cluster import AGENT, PATIENCE_SECONDS, committed, environment, harness, torchrun
 
-from harness import console, save
+from harness import save
+from harness.runtime import console
 from harness.secrecy import learn
 
 pyte = pytest.importorskip("pyte", reason="pyte is not installed: pip install pyte")
@@ -168,7 +169,7 @@ def test_lines_for_programs(tmp_path):
 
 CLEARING = """
 import os, sys
-from harness.console import Clearing
+from harness.runtime.console import Clearing
 sys.stderr.write("step 3/40 |###   |  loss 0.5")  # as a rank leaves it that is killed
 sys.stderr.flush()
 sys.stderr = Clearing(sys.stderr)

@@ -34,8 +34,8 @@ from harness.checkpoint.format import (
     decode_header,
     encode_header,
 )
-from harness.checkpoint.store import open_store
 from harness.errors import CheckpointError, Corrupt, HarnessError, NoCheckpoint
+from harness.storage.store import open_store
 
 
 @pytest.fixture(autouse=True)

@@ -47,12 +47,12 @@ from faults import (
 )
 
 import harness.checkpoint.format
-import harness.checkpoint.store
+import harness.storage.store
 from harness.checkpoint import commit, saver
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import MANIFEST
-from harness.checkpoint.store import Store, open_store
 from harness.errors import HarnessError, StoreError, Superseded
+from harness.storage.store import Store, open_store
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -404,8 +404,8 @@ def live_in(contents: Contents, witness: Witness, attempts: int) -> None:
 )
 def test_every_request_to_an_object_store_can_fail(monkeypatch, tell, is_served, is_deadly, attempts):
     """A kill, a failed request or a lost reply, at each request of a run in a bucket: the old or the new checkpoint."""
-    monkeypatch.setattr(harness.checkpoint.store, "_SMALL_BYTES", 150)  # so that there are uploads in parts
-    monkeypatch.setattr(harness.checkpoint.store, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(harness.storage.store, "_SMALL_BYTES", 150)  # so that there are uploads in parts
+    monkeypatch.setattr(harness.storage.store, "_BLOCK_BYTES", 64)
     judge = Judge()
     for at in range(1 << 30):
         contents, witness, trouble = Contents(), Witness(), Trouble(at, is_served, is_deadly)

@@ -2,11 +2,11 @@
 
 import pytest
 
-from harness import crashes
 from harness.checkpoint.catalog import Catalog
-from harness.checkpoint.store import open_store
-from harness.crashes import Crash
 from harness.errors import CrashLoop
+from harness.storage.store import open_store
+from harness.telemetry import crashes
+from harness.telemetry.crashes import Crash
 
 
 @pytest.fixture

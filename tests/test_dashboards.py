@@ -13,9 +13,9 @@ from torch.utils.data import TensorDataset
 
 from harness import Task
 from harness.config import RunConfig
-from harness.dashboards import Prometheus
 from harness.errors import ConfigError
-from harness.metrics import Reporter
+from harness.telemetry.dashboards import Prometheus
+from harness.telemetry.metrics import Reporter
 
 
 def train(url: Path, steps: int, *, dies_at: int | None = None, **metrics) -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset, Subset, TensorDataset, random_split
 
-from harness import data
-from harness.data import Cursor, Gap, Loader, MicroBatch, Schedule, batches, mix, seed_everything, to_device
-from harness.dataset import others, sketch
+from harness.data import loader as data
+from harness.data.dataset import others, sketch
+from harness.data.loader import Cursor, Gap, Loader, MicroBatch, Schedule, batches, mix, seed_everything, to_device
 from harness.errors import ConfigError, Corrupt, Mismatch
 
 # Python 3.12 warns of every fork in a process that has threads, and torch has some.

@@ -20,10 +20,10 @@ from pydantic import BaseModel
 from harness import errors
 from harness.checkpoint import commit
 from harness.checkpoint.format import Attempt
-from harness.checkpoint.store import open_store
 from harness.cli import cli
 from harness.config import Config, RunConfig
 from harness.doctor import examination
+from harness.storage.store import open_store
 
 REPOSITORY = Path(__file__).parents[1]
 README = REPOSITORY / "README.md"

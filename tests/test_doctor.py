@@ -22,14 +22,15 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 import harness as package
-from harness import Task, crashes
+from harness import Task
 from harness.checkpoint.catalog import Catalog
-from harness.checkpoint.store import open_store
 from harness.config import Config
-from harness.crashes import Crash
 from harness.doctor import _read, examine, examine_script
 from harness.doctor.examination import _examine
 from harness.doctor.findings import Finding, exit_code, named
+from harness.storage.store import open_store
+from harness.telemetry import crashes
+from harness.telemetry.crashes import Crash
 
 TASK = f"{__file__}:build"
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from cluster import environment, harness
 
-from harness.environment import Ranks, is_first_of_node, max_restarts, nodes, rank, ranks, size
 from harness.errors import ConfigError
-from harness.run import Run
-from harness.signals import StopRequest
+from harness.runtime.environment import Ranks, is_first_of_node, max_restarts, nodes, rank, ranks, size
+from harness.runtime.signals import StopRequest
+from harness.training.run import Run
 
 PARENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
-CHILD = "from harness.environment import shutdown_grace_seconds; print(shutdown_grace_seconds())"
+CHILD = "from harness.runtime.environment import shutdown_grace_seconds; print(shutdown_grace_seconds())"
 
 
 def granted(*options: str, **variables: str) -> float:
@@ -77,7 +77,7 @@ def test_how_often_torchrun_restarts(monkeypatch):
 
 def test_how_many_machines_torchrun_waits_for():
     """At least: ``--nnodes`` may be a range."""
-    child = "from harness.environment import least_nodes; print(least_nodes())"
+    child = "from harness.runtime.environment import least_nodes; print(least_nodes())"
     for option, least in (("--nnodes=2", "2"), ("--nnodes=1:4", "1"), ("--standalone", "1")):
         command = [sys.executable, "-c", PARENT.format(child=child), option]
         variables = {**environment(), "TORCHELASTIC_RUN_ID": "x"}
@@ -184,7 +184,7 @@ def test_the_verbs_say_so(tmp_path, verb):
 def test_several_torchruns_that_do_not_know_each_other(tmp_path):
     """Each trains alone, which somebody may have meant: it is warned of."""
     (tmp_path / "config.yaml").write_text("task: harness.tasks.linear:build\ntrain: {steps: 1, global_batch_size: 1}\n")
-    agent = ["-m", "harness.agent", "--standalone", "--nproc-per-node=1", "-m", "harness", "train", "config.yaml"]
+    agent = ["-m", "harness.launcher.agent", "--standalone", "--nproc-per-node=1", "-m", "harness", "train", "config.yaml"]
     variables = {**environment(), "SLURM_STEP_NUM_TASKS": "2"}
     done = subprocess.run(
         [sys.executable, *agent], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False, timeout=240

@@ -30,8 +30,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from harness import Evaluation, Run, StopRequest, Task
-from harness.buckets import GradientOrder
-from harness.data import Cursor, Schedule
+from harness.data.loader import Cursor, Schedule
+from harness.state.buckets import GradientOrder
 from harness.tasks import gpt
 
 SAMPLES, BATCH, STEPS, SEED = (
@@ -376,7 +376,7 @@ def static(world, place: Path):
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
-    logging.getLogger("harness.state").addHandler(handler)
+    logging.getLogger("harness.state.capture").addHandler(handler)
     for steps in (1, 2):
         torch.manual_seed(SEED)
         model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2), static_graph=True)
@@ -385,7 +385,7 @@ def static(world, place: Path):
             model(torch.ones(1, 2)).sum().backward()
             run.step()
         run.close()
-    logging.getLogger("harness.state").removeHandler(handler)
+    logging.getLogger("harness.state.capture").removeHandler(handler)
     return lines
 
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from harness import Task
-from harness.checkpoint.store import open_store
-from harness.environment import rank
+from harness.runtime.environment import rank
+from harness.storage.store import open_store
 
 
 def hang_once(place: Path) -> None:

@@ -12,16 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import harness
-from harness import journal
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Attempt
-from harness.checkpoint.store import open_store
 from harness.config import RunConfig
-from harness.dashboards import Prometheus, TensorBoard
 from harness.errors import ConfigError
-from harness.escapes import for_html, for_terminal
-from harness.metrics import Reporter
 from harness.report import numbers, page, words
+from harness.runtime.escapes import for_html, for_terminal
+from harness.storage.store import open_store
+from harness.telemetry import journal
+from harness.telemetry.dashboards import Prometheus, TensorBoard
+from harness.telemetry.metrics import Reporter
 
 ATTEMPTS = [Attempt(f"{number:06}-aaaaaaaa") for number in (1, 2, 3)]
 SCRIPT = "\"><script>alert(1)</script><x y='"

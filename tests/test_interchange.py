@@ -32,11 +32,11 @@ from values import Training
 
 from harness.checkpoint import commit
 from harness.checkpoint.catalog import Catalog
-from harness.checkpoint.store import open_store
 from harness.cli import cli
 from harness.errors import ConfigError, Corrupt, HarnessError, Mismatch, NoCheckpoint, StoreError, Unsupported
 from harness.interchange import Foreign, export_model, import_run, load_into, read_foreign
-from harness.state import State
+from harness.state.capture import State
+from harness.storage.store import open_store
 from harness.tasks import gpt
 
 
@@ -983,7 +983,7 @@ MADE_TO_DO_HARM = {
 
 IMPORT_WITHIN_LIMITS = """
 import resource, sys
-from harness.checkpoint.store import open_store
+from harness.storage.store import open_store
 from harness.errors import Corrupt, Unsupported
 from harness.interchange import import_run, read_foreign
 pages = int(open("/proc/self/statm").read().split()[0])

@@ -19,8 +19,8 @@ from faults import Call, Life, Objects, no_waiting, resume_from, silence, system
 from harness.checkpoint.catalog import Catalog, Retention, verify_all
 from harness.checkpoint.format import Attempt
 from harness.checkpoint.saver import Saved
-from harness.checkpoint.store import Store, open_store
 from harness.errors import HarnessError, StoreError
+from harness.storage.store import Store, open_store
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,12 @@ from cluster import train_here, wait_until
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from harness import Task, journal
+from harness import Task
 from harness.checkpoint import commit
 from harness.checkpoint.format import Attempt
-from harness.checkpoint.store import open_store
-from harness.journal import Journal
+from harness.storage.store import open_store
+from harness.telemetry import journal
+from harness.telemetry.journal import Journal
 
 FIRST, SECOND, THIRD = (Attempt(f"{number:06}-aaaaaaaa") for number in (1, 2, 3))
 

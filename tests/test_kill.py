@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from harness import Task
-from harness.environment import rank
+from harness.runtime.environment import rank
 
 STEPS, EVERY = 24, 3
 STORM_STEPS = 240

@@ -10,10 +10,10 @@ import pytest
 from cluster import Run, harness, hears, launch, newest, wait_until
 from metadata_server import MetadataServer
 
-from harness.agent import Restarts
 from harness.errors import ConfigError
-from harness.launch import command, halves
-from harness.launch import launch as start
+from harness.launcher.agent import Restarts
+from harness.launcher.launch import command, halves
+from harness.launcher.launch import launch as start
 
 LAUNCH = ("-m", "harness", "launch", "--nproc-per-node=2", "--", "train")
 
@@ -123,10 +123,10 @@ def test_what_keeps_torchrun_from_starting(monkeypatch):
 
 def test_a_hangup_that_is_ignored_stays_ignored(tmp_path):
     """Under nohup the launch outlives the terminal."""
-    replaced = f"harness.launch.command = lambda *_: [sys.executable, '-c', {DEAF!r}]"
+    replaced = f"harness.launcher.launch.command = lambda *_: [sys.executable, '-c', {DEAF!r}]"
     script = (
-        "import signal, sys, harness.launch; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
-        f"{replaced}; sys.exit(harness.launch.launch([], []))"
+        "import signal, sys, harness.launcher.launch; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+        f"{replaced}; sys.exit(harness.launcher.launch.launch([], []))"
     )
     with launch(tmp_path, None, command=("-c", script)) as run:
         run.wait(lambda: "here" in run.output(), "the agent")
@@ -156,7 +156,7 @@ def test_restarts_count_while_nothing_is_gained():
 FAILS = """
 import sys
 from pathlib import Path
-from harness import outcome
+from harness.launcher import outcome
 
 outcome.claim()
 starts = len(Path("starts").read_text()) + 1 if Path("starts").exists() else 1
@@ -228,8 +228,8 @@ def test_a_notice_of_the_cloud_stops_the_run(tmp_path):
 
 def test_an_interrupt_while_torchrun_starts(tmp_path):
     """Python raises it in the middle of the imports, where it may be swallowed; it ends the launch all the same."""
-    replaced = f"harness.launch.command = lambda *_: [sys.executable, '-c', {DEAF!r}]"
-    script = f"import sys, harness.launch; {replaced}; sys.exit(harness.launch.launch([], []))"
+    replaced = f"harness.launcher.launch.command = lambda *_: [sys.executable, '-c', {DEAF!r}]"
+    script = f"import sys, harness.launcher.launch; {replaced}; sys.exit(harness.launcher.launch.launch([], []))"
     with launch(tmp_path, None, command=("-c", script)) as run:
         run.wait(lambda: "here" in run.output(), "the agent")
         wait_until(lambda: hears(run.process.pid), "the launcher to listen")

@@ -26,10 +26,10 @@ from kubeflow_trainer_api import models
 from kubelet import evict, job, only_container, pods, verdict
 from test_stops import MOST_STEPS
 
-from harness import outcome
 from harness.cli import cli
 from harness.config import StopConfig, load_config
-from harness.launch import _DEFAULTS, command
+from harness.launcher import outcome
+from harness.launcher.launch import _DEFAULTS, command
 
 REPOSITORY = Path(__file__).parent.parent
 SKYPILOT = REPOSITORY / "launch" / "skypilot.yaml"

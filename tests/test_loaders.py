@@ -21,9 +21,9 @@ from torch.utils.data import (
 )
 
 from harness import Loader, Run, StopRequest
+from harness.data.loaders import with_single_samples
 from harness.errors import Mismatch
-from harness.loaders import with_single_samples
-from harness.state import TRAINING, State
+from harness.state.capture import TRAINING, State
 
 stateful = pytest.importorskip("torchdata.stateful_dataloader")
 

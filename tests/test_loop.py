@@ -19,9 +19,9 @@ from torch.utils.data import Dataset, TensorDataset
 from harness import Evaluation, Run, StopRequest, Task
 from harness.checkpoint.saver import Saver
 from harness.config import Config
+from harness.distributed.world import TorchrunWorld
 from harness.errors import ConfigError, StoreError
-from harness.loop import build_task
-from harness.world import TorchrunWorld
+from harness.training.loop import build_task
 
 TRAIN = {"steps": 12, "global_batch_size": 4}  # the data set has ten samples: 3 steps an epoch
 
@@ -458,7 +458,7 @@ def ranks_that_differ(world, place: Path):
         lines: list[str] = []
         handler = logging.Handler()
         handler.emit = lambda record, lines=lines: lines.append(record.getMessage())
-        logging.getLogger("harness.resume").addHandler(handler)
+        logging.getLogger("harness.training.resume").addHandler(handler)
         try:
             for _ in run.steps(2):
                 with torch.no_grad():
@@ -467,7 +467,7 @@ def ranks_that_differ(world, place: Path):
         except ConfigError as error:
             lines.append(str(error))
         finally:
-            logging.getLogger("harness.resume").removeHandler(handler)
+            logging.getLogger("harness.training.resume").removeHandler(handler)
             run.close()
         told.append(" ".join(lines))
     return told
@@ -478,7 +478,7 @@ def unequal_steps(world, place: Path):
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
-    logging.getLogger("harness.attempt").addHandler(handler)
+    logging.getLogger("harness.training.attempt").addHandler(handler)
     torch.manual_seed(0)
     brief = TorchrunWorld(torch.device("cpu"), "gloo", timeout_seconds=2)
     run = Run(None, {"model": nn.Linear(1, 1)}, world=brief, stop=StopRequest(), config={"log": {"every_steps": None}})
@@ -490,7 +490,7 @@ def unequal_steps(world, place: Path):
     except Exception as error:
         run.remember_crash(error)
     finally:
-        logging.getLogger("harness.attempt").removeHandler(handler)
+        logging.getLogger("harness.training.attempt").removeHandler(handler)
         world.all_gather(None)  # over a group of its own
     return lines
 

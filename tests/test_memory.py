@@ -12,7 +12,7 @@ import torch
 
 from harness.checkpoint import commit, load
 from harness.checkpoint.format import Attempt
-from harness.checkpoint.store import open_store
+from harness.storage.store import open_store
 
 STATE_BYTES, EXTRA_BYTES = 1 << 30, 64 << 20
 TINY = 5_000  # as many parameters with a scalar of their own as a large model has

@@ -7,7 +7,7 @@ import pytest
 
 from harness.config import LogConfig, RunConfig
 from harness.errors import ConfigError
-from harness.metrics import Reporter, check_metric_names, in_words
+from harness.telemetry.metrics import Reporter, check_metric_names, in_words
 
 
 @pytest.fixture

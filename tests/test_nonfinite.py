@@ -13,13 +13,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from harness import Task, journal, outcome
+from harness import Task
 from harness.checkpoint.catalog import Catalog
-from harness.checkpoint.store import open_store
 from harness.config import Config
-from harness.data import Cursor, Gap, Schedule
+from harness.data.loader import Cursor, Gap, Schedule
 from harness.errors import NonFinite
+from harness.launcher import outcome
 from harness.report import numbers
+from harness.storage.store import open_store
+from harness.telemetry import journal
 
 SEED, SAMPLES, BATCH, BAD = 17, 10, 4, 7  # three steps an epoch; the bad sample is in steps 3, 6 and 8
 TRAIN = {"steps": 9, "global_batch_size": BATCH}

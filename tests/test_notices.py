@@ -19,7 +19,7 @@ import pytest
 from metadata_server import AWS, AWS_TOKEN, AZURE, GCP, HOST, MetadataServer
 
 from harness.errors import ConfigError
-from harness.notices import Notice, Watcher
+from harness.runtime.notices import Notice, Watcher
 
 QUICK = {"interval_seconds": 0.01, "request_seconds": 5.0, "long_poll_seconds": 300, "backoff_seconds": 0.02}
 HASTY = {**QUICK, "long_poll_seconds": 0, "first_answer_seconds": 0}  # nobody waits for anything

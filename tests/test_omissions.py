@@ -32,7 +32,7 @@ class Parts:
 
 
 def warnings_of(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "harness.omissions"]
+    return [record.getMessage() for record in caplog.records if record.name == "harness.training.omissions"]
 
 
 def test_what_is_in_the_state_is_not_named(caplog):

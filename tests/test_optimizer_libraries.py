@@ -30,8 +30,8 @@ from test_state_optimizers import bits
 from torch import nn, optim
 
 from harness.errors import HarnessError
-from harness.run import Run
-from harness.signals import StopRequest
+from harness.runtime.signals import StopRequest
+from harness.training.run import Run
 
 STEPS, SAVED = 12, 6
 

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from harness import Loader, Run, StopRequest, Task
 from harness.errors import ConfigError
-from harness.state import State
+from harness.state.capture import State
 
 CPU = torch.device("cpu")
 QUIET = {"log": {"every_steps": None}, "metrics": {"every_seconds": None}}

@@ -7,8 +7,9 @@ import time
 
 import pytest
 
-from harness import errors, outcome
-from harness.outcome import Outcome
+from harness import errors
+from harness.launcher import outcome
+from harness.launcher.outcome import Outcome
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ from values import Training
 
 from harness.checkpoint import commit, load
 from harness.checkpoint.format import Attempt
-from harness.checkpoint.store import open_store
 from harness.errors import ConfigError, Mismatch, Unsupported
+from harness.storage.store import open_store
 
 
 class Counting(optim.SGD):

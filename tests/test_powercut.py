@@ -24,9 +24,9 @@ import pytest
 from cluster import wait_until
 from faults import Life, Witness, resume_from, silence
 
-import harness.checkpoint.store
+import harness.storage.store
 from harness.checkpoint.catalog import Catalog
-from harness.checkpoint.store import open_store
+from harness.storage.store import open_store
 
 CALLS = (
     "write pwrite64 writev fsync fdatasync ftruncate openat creat rename renameat renameat2 link linkat unlink unlinkat "
@@ -54,7 +54,7 @@ class Reporter(Witness):
 BUGS = {
     "": lambda: None,
     "files are not fsynced": lambda: setattr(os, "fsync", lambda descriptor: None),
-    "directories are not fsynced": lambda: setattr(harness.checkpoint.store, "_fsync_directory", lambda path: None),
+    "directories are not fsynced": lambda: setattr(harness.storage.store, "_fsync_directory", lambda path: None),
 }
 
 

@@ -12,10 +12,12 @@ import torch
 from cluster import newest
 from torch import nn
 
-from harness import Run, outcome, program
+from harness import Run
 from harness.errors import ConfigError
-from harness.outcome import Outcome
-from harness.signals import STOP_SIGNALS
+from harness.launcher import outcome
+from harness.launcher.outcome import Outcome
+from harness.runtime.signals import STOP_SIGNALS
+from harness.training import program
 
 QUIET = {"log": {"every_steps": None}}
 

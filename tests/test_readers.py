@@ -18,8 +18,8 @@ from store_contract import RawS3
 import harness
 from harness.checkpoint.catalog import Catalog, Retention
 from harness.checkpoint.format import MANIFEST, new_directory
-from harness.checkpoint.store import Store, open_store
 from harness.cli import cli
+from harness.storage.store import Store, open_store
 
 # --- beside a run that deletes ---------------------------------------------------------------------------------------
 

@@ -18,10 +18,10 @@ from cluster import Run, harness, launch, read_json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import journal
 from harness.checkpoint.format import Ancestor, Attempt
-from harness.checkpoint.store import open_store
 from harness.report import numbers, page, units, words
+from harness.storage.store import open_store
+from harness.telemetry import journal
 
 FIRST, SECOND, THIRD = (Attempt(f"{number:06}-aaaaaaaa") for number in (1, 2, 3))
 

@@ -18,12 +18,12 @@ from harness import Loader, Run, StopRequest, Task
 from harness.checkpoint import commit
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Ancestor, Attempt
-from harness.checkpoint.store import open_store
 from harness.config import Config
 from harness.errors import ConfigError, Mismatch, NoCheckpoint, StoreError
-from harness.loop import build_task
-from harness.resume import check_lockstep, on_first
-from harness.state import State
+from harness.state.capture import State
+from harness.storage.store import open_store
+from harness.training.loop import build_task
+from harness.training.resume import check_lockstep, on_first
 
 TRAIN = {"steps": 6, "global_batch_size": 4}
 CHECKPOINT = {"every_steps": 2}

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import harness
 from harness import Loader, Run, StopRequest
+from harness.distributed.world import SoloWorld
 from harness.errors import ConfigError, Mismatch, NoCheckpoint, Stopped, StoreError, Unsupported
-from harness.world import SoloWorld
 
 SAMPLES, BATCH = 10, 4  # three steps an epoch
 

@@ -14,8 +14,8 @@ from harness.checkpoint import load
 from harness.checkpoint.catalog import Catalog, Retention
 from harness.checkpoint.format import Ancestor, Attempt
 from harness.checkpoint.saver import Saver, SaveRequest
-from harness.checkpoint.store import open_store
 from harness.errors import StoreError, Superseded, Unsupported
+from harness.storage.store import open_store
 
 FIRST = Attempt("000001-00000000")
 LIMIT_BYTES = 100_000

@@ -17,12 +17,13 @@ import servers
 from cluster import environment, harness
 from store_contract import wait_for_those_left_behind
 
-from harness import console, crashes
 from harness.checkpoint.catalog import Catalog
-from harness.checkpoint.store import open_store, shown
 from harness.config import load_config, parse_overrides, run_config
 from harness.errors import ConfigError, HarnessError
+from harness.runtime import console
 from harness.secrecy import is_secret_name, learn, without_secrets
+from harness.storage.store import open_store, shown
+from harness.telemetry import crashes
 
 
 @pytest.fixture(autouse=True)

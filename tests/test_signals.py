@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from cluster import CONTAINER, PATIENCE_SECONDS, alive, wait_until
 
-from harness.signals import STOP_SIGNALS, StopRequest, deaf_children
+from harness.runtime.signals import STOP_SIGNALS, StopRequest, deaf_children
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_a_child_may_be_deaf(stop):
 
 HANGS = """\
 import ctypes
-from harness.program import Program
+from harness.training.program import Program
 program = Program().__enter__()
 program.grace_seconds = 0.1
 mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
@@ -179,7 +179,7 @@ import os, subprocess, sys, time
 child = """
 import time
 from pathlib import Path
-from harness.signals import die_with_parent
+from harness.runtime.signals import die_with_parent
 die_with_parent()
 print("ready", flush=True)
 time.sleep(1000)
@@ -213,5 +213,7 @@ def test_process_1_of_a_container_is_a_parent_like_any_other():
     with subprocess.Popen([*CONTAINER, sys.executable, "-c", PARENT], stdout=subprocess.PIPE) as process:
         assert int(process.stdout.readline()) > 0
         process.kill()
-    child = f"{shlex.quote(sys.executable)} -c 'from harness.signals import die_with_parent; die_with_parent()'; exit $?"
+    child = (
+        f"{shlex.quote(sys.executable)} -c 'from harness.runtime.signals import die_with_parent; die_with_parent()'; exit $?"
+    )
     assert in_container("sh", "-c", child) == 128 + signal.SIGKILL

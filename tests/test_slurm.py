@@ -167,7 +167,7 @@ def said(log: Path) -> tuple[str, int]:
 def test_ranks_that_srun_would_start(cluster, tmp_path):
     """A batch script of several tasks may train in one plain process; a step of several tasks is refused, task by task."""
     (tmp_path / "config.yaml").write_text(json.dumps(config(tmp_path)))
-    ask = f"{sys.executable} -c 'from harness.environment import ranks; print(ranks())'"
+    ask = f"{sys.executable} -c 'from harness.runtime.environment import ranks; print(ranks())'"
     script = tmp_path / "script.sh"
     script.write_text(f"#!/bin/sh\n{ask}\nsrun --ntasks=2 harness train {tmp_path}/config.yaml\nsrun --ntasks=1 {ask}\n")
     number = cluster.submit(script, options=("--ntasks=2", "--nodelist=n1"), log=tmp_path / "output.txt")

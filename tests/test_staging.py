@@ -21,10 +21,10 @@ from harness.checkpoint.format import BlockHasher, checksum
 from harness.checkpoint.saver import Saver, SaveRequest
 from harness.checkpoint.shares import Plan
 from harness.checkpoint.staging import HostMemory, Snapshot
-from harness.checkpoint.store import open_store
-from harness.checkpoint.threads import Background
 from harness.checkpoint.tree import encode
 from harness.errors import StoreError, Unsupported
+from harness.runtime.threads import Background
+from harness.storage.store import open_store
 
 OPTIMIZERS = {
     "plain": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, foreach=False),

@@ -17,7 +17,7 @@ def test_the_collector_passes_over_torch():
     """Over all of it, an optimizer's imports included, and over nothing else."""
     program = """
 import gc, sys
-from harness.startup import import_torch
+from harness.runtime.startup import import_torch
 import_torch()
 frozen = gc.get_freeze_count()
 before = set(sys.modules)
@@ -31,16 +31,16 @@ print(frozen > 200_000, gc.isenabled(), len(new) < 10, gc.get_freeze_count() == 
 
 
 def test_torchrun_itself_starts_so():
-    """``harness launch`` runs it as ``harness.agent``, with torchrun's own command line and its own exit code."""
+    """``harness launch`` runs it as ``harness.launcher.agent``, with torchrun's own command line and its own exit code."""
     program = """
 import gc, sys
 sys.argv[1:] = ["--standalone", "--nproc-per-node=1", "--no-python", "true"]
 import runpy
-runpy.run_module("harness.agent", run_name="__main__", alter_sys=True)
+runpy.run_module("harness.launcher.agent", run_name="__main__", alter_sys=True)
 print(gc.get_freeze_count() > 100_000, gc.isenabled())
 """
     assert run(program) == "True True"
-    command = [sys.executable, "-m", "harness.agent", "--standalone", "--nproc-per-node=1", "--no-python", "false"]
+    command = [sys.executable, "-m", "harness.launcher.agent", "--standalone", "--nproc-per-node=1", "--no-python", "false"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1
     assert "ChildFailedError" in done.stderr
@@ -65,7 +65,7 @@ def test_the_first_error_is_the_one_that_is_seen(tmp_path, torch, expected):
     program = f"""
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
-from harness.startup import import_torch
+from harness.runtime.startup import import_torch
 try:
     import_torch()
 except Exception as error:
@@ -76,7 +76,9 @@ except Exception as error:
 
 def test_what_was_there_before_is_left_alone():
     """A program that has imported torch itself may have made whatever it likes since."""
-    program = "import gc, torch; from harness.startup import import_torch; import_torch(); print(gc.get_freeze_count())"
+    program = (
+        "import gc, torch; from harness.runtime.startup import import_torch; import_torch(); print(gc.get_freeze_count())"
+    )
     assert run(program) == "0"
 
 

@@ -30,9 +30,9 @@ from store_contract import (
 
 import harness
 from harness.checkpoint.catalog import Catalog
-from harness.checkpoint.store import open_store
-from harness.checkpoint.threads import in_threads
 from harness.errors import ConfigError, StoreError
+from harness.runtime.threads import in_threads
+from harness.storage.store import open_store
 
 
 class TestLocal(StoreContract):
@@ -110,7 +110,7 @@ def test_credentials_from_the_environment(s3, azure, sftp):
     """Where the configuration has no storage options, endpoint and credentials come from the environment."""
     program = """
 import sys
-from harness.checkpoint.store import open_store
+from harness.storage.store import open_store
 for url in sys.argv[1:]:
     store = open_store(url)
     store.put("file.bin", lambda: [b"from the environment"], 20)
@@ -362,7 +362,7 @@ int fsync(int fd) {
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, f"{tmp_path}/fault.c", "-ldl"], check=True)
     program = """
 import logging, sys
-from harness.checkpoint.store import open_store
+from harness.storage.store import open_store
 logging.basicConfig()
 for number in range(2):
     store = open_store(sys.argv[1])
@@ -449,7 +449,7 @@ def test_what_a_dead_writer_left_is_no_object_of_that_name(tmp_path):
     store = open_store(str(tmp_path))
     killed = """
 import os, signal, sys
-from harness.checkpoint.store import open_store
+from harness.storage.store import open_store
 def chunks():
     yield b"half"
     os.kill(os.getpid(), signal.SIGKILL)

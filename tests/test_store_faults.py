@@ -22,9 +22,9 @@ from store_contract import MIB, wait_for_those_left_behind
 from harness.checkpoint import commit, load
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Attempt
-from harness.checkpoint.store import Store, open_store
-from harness.checkpoint.urls import shown
 from harness.errors import StoreError
+from harness.storage.store import Store, open_store
+from harness.storage.urls import shown
 
 ATTEMPT = Attempt("000001-00000000")
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from harness import Task
-from harness.stragglers import Straggler, Stragglers
+from harness.training.stragglers import Straggler, Stragglers
 
 SLOW_SECONDS = 0.03  # for each sample or forward pass
 

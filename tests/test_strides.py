@@ -20,9 +20,9 @@ import harness
 from harness.checkpoint import commit, load, tree
 from harness.checkpoint.format import DTYPES, Attempt, TensorInfo, decode_header, encode_header
 from harness.checkpoint.shares import Plan, Writers
-from harness.checkpoint.store import open_store
 from harness.errors import Corrupt
-from harness.state import State, sent
+from harness.state.capture import State, sent
+from harness.storage.store import open_store
 
 ATTEMPT = Attempt("000001-00000000")
 

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 
-from harness.checkpoint.threads import Worker, in_order
+from harness.runtime.threads import Worker, in_order
 
 
 def test_a_worker_makes_one_call_after_the_other():

@@ -25,13 +25,14 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from values import Training
 
-from harness import Task, resume
+from harness import Task
 from harness.checkpoint import commit, load
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Attempt
-from harness.checkpoint.store import open_store
 from harness.config import WorldConfig
-from harness.world import World, has_lost_a_peer, join_world
+from harness.distributed.world import World, has_lost_a_peer, join_world
+from harness.storage.store import open_store
+from harness.training import resume
 
 MIB = 1 << 20
 EXTRA_BYTES = 190_000_000  # of pieces that are on their way; another copy of the larger state would be too much
@@ -122,12 +123,12 @@ def resumed(world: World, place: Path, flaw: Flaw | None = None) -> dict[str, An
     Flawed.flaw = staticmethod(flaw or (lambda path, data: data))
     load._ROUND_BYTES, load._SMALLEST_PIECE_BYTES = 0, 1000
     listener = Listener()
-    logging.getLogger("harness.resume").addHandler(listener)
+    logging.getLogger("harness.training.resume").addHandler(listener)
     try:
         config = {"train": {**TRAIN, "steps": 8}, "checkpoint": CHECKPOINT, "log": {"jsonl": str(place / "log.jsonl")}}
         step = train_here(build, world, url=f"flawed://{place}/run", **config).step
     finally:
-        logging.getLogger("harness.resume").removeHandler(listener)
+        logging.getLogger("harness.training.resume").removeHandler(listener)
     assert step == 8
     lines = world.broadcast((place / "log.jsonl").read_text().splitlines() if world.rank == 0 else None)
     (record,) = [record for record in map(json.loads, lines) if record["event"] == "resume"]

@@ -14,12 +14,12 @@ from torch.torch_version import TorchVersion
 
 import harness
 from harness import torch_private
-from harness.buckets import GradientOrder
 from harness.doctor import ranks
 from harness.errors import ConfigError
-from harness.modules import module_versions
-from harness.options import position, reset_schedule
-from harness.state import State
+from harness.state.buckets import GradientOrder
+from harness.state.capture import State
+from harness.state.modules import module_versions
+from harness.state.options import position, reset_schedule
 from harness.torch_private import PARTS, Part
 
 PACKAGE = Path(harness.__file__).parent

@@ -5,9 +5,9 @@ import os
 import pytest
 
 import harness
-from harness.checkpoint.store import open_store
-from harness.checkpoint.urls import shown, with_shown_urls
 from harness.errors import ConfigError
+from harness.storage.store import open_store
+from harness.storage.urls import shown, with_shown_urls
 
 
 def place(url: str, **options) -> tuple[str, str]:

@@ -7,7 +7,7 @@ import pytest
 
 HEAD = """
 import ctypes, os, threading, time
-from harness import watchdog
+from harness.runtime import watchdog
 watchdog._LAST_RESORT_SECONDS = 1.0
 reports = []
 def report(stacks):

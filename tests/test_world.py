@@ -16,11 +16,20 @@ from cluster import launch, play, played, returned
 from torch import nn
 from torch.distributed import TCPStore
 
-from harness import console, program
 from harness.config import WorldConfig
-from harness.environment import Ranks
+from harness.distributed.world import (
+    Maximum,
+    SoloWorld,
+    TorchrunWorld,
+    _fresh_store,
+    has_lost_a_peer,
+    join_world,
+    world_of_program,
+)
 from harness.errors import ConfigError, RankFailure
-from harness.world import Maximum, SoloWorld, TorchrunWorld, _fresh_store, has_lost_a_peer, join_world, world_of_program
+from harness.runtime import console
+from harness.runtime.environment import Ranks
+from harness.training import program
 
 RANKS = 3
 HALF_A_MINUTE = timedelta(seconds=30)
@@ -395,7 +404,7 @@ def test_a_name_that_leads_nowhere(monkeypatch, caplog, rank):
     environment = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": port}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("harness.world._NAME_SECONDS", 0.3)
+    monkeypatch.setattr("harness.distributed.world._NAME_SECONDS", 0.3)
     words = f"MASTER_ADDR is {address}, the machine of rank 0, and this machine does not find it: .*--local-addr"
     with pytest.raises(RankFailure, match=words):
         join_world(WorldConfig(timeout_seconds=1))

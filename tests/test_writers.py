@@ -34,17 +34,17 @@ from values import bits
 from harness import Task
 from harness.checkpoint import commit, load
 from harness.checkpoint import format as layout
-from harness.checkpoint import store as store_module
 from harness.checkpoint.catalog import Catalog, Retention, verify_all
 from harness.checkpoint.format import DTYPES, MANIFEST, Attempt, Receipt, TensorInfo, receipt_name
 from harness.checkpoint.saver import Saver, SaveRequest
 from harness.checkpoint.shares import Piece, Plan, Writers, divide
-from harness.checkpoint.store import Store, open_store
 from harness.checkpoint.tree import Encoded, flat_bytes
+from harness.distributed.world import SoloWorld, World
 from harness.errors import Corrupt, Mismatch, StoreError, Unsupported
 from harness.interchange.export import export_model
 from harness.interchange.files import Place, read_directory
-from harness.world import SoloWorld, World
+from harness.storage import store as store_module
+from harness.storage.store import Store, open_store
 
 ATTEMPT = Attempt("000001-00000000")
 BLOCK_BYTES = 256

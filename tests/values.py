@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from harness.checkpoint.tree import raw_bytes
-from harness.state import State
+from harness.state.capture import State
 
 
 class Training(State):

@@ -7,11 +7,11 @@ from torch.optim import Optimizer
 from contenders.protocol import Contender
 from harness import Checkpointer
 from harness.checkpoint.catalog import Catalog
-from harness.checkpoint.store import open_store
 from harness.config import WorldConfig
-from harness.resume import conditions, resume
-from harness.state import State, random_state
-from harness.world import SoloWorld, World, join_world
+from harness.distributed.world import SoloWorld, World, join_world
+from harness.state.capture import State, random_state
+from harness.storage.store import open_store
+from harness.training.resume import conditions, resume
 
 
 class Harness(Contender):

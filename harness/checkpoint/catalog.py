@@ -20,9 +20,9 @@ from harness.checkpoint.format import (
     new_directory,
     parse_directory,
 )
-from harness.checkpoint.store import Store
-from harness.checkpoint.threads import in_threads
 from harness.errors import CheckpointError, Corrupt, NoCheckpoint, StoreError, Superseded, UnknownFormat
+from harness.runtime.threads import in_threads
+from harness.storage.store import Store
 
 T = TypeVar("T")
 Item = TypeVar("Item")

@@ -13,8 +13,8 @@ from harness.checkpoint.catalog import Catalog, Entry, Retention
 from harness.checkpoint.format import Ancestor, Attempt, check_meta, check_step
 from harness.checkpoint.saver import Saved, Saver, SaveRequest
 from harness.checkpoint.shares import IsSteady, nothing_is_steady
-from harness.checkpoint.store import open_store
 from harness.errors import NoCheckpoint, Unsupported
+from harness.storage.store import open_store
 
 Parts = Mapping[str, Mapping[str, Any]]
 

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import torch
 
 from harness.checkpoint import tree
-from harness.checkpoint.collector import without_collections
 from harness.checkpoint.format import (
     CHECKSUM,
     INDEX_SUFFIX,
@@ -47,10 +46,11 @@ from harness.checkpoint.format import (
     shard_name,
 )
 from harness.checkpoint.shares import Found, Plan, Shard
-from harness.checkpoint.store import Store
-from harness.checkpoint.threads import in_threads, threads_for
-from harness.checkpoint.unbuffered import Buffer
 from harness.errors import CheckpointError, Corrupt, StoreError, Unsupported
+from harness.runtime.collector import without_collections
+from harness.runtime.threads import in_threads, threads_for
+from harness.storage.store import Store
+from harness.storage.unbuffered import Buffer
 
 
 class Torn(Exception):

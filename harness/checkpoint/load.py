@@ -24,7 +24,6 @@ import torch
 
 from harness.checkpoint import pages, tree
 from harness.checkpoint.catalog import check_bytes, read_file
-from harness.checkpoint.collector import without_collections
 from harness.checkpoint.format import (
     HEADER_LIMIT_BYTES,
     INDEX_SUFFIX,
@@ -41,10 +40,11 @@ from harness.checkpoint.format import (
     digest,
     hasher,
 )
-from harness.checkpoint.store import RANGE_BYTES, Store, joined
-from harness.checkpoint.threads import in_order, threads_for
-from harness.checkpoint.unbuffered import Buffer
 from harness.errors import CheckpointError, Corrupt, HarnessError, RankFailure, StoreError
+from harness.runtime.collector import without_collections
+from harness.runtime.threads import in_order, threads_for
+from harness.storage.store import RANGE_BYTES, Store, joined
+from harness.storage.unbuffered import Buffer
 
 _STRETCH_BYTES = 2 << 20  # of a file, read at once, and hashed while it is in a core's cache
 _ROUND_BYTES = 16 << 20  # of all pieces that ranks hand on at once: they hold them all,
@@ -54,7 +54,7 @@ Shard = tuple[dict[str, torch.Tensor], dict[str, Blocks]]  # whole tensors, and 
 
 
 class Peers(Protocol):
-    """The ranks that read together; ``harness.world.World`` is one."""
+    """The ranks that read together; ``harness.distributed.world.World`` is one."""
 
     rank: int
     size: int

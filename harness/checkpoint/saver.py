@@ -31,14 +31,14 @@ from typing import Any
 
 from harness.checkpoint import commit, staging
 from harness.checkpoint.catalog import Catalog, Retention
-from harness.checkpoint.collector import without_collections
 from harness.checkpoint.commit import Torn
 from harness.checkpoint.format import Ancestor, Attempt, Receipt, new_directory
 from harness.checkpoint.shares import Found, IsSteady, Plan, Writers, nothing_is_steady
 from harness.checkpoint.staging import HostMemory, Snapshot
-from harness.checkpoint.threads import Background, Worker
 from harness.checkpoint.tree import Encoded
 from harness.errors import HarnessError, StoreError
+from harness.runtime.collector import without_collections
+from harness.runtime.threads import Background, Worker
 
 log = logging.getLogger(__name__)
 

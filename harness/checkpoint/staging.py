@@ -37,7 +37,7 @@ from harness.checkpoint.commit import Torn
 from harness.checkpoint.format import CHECKSUM, DATA_ALIGNMENT_BYTES, BlockHasher, Blocks, TensorInfo, hasher
 from harness.checkpoint.shares import Shard
 from harness.checkpoint.tree import Encoded
-from harness.checkpoint.unbuffered import Buffer
+from harness.storage.unbuffered import Buffer
 
 _WINDOW_BYTES = 16 << 20  # that the writer is given at once
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 
 from harness.config import Config, load_config
 from harness.doctor.findings import Finding, error, exit_code, named, ok
-from harness.environment import size
 from harness.errors import ConfigError
-from harness.startup import import_torch
+from harness.runtime.environment import size
+from harness.runtime.startup import import_torch
 
 Tell = Callable[[Sequence[Finding]], None]
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from harness.checkpoint.threads import Background
 from harness.doctor.findings import in_words
+from harness.runtime.threads import Background
 
 T = TypeVar("T")
 

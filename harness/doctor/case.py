@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from harness.checkpoint.store import Store
 from harness.config import RunConfig
-from harness.data import Loader
-from harness.state import State
+from harness.data.loader import Loader
+from harness.distributed.world import World
+from harness.state.capture import State
+from harness.storage.store import Store
 from harness.task import Task
-from harness.world import World
 
 
 @dataclass

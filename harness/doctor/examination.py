@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from harness.config import Config, RunConfig
+from harness.distributed.world import World, has_lost_a_peer
 from harness.doctor import Tell, launcher, machine, ranks, recipe, storage
 from harness.doctor.case import Case
 from harness.doctor.findings import Finding, exit_code, in_words, merge, named, warn
-from harness.signals import ignore_stop_signals
-from harness.world import World, has_lost_a_peer
+from harness.runtime.signals import ignore_stop_signals
 
 Check = Callable[[Case], Sequence[Finding]]
 INTERRUPTED = 130

@@ -8,11 +8,11 @@ import socket
 import subprocess
 from contextlib import suppress
 
-from harness import environment
 from harness.doctor.case import Case
 from harness.doctor.findings import Finding, error, ok, warn
-from harness.environment import is_under_torchrun
 from harness.errors import RankFailure
+from harness.runtime import environment
+from harness.runtime.environment import is_under_torchrun
 
 _SENSIBLE_TIMEOUT_SECONDS = 1800.0  # torch's own default
 

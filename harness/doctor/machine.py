@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from harness import data
 from harness.config import Config
-from harness.data import Cursor
+from harness.data import loader as data
+from harness.data.loader import Cursor
+from harness.distributed.world import choose_backend, choose_device
 from harness.doctor.attempt import attempt
 from harness.doctor.case import Case
 from harness.doctor.findings import Finding, error, ok, warn
-from harness.environment import is_first_of_node, local_size
 from harness.errors import ConfigError
-from harness.optimizers import tensors_in
-from harness.world import choose_backend, choose_device
+from harness.runtime.environment import is_first_of_node, local_size
+from harness.state.optimizers import tensors_in
 
 _BATCH_SECONDS = 120.0  # a loader that takes longer for a few batches does not work
 _PREFETCHED = 2  # batches that torch's loader has in flight for each worker

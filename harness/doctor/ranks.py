@@ -16,14 +16,14 @@ import harness
 from harness import torch_private
 from harness.checkpoint import commit
 from harness.config import Config, RunConfig, WorldConfig
+from harness.distributed.world import World, choose_backend, join_world
 from harness.doctor.attempt import attempt
 from harness.doctor.case import Case
 from harness.doctor.findings import Finding, error, in_words, ok, places, warn
-from harness.environment import is_under_torchrun, rank
 from harness.errors import HarnessError, RankFailure
-from harness.modules import model_state
+from harness.runtime.environment import is_under_torchrun, rank
 from harness.secrecy import without_secrets
-from harness.world import World, choose_backend, join_world
+from harness.state.modules import model_state
 
 _GROUP_SECONDS = 60.0
 _CLOCK_ROUNDS = 10

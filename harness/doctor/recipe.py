@@ -13,14 +13,14 @@ import harness
 from harness.checkpoint import tree
 from harness.checkpoint.catalog import Catalog
 from harness.config import Config
-from harness.data import Loader
+from harness.data.loader import Loader
 from harness.doctor.case import Case
 from harness.doctor.findings import Finding, error, in_words, ok, warn
 from harness.doctor.storage import open_quickly
 from harness.errors import HarnessError
-from harness.loop import build_task, state_of
-from harness.resume import resume as resume_run
 from harness.task import Task, find_builder
+from harness.training.loop import build_task, state_of
+from harness.training.resume import resume as resume_run
 
 _LIBRARIES = (*(str(Path(module.__file__).parent) for module in (harness, torch, os) if module.__file__), "<frozen")
 
@@ -94,7 +94,7 @@ def resume(case: Case) -> list[Finding]:
         return []
     tried = "resumed from it, in memory"
     began = time.monotonic()
-    with _Heard("harness.resume") as heard:
+    with _Heard("harness.training.resume") as heard:
         try:
             store = case.store or open_quickly(case.config.checkpoint)
             how = case.config.checkpoint.restore

@@ -9,16 +9,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from harness import run
 from harness.config import RunConfig
+from harness.distributed.world import World, world_of_program
 from harness.doctor import Tell, ranks
 from harness.doctor.examination import INTERRUPTED, examine_run
 from harness.doctor.findings import Finding, error, exit_code, in_words, named, ok
 from harness.doctor.recipe import place_of
-from harness.environment import rank
 from harness.errors import HarnessError
-from harness.run import device_of
-from harness.world import World, world_of_program
+from harness.runtime.environment import rank
+from harness.training import run
+from harness.training.run import device_of
 
 
 def examine_script(command: Sequence[str], tell: Tell, leave: Callable[[int], None], *, fresh: bool) -> int:

@@ -14,17 +14,17 @@ from typing import NamedTuple
 
 from fsspec.implementations.memory import MemoryFileSystem
 
-from harness import crashes, journal
 from harness.checkpoint.catalog import Catalog, Entry
 from harness.checkpoint.format import checksum
-from harness.checkpoint.store import Store, open_store
-from harness.checkpoint.urls import shown
 from harness.config import CheckpointConfig, Config
 from harness.doctor.case import Case
 from harness.doctor.findings import Finding, error, ok, places, warn
-from harness.environment import launch_id, nodes
 from harness.errors import ConfigError, CrashLoop, HarnessError, NoCheckpoint, StoreError
-from harness.resume import on_first, refuse_to_reuse, save_seconds
+from harness.runtime.environment import launch_id, nodes
+from harness.storage.store import Store, open_store
+from harness.storage.urls import shown
+from harness.telemetry import crashes, journal
+from harness.training.resume import on_first, refuse_to_reuse, save_seconds
 
 _PROBE_BYTES = 8 << 20  # large enough to be streamed as the shards are
 _ALIVE_SECONDS = 60.0  # an attempt that has told something since may still train

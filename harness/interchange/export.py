@@ -23,11 +23,11 @@ import torch
 from harness import torch_private
 from harness.checkpoint import load, tree
 from harness.checkpoint.format import DTYPES, INDEX_SUFFIX, Manifest, TensorInfo, encode_header, plan_shards, shard_name
-from harness.checkpoint.store import Store, open_store
-from harness.checkpoint.unbuffered import Buffer
-from harness.checkpoint.urls import shown
 from harness.errors import ConfigError, Mismatch, StoreError, Unsupported
 from harness.interchange.foreign import split
+from harness.storage.store import Store, open_store
+from harness.storage.unbuffered import Buffer
+from harness.storage.urls import shown
 
 _INDEX = f"model{INDEX_SUFFIX}"
 _MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(_INDEX))

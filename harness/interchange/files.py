@@ -24,8 +24,8 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from harness.checkpoint.format import HEADER_LIMIT_BYTES, MANIFEST, MANIFEST_LIMIT_BYTES, decode_header
-from harness.checkpoint.store import open_store
 from harness.errors import ConfigError, Corrupt, HarnessError, Mismatch, StoreError, Unsupported
+from harness.storage.store import open_store
 
 DCP_METADATA = ".metadata"
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch.save wrote first until it wrote zip archives

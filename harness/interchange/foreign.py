@@ -26,9 +26,9 @@ from harness import torch_private
 from harness.checkpoint import load
 from harness.checkpoint.catalog import Catalog, Entry
 from harness.checkpoint.format import Manifest, parse_directory
-from harness.checkpoint.store import Store
 from harness.errors import Mismatch, Unsupported
 from harness.interchange import files
+from harness.storage.store import Store
 
 _MODEL_KEYS = ("model_state_dict", "model_state", "MODEL_STATE", "state_dict", "model")
 _OPTIMIZER_KEYS = ("optimizer_state_dict", "optimizer_state", "optimizer_states", "optimizer", "optim")
@@ -182,7 +182,7 @@ def _versions(value: Mapping[str, Any], short: Callable[[str], str]) -> dict[str
         return None
     found = {raw: about.get("version") for raw, about in metadata.items() if isinstance(about, Mapping)}
     return {
-        f"{short(raw)}.".removeprefix("."): version  # for the prefix of the module's names, as in harness.modules
+        f"{short(raw)}.".removeprefix("."): version  # for the prefix of the module's names, as in harness.state.modules
         for raw, version in found.items()
         if version is None or (type(version) is int and version != 1)
     }

@@ -10,11 +10,11 @@ from torch.optim import Optimizer
 
 from harness.checkpoint import commit
 from harness.checkpoint.catalog import Catalog
-from harness.checkpoint.store import Store
 from harness.errors import ConfigError, Mismatch
 from harness.interchange.foreign import Foreign, read_foreign
-from harness.modules import check_model, listed, model_state, restore_model
-from harness.optimizers import optimizer_state, restore_optimizer
+from harness.state.modules import check_model, listed, model_state, restore_model
+from harness.state.optimizers import optimizer_state, restore_optimizer
+from harness.storage.store import Store
 
 
 def load_into(model: nn.Module, optimizer: Optimizer | None, foreign: Foreign) -> str:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from harness import journal
 from harness.checkpoint.format import Attempt
-from harness.journal import Record
 from harness.report.units import duration
+from harness.telemetry import journal
+from harness.telemetry.journal import Record
 
 _ALIKE_SECONDS = 5.0  # by so much two clocks may differ, or a record may be late
 _YEAR_10000 = 253_402_300_800.0

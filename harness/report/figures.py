@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from harness.checkpoint.format import Attempt
-from harness.escapes import for_html, for_terminal
 from harness.report.numbers import Kind, Life, Report
+from harness.runtime.escapes import for_html, for_terminal
 
 # Okabe and Ito's colours, which colour-blind people tell apart.
 COLOURS: dict[Kind, str] = {

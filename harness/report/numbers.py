@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
-from harness import crashes, journal
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Ancestor, Attempt
-from harness.dashboards import numbers_of
 from harness.errors import CheckpointError, NoCheckpoint
-from harness.journal import Record, Records
 from harness.report.clocks import Claim, Timed, on_one_clock
+from harness.telemetry import crashes, journal
+from harness.telemetry.dashboards import numbers_of
+from harness.telemetry.journal import Record, Records
 
 Kind = Literal["starting", "loading", "training", "saving", "lost", "down"]
 KINDS: tuple[Kind, ...] = ("training", "saving", "loading", "starting", "lost", "down")

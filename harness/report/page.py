@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from harness.checkpoint.format import Attempt
 from harness.errors import ConfigError
-from harness.escapes import for_html
-from harness.journal import Record
 from harness.report import numbers, words
 from harness.report.numbers import KINDS, Report
 from harness.report.units import duration
+from harness.runtime.escapes import for_html
+from harness.telemetry.journal import Record
 
 _STYLE = """
 :root { color-scheme: light; }

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 
-from harness.escapes import for_terminal
-from harness.journal import Record
 from harness.report.numbers import KINDS, Life, Report
 from harness.report.units import amount, duration
+from harness.runtime.escapes import for_terminal
+from harness.telemetry.journal import Record
 
 MEANINGS = {
     "training": "steps that count",

@@ -1,0 +1,59 @@
+"""What all ranks decide together at a step boundary: to stop, or to save."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from harness.distributed.world import Maximum, World
+from harness.errors import ConfigError
+from harness.runtime.notices import Watcher
+from harness.runtime.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was agreed on since the last step boundary. The same on all ranks."""
+
+    stop: bool = False
+    save: bool = False
+
+
+class Decides(Protocol):
+    """Somebody who is asked at each step boundary, on all ranks."""
+
+    def decide(self, *, save_is_wanted: bool) -> Decision:
+        """What is to be done here; this rank's wish counts now or at one of the next boundaries."""
+
+    def finish(self) -> None:
+        """Waits for what is under way, after the last step."""
+
+
+class NoLoop:
+    """Between two loops."""
+
+    def decide(self, *, save_is_wanted: bool) -> Decision:  # noqa: ARG002
+        raise ConfigError("run.step() belongs into a loop over run.epochs() or run.steps()")
+
+    def finish(self) -> None:
+        """Nothing is under way."""
+
+
+class Agreement:
+    """Makes one decision of all ranks' stop requests, notices from the cloud, and wishes for a save."""
+
+    def __init__(self, world: World, stop: StopRequest, watcher: Watcher) -> None:
+        self._rounds = Maximum(world, wants=2)
+        self._stop, self._watcher = stop, watcher
+
+    def decide(self, *, save_is_wanted: bool) -> Decision:
+        if (notice := self._watcher.poll()) is not None and notice.kind == "stop":
+            self._stop.ask(notice.text)
+        stop, save = self._rounds.exchange(bool(self._stop), save_is_wanted)
+        if stop:
+            self._stop.settled = "stop"
+        return _DECISIONS[bool(stop), bool(save)]
+
+    def finish(self) -> None:
+        self._rounds.finish()
+
+
+_DECISIONS = {(stop, save): Decision(stop, save) for stop in (False, True) for save in (False, True)}

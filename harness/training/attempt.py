@@ -1,0 +1,178 @@
+"""An attempt: one start of a run, or what follows a rollback. It has a number, a place where it resumed, and a record."""
+
+import contextlib
+import functools
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from harness.checkpoint.catalog import Catalog
+from harness.checkpoint.staging import HostMemory
+from harness.config import Config, RunConfig
+from harness.distributed.world import World, has_lost_a_peer, is_timeout
+from harness.errors import ConfigError, HarnessError, StoreError
+from harness.launcher import outcome
+from harness.runtime.console import here
+from harness.runtime.environment import began, launch_id, launcher_began, restarts
+from harness.runtime.watchdog import Watchdog
+from harness.state.capture import State
+from harness.storage.store import open_store
+from harness.telemetry import crashes
+from harness.telemetry.crashes import Crash
+from harness.telemetry.metrics import Reporter
+from harness.training import resume
+from harness.training.checkpointing import Checkpointing
+from harness.training.circumstances import Circumstances
+from harness.training.hangs import NoWatchdog
+from harness.training.program_loop import Place
+from harness.training.resume import NEW, Resumed
+from harness.training.save_policy import SavePolicy
+from harness.training.saves import Saves
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Where an attempt has resumed, how it saves, where it tells what happens, and which attempt follows a rollback."""
+
+    events: Reporter
+    place: Callable[[], Place] = lambda: Place(here.rank, 0, 0, [])
+    resumed: Resumed = NEW
+    saves: Saves = field(default_factory=Saves)
+    record_crash: Callable[[Crash], None] = lambda _crash: None
+    next: "Callable[[], Attempt] | None" = None  # where there is something to roll back to
+
+    def remember(self, error: BaseException) -> None:
+        """Leaves a record of an error in the training code, or in a sample, for the attempts to come."""
+        place = self.place()
+        has_lost = has_lost_a_peer(error)  # what torch says of that has nothing to do with the training
+        what = "lost contact with another rank" if has_lost else f"{type(error).__name__}: {error}".partition("\n")[0]
+        self.events.event("error", "", step=place.step, error=what)
+        if has_lost and is_timeout(error):
+            log.error(
+                "rank %d waited in vain for another rank, after %d calls of run.step() in this process (step %d): every "
+                "rank has to call it equally often",
+                *(place.rank, place.boundaries, place.step),
+            )
+        if isinstance(error, Exception) and not isinstance(error, HarnessError) and not has_lost:
+            with contextlib.suppress(StoreError):  # the error that is under way matters more
+                self.record_crash(Crash(place.step + 1, what, place.rank, place.samples))
+
+    @contextlib.contextmanager
+    def remembering(self) -> Iterator[None]:
+        """The time until somebody else does it, and closes what is open."""
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, Exception):
+                self.remember(error)
+            self.events.close()
+            raise
+
+    def begin_here(self, step: int, steps_in_all: int | None) -> None:
+        """A loop begins, or goes on after a rollback."""
+        self.saves.begin_here()
+        self.events.show(step, steps_in_all)
+
+    def end_soon(self, grace_seconds: float, watchdog: Watchdog | NoWatchdog) -> None:
+        """Another rank has died, and the process leaves: a save under way is worth some time. Called in any thread."""
+        self.saves.let_end(grace_seconds)
+        self.events.flush()
+        if watchdog.is_reporting:  # it ends the process when it is done
+            time.sleep(grace_seconds)
+
+    def close(self, grace_seconds: float, *, left_at: int | None = None) -> None:
+        """Ends what is under way: a save that can be finished soon is worth it. ``left_at`` is the step at which the loop
+        was left before its end."""
+        self.saves.give_up_after(grace_seconds)
+        if left_at is not None:
+            self.saves.warn_of_lost_steps(left_at)
+        self.events.close()
+
+
+def first_of(circumstances: Circumstances, *, fresh: bool) -> Attempt:
+    """Begins the run's next attempt, or its first. ``fresh`` refuses a URL that holds a run. All ranks call it."""
+    world, config, state = circumstances.world, circumstances.config, circumstances.state
+    checkpoint = config.checkpoint
+    if checkpoint.url is None:
+        events = Reporter(config, active=world.rank == 0)
+        events.event("start", "no checkpoint.url: this run is not saved", step=state.progress.step)
+        _start_anew(circumstances, events)
+        resume.check_lockstep(world, state, circumstances.about, resumed=False)
+        return Attempt(events, circumstances.loop.place)
+    catalog = Catalog(open_store(checkpoint.url, checkpoint.storage_options))
+    if fresh and checkpoint.must_exist:
+        raise ConfigError("checkpoint.must_exist expects a run in checkpoint.url, fresh an unused one: choose")
+    if fresh:
+        resume.on_first(world, lambda: resume.refuse_to_reuse(catalog, launch_id()))
+    if checkpoint.must_exist:
+        resume.on_first(world, lambda: resume.refuse_to_begin(catalog))
+    is_looping = resume.on_first(world, lambda: crashes.is_looping(catalog, config.crash_loop.same_failures))
+    memory = HostMemory(pinned=world.device.type == "cuda")
+    attempt = _begin(circumstances, catalog, memory, pass_over_newest=is_looping)
+    if world.rank == 0:
+        _tell_of_differences(config, state)
+    return attempt
+
+
+def _begin(circumstances: Circumstances, catalog: Catalog, memory: HostMemory, *, pass_over_newest: bool = False) -> Attempt:
+    """Claims an attempt, resumes, and makes sure that all ranks hold the same."""
+    world, config, state = circumstances.world, circumstances.config, circumstances.state
+    about: dict[str, Any] = {"launch": launch_id(), "world_size": world.size, "host": platform.node()}
+    about |= {"pid": os.getpid(), "began": began(), "restarts": restarts(), "launcher_began": launcher_began()}
+    claimed = resume.on_first(world, lambda: catalog.claim_attempt(about))
+    events = Reporter(config, active=world.rank == 0, attempt=claimed.id, store=catalog.store)
+    attempt = Attempt(
+        events,
+        circumstances.loop.place,
+        record_crash=functools.partial(crashes.record, catalog, claimed),
+        next=functools.partial(_begin, circumstances, catalog, memory),
+    )
+    with attempt.remembering():
+        resumed = resume.resume(world, catalog, state, how=config.checkpoint.restore, pass_over_newest=pass_over_newest)
+        if resumed is NEW:
+            _start_anew(circumstances, events)
+        resume.check_lockstep(world, state, circumstances.about, resumed=resumed is not NEW)
+        saves = Checkpointing(circumstances, claimed, catalog, resumed, events, memory)
+        _tell_of_begin(events, claimed.number, resumed, catalog.store.url, world, state.progress.step)
+    if world.rank == 0 and not SavePolicy(config.checkpoint).has_intervals:
+        log.warning(
+            "nothing is saved before the end of the run: a death costs all of it. Give every_steps, every_seconds or "
+            "every_epochs (checkpoint.every_… in a configuration)"
+        )
+    return replace(attempt, resumed=resumed, saves=saves)
+
+
+def _tell_of_begin(events: Reporter, number: int, resumed: Resumed, url: str, world: World, step: int) -> None:
+    for directory, why in resumed.passed_over.items():
+        events.event("fallback", "", directory=directory, why=why)  # which was logged when it was found
+    outcome.resumed(step)
+    is_new = resumed is NEW
+    where = f"starting in {url}" if is_new else f"resuming from {resumed.directory}"
+    events.event(
+        "start" if is_new else "resume",
+        f"attempt {number}: {where}, {world.size} x {world.device.type} ({world.backend}), step {step}",
+        step=step,
+        directory=resumed.directory or None,
+        lineage=[(ancestor.attempt, ancestor.until_step) for ancestor in resumed.lineage],
+        world_size=world.size,
+    )
+
+
+def _tell_of_differences(config: RunConfig, state: State) -> None:
+    """Says what somebody has edited in the program since the checkpoint, and whose word counts."""
+    for each in state.differences:
+        is_task = isinstance(config, Config)
+        how = f"train.reset_options=[{each.name}]" if is_task else f'Run(..., reset_options=["{each.name}"])'
+        log.warning("%s%s", each, f". To use the program's: {how}" if each.who_counts == "checkpoint" else "")
+
+
+def _start_anew(circumstances: Circumstances, events: Reporter) -> None:
+    """Gives a new run what it is to begin with."""
+    if what := circumstances.initialize():
+        events.event("init", what)

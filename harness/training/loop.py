@@ -1,0 +1,298 @@
+"""The training loop of ``harness train``, in training order. What keeps it alive is in ``harness.training.run``."""
+
+import contextlib
+import inspect
+import os
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from harness import interchange
+from harness.config import Config
+from harness.data import loader as data
+from harness.data.loader import Cursor, Gap, Loader, Step
+from harness.distributed.world import World
+from harness.errors import ConfigError, NonFinite
+from harness.runtime.signals import StopRequest
+from harness.state.capture import random_state, restore_random_state
+from harness.task import Task
+from harness.training import nonfinite, resume
+from harness.training.run import Run
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How far a training has come."""
+
+    step: int
+    cursor: Cursor
+    last: dict[str, float]  # the newest metrics, the training loss among them
+    best: dict[str, float]  # the metrics and the step of the best evaluation
+    passed_over: list[Gap] = field(default_factory=list)  # batches that were not trained
+
+
+def train(config: Config, task: Task, world: World, stop: StopRequest, *, fresh: bool = False) -> Trained:
+    """Trains a task to its end, from wherever the run at ``checkpoint.url`` is.
+
+    Every rank calls it with the same arguments. Raises ``Stopped`` when ``stop`` was set on any rank; the step that all
+    ranks finished last is saved then.
+    """
+    trainer = _Trainer(config, task, world)
+    run = Run(
+        config.checkpoint.url,
+        trainer.state(),
+        config=config,
+        initialize=trainer.initialize,
+        about={"seed": config.seed, "samples": trainer.loader.schedule.samples, "config": config.digest()},
+        reset_options=config.train.reset_options,
+        world=world,
+        stop=stop,
+        fresh=fresh,
+    )
+    with contextlib.closing(run):
+        try:
+            for _ in run.steps(trainer.total_steps):
+                trainer.advance(run)
+                trainer.evaluate_if_due(run)
+                run.step(loss=trainer.mean_loss())
+        except Exception as error:
+            run.remember_crash(error)
+            raise
+    progress, loader = run.state.progress, trainer.loader
+    return Trained(progress.step, loader.cursor, progress.last, progress.best, loader.gaps)
+
+
+class _Trainer:
+    """The things that the loop moves along, and each of its moves."""
+
+    def __init__(self, config: Config, task: Task, world: World) -> None:
+        self.config, self.task, self.world = config, task, world
+        _be_deterministic(config.train.deterministic)
+        train = config.train
+        self.loader = Loader(
+            task.dataset,
+            train.global_batch_size,
+            seed=config.seed,
+            micro_batch_size=train.micro_batch_size,
+            workers=config.data.workers,
+            collate=task.collate,
+            pin_memory=world.device.type == "cuda",
+            drop_last=train.drop_last,
+            tells_epoch=True,
+            fingerprint=config.data.fingerprint,
+            rank=world.rank,
+            world_size=world.size,
+        )
+        self.total_steps = train.steps or (train.epochs or 0) * len(self.loader)
+        task.model.to(world.device).train()
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=train.precision == "fp16")
+        data.seed_everything(config.seed, world.rank + 1)
+        self.model = world.wrap(task.model)
+        self.parameters = list(task.model.parameters())  # walking through the modules takes longer than many a step
+        self.loss = torch.zeros(
+            (), device="cpu"
+        )  # this rank's part of the mean loss over the last global batch; the parts add up
+
+    def state(self) -> dict[str, Any]:
+        """What is saved and restored."""
+        return {**state_of(self.task, self.model, self.scaler), "loader": self.loader}
+
+    def initialize(self) -> str | None:
+        """Gives a new run the weights that ``init_from`` names."""
+        if self.config.init_from is None:
+            return None
+        foreign = interchange.read_foreign(self.config.init_from)
+        optimizer = self.task.optimizer if self.config.init_optimizer else None
+        loaded = interchange.load_into(self.task.model, optimizer, foreign)
+        return f"initialized from {foreign.source} ({foreign.what}): {loaded}"
+
+    def mean_loss(self) -> torch.Tensor:
+        """This rank's loss of the last step, such that the mean over the ranks is that over the global batch."""
+        return self.loss * self.world.size
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+
+    def advance(self, run: Run) -> None:
+        """Trains the next batch, or passes over it."""
+        while (micro_batches := self.loader.next_step()) and not self.step(micro_batches):
+            if not self.pass_over(run):
+                break
+        if self.task.scheduler is not None and not _waits_for_evaluations(self.task.scheduler):
+            self.task.scheduler.step()
+
+    def step(self, micro_batches: Step) -> bool:
+        """One optimizer step; False where it was not taken, because the loss or the gradients are not finite."""
+        optimizer, scaler, parameters = self.task.optimizer, self.scaler, self.parameters
+        self.loss = self.accumulate(micro_batches)
+        limit, looks = self.config.train.clip_grad_norm, self.config.nonfinite.policy != "ignore"
+        bad = False
+        if limit is not None or looks:
+            scaler.unscale_(optimizer)  # the limit is meant for the gradients, not for the scaled ones
+            norm = nonfinite.gradient_norm(parameters) if limit is None else nn.utils.clip_grad_norm_(parameters, limit)
+            bad = looks and nonfinite.is_bad(self.world, norm, self.loss, has_scaler=scaler.is_enabled())
+        if bad:
+            scaler.update(scaler.get_scale())  # the scale is not to blame, and stays
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+        for parameter in parameters:  # all of them: the optimizer may not own each, and none may pile up
+            parameter.grad = None
+        return not bad
+
+    def pass_over(self, run: Run) -> bool:
+        """Notes that the batch that was just found bad is not to be trained; goes back to a checkpoint where that is wanted,
+        and says whether it has.
+
+        Raises ``NonFinite`` where the configuration, or what has become of the model, does not allow it.
+        """
+        loader, config = self.loader, self.config.nonfinite
+        what, samples = nonfinite.what_is_bad(self.world, self.loss, loader)
+        found = f"step {run.global_step + 1}: {what}"
+        if config.policy == "stop":
+            raise NonFinite(f"{found}; mend the data or the training, or choose nonfinite.policy skip or rollback")
+        if len(loader.gaps) >= config.limit:
+            raise NonFinite(f"{found}; {config.limit} batches were passed over before this one (nonfinite.limit)")
+        run.tell("nonfinite", f"{found}: {config.policy}", step=run.global_step + 1, samples=samples, policy=config.policy)
+        loader.pass_over()
+        if config.policy == "rollback":
+            if not run.can_roll_back():
+                raise NonFinite(f"{found}; there is no checkpoint yet to go back to")
+            gaps = loader.gaps
+            data.seed_everything(self.config.seed, self.world.rank + 1)
+            run.roll_back()
+            loader.leave_out(gaps)
+            return True
+        if spoilt := resume.on_first(self.world, lambda: nonfinite.buffers_with_nan(self.task.model)):
+            raise NonFinite(f"{found}; skip does not mend the NaN in {', '.join(spoilt)}: choose nonfinite.policy rollback")
+        return False
+
+    def accumulate(self, micro_batches: Step) -> torch.Tensor:
+        """Adds the gradients of the mean loss over the global batch up; the ranks meet in the last backward pass."""
+        parts = []
+        for index, (batch, weight) in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            with contextlib.nullcontext() if last else self.without_meeting():
+                with self.autocast():
+                    loss = self.task.loss(self.model, data.to_device(batch, self.world.device))
+                # DDP divides by the number of ranks, as if their shares were equal; the weights know better.
+                scaled = self.scaler.scale(loss * (weight * self.world.size))
+                torch.autograd.backward(scaled, nonfinite.seed_of(scaled, loss))
+            parts.append(loss.detach() * weight)
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+
+    def without_meeting(self) -> contextlib.AbstractContextManager[Any]:
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            return self.model.no_sync()
+        return contextlib.nullcontext()
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.config.train.precision == "fp32":
+            return contextlib.nullcontext()
+        dtype = torch.float16 if self.config.train.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.world.device.type, dtype)
+
+    # --- at a step boundary ------------------------------------------------------------------------------------------
+
+    def evaluate_if_due(self, run: Run) -> None:
+        """Evaluates where an interval ends with the step that was just trained, or the run does."""
+        every, step = self.config.evaluation, run.global_step + 1
+        epochs = (self.loader.trained_epoch, self.loader.epoch)
+        due = step >= self.total_steps or data.is_due(step, epochs, every.every_steps, every.every_epochs)
+        if self.task.evaluation is not None and due:
+            values = self.evaluate()
+            run.evaluated(self.task.evaluation.metric, values, higher_is_better=self.task.evaluation.higher_is_better)
+            if _waits_for_evaluations(self.task.scheduler):
+                self.task.scheduler.step(values[self.task.evaluation.metric])
+
+    def evaluate(self) -> dict[str, float]:
+        """Judges the model in ``eval()`` mode and leaves it, and the random states, as they were."""
+        before = random_state(self.world.device)
+        modes = [(module, module.training) for module in self.task.model.modules()]
+        # DDP overwrites the buffers of the other ranks with rank 0's before the next step. Judge with those.
+        self.world.broadcast_tensors([buffer for buffer in self.task.model.buffers() if buffer.numel()])
+        self.task.model.eval()
+        try:
+            with torch.no_grad(), self.autocast():
+                return self.measure()
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            restore_random_state(before, self.world.device)
+
+    def measure(self) -> dict[str, float]:
+        """The means of the evaluation's metrics over its data set, of which each rank measures a share."""
+        evaluation = self.task.evaluation
+        assert evaluation is not None
+        size, rank, ranks = len(evaluation.dataset), self.world.rank, self.world.size  # type: ignore[arg-type]
+        if size == 0:
+            raise ConfigError("task: expected an evaluation data set with samples, found an empty one")
+        share = range(rank * size // ranks, (rank + 1) * size // ranks)
+        sums: dict[str, float] = {}
+        for start in range(0, len(share), evaluation.batch_size):
+            indices = share[start : start + evaluation.batch_size]
+            samples = [evaluation.dataset[index] for index in indices]
+            batch = (self.task.collate or torch.utils.data.default_collate)(samples)
+            for name, value in evaluation.measure(self.task.model, data.to_device(batch, self.world.device)).items():
+                sums[name] = sums.get(name, 0.0) + float(value) * len(indices)
+        totals: dict[str, float] = {}
+        for own in self.world.all_gather(sums):  # a rank without a share knows no names
+            for name, value in own.items():
+                totals[name] = totals.get(name, 0.0) + value
+        return {name: value / size for name, value in totals.items()}
+
+
+def state_of(task: Task, model: nn.Module, scaler: torch.amp.GradScaler) -> dict[str, Any]:
+    """What a step changes of a task, and what is saved of it; ``model`` may be wrapped."""
+    state = {"model": model, "optimizer": task.optimizer, "scaler": scaler}
+    return state if task.scheduler is None else {**state, "scheduler": task.scheduler}
+
+
+def _waits_for_evaluations(scheduler: Any) -> TypeGuard[ReduceLROnPlateau]:
+    """Whether a scheduler is stepped with what an evaluation has found, not with each step."""
+    return isinstance(scheduler, ReduceLROnPlateau)
+
+
+def _check_steps(config: Config, task: Task) -> None:
+    """Raises ``ConfigError`` for an optimizer or a scheduler that the loop could not step."""
+    if (closure := inspect.signature(task.optimizer.step).parameters.get("closure")) and closure.default is closure.empty:
+        kind = type(task.optimizer).__name__
+        raise ConfigError(
+            f"task: {kind} asks for a closure, and harness train has none; use it in a loop of your own with Run"
+        )
+    if _waits_for_evaluations(task.scheduler):
+        every = config.evaluation
+        if task.evaluation is None or every.every_steps is every.every_epochs is None:
+            raise ConfigError(
+                "task: ReduceLROnPlateau waits for evaluations; expected Task(evaluation=...) and an interval "
+                "(evaluation.every_steps or evaluation.every_epochs), found none"
+            )
+    elif task.scheduler is not None:
+        try:
+            inspect.signature(task.scheduler.step).bind()
+        except TypeError:
+            kind = type(task.scheduler).__name__
+            raise ConfigError(f"task: expected a scheduler with step(), found {kind}, whose step wants arguments") from None
+
+
+def _be_deterministic(wanted: bool) -> None:
+    """Bit-identical results ask for kernels that add in a fixed order."""
+    if not wanted:
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Filling every new tensor costs a pass over its memory and changes no result.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
+
+
+def build_task(config: Config, builder: Any) -> Task:
+    """Calls the user's function with everything seeded, so that it gives the same on every rank and every time."""
+    data.seed_everything(config.seed)
+    task = builder(**config.args)
+    if not isinstance(task, Task):
+        raise ConfigError(f"task: expected {config.task} to return a harness.Task, found {type(task).__name__}")
+    _check_steps(config, task)
+    return task

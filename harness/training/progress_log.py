@@ -1,0 +1,103 @@
+"""What a run tells of its progress: the metrics of a step, their means over the ranks, its speed, and slow ranks."""
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from harness.config import RunConfig
+from harness.data.loader import Loader, is_due
+from harness.distributed.world import World
+from harness.errors import ConfigError
+from harness.state.capture import State
+from harness.telemetry.metrics import check_metric_names, hash_of, in_words, number_of
+from harness.training.stragglers import OwnWork, Straggler, Stragglers
+
+_FLOATS_AT_ONCE = 32
+
+
+class ProgressLog:
+    """Keeps the metrics of the newest step, and logs them. ``tell`` takes an event, a message and values; rank 0 speaks."""
+
+    def __init__(
+        self,
+        world: World,
+        config: RunConfig,
+        state: State,
+        loader: Loader | None,
+        own_work: OwnWork,
+        tell: Callable[..., None],
+    ) -> None:
+        self._world, self._state, self._loader, self._own_work = world, state, loader, own_work
+        self._every, self._stragglers, self._tell = config.log, config.stragglers, tell
+        self._metrics: Mapping[str, Any] = {}  # of the last step
+        self._last_time, self._last_step = time.monotonic(), 0
+        self._slow_ranks: Callable[[int, Sequence[float]], Sequence[Straggler]] = _nobody
+
+    def begin_here(self) -> None:
+        """The clocks run from now on. All ranks call it."""
+        hosts, factor = self._world.all_gather(platform.node()), self._stragglers.factor
+        if factor is not None and len(hosts) > 1:
+            self._slow_ranks = Stragglers(hosts, factor, self._stragglers.window_seconds).look
+        self._last_time, self._last_step = time.monotonic(), self._state.progress.step
+
+    def note(self, metrics: Mapping[str, Any]) -> None:
+        """Keeps the metrics of a step: numbers, or tensors, which are not waited for."""
+        if metrics.keys() != self._metrics.keys():
+            check_metric_names(metrics)
+        self._metrics = {name: each.detach() if isinstance(each, torch.Tensor) else each for name, each in metrics.items()}
+
+    def average(self) -> list[float]:
+        """Averages this step's metrics over the ranks, and returns the seconds of own work of each. All ranks call it.
+
+        Raises ``ConfigError`` where they tell different metrics. The names travel with the first numbers, as a hash.
+        """
+        own = [self._own_work.seconds(), float(hash_of(self._metrics)), *map(number_of, self._metrics.items())]
+        first, rest = own[:_FLOATS_AT_ONCE], own[_FLOATS_AT_ONCE:]
+        rows = self._world.all_gather_floats([*first, *[0.0] * (_FLOATS_AT_ONCE - len(first))])  # all agree on a length
+        if any(row[1] != rows[0][1] for row in rows):
+            names = self._world.all_gather([*self._metrics])
+            told = "; ".join(f"rank {rank} tells {', '.join(each)}" for rank, each in enumerate(names))
+            raise ConfigError(f"run.step: all ranks must tell the same metrics, in the same order; {told}")
+        more = self._world.all_gather_floats(rest) if rest else [[] for _ in rows]
+        seconds, _, *metrics = zip(
+            *([*row[: len(first)], *others] for row, others in zip(rows, more, strict=True)), strict=True
+        )
+        # Added in rank order, since an all-reduce may add in another order at every size of the message.
+        means = [sum(values) / self._world.size for values in metrics]
+        self._state.progress.last |= dict(zip(self._metrics, means, strict=True))
+        return list(seconds)
+
+    def is_due(self, epochs: tuple[int, int]) -> bool:
+        """Whether the step that was just taken is to be logged; ``epochs`` as for ``is_due`` of ``harness.data.loader``."""
+        return is_due(self._state.progress.step, epochs, self._every.every_steps, self._every.every_epochs)
+
+    def is_due_after_epoch(self, epochs: tuple[int, int]) -> bool:
+        """Likewise, at the end of an epoch that no step boundary has shown."""
+        return is_due(1, epochs, None, self._every.every_epochs)
+
+    def log(self, place: str) -> None:
+        """Logs the step that was just taken; ``place`` says which, for people. All ranks call it."""
+        own_seconds = self.average()
+        progress, now = self._state.progress, time.monotonic()
+        steps_per_second = (progress.step - self._last_step) / max(now - self._last_time, 1e-9)
+        self._last_time, self._last_step = now, progress.step
+        values = {name: progress.last[name] for name in self._metrics}
+        for optimizer in list(self._state.optimizers.values())[:1]:
+            if "lr" in optimizer.param_groups[0]:  # few optimizers have no such option
+                values["lr"] = float(optimizer.param_groups[0]["lr"])
+        if self._loader:
+            values["samples/s"] = self._loader.schedule.global_batch_size * steps_per_second
+        else:
+            values["steps/s"] = steps_per_second
+        self._tell("train", f"{place}  {in_words(values)}", step=progress.step, **values)
+        for found in self._slow_ranks(progress.step, own_seconds):
+            self._tell("straggler", str(found), step=progress.step, **asdict(found))
+
+
+def _nobody(_step: int, _totals: Sequence[float]) -> Sequence[Straggler]:
+    """Who is slow, where nobody looks."""
+    return ()

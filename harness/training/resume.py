@@ -1,0 +1,258 @@
+"""Resuming: the newest checkpoint that every rank can read.
+
+Rank 0 lists and chooses, once; the others follow. Every rank verifies every byte before a live tensor is touched, whether
+it has read it itself or was given it by the rank whose share it was; if any rank cannot, all fall back together to the
+checkpoint before, and say so. A run whose checkpoints are all damaged stops: training from scratch over it is for its
+owner to decide. Random states come last, and nothing is trained until all ranks have shown that they hold the same state.
+"""
+
+import functools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from harness.checkpoint import load
+from harness.checkpoint.catalog import Catalog, Entry
+from harness.checkpoint.format import Ancestor
+from harness.distributed.world import World
+from harness.errors import (
+    CheckpointError,
+    ConfigError,
+    HarnessError,
+    Mismatch,
+    NoCheckpoint,
+    RankFailure,
+    StoreError,
+)
+from harness.state.capture import RANDOM, State
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on from."""
+
+    directory: str
+    step: int
+    lineage: list[Ancestor]
+    save_seconds: float | None  # what a save took then, where that is known
+    passed_over: Mapping[str, str]  # newer checkpoints that it does not go on from, and why
+
+
+NEW = Resumed("", 0, [], None, {})
+"""There was nothing to resume from."""
+
+
+def resume(
+    world: World,
+    catalog: Catalog,
+    state: State,
+    *,
+    how: Literal["auto", "each", "shared"] = "each",
+    pass_over_newest: bool = False,
+) -> Resumed:
+    """Restores the newest checkpoint that all ranks can read; ``NEW`` when the run has none at all.
+
+    One that does not fit the live state is a ``Mismatch``. ``how`` it is read is ``checkpoint.restore`` of the
+    configuration. ``pass_over_newest`` takes the checkpoint before the newest whole one, if there is one. Raises
+    ``NoCheckpoint`` when there are checkpoints and none is whole.
+    """
+    entries = _each(world, catalog)
+    passed_over: dict[str, str] = {}
+    if pass_over_newest:
+        entries = _without_newest(entries, passed_over)
+    shared = world.size > 1 and (how == "shared" or (how == "auto" and not catalog.store.is_local))
+    storage_failed = False
+    for entry in entries:
+        parts, problems, was_storage = _read_together(world, catalog, entry, shared=shared)
+        if problems:
+            storage_failed = storage_failed or was_storage
+            passed_over[entry.directory] = why = "; ".join(problems)
+            log.error("NOT resuming from %s: %s", entry.directory, why)
+            continue
+        assert parts is not None, "no rank reported a problem"
+        assert entry.manifest is not None
+        meta = entry.manifest.meta
+        if RANDOM not in parts:
+            raise Mismatch(f"{entry.directory}: was not written by a run; start a run elsewhere with init_from it")
+        try:
+            state.restore(parts, entry.step, world.rank, int(meta.get("epoch") or 0))
+        except Mismatch as error:
+            where = f"{catalog.store.url}/{entry.directory}"
+            advice = "if that is meant, it is another run, and belongs to another URL"
+            grown = "what has grown while it was trained, Run(..., adapt=...) can give the program before it is compared"
+            raise Mismatch(f"{where}: {error}\n{advice}; {grown}") from None
+        _warn_if_inexact(meta, conditions(world))
+        # With other ranks the random streams start anew, from the seed and the rank.
+        state.random_to_restore = parts[RANDOM].get(str(world.rank), {}) if meta.get("world_size") == world.size else {}
+        ancestor = Ancestor(entry.manifest.attempt, entry.step)
+        lineage = [*entry.manifest.lineage, ancestor]
+        on_first(world, functools.partial(_tell_of_other_lines, catalog, entry, passed_over))
+        return Resumed(entry.directory, entry.step, lineage, save_seconds(meta), passed_over)
+    if storage_failed:  # what cannot be read today is not damaged
+        raise StoreError(f"{catalog.store.url}: no checkpoint could be read: {'; '.join(problems)}", transient=True)
+    if passed_over:
+        raise NoCheckpoint(
+            f"{catalog.store.url}: expected a whole checkpoint, found {len(passed_over)} damaged ones; "
+            "restore one of them or start a run at another URL"
+        )
+    return NEW
+
+
+def _each(world: World, catalog: Catalog) -> Iterator[Entry]:
+    """What the run may resume from, best first, on every rank. Rank 0 looks at each when it is asked for: the others wait no
+    longer than that takes, however many there are."""
+    candidates = catalog.candidates() if world.rank == 0 else iter(())
+    while (entry := on_first(world, lambda: next(candidates, None))) is not None:
+        yield entry
+
+
+def _without_newest(entries: Iterator[Entry], passed_over: dict[str, str]) -> Iterator[Entry]:
+    """Leaves the newest whole checkpoint out, unless there is no other."""
+    first: Entry | None = None
+    for entry in entries:
+        if first is None and entry.state == "whole":
+            first = entry
+            continue
+        if first is not None and first.directory not in passed_over and entry.state == "whole":
+            passed_over[first.directory] = why = "the attempts before this one all failed in the same way"
+            log.error("NOT resuming from %s: %s", first.directory, why)
+        yield entry
+    if first is not None and first.directory not in passed_over:
+        yield first
+
+
+def _tell_of_other_lines(catalog: Catalog, newest: Entry, passed_over: Mapping[str, str]) -> None:
+    for entry in catalog.further(newest):
+        if entry.directory in passed_over:
+            continue
+        log.warning(
+            "also there: step %s of attempt %s, not on this line, and further than it: %s. It stays until this line has "
+            "passed it. To go on from it instead, stop, and move what later attempts have saved out of the URL",
+            entry.step,
+            entry.attempt.number,
+            entry.directory,
+        )
+
+
+def check_lockstep(world: World, state: State, about: Mapping[str, Any], *, resumed: bool) -> None:
+    """Raises unless all ranks hold the same step and the same state, bit for bit: ``RankFailure`` where they have resumed,
+    ``ConfigError`` where they have just been built, and would be built like that again.
+
+    ``about`` are further values that must be the same: what is trained.
+    """
+    state.agree(world.all_gather)
+    found = world.all_gather({**about, **state.digests()})
+    different = [rank for rank in range(world.size) if found[rank] != found[0]]
+    if different:
+        first = found[different[0]]
+        keys = [key for key in found[0] if found[0][key] != first[key]]
+        values = "; ".join(f"{key}: {found[0][key]} on rank 0, {first[key]} on rank {different[0]}" for key in keys)
+        what = f"the ranks are not in lockstep: ranks {different} differ from rank 0 ({values})"
+        if resumed:
+            raise RankFailure(what)
+        hint = "; DistributedDataParallel, which makes models equal, comes before Run" if state.modules.keys() & keys else ""
+        raise ConfigError(f"{what}{hint}")
+
+
+def check_alike(world: World, state: State) -> None:
+    """Raises ``ConfigError`` unless all ranks hold the same parameters and optimizer states, bit for bit. Called before an
+    attempt saves for the first time: a checkpoint has rank 0's, or pieces of each, and gives them to all. Of parameters that
+    no optimizer moves, as ``Embedding(max_norm=…)`` does, a difference is told."""
+    if world.size == 1:
+        return
+    gathered = world.all_gather(state.steady_digests())
+    found, apart = ([each[index] for each in gathered] for index in (0, 1))
+    if different := [rank for rank in range(world.size) if found[rank] != found[0]]:
+        names = [name for name in found[0] if found[0][name] != found[different[0]].get(name)]
+        raise ConfigError(
+            f"step {state.progress.step}: {', '.join(names)} differs between rank 0 and ranks {different}, nothing is "
+            "saved. harness saves what is the same on all ranks: wrap each trained module in DistributedDataParallel, or "
+            "average what the ranks hold before run.step()"
+        )
+    different = [rank for rank in range(world.size) if apart[rank] != apart[0]]
+    if different and world.rank == 0:
+        log.warning(
+            "parameters that no optimizer moves (frozen ones, or those of an Embedding with max_norm) differ between rank 0 "
+            "and ranks %s: the checkpoint has rank 0's, and a restart gives them to all",
+            different,
+        )
+
+
+def on_first(world: World, function: Any) -> Any:
+    """What rank 0 gets from a call, on every rank; its error is raised on every rank, too."""
+    result: Any = None
+    if world.rank == 0:
+        try:
+            result = function()
+        except HarnessError as error:
+            result = error
+    result = world.broadcast(result)
+    if isinstance(result, HarnessError):
+        raise result
+    return result
+
+
+def _read_together(
+    world: World, catalog: Catalog, entry: Entry, *, shared: bool
+) -> tuple[dict[str, Any] | None, Sequence[str], bool]:
+    """What this rank read, the problems of all ranks, and whether one is the storage's: where there are any, nobody uses
+    anything."""
+    parts, problem, is_storage = None, entry.problem, False
+    if entry.manifest is not None and not problem:
+        try:
+            parts = load.read(catalog.store, entry.directory, entry.manifest, peers=world if shared else None)
+        except (CheckpointError, StoreError) as error:
+            problem, is_storage = f"{error} (rank {world.rank})", isinstance(error, StoreError)
+        except RankFailure:  # the rank that has failed says why
+            pass
+    found = world.all_gather((problem, is_storage))
+    return parts, sorted({problem for problem, _ in found if problem}), any(is_storage for _, is_storage in found)
+
+
+def save_seconds(meta: Mapping[str, Any]) -> float | None:
+    """What the save before this checkpoint took; None where that is not known."""
+    seconds = meta.get("save_seconds")
+    return seconds if isinstance(seconds, float) else None
+
+
+def conditions(world: World) -> dict[str, Any]:
+    """What the bits of a result depend on besides the run itself. It is in every manifest."""
+    return {
+        "world_size": world.size,
+        "device": world.device.type,
+        "threads": torch.get_num_threads(),  # torchrun sets one for each of several local ranks
+        "torch": torch.__version__,
+    }
+
+
+def _warn_if_inexact(meta: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    differences = [f"{key} {meta.get(key)} → {value}" for key, value in here.items() if meta.get(key) != value]
+    if differences:
+        log.warning(
+            "resuming under other conditions (%s): every global batch has the same samples, but the results will not "
+            "have the same bits",
+            ", ".join(differences),
+        )
+
+
+def refuse_to_reuse(catalog: Catalog, launch: str | None) -> None:
+    """For ``--fresh``: raises ``ConfigError`` when the URL already holds a run that this very launch did not begin."""
+    attempts = catalog.attempts()
+    if next(catalog.candidates(), None) is not None:
+        began = catalog.about_attempt(attempts[0]).get("launch") if attempts else None
+        if launch is None or began != launch:
+            raise ConfigError(f"checkpoint.url: --fresh expects an unused URL, found a run in {catalog.store.url}")
+
+
+def refuse_to_begin(catalog: Catalog) -> None:
+    """For ``must_exist``: raises ``NoCheckpoint`` where there is nothing to resume from."""
+    if next(catalog.candidates(), None) is None:
+        raise NoCheckpoint(
+            f"{catalog.store.url}: expected a run to go on with (checkpoint.must_exist), found no checkpoint; "
+            "see that the URL is right, and the disk mounted"
+        )
