@@ -204,7 +204,7 @@ def test_under_a_debugger(write):
     """``python -m pdb -m harness train`` stops in front of the program and lets it run; there is no process group."""
     done = subprocess.run(
         [sys.executable, "-m", "pdb", "-m", "harness", "train", write()],
-        input="from harness.training import loop\nbreak loop._Trainer.step\ncontinue\np self.world.size\nclear 1\ncontinue\n",
+        input="from harness.training import loop\nb loop._Trainer.step\ncontinue\np self.world.size\nclear 1\ncontinue\n",
         env=environment(),
         capture_output=True,
         text=True,

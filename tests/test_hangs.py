@@ -94,7 +94,7 @@ def test_hangs_are_told_of_and_survived(tmp_path):
         run.wait_for("save", attempt=3)
         with server.frozen():
             run.wait(lambda: len(stacks(run)) == 6, "two more reports")
-            assert any("in _end_body" in text for text in stacks(run)[4:]), run.output()
+            assert any("in _at_end_of_body" in text for text in stacks(run)[4:]), run.output()
         resumed = run.wait_for("resume", attempt=4)
         run.wait_for("save", step=resumed["step"] + 1, attempt=4)
         run.kill()

@@ -58,7 +58,7 @@ def test_several_threads_of_a_worker_take_what_comes():
 
 def test_it_holds_up_nobodys_exit():
     """A call that hangs ends with the program."""
-    program = "import time; from harness.checkpoint.threads import Worker; w = Worker('x'); w.begin(lambda: time.sleep(60))"
+    program = "import time; from harness.runtime.threads import Worker; w = Worker('x'); w.begin(lambda: time.sleep(60))"
     began = time.monotonic()
     subprocess.run([sys.executable, "-c", program], check=True, timeout=50)
     assert time.monotonic() - began < 30

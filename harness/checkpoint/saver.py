@@ -231,7 +231,8 @@ class Saver:
         writing.blocked_seconds += time.monotonic() - began
         self._under_way = None
         committed = self._committed(writing.order.request.step, writing.result)
-        return self._saved(writing.order, committed, writing.seconds, writing.blocked_seconds)
+        seconds = max(writing.seconds, writing.blocked_seconds)  # who waits hears of the end a little later
+        return self._saved(writing.order, committed, seconds, writing.blocked_seconds)
 
     def _saved(
         self, order: _Order, committed: tuple[str, int] | None, seconds: float, blocked_seconds: float

@@ -163,6 +163,7 @@ class Run:
         if not self._attempt.saves.has_end():
             self._attempt.saves.save(must_succeed=True)
         self.tell("done", f"done: step {self.global_step}  {in_words(self.state.progress.last)}", step=self.global_step)
+        self._attempt.events.flush()
         self._host.has_finished(self)
 
     def evaluated(self, metric: str, values: Mapping[str, float], *, higher_is_better: bool = False) -> None:
