@@ -27,6 +27,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -57,25 +58,26 @@ class HostMemory:
         return self.block[-self.block.data_ptr() % DATA_ALIGNMENT_BYTES :]
 
 
-@dataclass(frozen=True)
-class _Watched:
-    """A steady tensor: its version at the step boundary, and the place of its copy."""
+class _Watched(NamedTuple):  # there is one for each tensor of a model, at each save
+    """A steady tensor: its version at the step boundary, and where its copy begins in the memory of its image."""
 
     path: str
     tensor: torch.Tensor
     version: int
-    place: torch.Tensor  # uint8
+    memory: torch.Tensor  # uint8
+    start: int
 
     def has_moved(self) -> bool:
         return torch_private.version(self.tensor) != self.version
 
     def differs(self) -> bool:
         """Whether the tensor has other bytes than its copy."""
+        place = self.memory[self.start : self.start + self.tensor.nbytes]
         if self.tensor.device.type != "cpu":
             flat = self.tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-            pairs = zip(*(torch.split(each, _WINDOW_BYTES) for each in (flat, self.place)), strict=True)
+            pairs = zip(*(torch.split(each, _WINDOW_BYTES) for each in (flat, place)), strict=True)
             return any(not torch.equal(live, copy.to(live.device)) for live, copy in pairs)
-        start, copy = 0, self.place.numpy()
+        start, copy = 0, place.numpy()
         for chunk in tree.raw_bytes(self.tensor):
             if not np.array_equal(copy[start : start + len(chunk)], np.frombuffer(chunk, np.uint8)):
                 return True
@@ -215,7 +217,7 @@ class Image:
     def watch(self, is_steady: Callable[[torch.Tensor], bool]) -> list[_Watched]:
         """Those tensors that nothing but the optimizer should change, before any of them is copied."""
         return [
-            _Watched(path, tensor, torch_private.version(tensor), self._memory[start : start + tensor.nbytes])
+            _Watched(path, tensor, torch_private.version(tensor), self._memory, start)
             for path, (start, tensor) in self._missing.items()
             if is_steady(tensor)
         ]
