@@ -14,11 +14,10 @@ import numpy as np
 import torch
 import xxhash
 
-from harness.checkpoint import pages
+from harness.checkpoint.pages import Pages, cut
 from harness.runtime.threads import in_threads, threads_for
 
 PIECE_BYTES = 16 << 20
-STRETCH_BYTES = 2 << 20
 PAGE_BYTES = 4096
 CONNECTIONS = 8
 
@@ -110,16 +109,16 @@ def _read(path: str, target: torch.Tensor) -> None:
 
 def _read_hashed(path: str, target: torch.Tensor) -> None:
     """What is left of a restore that owns the bytes and has checked them, when there is nothing but these bytes."""
-    view = memoryview(target.numpy())
+    pages = Pages(target.nbytes)
     with open(path, "rb", buffering=0) as file:
 
-        def take(start: int) -> None:
-            place = view[start : start + STRETCH_BYTES]
+        def take(stretch: tuple[int, memoryview]) -> None:
+            start, place = stretch
             pages.give(place)
             assert os.preadv(file.fileno(), [place], start) == len(place)
             xxhash.xxh3_128(place).digest()
 
-        in_threads(threads_for(target.nbytes), take, range(0, len(view), STRETCH_BYTES))
+        in_threads(threads_for(target.nbytes), take, cut(memoryview(target.numpy())))
 
 
 def forget_cached(paths: list[str]) -> None:

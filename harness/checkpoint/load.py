@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from harness.checkpoint import pages, tree
+from harness.checkpoint import tree
 from harness.checkpoint.catalog import check_bytes, read_file
 from harness.checkpoint.format import (
     HEADER_LIMIT_BYTES,
@@ -40,13 +40,13 @@ from harness.checkpoint.format import (
     digest,
     hasher,
 )
+from harness.checkpoint.pages import Pages, cut
 from harness.errors import CheckpointError, Corrupt, HarnessError, RankFailure, StoreError
 from harness.runtime.collector import without_collections
 from harness.runtime.threads import in_order, threads_for
 from harness.storage.store import RANGE_BYTES, Store, joined
 from harness.storage.unbuffered import Buffer
 
-_STRETCH_BYTES = 2 << 20  # of a file, read at once, and hashed while it is in a core's cache
 _ROUND_BYTES = 16 << 20  # of all pieces that ranks hand on at once: they hold them all,
 _SMALLEST_PIECE_BYTES = 64 << 10  # however many they are
 
@@ -78,14 +78,16 @@ def read(
     names = [file for name, part in wanted.items() for file in (f"{name}{INDEX_SUFFIX}", *part.files) if file in files]
     needed = [files[name] for name in names]
     in_pieces = peers is not None or store.has_ranges
+    pages = Pages(sum(file.bytes for file in needed))
     with without_collections():
         wholes = {name: _Wholes(directory, name, part, files) for name, part in wanted.items()}
         targets = {file: _Target(wholes[name].places) for name, part in wanted.items() for file in part.files}
         if in_pieces:
-            shards = _read_in_pieces(store, directory, needed, targets, peers)
+            shards = _read_in_pieces(store, directory, needed, targets, pages, peers)
         else:
             shards = {
-                each.name: read_shard(store, f"{directory}/{each.name}", each, targets.get(each.name)) for each in needed
+                each.name: read_shard(store, f"{directory}/{each.name}", each, targets.get(each.name), pages)
+                for each in needed
             }
         return {name: _assemble(directory, name, part, shards, wholes[name].tensors) for name, part in wanted.items()}
 
@@ -180,17 +182,17 @@ class _Target:
 # --- file by file ----------------------------------------------------------------------------------------------------
 
 
-def read_shard(store: Store, name: str, file: FileInfo, target: _Target | None = None) -> Shard:
+def read_shard(store: Store, name: str, file: FileInfo, target: _Target | None = None, pages: Pages | None = None) -> Shard:
     """What is in a file, verified against the manifest's entry for it. An index has no tensors."""
     threads = threads_for(file.bytes) if store.is_local else 1
-    return read_file(store, name, file, lambda stream: _consume(stream, file, target, threads))
+    return read_file(store, name, file, lambda stream: _consume(stream, file, target, pages or Pages(file.bytes), threads))
 
 
-def _consume(stream: BinaryIO, file: FileInfo, target: _Target | None, threads: int = 1) -> Shard:
+def _consume(stream: BinaryIO, file: FileInfo, target: _Target | None, pages: Pages, threads: int = 1) -> Shard:
     if file.name.endswith(INDEX_SUFFIX):
         check_bytes(stream, file)
         return {}, {}
-    return _Reader(stream, file, target or _Target({}), threads).tensors()
+    return _Reader(stream, file, target or _Target({}), pages, threads).tensors()
 
 
 class _Stretch(NamedTuple):
@@ -205,8 +207,9 @@ class _Stretch(NamedTuple):
 class _Reader:
     """A shard on its way in, stretch by stretch: several are read side by side, and hashed in order."""
 
-    def __init__(self, stream: BinaryIO, file: FileInfo, target: _Target, threads: int) -> None:
+    def __init__(self, stream: BinaryIO, file: FileInfo, target: _Target, pages: Pages, threads: int) -> None:
         self.stream = stream
+        self.pages = pages
         self.target = target
         self.threads = threads
         self.size_bytes, self.expected = file.bytes, file.checksum
@@ -259,12 +262,12 @@ class _Reader:
     ) -> Iterator[_Stretch]:
         for info, place, blocks in zip(infos, places, own, strict=True):
             is_shared = info.path in self.target.places
-            for offset in range(0, len(place), _STRETCH_BYTES):
-                yield _Stretch(start + offset, place[offset : offset + _STRETCH_BYTES], is_shared, (self.whole, blocks))
+            for offset, piece in cut(place):
+                yield _Stretch(start + offset, piece, is_shared, (self.whole, blocks))
             start += len(place)
 
     def fill(self, stretch: _Stretch) -> _Stretch:
-        pages.give(stretch.place)
+        self.pages.give(stretch.place)
         place = memoryview(bytearray(len(stretch.place))) if stretch.is_shared else stretch.place
         done_bytes = 0
         while done_bytes < len(place):
@@ -309,6 +312,7 @@ def _read_in_pieces(
     directory: str,
     files: Sequence[FileInfo],
     targets: Mapping[str, _Target],
+    pages: Pages,
     peers: Peers | None,
 ) -> dict[str, Shard]:
     """Reads files, the next one's first pieces beside the last ones of the one before; with ``peers`` each byte once between
@@ -318,7 +322,7 @@ def _read_in_pieces(
     found: dict[str, Shard] = {}
     for file in files:
         try:
-            found[file.name] = _consume(joined(islice(pieces, relay.count(file))), file, targets.get(file.name))
+            found[file.name] = _consume(joined(islice(pieces, relay.count(file))), file, targets.get(file.name), pages)
         except CheckpointError as error:
             relay.problem = relay.problem or type(error)(f"{directory}/{file.name}: {error}")
             for _ in pieces:  # the others learn of it with the next round, if there is one
