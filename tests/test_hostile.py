@@ -21,7 +21,7 @@ from harness.runtime.escapes import for_html, for_terminal
 from harness.storage.store import open_store
 from harness.telemetry import journal
 from harness.telemetry.dashboards import Prometheus, TensorBoard
-from harness.telemetry.metrics import Reporter
+from harness.telemetry.events import EventLog
 
 ATTEMPTS = [Attempt(f"{number:06}-aaaaaaaa") for number in (1, 2, 3)]
 SCRIPT = "\"><script>alert(1)</script><x y='"
@@ -297,9 +297,9 @@ def test_a_value_never_takes_the_records_own_place(tmp_path):
     """Whoever calls a metric ``time`` or ``attempt`` does not change when, and by whom, it was told."""
     path = tmp_path / "log.jsonl"
     config = RunConfig.model_validate({"log": {"jsonl": str(path)}})
-    reporter = Reporter(config, active=True, attempt=ATTEMPTS[0].id)
+    events = EventLog(config, active=True, attempt=ATTEMPTS[0].id)
     values = {"time": 0.1, "attempt": "x", "name": 1.0, "message": 2.0, "self": 3.0}
-    reporter.event("train", "", step=1, **{key: value for key, value in values.items() if key != "self"})
+    events.event("train", "", step=1, **{key: value for key, value in values.items() if key != "self"})
     found = json.loads(path.read_text())
     assert (found["event"], found["attempt"], found["name"], found["message"]) == ("train", ATTEMPTS[0].id, 1.0, 2.0)
     assert found["time"] > 1e9
@@ -320,7 +320,7 @@ def test_a_step_refuses_such_names(name):
 def test_values_that_json_has_not(tmp_path):
     """They are told in words, however deep they lie, and the line is there."""
     path = tmp_path / "log.jsonl"
-    reporter = Reporter(RunConfig.model_validate({"log": {"jsonl": str(path)}}), active=True)
+    events = EventLog(RunConfig.model_validate({"log": {"jsonl": str(path)}}), active=True)
     values = {
         "a": np.float32(0.5),
         "b": torch.tensor(2.0),
@@ -328,6 +328,6 @@ def test_values_that_json_has_not(tmp_path):
         "e": object,
         "f": np.int64(3),
     }
-    reporter.event("train", "", **values)
+    events.event("train", "", **values)
     found = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert (found["a"], found["b"], found["c"], found["f"]) == (0.5, 2.0, ["nan", {"d": "inf"}], 3)

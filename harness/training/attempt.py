@@ -23,7 +23,7 @@ from harness.state.capture import State
 from harness.storage.store import open_store
 from harness.telemetry import crashes
 from harness.telemetry.crashes import Crash
-from harness.telemetry.metrics import Reporter
+from harness.telemetry.events import EventLog
 from harness.training import resume
 from harness.training.checkpointing import Checkpointing
 from harness.training.circumstances import Circumstances
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 class Attempt:
     """Where an attempt has resumed, how it saves, where it tells what happens, and which attempt follows a rollback."""
 
-    events: Reporter
+    events: EventLog
     place: Callable[[], Place] = lambda: Place(here.rank, 0, 0, [])
     resumed: Resumed = NEW
     saves: Saves = field(default_factory=Saves)
@@ -100,7 +100,7 @@ def first_of(circumstances: Circumstances, *, fresh: bool) -> Attempt:
     world, config, state = circumstances.world, circumstances.config, circumstances.state
     checkpoint = config.checkpoint
     if checkpoint.url is None:
-        events = Reporter(config, active=world.rank == 0)
+        events = EventLog(config, active=world.rank == 0)
         events.event("start", "no checkpoint.url: this run is not saved", step=state.progress.step)
         _start_anew(circumstances, events)
         resume.check_lockstep(world, state, circumstances.about, resumed=False)
@@ -126,7 +126,7 @@ def _begin(circumstances: Circumstances, catalog: Catalog, memory: HostMemory, *
     about: dict[str, Any] = {"launch": launch_id(), "world_size": world.size, "host": platform.node()}
     about |= {"pid": os.getpid(), "began": began(), "restarts": restarts(), "launcher_began": launcher_began()}
     claimed = resume.on_first(world, lambda: catalog.claim_attempt(about))
-    events = Reporter(config, active=world.rank == 0, attempt=claimed.id, store=catalog.store)
+    events = EventLog(config, active=world.rank == 0, attempt=claimed.id, store=catalog.store)
     attempt = Attempt(
         events,
         circumstances.loop.place,
@@ -148,7 +148,7 @@ def _begin(circumstances: Circumstances, catalog: Catalog, memory: HostMemory, *
     return replace(attempt, resumed=resumed, saves=saves)
 
 
-def _tell_of_begin(events: Reporter, number: int, resumed: Resumed, url: str, world: World, step: int) -> None:
+def _tell_of_begin(events: EventLog, number: int, resumed: Resumed, url: str, world: World, step: int) -> None:
     for directory, why in resumed.passed_over.items():
         events.event("fallback", "", directory=directory, why=why)  # which was logged when it was found
     outcome.resumed(step)
@@ -172,7 +172,7 @@ def _tell_of_differences(config: RunConfig, state: State) -> None:
         log.warning("%s%s", each, f". To use the program's: {how}" if each.who_counts == "checkpoint" else "")
 
 
-def _start_anew(circumstances: Circumstances, events: Reporter) -> None:
+def _start_anew(circumstances: Circumstances, events: EventLog) -> None:
     """Gives a new run what it is to begin with."""
     if what := circumstances.initialize():
         events.event("init", what)

@@ -16,7 +16,7 @@ from harness.checkpoint.staging import HostMemory
 from harness.config import RunConfig
 from harness.distributed.world import World
 from harness.runtime.environment import is_first_of_node, shutdown_grace_seconds
-from harness.telemetry.metrics import Reporter
+from harness.telemetry.events import EventLog
 from harness.training import resume
 from harness.training.circumstances import Circumstances
 from harness.training.resume import Resumed
@@ -37,7 +37,7 @@ class Checkpointing(Saves):
         attempt: AttemptId,
         catalog: Catalog,
         resumed: Resumed,
-        events: Reporter,
+        events: EventLog,
         memory: HostMemory,
     ) -> None:
         self._attempt, self._catalog, self._events = attempt, catalog, events

@@ -13,7 +13,7 @@ from harness.distributed.agreement import Decision
 from harness.distributed.world import World
 from harness.errors import ConfigError
 from harness.state.capture import State
-from harness.telemetry.metrics import as_json
+from harness.telemetry.events import as_json
 from harness.training.bodies import Bodies
 from harness.training.omissions import Omissions
 from harness.training.progress_log import ProgressLog

@@ -13,7 +13,7 @@ from harness.data.loader import Loader, is_due
 from harness.distributed.world import World
 from harness.errors import ConfigError
 from harness.state.capture import State
-from harness.telemetry.metrics import check_metric_names, hash_of, in_words, number_of
+from harness.telemetry.events import check_metric_names, hash_of, in_words, number_of
 from harness.training.stragglers import OwnWork, Straggler, Stragglers
 
 _FLOATS_AT_ONCE = 32

@@ -24,7 +24,7 @@ from harness.runtime.signals import StopRequest
 from harness.runtime.watchdog import Watchdog
 from harness.state.capture import Adapt, State
 from harness.storage.urls import shown
-from harness.telemetry.metrics import Reporter, in_words
+from harness.telemetry.events import EventLog, in_words
 from harness.training import attempt, program
 from harness.training.attempt import Attempt
 from harness.training.circumstances import Circumstances
@@ -100,7 +100,7 @@ class Run:
         self.stop = self._host.stop
         self._watchdog: Watchdog | NoWatchdog = NoWatchdog()
         self._decisions: Decides = NoLoop()
-        self._attempt = Attempt(Reporter(self.config, active=False))  # until there is one
+        self._attempt = Attempt(EventLog(self.config, active=False))  # until there is one
         self._error: BaseException | None = None  # that was seen last
         self._closing = contextlib.ExitStack()
         self._closing.callback(self._host.let_go, self)

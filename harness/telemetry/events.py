@@ -48,7 +48,7 @@ def _is_number(value: Any) -> bool:
     return math.prod(getattr(value, "shape", ())) == 1 and not (callable(is_complex) and is_complex())
 
 
-class Reporter:
+class EventLog:
     """Writes the events of one attempt, into its ``store``, too, where it has one. On other ranks than 0 it is made with
     ``active=False`` and writes nothing.
 
