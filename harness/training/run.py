@@ -19,7 +19,7 @@ from harness.distributed.agreement import Agreement, Decides, NoLoop
 from harness.distributed.world import World, world_of_program
 from harness.errors import ConfigError, NoCheckpoint, Stopped
 from harness.runtime.environment import is_first_of_node
-from harness.runtime.notices import Watcher
+from harness.runtime.preemption import Watcher
 from harness.runtime.signals import StopRequest
 from harness.runtime.watchdog import Watchdog
 from harness.state.capture import Adapt, State

@@ -97,7 +97,7 @@ class Watcher:
                 cloud = _Gcp(self._service, self._long_poll_seconds)
             case "azure":
                 cloud = _Azure(self._service, self._first_answer_seconds)
-        self._thread = threading.Thread(target=self._watch, args=(cloud,), name="harness-notices", daemon=True)
+        self._thread = threading.Thread(target=self._watch, args=(cloud,), name="harness-preemption", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> Self:
@@ -393,7 +393,7 @@ class _Service:
 
         self._cut = cut
         try:
-            return Background(exchange, "harness-notices-request").result_within(limit_seconds)
+            return Background(exchange, "harness-preemption-request").result_within(limit_seconds)
         except TimeoutError:
             cut()
             raise _Fault(where, f"no answer within {limit_seconds:g} s") from None
