@@ -9,7 +9,7 @@ import tempfile
 import pytest
 import servers
 
-from harness.runtime.startup import import_torch
+from harness.runtime.torch_import import import_torch
 
 import_torch()  # nearly every file does; so it is quick, and the collector passes over it from then on
 

@@ -14,7 +14,7 @@ from harness.config import Config, load_config
 from harness.doctor.findings import Finding, error, exit_code, named, ok
 from harness.errors import ConfigError
 from harness.runtime.environment import size
-from harness.runtime.startup import import_torch
+from harness.runtime.torch_import import import_torch
 
 Tell = Callable[[Sequence[Finding]], None]
 

@@ -20,7 +20,7 @@ from typing import TextIO, cast
 
 from harness.launcher import outcome
 from harness.runtime.console import Clearing
-from harness.runtime.startup import import_torch
+from harness.runtime.torch_import import import_torch
 
 COUNTS_PROGRESS_VARIABLE = "HARNESS_RESTARTS_WITHOUT_PROGRESS"  # set where --max-restarts is harness's own
 
