@@ -41,7 +41,7 @@ from harness.checkpoint.format import (
     hasher,
 )
 from harness.errors import CheckpointError, Corrupt, HarnessError, RankFailure, StoreError
-from harness.runtime.collector import without_collections
+from harness.runtime.gc_pause import without_collections
 from harness.runtime.threads import in_order, threads_for
 from harness.storage.store import RANGE_BYTES, Store, joined
 from harness.storage.unbuffered import Buffer

@@ -25,7 +25,7 @@ from harness.checkpoint.tree import is_composed
 from harness.data.loader import Loader
 from harness.data.loaders import Epochs
 from harness.errors import ConfigError, Mismatch, Unsupported
-from harness.runtime.collector import without_collections
+from harness.runtime.gc_pause import without_collections
 from harness.state.buckets import gradient_orders
 from harness.state.modules import (
     check_is_whole,
