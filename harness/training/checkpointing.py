@@ -18,8 +18,8 @@ from harness.distributed.world import World
 from harness.runtime.environment import is_first_of_node, shutdown_grace_seconds
 from harness.telemetry.events import EventLog
 from harness.training import resume
-from harness.training.circumstances import Circumstances
 from harness.training.resume import Resumed
+from harness.training.run_context import RunContext
 from harness.training.save_policy import SavePolicy
 from harness.training.saves import Saves
 
@@ -33,7 +33,7 @@ class Checkpointing(Saves):
 
     def __init__(
         self,
-        circumstances: Circumstances,
+        context: RunContext,
         attempt: AttemptId,
         catalog: Catalog,
         resumed: Resumed,
@@ -41,8 +41,8 @@ class Checkpointing(Saves):
         memory: HostMemory,
     ) -> None:
         self._attempt, self._catalog, self._events = attempt, catalog, events
-        self._loop, self._state, self._about = circumstances.loop, circumstances.state, circumstances.about
-        self._world, self._config = world, config = circumstances.world, circumstances.config
+        self._loop, self._state, self._about = context.loop, context.state, context.about
+        self._world, self._config = world, config = context.world, context.config
         self._policy = SavePolicy(config.checkpoint)
         self._writers = _writers(world, config)
         self._saver: Saver | _Bystander = _Bystander()

@@ -27,9 +27,9 @@ from harness.storage.urls import shown
 from harness.telemetry.events import EventLog, in_words
 from harness.training import attempt, program
 from harness.training.attempt import Attempt
-from harness.training.circumstances import Circumstances
 from harness.training.hangs import NoWatchdog, watching
 from harness.training.program_loop import Length, ProgramLoop
+from harness.training.run_context import RunContext
 from harness.training.save_policy import Due
 
 log = logging.getLogger(__name__)
@@ -114,8 +114,8 @@ class Run:
             parts = self.world, self.config, self.state
             self._loop = ProgramLoop(*parts, self.loader, self.tell, self._do)
             self._closing.callback(self._loop.close)
-            circumstances = Circumstances(*parts, self._loop, about or {}, initialize or nothing)
-            self._attempt = attempt.first_of(circumstances, fresh=fresh)
+            context = RunContext(*parts, self._loop, about or {}, initialize or nothing)
+            self._attempt = attempt.first_of(context, fresh=fresh)
             self.stop.before_leaving = lambda: self._attempt.end_soon(self.config.stop.grace_seconds, self._watchdog)
             self._closing.callback(setattr, self.stop, "before_leaving", nothing)
         if reopen:
