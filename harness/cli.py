@@ -47,7 +47,7 @@ def main() -> NoReturn:
     except HarnessError as error:
         if is_first_of_node():
             console.complain_of(error, for_all=True)
-        outcome.record(outcome.of(error))  # after the words: once it is there, the launcher may end this rank
+        outcome.record_outcome(outcome.of(error))  # after the words: once it is there, the launcher may end this rank
         if not is_first_of_node():
             time.sleep(1)  # torchrun ends all ranks when the first one goes: the one that speaks must get to it
         sys.exit(error.exit_code)
@@ -197,7 +197,7 @@ def _leave_doctor(code: int, *, at_once: bool = True) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if is_under_torchrun():
-        outcome.record(Outcome(code, verdict=True))
+        outcome.record_outcome(Outcome(code, verdict=True))
     leave_at_once(
         0 if is_under_torchrun() and outcome.is_wanted() else code
     )  # torchrun would start again what ends with anything else
@@ -414,7 +414,7 @@ def report(url: str, out: str | None, storage_options: tuple[str, ...], as_json:
     from harness.telemetry import journal  # noqa: PLC0415  # see the module's docstring
 
     catalog = _open_catalog(url, storage_options)
-    records = journal.read(catalog.store)
+    records = journal.read_records(catalog.store)
     if metrics:
         for record in journal.merged(records, numbers.newest_lineage(catalog)):
             click.echo(json.dumps(record))
@@ -422,7 +422,7 @@ def report(url: str, out: str | None, storage_options: tuple[str, ...], as_json:
             count = f"{records.unreadable} line{'s' * (records.unreadable > 1)}"
             click.echo(f"harness: {count} could not be read", err=True)
         return
-    found = numbers.read(catalog, records, time.time())
+    found = numbers.read_report(catalog, records, time.time())
     if out is not None:
         text = page.page(found, records)
         try:

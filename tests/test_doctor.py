@@ -524,7 +524,7 @@ def test_a_crash_loop(write, trained, deaths, code):
     url, _ = trained
     catalog = Catalog(open_store(str(url)))
     for _ in range(deaths):
-        crashes.record(catalog, catalog.claim_attempt({}), Crash(3, "ValueError: it", 0, [1]))
+        crashes.record_crash(catalog, catalog.claim_attempt({}), Crash(3, "ValueError: it", 0, [1]))
     found_code, found = examined(write(), f"checkpoint.url={url}")
     assert found_code == code
     if deaths == 2:

@@ -135,7 +135,7 @@ def test_rollback_goes_back_and_passes_over(tmp_path):
     assert [record["step"] for record in told if record["event"] == "resume"] == [2, 4, 6]
     assert len({record["attempt"] for record in told}) == 4
     catalog = Catalog(open_store(str(tmp_path / "back")))
-    report = numbers.read(catalog, journal.read(catalog.store), time.time())
+    report = numbers.read_report(catalog, journal.read_records(catalog.store), time.time())
     assert [life.ending for life in report.lives] == ["rolled back"] * 3 + ["done"]
     assert [(life.from_step, life.last_step, life.lost_steps) for life in report.lives] == [
         (0, 2, 0),

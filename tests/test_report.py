@@ -587,7 +587,7 @@ def test_the_page_in_a_browser(killed_twice, opened, tmp_path):
     assert [*resumes] == ["resume-2", "resume-3"]
     assert [*kept] == ["kept-1", "kept-2", "kept-3"]
     assert [*down] == ["down-1", "down-2"]
-    told = [*journal.read(open_store(str(folder / "run"))).values()]
+    told = [*journal.read_records(open_store(str(folder / "run"))).values()]
     for number in (1, 2):
         death, resume = deaths[f"death-{number}"], resumes[f"resume-{number + 1}"]
         assert 5 < death["width"] < 20

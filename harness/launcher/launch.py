@@ -127,7 +127,7 @@ def launch(torchrun_options: Sequence[str], arguments: Sequence[str]) -> int:
         ignore_stop_signals()
         interrupted = signal.SIGINT in received[1:]
         asked_to_stop = (bool(received) and not interrupted) or has_stopped
-        outcomes = outcome.read(directory)
+        outcomes = outcome.read_outcomes(directory)
         code = outcome.exit_code(agent.returncode, outcomes, asked_to_stop=asked_to_stop)
         code = 130 if interrupted and code == 1 else code
         is_verdict = any(each.verdict and each.exit_code == code for each in outcomes)
@@ -141,7 +141,7 @@ def _wait(agent: _Process, directory: str) -> bool:
     hopeless, stopped_time = False, math.inf
     while agent.poll() is None:
         time.sleep(outcome.POLL_SECONDS)
-        found = outcome.read(directory)
+        found = outcome.read_outcomes(directory)
         if not hopeless and any(each.is_final for each in found):
             hopeless = True
             outcome.say_ended(directory, [outcome.EVERY_RANK])

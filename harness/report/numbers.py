@@ -178,8 +178,8 @@ NOTES = {
 }
 
 
-def read(catalog: Catalog, records: Records, now: float) -> Report:
-    """The report of the run in a store; ``records`` is what ``journal.read`` gives. Raises ``NoCheckpoint`` without any."""
+def read_report(catalog: Catalog, records: Records, now: float) -> Report:
+    """The report of the run in a store; ``records`` is what ``read_records`` gives. Raises ``NoCheckpoint`` without any."""
     if not any(records.values()):
         unread = f" ({_lines(records.unreadable)} could not be read)" if records.unreadable else ""
         raise NoCheckpoint(
@@ -188,7 +188,7 @@ def read(catalog: Catalog, records: Records, now: float) -> Report:
         )
     attempts = sorted({*catalog.attempts(), *records})
     claims = {attempt: _about(catalog, attempt) for attempt in attempts}
-    errors = {attempt: str(found[0].error) for attempt, found in crashes.read(catalog, attempts).items()}
+    errors = {attempt: str(found[0].error) for attempt, found in crashes.read_crashes(catalog, attempts).items()}
     doubts = [f"{_lines(records.unreadable)} in {journal.DIRECTORY}/ could not be read"] if records.unreadable else []
     return of(catalog.store.url, claims, records, errors, now, lineage=newest_lineage(catalog), doubts=doubts)
 

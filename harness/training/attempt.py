@@ -130,7 +130,7 @@ def _begin(context: RunContext, catalog: Catalog, memory: HostMemory, *, pass_ov
     attempt = Attempt(
         events,
         context.loop.place,
-        record_crash=functools.partial(crashes.record, catalog, claimed),
+        record_crash=functools.partial(crashes.record_crash, catalog, claimed),
         next=functools.partial(_begin, context, catalog, memory),
     )
     with attempt.remembering():

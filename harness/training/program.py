@@ -92,7 +92,7 @@ class Program:
 
 def _leave(error: HarnessError, *, speaks: bool) -> NoReturn:
     """Ends the process from another thread, whatever the main thread is at."""
-    outcome.record(outcome.of(error))
+    outcome.record_outcome(outcome.of(error))
     if speaks:
         console.complain_of(error)
     os._exit(error.exit_code)
@@ -145,7 +145,7 @@ def end_stopped(stopped: Stopped) -> NoReturn:
     """Ends the process, whose ranks have all stopped well. torchrun would start a worker that says so in its exit code
     again; under it the record says it alone."""
     ignore_stop_signals()
-    outcome.record(outcome.of(stopped))
+    outcome.record_outcome(outcome.of(stopped))
     if is_under_torchrun():
         log.info("%s", stopped)
         sys.exit(0)
@@ -158,7 +158,7 @@ def fail(error: BaseException) -> NoReturn:
     this one is gone."""
     error = _meant(error)
     console.complain_of(error)
-    outcome.record(outcome.of(error))
+    outcome.record_outcome(outcome.of(error))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(error.exit_code if isinstance(error, HarnessError) else 1)
@@ -335,7 +335,7 @@ class Host(Program):
         if ending.is_final:  # the launcher ends all at once where it sees such a record, and the program may know better
             self._last_word = error
         else:
-            outcome.record(ending)
+            outcome.record_outcome(ending)
 
     def _leave(self) -> None:
         """The process ends. A forked child has none of the runs' threads, and must not touch the parent's connections."""
@@ -344,7 +344,7 @@ class Host(Program):
         for run in [*self._runs]:
             run.close()
         if self._last_word is not None:
-            outcome.record(outcome.of(self._last_word))
+            outcome.record_outcome(outcome.of(self._last_word))
 
 
 def host() -> Host:
