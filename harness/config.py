@@ -332,7 +332,7 @@ def _validated(model: type[C], value: Any, where: str) -> C:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}{line}" for line in map(_in_words, error.errors()))) from None
+        raise ConfigError("\n".join(f"{where}{line}" for line in map(_describe_mistake, error.errors()))) from None
 
 
 def parse_overrides(
@@ -365,7 +365,7 @@ def _may_be_secret(path: str) -> bool:
     return "storage_option" in path or is_secret_name(path)
 
 
-def _in_words(error: ErrorDetails) -> str:
+def _describe_mistake(error: ErrorDetails) -> str:
     """One line about one thing that is wrong."""
     path = ".".join(str(key) for key in error["loc"])
     match error["type"]:

@@ -7,7 +7,7 @@ import pytest
 
 from harness.config import LogConfig, RunConfig
 from harness.errors import ConfigError
-from harness.telemetry.events import EventLog, check_metric_names, in_words
+from harness.telemetry.events import EventLog, check_metric_names, metrics_in_words
 
 
 @pytest.fixture
@@ -87,8 +87,8 @@ def test_numbers_that_json_has_not(told, tmp_path):
 
 def test_metrics_in_words():
     """Five digits, name before value."""
-    assert in_words({"loss": 0.123456789, "lr": 1e-05}) == "loss 0.12346  lr 1e-05"
-    assert in_words({}) == ""
+    assert metrics_in_words({"loss": 0.123456789, "lr": 1e-05}) == "loss 0.12346  lr 1e-05"
+    assert metrics_in_words({}) == ""
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from harness.config import Config, RunConfig
 from harness.distributed.world import World, has_lost_a_peer
 from harness.doctor import Tell, launcher, machine, ranks, recipe, storage
 from harness.doctor.case import Case
-from harness.doctor.findings import Finding, exit_code, in_words, merge, named, warn
+from harness.doctor.findings import Finding, describe_error, exit_code, merge, named, warn
 from harness.runtime.signals import ignore_stop_signals
 
 Check = Callable[[Case], Sequence[Finding]]
@@ -125,5 +125,5 @@ def _look(checks: Sequence[Check], case: Case) -> list[Finding]:
         except Exception as problem:
             if has_lost_a_peer(problem):
                 raise
-            found += named(check.__name__, [warn("looked", in_words(problem), "tell the developers of harness")])
+            found += named(check.__name__, [warn("looked", describe_error(problem), "tell the developers of harness")])
     return found

@@ -13,7 +13,7 @@ from harness.config import RunConfig
 from harness.distributed.world import World, world_of_program
 from harness.doctor import Tell, ranks
 from harness.doctor.examination import INTERRUPTED, examine_run
-from harness.doctor.findings import Finding, error, exit_code, in_words, named, ok
+from harness.doctor.findings import Finding, describe_error, error, exit_code, named, ok
 from harness.doctor.recipe import place_of
 from harness.errors import HarnessError
 from harness.runtime.environment import rank
@@ -59,7 +59,9 @@ def _told(tried: str, problem: BaseException, tell: Tell) -> int:
     if isinstance(problem, HarnessError):
         found: list[Finding] = [error(tried, line, "", type(problem)) for line in str(problem).splitlines()]
     else:
-        found = [error(tried, in_words(problem) + place_of(problem), "mend it: it would not come further in a training")]
+        found = [
+            error(tried, describe_error(problem) + place_of(problem), "mend it: it would not come further in a training")
+        ]
     found = named("configuration", found)
     if rank():  # rank 0 may be well, and wait
         print(f"harness: rank {rank()}: {found[0].found}", file=sys.stderr, flush=True)

@@ -186,7 +186,7 @@ def number_of(metric: tuple[str, Any]) -> float:
         raise ConfigError(f"run.step: {name}: expected a number or a tensor with one element, found {found}") from None
 
 
-def in_words(values: dict[str, float]) -> str:
+def metrics_in_words(values: dict[str, float]) -> str:
     """Metrics for people: ``loss 0.5123  val_loss 0.6  41,140 samples/s``."""
     return "  ".join(
         f"{number(value, 4)} {name}" if name.endswith("/s") else f"{name} {number(value, 5)}"

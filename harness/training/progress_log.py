@@ -13,7 +13,7 @@ from harness.data.loader import Loader, is_due
 from harness.distributed.world import World
 from harness.errors import ConfigError
 from harness.state.capture import State
-from harness.telemetry.events import check_metric_names, hash_of, in_words, number_of
+from harness.telemetry.events import check_metric_names, hash_of, metrics_in_words, number_of
 from harness.training.stragglers import OwnWork, Straggler, Stragglers
 
 _FLOATS_AT_ONCE = 32
@@ -93,7 +93,7 @@ class ProgressLog:
             values["samples/s"] = self._loader.schedule.global_batch_size * steps_per_second
         else:
             values["steps/s"] = steps_per_second
-        self._tell("train", f"{place}  {in_words(values)}", step=progress.step, **values)
+        self._tell("train", f"{place}  {metrics_in_words(values)}", step=progress.step, **values)
         for found in self._slow_ranks(progress.step, own_seconds):
             self._tell("straggler", str(found), step=progress.step, **asdict(found))
 

@@ -24,7 +24,7 @@ from harness.runtime.signals import StopRequest
 from harness.runtime.watchdog import Watchdog
 from harness.state.capture import Adapt, State
 from harness.storage.urls import shown
-from harness.telemetry.events import EventLog, in_words
+from harness.telemetry.events import EventLog, metrics_in_words
 from harness.training import attempt, program
 from harness.training.attempt import Attempt
 from harness.training.hangs import NoWatchdog, watching
@@ -162,7 +162,8 @@ class Run:
         self._attempt.saves.wait()
         if not self._attempt.saves.has_end():
             self._attempt.saves.save(must_succeed=True)
-        self.tell("done", f"done: step {self.global_step}  {in_words(self.state.progress.last)}", step=self.global_step)
+        message = f"done: step {self.global_step}  {metrics_in_words(self.state.progress.last)}"
+        self.tell("done", message, step=self.global_step)
         self._attempt.events.flush()
         self._host.has_finished(self)
 
@@ -173,7 +174,7 @@ class Run:
         What was judged is the step of the last ``step()``, or, where an optimizer has taken a step since, the one after it.
         """
         judged = self._loop.evaluated(metric, values, higher_is_better=higher_is_better)
-        message = f"step {self._loop.shown(judged)}  evaluation  {in_words(dict(values))}"
+        message = f"step {self._loop.shown(judged)}  evaluation  {metrics_in_words(dict(values))}"
         self.tell("evaluate", message, step=judged, **values)
 
     def tell(self, event: str, message: str, /, **values: Any) -> None:
