@@ -67,7 +67,7 @@ RECORDS = {
 
 
 @pytest.fixture
-def report() -> numbers.Report:
+def report() -> numbers.RunReport:
     """Of a run that was killed after step 45, failed to load once, and went on from step 20 to its end."""
     return numbers.of("there", CLAIMS, RECORDS, {}, now=9999)
 
@@ -170,7 +170,7 @@ def uptimes(records: list[dict], *, set_by: float, after: int) -> list[dict]:
     ]
 
 
-def of(claims, records) -> numbers.Report:
+def of(claims, records) -> numbers.RunReport:
     return numbers.of("there", claims, records, {}, now=9999)
 
 

@@ -2,7 +2,7 @@
 
 The wall time of a run, from the start of its first launcher to its last sign of life, is divided among ``KINDS`` without
 gaps and overlaps; docs/report.md says what each means. Goodput is the share of ``training``. What cannot be known is a
-sentence in ``Report.doubts``.
+sentence in ``RunReport.doubts``.
 """
 
 import statistics
@@ -96,7 +96,7 @@ class Save:
 
 
 @dataclass(frozen=True)
-class Report:
+class RunReport:
     """A run in numbers."""
 
     url: str
@@ -178,7 +178,7 @@ NOTES = {
 }
 
 
-def read_report(catalog: Catalog, records: Records, now: float) -> Report:
+def read_report(catalog: Catalog, records: Records, now: float) -> RunReport:
     """The report of the run in a store; ``records`` is what ``read_records`` gives. Raises ``NoCheckpoint`` without any."""
     if not any(records.values()):
         unread = f" ({_lines(records.unreadable)} could not be read)" if records.unreadable else ""
@@ -218,7 +218,7 @@ def of(
     *,
     lineage: Sequence[Ancestor] = (),
     doubts: Sequence[str] = (),
-) -> Report:
+) -> RunReport:
     """The report of attempts that claimed, told and died of these things; ``now`` is when somebody asks, ``lineage`` that of
     the newest checkpoint."""
     kept = journal.line(records, lineage)
@@ -242,7 +242,7 @@ def of(
         more_doubts.append(f"the run stands on what attempt {', '.join(silent)} trained, which told nothing that is here")
     launcher_began = known[attempts[0]].launcher_began
     began = lives[0].began if launcher_began is None else min(launcher_began, lives[0].began)
-    return Report(
+    return RunReport(
         url,
         lives,
         list(_whole(lives, began)),
