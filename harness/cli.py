@@ -46,7 +46,7 @@ def main() -> NoReturn:
         _run()
     except HarnessError as error:
         if is_first_of_node():
-            console.complain_of(error, for_all=True)
+            console.report_error(error, for_all=True)
         outcome.record_outcome(outcome.of(error))  # after the words: once it is there, the launcher may end this rank
         if not is_first_of_node():
             time.sleep(1)  # torchrun ends all ranks when the first one goes: the one that speaks must get to it
@@ -54,12 +54,12 @@ def main() -> NoReturn:
     except click.ClickException as error:
         words = io.StringIO()
         error.show(words)
-        console.complain(words.getvalue())
+        console.print_error(words.getvalue())
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except Exception as error:
-        console.complain_of(error)
+        console.report_error(error)
         sys.exit(1)
     finally:
         end()
@@ -113,7 +113,7 @@ def _check_ranks() -> None:
         ranks()
     except ConfigError as mistake:
         if not is_first_of_node():  # or else it is told of at the end
-            console.complain_of(mistake)
+            console.report_error(mistake)
         raise
 
 

@@ -249,8 +249,8 @@ def use(url: str, storage_options: dict, told: io.StringIO) -> str:
     except Exception as error:
         logging.getLogger("theirs").exception("it failed")
         with contextlib.redirect_stderr(errors):
-            console.complain_of(error)
-            console.complain("".join(traceback.format_exception(error)))
+            console.report_error(error)
+            console.print_error("".join(traceback.format_exception(error)))
     return told.getvalue() + errors.getvalue()
 
 

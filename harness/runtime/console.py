@@ -80,7 +80,7 @@ class Console(logging.StreamHandler[TextIO]):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, ARG002  # logging's own name
         """Tells of a line that cannot be written without showing what was to be in it."""
         with contextlib.suppress(OSError, ValueError):  # the terminal may be closed
-            complain(f"a line of the log could not be written:\n{traceback.format_exc()}")
+            print_error(f"a line of the log could not be written:\n{traceback.format_exc()}")
 
 
 def begin(name: str = "") -> Callable[[], None]:
@@ -110,7 +110,7 @@ def hear(name: str) -> Callable[[], None]:
     return lambda: logger.setLevel(logging.NOTSET)
 
 
-def complain(text: str, *, for_all: bool = False) -> None:
+def print_error(text: str, *, for_all: bool = False) -> None:
     """Writes to stderr what is no line of the log, in one piece. Where there are several ranks, each line has its rank,
     unless it is said once ``for_all``."""
     text = printable(text).rstrip("\n")
@@ -118,12 +118,12 @@ def complain(text: str, *, for_all: bool = False) -> None:
     sys.stderr.flush()
 
 
-def complain_of(error: BaseException, *, for_all: bool = False) -> None:
+def report_error(error: BaseException, *, for_all: bool = False) -> None:
     """Tells of an error: one of harness in its own words, any other with its traceback."""
     if isinstance(error, HarnessError):
-        complain("\n".join(f"harness: {line}" for line in str(error).splitlines()), for_all=for_all)
+        print_error("\n".join(f"harness: {line}" for line in str(error).splitlines()), for_all=for_all)
     else:
-        complain("".join(traceback.format_exception(error)))
+        print_error("".join(traceback.format_exception(error)))
 
 
 def printable(text: str) -> str:

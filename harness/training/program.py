@@ -94,7 +94,7 @@ def _leave(error: HarnessError, *, speaks: bool) -> NoReturn:
     """Ends the process from another thread, whatever the main thread is at."""
     outcome.record_outcome(outcome.of(error))
     if speaks:
-        console.complain_of(error)
+        console.report_error(error)
     os._exit(error.exit_code)
 
 
@@ -149,7 +149,7 @@ def end_stopped(stopped: Stopped) -> NoReturn:
     if is_under_torchrun():
         log.info("%s", stopped)
         sys.exit(0)
-    console.complain_of(stopped)
+    console.report_error(stopped)
     sys.exit(stopped.exit_code)
 
 
@@ -157,7 +157,7 @@ def fail(error: BaseException) -> NoReturn:
     """Ends a rank at once, after an error. The others may wait for it in a collective for minutes; torchrun frees them once
     this one is gone."""
     error = _meant(error)
-    console.complain_of(error)
+    console.report_error(error)
     outcome.record_outcome(outcome.of(error))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -322,7 +322,7 @@ class Host(Program):
         if runs and (isinstance(error, HarnessError) or (is_under_torchrun() and not isinstance(error, KeyboardInterrupt))):
             fail(error)
         if runs and self._before is sys.__excepthook__ and not isinstance(error, KeyboardInterrupt):
-            console.complain_of(error)
+            console.report_error(error)
         else:
             self._before(kind, error, trace)
 
