@@ -180,12 +180,12 @@ def doctor(what: str, arguments: tuple[str, ...], fresh: bool, as_json: bool) ->
     program.begin()
     _check_ranks()
 
-    def tell(found: "Sequence[Finding]") -> None:
-        _tell(found, as_json=as_json)
+    def emit(found: "Sequence[Finding]") -> None:
+        _print_findings(found, as_json=as_json)
 
     if what == "-m" or what.endswith(".py"):
-        _leave_doctor(examine_script((what, *arguments), tell, _leave_doctor, fresh=fresh), at_once=is_under_torchrun())
-    _leave_doctor(examine(what, arguments, tell, fresh=fresh), at_once=is_under_torchrun())
+        _leave_doctor(examine_script((what, *arguments), emit, _leave_doctor, fresh=fresh), at_once=is_under_torchrun())
+    _leave_doctor(examine(what, arguments, emit, fresh=fresh), at_once=is_under_torchrun())
 
 
 def _leave_doctor(code: int, *, at_once: bool = True) -> NoReturn:
@@ -203,7 +203,7 @@ def _leave_doctor(code: int, *, at_once: bool = True) -> NoReturn:
     )  # torchrun would start again what ends with anything else
 
 
-def _tell(found: "Sequence[Finding]", *, as_json: bool) -> None:
+def _print_findings(found: "Sequence[Finding]", *, as_json: bool) -> None:
     if rank():
         return
     if as_json:

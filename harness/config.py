@@ -349,16 +349,16 @@ def parse_overrides(
     return value
 
 
-def _override(value: dict[str, Any], override: str, told: str) -> None:
+def _override(value: dict[str, Any], override: str, shown: str) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"{told!r}: expected dotted.key=value")
+        raise ConfigError(f"{shown!r}: expected dotted.key=value")
     for index, key in enumerate(keys[:-1]):
         value = value.setdefault(key, {})
         if not isinstance(value, dict):
-            raise ConfigError(f"{told!r}: {'.'.join(keys[: index + 1])} is not a section, it is {_shown(value, dotted)}")
-    value[keys[-1]] = _parse(text, told)
+            raise ConfigError(f"{shown!r}: {'.'.join(keys[: index + 1])} is not a section, it is {_shown(value, dotted)}")
+    value[keys[-1]] = _parse(text, shown)
 
 
 def _may_be_secret(path: str) -> bool:

@@ -29,7 +29,7 @@ def test_an_event_is_one_console_line_and_one_json_line(told, caplog):
     make, read = told
     events = make(attempt="000001-aaaaaaaa")
     with caplog.at_level(logging.INFO):
-        events.event("train", "step 1/2  loss 0.5", step=1, loss=0.5)
+        events.emit("train", "step 1/2  loss 0.5", step=1, loss=0.5)
     assert [record.message for record in caplog.records] == ["step 1/2  loss 0.5"]
     (record,) = read()
     assert isinstance(record.pop("time"), float)
@@ -41,7 +41,7 @@ def test_each_line_is_there_at_once(told):
     make, read = told
     events = make()
     for step in range(3):
-        events.event("train", "", step=step)
+        events.emit("train", "", step=step)
         assert len(read()) == step + 1
 
 
@@ -49,7 +49,7 @@ def test_a_restart_appends(told):
     """The file tells the whole life of a run."""
     make, read = told
     for attempt in ("first", "second"):
-        make(attempt=attempt).event("start", "")
+        make(attempt=attempt).emit("start", "")
     assert [record["attempt"] for record in read()] == ["first", "second"]
 
 
@@ -57,7 +57,7 @@ def test_other_ranks_say_nothing(told, caplog):
     """They do not even make a file."""
     make, read = told
     with caplog.at_level(logging.INFO):
-        make(active=False).event("train", "hello")
+        make(active=False).emit("train", "hello")
     assert read() == []
     assert caplog.records == []
 
@@ -65,7 +65,7 @@ def test_other_ranks_say_nothing(told, caplog):
 def test_the_file_is_optional(tmp_path, caplog):
     """Without ``log.jsonl`` there is the console."""
     with caplog.at_level(logging.INFO):
-        EventLog(RunConfig(), active=True).event("train", "hello")
+        EventLog(RunConfig(), active=True).emit("train", "hello")
     assert caplog.messages == ["hello"]
     assert list(tmp_path.iterdir()) == []
 
@@ -79,7 +79,7 @@ def test_a_file_that_cannot_be_written(tmp_path):
 def test_numbers_that_json_has_not(told, tmp_path):
     """A loss that is not a number is news, too; the line stays one that strict readers take."""
     make, _ = told
-    make().event("train", "", loss=float("nan"), limit=float("inf"))
+    make().emit("train", "", loss=float("nan"), limit=float("inf"))
     line = (tmp_path / "log.jsonl").read_text()
     record = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert {"loss", "limit"} <= record.keys()

@@ -299,7 +299,7 @@ def test_a_value_never_takes_the_records_own_place(tmp_path):
     config = RunConfig.model_validate({"log": {"jsonl": str(path)}})
     events = EventLog(config, active=True, attempt=ATTEMPTS[0].id)
     values = {"time": 0.1, "attempt": "x", "name": 1.0, "message": 2.0, "self": 3.0}
-    events.event("train", "", step=1, **{key: value for key, value in values.items() if key != "self"})
+    events.emit("train", "", step=1, **{key: value for key, value in values.items() if key != "self"})
     found = json.loads(path.read_text())
     assert (found["event"], found["attempt"], found["name"], found["message"]) == ("train", ATTEMPTS[0].id, 1.0, 2.0)
     assert found["time"] > 1e9
@@ -328,6 +328,6 @@ def test_values_that_json_has_not(tmp_path):
         "e": object,
         "f": np.int64(3),
     }
-    events.event("train", "", **values)
+    events.emit("train", "", **values)
     found = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert (found["a"], found["b"], found["c"], found["f"]) == (0.5, 2.0, ["nan", {"d": "inf"}], 3)

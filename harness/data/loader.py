@@ -360,7 +360,7 @@ class Loader:
         self._fingerprint: list[tuple[int, Sketch]] | None = None
         self._fetched: Generator[Step] | None = None
         self._fetched_from: tuple[Dataset[Any], Attributes | None] = dataset, None
-        self._has_failed = self._has_told = False
+        self._has_failed = self._has_warned = False
         self._changes = 0  # of the data set, that workers had to be started anew for
         self._walking: Callable[[], Any] = lambda: None  # the newest loop over an epoch
         self._goes_on = False  # the first one begins within an epoch, after a restart
@@ -573,7 +573,7 @@ class Loader:
             changed = "dataset" if dataset is not self.dataset else watched and watched.changed()
             if changed:
                 self.close()
-                self._tell_of_change(changed)
+                self._warn_of_change(changed)
         if self._fetched is None or self.cursor.offset == 0:
             samples: int = len(self.dataset)  # type: ignore[arg-type]
             if samples != self.schedule.samples:
@@ -582,7 +582,7 @@ class Loader:
                     "its Loader was made; keep its length, and let indices stand for other samples where it should change"
                 )
 
-    def _tell_of_change(self, changed: str) -> None:
+    def _warn_of_change(self, changed: str) -> None:
         self._changes += 1
         if self.rank != 0 or not self._workers:
             return
@@ -648,8 +648,8 @@ class Loader:
             return None
         for index, (first, second) in zip(indices, drawn, strict=True):
             if _are_others([(index, first)], [(index, second)]):
-                if self.rank == 0 and not self._has_told:
-                    self._has_told = True
+                if self.rank == 0 and not self._has_warned:
+                    self._has_warned = True
                     log.warning(
                         "sample %d of the data set is another one each time: a resume trains on others than the run that "
                         "never stopped; draw its random numbers from Python's, NumPy's or torch's own generators",

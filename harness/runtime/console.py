@@ -195,7 +195,7 @@ class LiveLine:
         self._metrics: Mapping[str, Any] = {}
         self._epoch, self._saved, self._is_saving = 0, 0.0, False
         self._held: Line | None = None  # the last of training, where it is shown nowhere else
-        self._told_time = -math.inf
+        self._logged_time = -math.inf
         handlers = [handler for handler in _handlers() if _is_terminal(handler)]
         has_width = os.get_terminal_size(handlers[0].stream.fileno()).columns > 0  # a container's may not say
         form = "step {n_fmt}/{total_fmt} {percentage:3.0f}% |{bar:16}| {desc} eta {remaining}"
@@ -220,11 +220,11 @@ class LiveLine:
     def lines(self, event: str, line: Line) -> list[Line]:
         """What is to stand above of an event: of training one line a minute, and the last one at each save."""
         held = self._held
-        if event == "train" and time.monotonic() < self._told_time + _SECONDS_BETWEEN_LINES:
+        if event == "train" and time.monotonic() < self._logged_time + _SECONDS_BETWEEN_LINES:
             self._held = line
             return []
         if event in ("train", "save"):
-            self._held, self._told_time = None, time.monotonic()
+            self._held, self._logged_time = None, time.monotonic()
         return [held, line] if event == "save" and held else [line]
 
     def write(self, record: Mapping[str, Any]) -> None:

@@ -78,7 +78,7 @@ class EventLog:
             self._journal = Journal(store.within(attempts=2, deadline_seconds=5), attempt, metrics.every_seconds)
             self._sinks.append(self._journal)
 
-    def event(self, name: str, message: str, /, **values: Any) -> None:
+    def emit(self, name: str, message: str, /, **values: Any) -> None:
         """Tells of one event: ``message`` to the console (none where it is empty), the values to all others. A value never
         takes the place of what the record says itself."""
         if not self._active:

@@ -52,7 +52,7 @@ class Attempt:
         place = self.place()
         has_lost = has_lost_a_peer(error)  # what torch says of that has nothing to do with the training
         what = "lost contact with another rank" if has_lost else f"{type(error).__name__}: {error}".partition("\n")[0]
-        self.events.event("error", "", step=place.step, error=what)
+        self.events.emit("error", "", step=place.step, error=what)
         if has_lost and is_timeout(error):
             log.error(
                 "rank %d waited in vain for another rank, after %d calls of run.step() in this process (step %d): every "
@@ -101,7 +101,7 @@ def first_of(context: RunContext, *, fresh: bool) -> Attempt:
     checkpoint = config.checkpoint
     if checkpoint.url is None:
         events = EventLog(config, active=world.rank == 0)
-        events.event("start", "no checkpoint.url: this run is not saved", step=state.progress.step)
+        events.emit("start", "no checkpoint.url: this run is not saved", step=state.progress.step)
         _start_anew(context, events)
         resume.check_lockstep(world, state, context.about, resumed=False)
         return Attempt(events, context.loop.place)
@@ -116,7 +116,7 @@ def first_of(context: RunContext, *, fresh: bool) -> Attempt:
     memory = HostMemory(pinned=world.device.type == "cuda")
     attempt = _begin(context, catalog, memory, pass_over_newest=is_looping)
     if world.rank == 0:
-        _tell_of_differences(config, state)
+        _log_differences(config, state)
     return attempt
 
 
@@ -139,7 +139,7 @@ def _begin(context: RunContext, catalog: Catalog, memory: HostMemory, *, pass_ov
             _start_anew(context, events)
         resume.check_lockstep(world, state, context.about, resumed=resumed is not NEW)
         saves = Checkpointing(context, claimed, catalog, resumed, events, memory)
-        _tell_of_begin(events, claimed.number, resumed, catalog.store.url, world, state.progress.step)
+        _log_begin(events, claimed.number, resumed, catalog.store.url, world, state.progress.step)
     if world.rank == 0 and not SavePolicy(config.checkpoint).has_intervals:
         log.warning(
             "nothing is saved before the end of the run: a death costs all of it. Give every_steps, every_seconds or "
@@ -148,13 +148,13 @@ def _begin(context: RunContext, catalog: Catalog, memory: HostMemory, *, pass_ov
     return replace(attempt, resumed=resumed, saves=saves)
 
 
-def _tell_of_begin(events: EventLog, number: int, resumed: Resumed, url: str, world: World, step: int) -> None:
+def _log_begin(events: EventLog, number: int, resumed: Resumed, url: str, world: World, step: int) -> None:
     for directory, why in resumed.passed_over.items():
-        events.event("fallback", "", directory=directory, why=why)  # which was logged when it was found
+        events.emit("fallback", "", directory=directory, why=why)  # which was logged when it was found
     outcome.resumed(step)
     is_new = resumed is NEW
     where = f"starting in {url}" if is_new else f"resuming from {resumed.directory}"
-    events.event(
+    events.emit(
         "start" if is_new else "resume",
         f"attempt {number}: {where}, {world.size} x {world.device.type} ({world.backend}), step {step}",
         step=step,
@@ -164,7 +164,7 @@ def _tell_of_begin(events: EventLog, number: int, resumed: Resumed, url: str, wo
     )
 
 
-def _tell_of_differences(config: RunConfig, state: State) -> None:
+def _log_differences(config: RunConfig, state: State) -> None:
     """Says what somebody has edited in the program since the checkpoint, and whose word counts."""
     for each in state.differences:
         is_task = isinstance(config, Config)
@@ -175,4 +175,4 @@ def _tell_of_differences(config: RunConfig, state: State) -> None:
 def _start_anew(context: RunContext, events: EventLog) -> None:
     """Gives a new run what it is to begin with."""
     if what := context.initialize():
-        events.event("init", what)
+        events.emit("init", what)

@@ -252,7 +252,7 @@ class Host(Program):
         atexit.unregister(self._leave)
         atexit.register(self._leave)  # before what the storage's libraries have registered meanwhile
         if self._hook is None and not is_interactive():
-            self._before, self._hook = sys.excepthook, self._tell_of
+            self._before, self._hook = sys.excepthook, self._report_failure
             sys.excepthook = self._hook
 
     def has_finished(self, run: Hosted) -> None:
@@ -312,7 +312,7 @@ class Host(Program):
         run.close()
         end_stopped(stopped)
 
-    def _tell_of(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    def _report_failure(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """In place of ``sys.excepthook``."""
         runs = [*self._unfinished] if os.getpid() == self._pid else []  # a forked child is no rank
         for run in runs:
@@ -362,8 +362,8 @@ def is_interactive() -> bool:
     return hasattr(sys, "ps1") or bool(sys.flags.interactive)
 
 
-def _when_handled(tell: OnError) -> None:
-    """Calls ``tell`` with the error that is leaving a loop now, as soon as somebody handles it.
+def _when_handled(on_error: OnError) -> None:
+    """Calls ``on_error`` with the error that is leaving a loop now, as soon as somebody handles it.
 
     A generator that is closed by an error cannot see it: Python has put it aside until a handler is found. What the handler
     calls first is the first moment to look. An error that nobody handles comes to ``sys.excepthook``.
@@ -383,7 +383,7 @@ def _when_handled(tell: OnError) -> None:
         if any(each in came_from for each in frames[: 1 if goes_on else None]):
             sys.setprofile(None)
             assert error is not None
-            tell(error)
+            on_error(error)
         elif goes_on or not looks:  # the loop was left by break, or nobody has looked at its error
             sys.setprofile(None)
 

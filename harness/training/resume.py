@@ -91,7 +91,7 @@ def resume(
         state.random_to_restore = parts[RANDOM].get(str(world.rank), {}) if meta.get("world_size") == world.size else {}
         ancestor = Ancestor(entry.manifest.attempt, entry.step)
         lineage = [*entry.manifest.lineage, ancestor]
-        on_first(world, functools.partial(_tell_of_other_lines, catalog, entry, passed_over))
+        on_first(world, functools.partial(_log_other_lines, catalog, entry, passed_over))
         return Resumed(entry.directory, entry.step, lineage, save_seconds(meta), passed_over)
     if storage_failed:  # what cannot be read today is not damaged
         raise StoreError(f"{catalog.store.url}: no checkpoint could be read: {'; '.join(problems)}", transient=True)
@@ -126,7 +126,7 @@ def _without_newest(entries: Iterator[Entry], passed_over: dict[str, str]) -> It
         yield first
 
 
-def _tell_of_other_lines(catalog: Catalog, newest: Entry, passed_over: Mapping[str, str]) -> None:
+def _log_other_lines(catalog: Catalog, newest: Entry, passed_over: Mapping[str, str]) -> None:
     for entry in catalog.further(newest):
         if entry.directory in passed_over:
             continue

@@ -179,7 +179,7 @@ class Run:
 
     def tell(self, event: str, message: str, /, **values: Any) -> None:
         """Logs an event: ``message`` for people, the values for programs. Rank 0 speaks."""
-        self._attempt.events.event(event, message, **values)
+        self._attempt.events.emit(event, message, **values)
 
     def can_roll_back(self) -> bool:
         """Whether there is a checkpoint to go back to. All ranks call it."""
