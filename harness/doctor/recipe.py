@@ -98,7 +98,7 @@ def resume(case: Case) -> list[Finding]:
         try:
             store = case.store or open_quickly(case.config.checkpoint)
             how = case.config.checkpoint.restore
-            resumed = resume_run(world, Catalog(store), case.state(), how=how, pass_over_newest=skips)
+            resumed = resume_run(world, Catalog(store), case.state(), how=how, skip_newest=skips)
         except HarnessError as problem:
             return [error(tried, "; ".join(map(str.strip, str(problem).splitlines())), "", type(problem))]
     took = f"step {resumed.step}, every byte verified, in {time.monotonic() - began:.1f} s"

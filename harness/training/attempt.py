@@ -114,13 +114,13 @@ def first_of(context: RunContext, *, fresh: bool) -> Attempt:
         resume.on_first(world, lambda: resume.refuse_to_begin(catalog))
     is_looping = resume.on_first(world, lambda: crashes.is_looping(catalog, config.crash_loop.same_failures))
     memory = HostMemory(pinned=world.device.type == "cuda")
-    attempt = _begin(context, catalog, memory, pass_over_newest=is_looping)
+    attempt = _begin(context, catalog, memory, skip_newest=is_looping)
     if world.rank == 0:
         _log_differences(config, state)
     return attempt
 
 
-def _begin(context: RunContext, catalog: Catalog, memory: HostMemory, *, pass_over_newest: bool = False) -> Attempt:
+def _begin(context: RunContext, catalog: Catalog, memory: HostMemory, *, skip_newest: bool = False) -> Attempt:
     """Claims an attempt, resumes, and makes sure that all ranks hold the same."""
     world, config, state = context.world, context.config, context.state
     about: dict[str, Any] = {"launch": launch_id(), "world_size": world.size, "host": platform.node()}
@@ -134,7 +134,7 @@ def _begin(context: RunContext, catalog: Catalog, memory: HostMemory, *, pass_ov
         next=functools.partial(_begin, context, catalog, memory),
     )
     with attempt.remembering():
-        resumed = resume.resume(world, catalog, state, how=config.checkpoint.restore, pass_over_newest=pass_over_newest)
+        resumed = resume.resume(world, catalog, state, how=config.checkpoint.restore, skip_newest=skip_newest)
         if resumed is NEW:
             _start_anew(context, events)
         resume.check_lockstep(world, state, context.about, resumed=resumed is not NEW)
@@ -149,7 +149,7 @@ def _begin(context: RunContext, catalog: Catalog, memory: HostMemory, *, pass_ov
 
 
 def _log_begin(events: EventLog, number: int, resumed: Resumed, url: str, world: World, step: int) -> None:
-    for directory, why in resumed.passed_over.items():
+    for directory, why in resumed.skipped.items():
         events.emit("fallback", "", directory=directory, why=why)  # which was logged when it was found
     outcome.resumed(step)
     is_new = resumed is NEW
