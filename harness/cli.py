@@ -87,7 +87,7 @@ def train(config_file: str, overrides: tuple[str, ...], fresh: bool, resume: boo
     """Train, from the newest whole checkpoint if the run has one.
 
     Runs under torchrun and as one plain process, with the same configuration. Exit codes: 0 done, 2 the configuration or
-    the model does not fit, 65 or 66 the run's checkpoints are damaged, 74 the storage fails, 75 stopped and saved: start it
+    the model does not fit, 65 or 66 the run's checkpoints are corrupt, 74 the storage fails, 75 stopped and saved: start it
     again, 76 a rank failed, 1 anything else, with a traceback.
     """
     from harness.config import load_config  # noqa: PLC0415
@@ -241,7 +241,7 @@ def _open_catalog(url: str, storage_options: tuple[str, ...]) -> "Catalog":
 @cli.command()
 @_reads_run
 def ls(url: str, storage_options: tuple[str, ...], as_json: bool) -> None:
-    """List the saves of a run: whole, damaged, unfinished, and those on a line that the run has left.
+    """List the saves of a run: whole, corrupt, unfinished, and those on a line that the run has left.
 
     The latest attempt comes first, the latest step first within it. Exit code 66 where there is no run at all.
     """
@@ -311,7 +311,7 @@ def inspect(url: str, storage_options: tuple[str, ...], as_json: bool, step: int
 def verify(url: str, storage_options: tuple[str, ...], as_json: bool, step: int | None, deep: bool) -> None:
     """Check the checkpoints of a run: manifests and sizes, with --deep every byte.
 
-    Exit codes: 0 all are whole, 65 some are damaged, 66 there is none.
+    Exit codes: 0 all are whole, 65 some are corrupt, 66 there is none.
     """
     from harness.checkpoint.catalog import verify_all  # noqa: PLC0415  # see the module's docstring
 
@@ -323,9 +323,9 @@ def verify(url: str, storage_options: tuple[str, ...], as_json: bool, step: int 
             _print(f"{entry.state:<10}  step {entry.step:<10} {entry.directory}  {entry.problem}".rstrip())
     if not entries:
         raise NoCheckpoint(f"{url}: there is no checkpoint to verify")
-    damaged = [entry for entry in entries if entry.state == "damaged"]
-    if damaged:
-        raise Corrupt(f"{url}: {len(damaged)} of {len(entries)} checkpoints are damaged")
+    corrupt = [entry for entry in entries if entry.state == "corrupt"]
+    if corrupt:
+        raise Corrupt(f"{url}: {len(corrupt)} of {len(entries)} checkpoints are corrupt")
 
 
 @cli.command()

@@ -264,7 +264,7 @@ def test_what_a_writer_says_does_not_replace_what_harness_found(tmp_path):
     done = harness("verify", str(tmp_path), "--json")
     assert done.returncode == 65
     (entry,) = json.loads(done.stdout)
-    assert (entry["step"], entry["directory"], entry["state"]) == (5, directory, "damaged")
+    assert (entry["step"], entry["directory"], entry["state"]) == (5, directory, "corrupt")
     assert "model.safetensors" in entry["problem"]
 
 

@@ -2,7 +2,7 @@
 
 Rank 0 lists and chooses, once; the others follow. Every rank verifies every byte before a live tensor is touched, whether
 it has read it itself or was given it by the rank whose share it was; if any rank cannot, all fall back together to the
-checkpoint before, and say so. A run whose checkpoints are all damaged stops: training from scratch over it is for its
+checkpoint before, and say so. A run whose checkpoints are all corrupt stops: training from scratch over it is for its
 owner to decide. Random states come last, and nothing is trained until all ranks have shown that they hold the same state.
 """
 
@@ -93,11 +93,11 @@ def resume(
         lineage = [*entry.manifest.lineage, ancestor]
         on_first(world, functools.partial(_log_other_lines, catalog, entry, skipped))
         return Resumed(entry.directory, entry.step, lineage, save_seconds(meta), skipped)
-    if storage_failed:  # what cannot be read today is not damaged
+    if storage_failed:  # what cannot be read today is not corrupt
         raise StoreError(f"{catalog.store.url}: no checkpoint could be read: {'; '.join(problems)}", transient=True)
     if skipped:
         raise NoCheckpoint(
-            f"{catalog.store.url}: expected a whole checkpoint, found {len(skipped)} damaged ones; "
+            f"{catalog.store.url}: expected a whole checkpoint, found {len(skipped)} corrupt ones; "
             "restore one of them or start a run at another URL"
         )
     return NEW
