@@ -241,7 +241,7 @@ def _open_catalog(url: str, storage_options: tuple[str, ...]) -> "Catalog":
 @cli.command()
 @_reads_run
 def ls(url: str, storage_options: tuple[str, ...], as_json: bool) -> None:
-    """List the saves of a run: whole, corrupt, unfinished, and those on a line that the run has left.
+    """List the saves of a run: whole, corrupt, unfinished, and those on a line that the run has abandoned.
 
     The latest attempt comes first, the latest step first within it. Exit code 66 where there is no run at all.
     """
@@ -258,7 +258,7 @@ def ls(url: str, storage_options: tuple[str, ...], as_json: bool) -> None:
         click.echo("no checkpoints")
     for entry in entries:
         about = entry.manifest
-        state = "left" if entry.state == "whole" and entry.directory not in in_line else entry.state
+        state = "abandoned" if entry.state == "whole" and entry.directory not in in_line else entry.state
         what = f"epoch {about.meta.get('epoch')}  {about.bytes / 1e6:.1f} MB  {about.created}" if about else ""
         _print(f"{state:<10}  step {entry.step:<10} {what}  {entry.directory}  {entry.problem}".rstrip())
 
@@ -366,7 +366,7 @@ def prune(
             what = "the last attempt may still be writing it; if it is dead, --unfinished deletes it"
             _print(f"stays  unfinished  {entry.directory}  {what}")
         elif entry.state == "whole" and entry.directory not in in_line:
-            _print(f"stays  left  {entry.directory}  it goes further than the line that the run is on, and that left it")
+            _print(f"stays  abandoned  {entry.directory}  it goes further than the line that the run is on")
 
 
 @cli.command()

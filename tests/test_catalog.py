@@ -79,7 +79,7 @@ def test_a_whole_checkpoint(store):
     ],
     ids=["missing", "short", "long", "half a manifest", "empty manifest"],
 )
-def test_a_damaged_checkpoint(store, tmp_path, file, size_bytes, problem):
+def test_a_corrupt_checkpoint(store, tmp_path, file, size_bytes, problem):
     """Where the listing contradicts the manifest, or the manifest itself, the checkpoint is corrupt and it is said how."""
     path = tmp_path / save(store, 10) / file
     path.unlink() if size_bytes is None else os.truncate(path, size_bytes)
@@ -449,8 +449,8 @@ def test_a_line_that_was_left_goes(store):
 
 
 def test_two_lines_that_have_one_past(store):
-    """Of two copies of a run that went on apart and were put together, the later attempt's is the line. The other one was
-    left, is told of as what goes further, and stays, whoever deletes, until the line has passed it."""
+    """Of two copies of a run that went on apart and were put together, the later attempt's is the line. The other one is
+    abandoned, is told of as what goes further, and stays, whoever deletes, until the line has passed it."""
     save(store, 200, FIRST)
     for step in (300, 400):
         save(store, step, SECOND, [(FIRST, 200)])

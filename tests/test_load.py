@@ -176,7 +176,7 @@ def test_shards_of_other_checkpoints(written):
         path.write_bytes(data)
 
 
-def test_damaged_index(written):
+def test_corrupt_index(written):
     """The index is not needed for reading; a checkpoint with a wrong one is not whole all the same."""
     index = written.path / "model.safetensors.index.json"
     index.write_bytes(index.read_bytes().replace(b"weight", b"height", 1))

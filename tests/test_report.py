@@ -279,7 +279,7 @@ def test_a_line_that_was_left_is_not_the_runs():
     }
     found = of(CLAIMS, records)
     assert (found.step, [life.is_in_line for life in found.lives]) == (40, [True, False, True])
-    assert "steps 400 to 420, 20 lost, left" in words.short(found)
+    assert "steps 400 to 420, 20 lost, abandoned" in words.short(found)
     assert [record["step"] for record in journal.merged(records)] == [10, 30]
 
 

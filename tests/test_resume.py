@@ -92,7 +92,7 @@ def test_the_newest_is_taken(url, caplog):
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_it_falls_back_over_a_damaged_one(url, kind, caplog):
+def test_it_falls_back_over_a_corrupt_one(url, kind, caplog):
     """To the one before, loudly, and ends with the bits of a run that was never corrupt."""
     straight = newest(url)["digests"]["model"]
     DAMAGE[kind](save(url, 6))
@@ -152,8 +152,8 @@ def test_an_unfinished_save_is_no_checkpoint(url, caplog):
     assert f"resuming from {save(url, 4).name}" in caplog.text
 
 
-def test_a_damaged_line_is_left(url):
-    """After a fall-back, what the damaged line had beyond it is not taken up again, though its step is higher."""
+def test_a_corrupt_line_is_abandoned(url):
+    """After a fall-back, what the corrupt line had beyond it is not taken up again, though its step is higher."""
     flip(save(url, 6) / "model.safetensors")
     abandoned = save(url, 6).name
     prolong(url, steps=5)
@@ -302,7 +302,7 @@ def test_fresh_refuses_a_used_url(url):
         prolong(url, fresh=True)
 
 
-def test_fresh_refuses_damaged_runs_too(url):
+def test_fresh_refuses_corrupt_runs_too(url):
     """They are somebody's."""
     for step in (2, 4, 6):
         flip(save(url, step) / "manifest.json", 50)

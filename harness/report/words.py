@@ -104,16 +104,16 @@ def _attempts(lives: Sequence[Life]) -> Iterable[str]:
     if len(lives) > MOST_LINES:
         yield f"the last {MOST_LINES} of {len(lives)} attempts"
     for life in lives[-MOST_LINES:]:
-        yield f"attempt {life.number:<3}{steps(life):<36}{duration(life.ended - life.began):>10}  {life.ending}"
+        yield f"attempt {life.number:<3}{steps(life):<41}{duration(life.ended - life.began):>10}  {life.ending}"
 
 
 def steps(life: Life) -> str:
     """Which steps an attempt trained."""
     if life.from_step is None:
         return "no step" if life.is_complete else "no step that is known"
-    left = "" if life.is_in_line else ", left"
+    abandoned = "" if life.is_in_line else ", abandoned"
     missing = f", {lost(life.lost_steps, is_exact=life.is_complete)} lost" if life.lost_steps or not life.is_complete else ""
-    return f"steps {life.from_step} to {life.last_step}{missing}{left}"
+    return f"steps {life.from_step} to {life.last_step}{missing}{abandoned}"
 
 
 def _count(number: int, what: str, several: str = "") -> str:
