@@ -17,7 +17,7 @@ from harness import torch_private
 from harness.checkpoint import commit
 from harness.config import Config, RunConfig, WorldConfig
 from harness.distributed.world import World, choose_backend, join_world
-from harness.doctor.attempt import attempt
+from harness.doctor.bounded import run_bounded
 from harness.doctor.case import Case
 from harness.doctor.findings import Finding, describe_error, error, ok, places, warn
 from harness.errors import HarnessError, RankFailure
@@ -94,7 +94,7 @@ def group(case: Case) -> list[Finding]:
         dist.all_reduce(number, group=dist.new_group(backend=backend, timeout=longer))
         return float(number)
 
-    total, problem = attempt(add_up, _GROUP_SECONDS)
+    total, problem = run_bounded(add_up, _GROUP_SECONDS)
     if not problem and total != world.size:
         problem = f"{total} came out"
     problems = sorted(set(world.all_gather(problem)) - {""})

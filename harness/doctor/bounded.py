@@ -9,7 +9,7 @@ from harness.runtime.threads import Background
 T = TypeVar("T")
 
 
-def attempt(function: Callable[[], T], limit_seconds: float) -> tuple[T | None, str]:
+def run_bounded(function: Callable[[], T], limit_seconds: float) -> tuple[T | None, str]:
     """The result of a call, and in words why there is none. One that does not end in time is left behind in its thread."""
     trying = Background(function, "harness-doctor")
     try:
