@@ -612,18 +612,18 @@ class Loader:
         """Gives all ranks rank 0's fingerprint. All ranks call it. Raises ``ConfigError`` where they have other samples."""
         found = all_gather(self.fingerprint())
         differ = [rank for rank, each in enumerate(found) if found[0] and each and _are_others(found[0], each)]
-        if differ and all(all_gather(self._is_steady())):
+        if differ and all(all_gather(self._is_repeatable())):
             raise ConfigError(f"the samples are not the same on ranks 0 and {differ[0]}: {_ADVICE}")
         self._fingerprint = found[0]
 
     def _refuse_others(self, saved: Any) -> None:
         """Raises ``Mismatch`` where a fingerprint that was saved is not that of this data set."""
         own = self.fingerprint()
-        if saved and own and _are_others(saved, own) and self._is_steady():
+        if saved and own and _are_others(saved, own) and self._is_repeatable():
             which = f"(sample {', '.join(map(str, others(saved, own)))} of the data set)"
             raise Mismatch(f"the samples are not those that were trained {which}: {_ADVICE}")
 
-    def _is_steady(self) -> bool:
+    def _is_repeatable(self) -> bool:
         """Whether the fingerprint is the same whenever it is taken; one that chance seldom changes may just look so."""
         return all(self._draw_fingerprint() == self._fingerprint for _ in range(_MANY_TIMES))
 
