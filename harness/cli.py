@@ -46,20 +46,20 @@ def main() -> NoReturn:
         _run()
     except HarnessError as error:
         if is_first_of_node():
-            console.complain_of(error, for_all=True)
-        outcome.record(outcome.of(error))  # after the words: once it is there, the launcher may end this rank
+            console.report_error(error, for_all=True)
+        outcome.record_outcome(outcome.of(error))  # after the words: once it is there, the launcher may end this rank
         if not is_first_of_node():
             time.sleep(1)  # torchrun ends all ranks when the first one goes: the one that speaks must get to it
         sys.exit(error.exit_code)
     except click.ClickException as error:
         words = io.StringIO()
         error.show(words)
-        console.complain(words.getvalue())
+        console.print_error(words.getvalue())
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except Exception as error:
-        console.complain_of(error)
+        console.report_error(error)
         sys.exit(1)
     finally:
         end()
@@ -87,7 +87,7 @@ def train(config_file: str, overrides: tuple[str, ...], fresh: bool, resume: boo
     """Train, from the newest whole checkpoint if the run has one.
 
     Runs under torchrun and as one plain process, with the same configuration. Exit codes: 0 done, 2 the configuration or
-    the model does not fit, 65 or 66 the run's checkpoints are damaged, 74 the storage fails, 75 stopped and saved: start it
+    the model does not fit, 65 or 66 the run's checkpoints are corrupt, 74 the storage fails, 75 stopped and saved: start it
     again, 76 a rank failed, 1 anything else, with a traceback.
     """
     from harness.config import load_config  # noqa: PLC0415
@@ -113,7 +113,7 @@ def _check_ranks() -> None:
         ranks()
     except ConfigError as mistake:
         if not is_first_of_node():  # or else it is told of at the end
-            console.complain_of(mistake)
+            console.report_error(mistake)
         raise
 
 
@@ -180,12 +180,12 @@ def doctor(what: str, arguments: tuple[str, ...], fresh: bool, as_json: bool) ->
     program.begin()
     _check_ranks()
 
-    def tell(found: "Sequence[Finding]") -> None:
-        _tell(found, as_json=as_json)
+    def emit(found: "Sequence[Finding]") -> None:
+        _print_findings(found, as_json=as_json)
 
     if what == "-m" or what.endswith(".py"):
-        _leave_doctor(examine_script((what, *arguments), tell, _leave_doctor, fresh=fresh), at_once=is_under_torchrun())
-    _leave_doctor(examine(what, arguments, tell, fresh=fresh), at_once=is_under_torchrun())
+        _leave_doctor(examine_script((what, *arguments), emit, _leave_doctor, fresh=fresh), at_once=is_under_torchrun())
+    _leave_doctor(examine(what, arguments, emit, fresh=fresh), at_once=is_under_torchrun())
 
 
 def _leave_doctor(code: int, *, at_once: bool = True) -> NoReturn:
@@ -197,13 +197,13 @@ def _leave_doctor(code: int, *, at_once: bool = True) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if is_under_torchrun():
-        outcome.record(Outcome(code, verdict=True))
+        outcome.record_outcome(Outcome(code, verdict=True))
     leave_at_once(
         0 if is_under_torchrun() and outcome.is_wanted() else code
     )  # torchrun would start again what ends with anything else
 
 
-def _tell(found: "Sequence[Finding]", *, as_json: bool) -> None:
+def _print_findings(found: "Sequence[Finding]", *, as_json: bool) -> None:
     if rank():
         return
     if as_json:
@@ -241,7 +241,7 @@ def _open_catalog(url: str, storage_options: tuple[str, ...]) -> "Catalog":
 @cli.command()
 @_reads_run
 def ls(url: str, storage_options: tuple[str, ...], as_json: bool) -> None:
-    """List the saves of a run: whole, damaged, unfinished, and those on a line that the run has left.
+    """List the saves of a run: whole, corrupt, unfinished, and those on a line that the run has abandoned.
 
     The latest attempt comes first, the latest step first within it. Exit code 66 where there is no run at all.
     """
@@ -258,7 +258,7 @@ def ls(url: str, storage_options: tuple[str, ...], as_json: bool) -> None:
         click.echo("no checkpoints")
     for entry in entries:
         about = entry.manifest
-        state = "left" if entry.state == "whole" and entry.directory not in in_line else entry.state
+        state = "abandoned" if entry.state == "whole" and entry.directory not in in_line else entry.state
         what = f"epoch {about.meta.get('epoch')}  {about.bytes / 1e6:.1f} MB  {about.created}" if about else ""
         _print(f"{state:<10}  step {entry.step:<10} {what}  {entry.directory}  {entry.problem}".rstrip())
 
@@ -311,7 +311,7 @@ def inspect(url: str, storage_options: tuple[str, ...], as_json: bool, step: int
 def verify(url: str, storage_options: tuple[str, ...], as_json: bool, step: int | None, deep: bool) -> None:
     """Check the checkpoints of a run: manifests and sizes, with --deep every byte.
 
-    Exit codes: 0 all are whole, 65 some are damaged, 66 there is none.
+    Exit codes: 0 all are whole, 65 some are corrupt, 66 there is none.
     """
     from harness.checkpoint.catalog import verify_all  # noqa: PLC0415  # see the module's docstring
 
@@ -323,9 +323,9 @@ def verify(url: str, storage_options: tuple[str, ...], as_json: bool, step: int 
             _print(f"{entry.state:<10}  step {entry.step:<10} {entry.directory}  {entry.problem}".rstrip())
     if not entries:
         raise NoCheckpoint(f"{url}: there is no checkpoint to verify")
-    damaged = [entry for entry in entries if entry.state == "damaged"]
-    if damaged:
-        raise Corrupt(f"{url}: {len(damaged)} of {len(entries)} checkpoints are damaged")
+    corrupt = [entry for entry in entries if entry.state == "corrupt"]
+    if corrupt:
+        raise Corrupt(f"{url}: {len(corrupt)} of {len(entries)} checkpoints are corrupt")
 
 
 @cli.command()
@@ -366,7 +366,7 @@ def prune(
             what = "the last attempt may still be writing it; if it is dead, --unfinished deletes it"
             _print(f"stays  unfinished  {entry.directory}  {what}")
         elif entry.state == "whole" and entry.directory not in in_line:
-            _print(f"stays  left  {entry.directory}  it goes further than the line that the run is on, and that left it")
+            _print(f"stays  abandoned  {entry.directory}  it goes further than the line that the run is on")
 
 
 @cli.command()
@@ -414,7 +414,7 @@ def report(url: str, out: str | None, storage_options: tuple[str, ...], as_json:
     from harness.telemetry import journal  # noqa: PLC0415  # see the module's docstring
 
     catalog = _open_catalog(url, storage_options)
-    records = journal.read(catalog.store)
+    records = journal.read_records(catalog.store)
     if metrics:
         for record in journal.merged(records, numbers.newest_lineage(catalog)):
             click.echo(json.dumps(record))
@@ -422,7 +422,7 @@ def report(url: str, out: str | None, storage_options: tuple[str, ...], as_json:
             count = f"{records.unreadable} line{'s' * (records.unreadable > 1)}"
             click.echo(f"harness: {count} could not be read", err=True)
         return
-    found = numbers.read(catalog, records, time.time())
+    found = numbers.read_report(catalog, records, time.time())
     if out is not None:
         text = page.page(found, records)
         try:

@@ -332,7 +332,7 @@ def _validated(model: type[C], value: Any, where: str) -> C:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}{line}" for line in map(_in_words, error.errors()))) from None
+        raise ConfigError("\n".join(f"{where}{line}" for line in map(_describe_mistake, error.errors()))) from None
 
 
 def parse_overrides(
@@ -349,23 +349,23 @@ def parse_overrides(
     return value
 
 
-def _override(value: dict[str, Any], override: str, told: str) -> None:
+def _override(value: dict[str, Any], override: str, shown: str) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"{told!r}: expected dotted.key=value")
+        raise ConfigError(f"{shown!r}: expected dotted.key=value")
     for index, key in enumerate(keys[:-1]):
         value = value.setdefault(key, {})
         if not isinstance(value, dict):
-            raise ConfigError(f"{told!r}: {'.'.join(keys[: index + 1])} is not a section, it is {_shown(value, dotted)}")
-    value[keys[-1]] = _parse(text, told)
+            raise ConfigError(f"{shown!r}: {'.'.join(keys[: index + 1])} is not a section, it is {_shown(value, dotted)}")
+    value[keys[-1]] = _parse(text, shown)
 
 
 def _may_be_secret(path: str) -> bool:
     return "storage_option" in path or is_secret_name(path)
 
 
-def _in_words(error: ErrorDetails) -> str:
+def _describe_mistake(error: ErrorDetails) -> str:
     """One line about one thing that is wrong."""
     path = ".".join(str(key) for key in error["loc"])
     match error["type"]:

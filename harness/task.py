@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import ConfigError
-from harness.runtime.startup import import_torch
+from harness.runtime.torch_import import import_torch
 
 if TYPE_CHECKING:  # torch is imported by the functions that need it: reading a configuration must not take seconds
     from torch import Tensor, nn

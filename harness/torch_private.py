@@ -442,20 +442,20 @@ def _agent() -> Any:
     return importlib.import_module("torch.distributed.elastic.agent.server.local_elastic_agent").LocalElasticAgent
 
 
-def before_ranks_are_ended(tell: Callable[[Sequence[int]], None]) -> None:
-    """Has torchrun, in this process, call ``tell`` with the process ids of its ranks before it ends them. It does not
+def before_ranks_are_ended(note: Callable[[Sequence[int]], None]) -> None:
+    """Has torchrun, in this process, call ``note`` with the process ids of its ranks before it ends them. It does not
     where torchrun itself was asked to end."""
     if not has(RANKS_END):
         return
     context, signalled = _elastic().PContext, _elastic().SignalException
     close = context.close
 
-    def tell_and_close(self: Any, *args: Any, **kwargs: Any) -> None:
+    def note_and_close(self: Any, *args: Any, **kwargs: Any) -> None:
         if not isinstance(sys.exception(), signalled):  # else torchrun passes a signal on
-            tell(list(self.pids().values()))
+            note(list(self.pids().values()))
         close(self, *args, **kwargs)
 
-    context.close = tell_and_close
+    context.close = note_and_close
 
 
 def when_ranks_fail(left: Callable[[int, int], int]) -> None:

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 import nursery
 
-from harness.runtime.startup import import_torch
+from harness.runtime.torch_import import import_torch
 
 T = TypeVar("T")
 

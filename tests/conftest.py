@@ -10,7 +10,7 @@ import pytest
 import servers
 
 from harness.errors import ConfigError
-from harness.runtime.startup import import_torch
+from harness.runtime.torch_import import import_torch
 
 with contextlib.suppress(ConfigError):  # some files do without it
     import_torch()  # nearly every file does; so it is quick, and the collector passes over it from then on

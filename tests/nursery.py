@@ -81,7 +81,7 @@ if __name__ == "__main__":
     import select
     import signal
 
-    from harness.runtime.startup import import_torch
+    from harness.runtime.torch_import import import_torch
 
     import_torch()
     order = _serve()

@@ -79,12 +79,12 @@ def test_a_whole_checkpoint(store):
     ],
     ids=["missing", "short", "long", "half a manifest", "empty manifest"],
 )
-def test_a_damaged_checkpoint(store, tmp_path, file, size_bytes, problem):
-    """Where the listing contradicts the manifest, or the manifest itself, the checkpoint is damaged and it is said how."""
+def test_a_corrupt_checkpoint(store, tmp_path, file, size_bytes, problem):
+    """Where the listing contradicts the manifest, or the manifest itself, the checkpoint is corrupt and it is said how."""
     path = tmp_path / save(store, 10) / file
     path.unlink() if size_bytes is None else os.truncate(path, size_bytes)
     (entry,) = Catalog(store).entries()
-    assert entry.state == "damaged"
+    assert entry.state == "corrupt"
     assert re.search(problem, entry.problem)
     with pytest.raises(NoCheckpoint):
         Catalog(store).newest()
@@ -107,7 +107,7 @@ def test_a_manifest_in_a_strange_place(store, tmp_path):
     for name in (directory.replace(f"{step:012}", f"{99:012}"), directory.replace(attempt.id, SECOND.id)):
         os.rename(tmp_path / directory, tmp_path / name)
         (entry,) = Catalog(store).entries()
-        assert entry.state == "damaged"
+        assert entry.state == "corrupt"
         assert "is that of step 10, attempt 000001-00000001" in entry.problem
         os.rename(tmp_path / name, tmp_path / directory)
 
@@ -119,7 +119,7 @@ def test_a_manifest_of_another_version(store, tmp_path):
     text = path.read_bytes().replace(b'"version": 1', b'"version": 2').rpartition(b' "checksum"')[0]
     path.write_bytes(text + f' "checksum": "{checksum(text)}"\n}}'.encode())
     (entry,) = Catalog(store).entries()
-    assert (entry.state, "expected harness-checkpoint version 1" in entry.problem) == ("damaged", True)
+    assert (entry.state, "expected harness-checkpoint version 1" in entry.problem) == ("corrupt", True)
     with pytest.raises(UnknownFormat):
         Catalog(store).open(directory)
 
@@ -142,7 +142,7 @@ def test_objects_that_vanish_are_noticed_by_a_catalog_that_knew_them(store):
     catalog, directory = Catalog(store), save(store, 10)
     assert catalog.newest().directory == directory
     remove(store, directory, "model.safetensors")
-    assert [entry.state for entry in catalog.entries()] == ["damaged"]
+    assert [entry.state for entry in catalog.entries()] == ["corrupt"]
 
 
 def test_verifying_reads_every_byte(store):
@@ -158,7 +158,7 @@ def test_verifying_reads_every_byte(store):
                 catalog.verify(entry)
     assert [entry.state for entry in verify_all(catalog)] == ["whole", "whole"]
     found = verify_all(catalog, deep=True)
-    assert [(entry.step, entry.state) for entry in found] == [(20, "damaged"), (10, "whole")]
+    assert [(entry.step, entry.state) for entry in found] == [(20, "corrupt"), (10, "whole")]
     assert "model.safetensors" in found[0].problem
     assert [entry.step for entry in verify_all(catalog, step=10, deep=True)] == [10]
 
@@ -300,13 +300,13 @@ def test_a_branch_from_a_branch(store):
 
 
 def test_falling_back(store):
-    """The damaged are among the candidates, to be told of; the newest whole one is the first that is not."""
+    """The corrupt ones are among the candidates, to be told of; the newest whole one is the first that is not."""
     save(store, 10)
     middle, last = save(store, 20), save(store, 30)
     remove(store, last, "model.safetensors")
     os.truncate(f"{store.root}/{middle}/manifest.json", 10)
     entries = [*Catalog(store).candidates()]
-    assert [(entry.step, entry.state) for entry in entries] == [(30, "damaged"), (20, "damaged"), (10, "whole")]
+    assert [(entry.step, entry.state) for entry in entries] == [(30, "corrupt"), (20, "corrupt"), (10, "whole")]
     assert Catalog(store).newest().step == 10
 
 
@@ -350,7 +350,7 @@ def test_retention(store, retention, best_step, left):
 
 
 def test_the_newest_whole_checkpoint_never_goes(store):
-    """However damaged the newer ones are, the newest that is whole is kept, and counts as the first."""
+    """However corrupt the newer ones are, the newest that is whole is kept, and counts as the first."""
     for step in (10, 20, 30):
         last = save(store, step)
     remove(store, last, "model.safetensors")
@@ -361,7 +361,7 @@ def test_the_newest_whole_checkpoint_never_goes(store):
 
 
 def test_nothing_is_deleted_where_nothing_is_whole(store):
-    """What is damaged may be all that its owner has left."""
+    """What is corrupt may be all that its owner has left."""
     for step in (10, 20):
         remove(store, save(store, step), "model.safetensors")
     before = store.list()
@@ -370,11 +370,11 @@ def test_nothing_is_deleted_where_nothing_is_whole(store):
 
 
 def test_rubbish_goes_when_a_newer_checkpoint_is_whole(store):
-    """Unfinished and damaged saves older than the newest whole one go; a newer one of the last attempt may be somebody's who
+    """Unfinished and corrupt saves older than the newest whole one go; a newer one of the last attempt may be somebody's who
     still writes, and goes when its owner says that nobody does."""
-    unfinished, damaged = save(store, 10), save(store, 20)
+    unfinished, corrupt = save(store, 10), save(store, 20)
     remove(store, unfinished, "manifest.json")
-    remove(store, damaged, "model.safetensors")
+    remove(store, corrupt, "model.safetensors")
     save(store, 30, SECOND, [(FIRST, 5)])
     superseded = save(store, 40, SECOND)
     remove(store, superseded, "manifest.json")
@@ -383,7 +383,7 @@ def test_rubbish_goes_when_a_newer_checkpoint_is_whole(store):
     gone = Catalog(store).prune(EVERYTHING)
     assert [entry.directory for entry in gone] == [superseded, unfinished]
     gone = Catalog(store).prune(Retention(keep_last=1))
-    assert [entry.directory for entry in gone] == [damaged]
+    assert [entry.directory for entry in gone] == [corrupt]
     assert {name.partition("/")[0] for name in store.list()} >= {writing}
     gone = Catalog(store).prune(Retention(keep_last=1), unfinished=True)
     assert [entry.directory for entry in gone] == [writing]
@@ -419,12 +419,12 @@ def test_directories_that_hold_nothing(store, tmp_path):
 
 
 def test_what_an_attempt_before_has_left_unfinished(store):
-    """A start deletes what lies after the newest whole checkpoint, and nothing of its own attempt, and nothing damaged."""
+    """A start deletes what lies after the newest whole checkpoint, and nothing of its own attempt, and nothing corrupt."""
     save(store, 10)
-    dead, damaged, own = save(store, 20), save(store, 30), save(store, 11, SECOND)
+    dead, corrupt, own = save(store, 20), save(store, 30), save(store, 11, SECOND)
     for directory in (dead, own):
         remove(store, directory, "manifest.json")
-    remove(store, damaged, "model.safetensors")
+    remove(store, corrupt, "model.safetensors")
     Catalog(store).sweep(SECOND)
     assert steps(Catalog(store).entries()) == [(2, 11), (1, 30), (1, 10)]
 
@@ -435,8 +435,8 @@ def test_a_line_that_was_left_goes(store):
     newest = save(store, 20, SECOND, [(FIRST, 10)])
     for step in (15, 25, 30):
         save(store, step, FIRST)
-    damaged = save(store, 40, FIRST)
-    remove(store, damaged, "model.safetensors")
+    corrupt = save(store, 40, FIRST)
+    remove(store, corrupt, "model.safetensors")
     catalog = Catalog(store)
     assert steps(catalog.further(catalog.newest())) == [(1, 30)]
     gone = catalog.prune(Retention(keep_last=2))
@@ -449,8 +449,8 @@ def test_a_line_that_was_left_goes(store):
 
 
 def test_two_lines_that_have_one_past(store):
-    """Of two copies of a run that went on apart and were put together, the later attempt's is the line. The other one was
-    left, is told of as what goes further, and stays, whoever deletes, until the line has passed it."""
+    """Of two copies of a run that went on apart and were put together, the later attempt's is the line. The other one is
+    abandoned, is told of as what goes further, and stays, whoever deletes, until the line has passed it."""
     save(store, 200, FIRST)
     for step in (300, 400):
         save(store, step, SECOND, [(FIRST, 200)])
@@ -492,7 +492,7 @@ def test_milestones_of_a_line_that_was_left(store, is_writer):
 
 def test_several_saves_of_a_step(store):
     """Those of one attempt are one checkpoint, of which the newest counts: of the others none takes a place among the last.
-    Where it is damaged, the one before is there."""
+    Where it is corrupt, the one before is there."""
     for step in (10, 20, 20, 20):
         save(store, step)
     twice = sorted(entry.directory for entry in Catalog(store).entries() if entry.step == 20)
@@ -510,7 +510,7 @@ class Dying(Exception):
 
 @pytest.mark.parametrize("cut", range(8))
 def test_deleting_that_is_cut_short(store, monkeypatch, cut):
-    """After each single deletion: no checkpoint is damaged, the kept are whole, and the next pruning finishes the work."""
+    """After each single deletion: no checkpoint is corrupt, the kept are whole, and the next pruning finishes the work."""
     for step in (10, 20, 30):
         newest = save(store, step)
     deleted: list[str] = []

@@ -264,12 +264,12 @@ def test_what_a_writer_says_does_not_replace_what_harness_found(tmp_path):
     done = harness("verify", str(tmp_path), "--json")
     assert done.returncode == 65
     (entry,) = json.loads(done.stdout)
-    assert (entry["step"], entry["directory"], entry["state"]) == (5, directory, "damaged")
+    assert (entry["step"], entry["directory"], entry["state"]) == (5, directory, "corrupt")
     assert "model.safetensors" in entry["problem"]
 
 
 def test_prune_says_what_stays(tmp_path):
-    """A line that was left and goes further, and what the last attempt may be writing, which ``--unfinished`` deletes."""
+    """An abandoned line that goes further, and what the last attempt may be writing, which ``--unfinished`` deletes."""
     lines = [(1, 10, ()), (1, 40, ()), (2, 20, [(1, 10)]), (2, 30, [(1, 10)])]
     attempts = {number: Attempt(f"00000{number}-0000000{number}") for number in (1, 2)}
     store = open_store(str(tmp_path))
@@ -279,10 +279,10 @@ def test_prune_says_what_stays(tmp_path):
     unfinished = new_directory(50, attempts[2])
     (tmp_path / unfinished).mkdir()
     found = [line.split()[:2] for line in harness("ls", str(tmp_path)).stdout.splitlines()]
-    assert [state for state, _ in found] == ["unfinished", "whole", "whole", "left", "whole"]
+    assert [state for state, _ in found] == ["unfinished", "whole", "whole", "abandoned", "whole"]
     done = harness("prune", str(tmp_path), "--keep-last", "1")
     words = [line.split()[:2] for line in done.stdout.splitlines()]
-    assert words == [["deleted", "whole"], ["deleted", "whole"], ["stays", "unfinished"], ["stays", "left"]]
+    assert words == [["deleted", "whole"], ["deleted", "whole"], ["stays", "unfinished"], ["stays", "abandoned"]]
     done = harness("prune", str(tmp_path), "--keep-last", "1", "--unfinished", "--dry-run")
     assert f"would delete  unfinished  {unfinished}" in done.stdout
     done = harness("prune", str(tmp_path), "--keep-last", "1", "--unfinished")

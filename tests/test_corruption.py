@@ -240,9 +240,9 @@ def test_random_damage_on_a_disk_is_noticed(committed, tmp_path, capsys):
 
 @pytest.mark.parametrize("file", ["manifest.json", "model-00001-of-00002.safetensors"])
 def test_when_nothing_is_whole(committed, file):
-    """When every checkpoint is damaged the run stops, rather than start from scratch over it."""
+    """When every checkpoint is corrupt the run stops, rather than start from scratch over it."""
     objects = {name: data[:-1] + b"?" if name.endswith(f"/{file}") else data for name, data in committed.items()}
-    with pytest.raises(NoCheckpoint, match="3 damaged"):
+    with pytest.raises(NoCheckpoint, match="3 corrupt"):
         resume_from(Objects(objects))
 
 

@@ -194,9 +194,9 @@ class Judge:
         if found not in left.allowed:
             self.complain(left, f"resumed from {found}, expected one of {left.allowed}")
         if not left.power_cut:
-            damaged = [entry for entry in Catalog(Objects(left.tree)).entries() if entry.state == "damaged"]
-            if damaged:
-                self.complain(left, f"the process alone was killed, and {damaged[0].problem}")
+            corrupt = [entry for entry in Catalog(Objects(left.tree)).entries() if entry.state == "corrupt"]
+            if corrupt:
+                self.complain(left, f"the process alone was killed, and {corrupt[0].problem}")
 
     def complain(self, left: Left, what: str) -> None:
         self.wrong.append(f"{left.verb}, {left.place}{', power cut' * left.power_cut}: {what}")

@@ -19,7 +19,7 @@ def die(catalog: Catalog, *deaths: Crash | None) -> None:
     for death in deaths:
         attempt = catalog.claim_attempt({})
         if death is not None:
-            crashes.record(catalog, attempt, death)
+            crashes.record_crash(catalog, attempt, death)
 
 
 BAD = Crash(step=7, error="ValueError: bad sample", rank=1, samples=[3, 1, 4])
@@ -65,8 +65,8 @@ def test_ranks_that_die_differently(catalog):
     """The same error on one of several ranks that left records is the same death."""
     for _ in range(3):
         attempt = catalog.claim_attempt({})
-        crashes.record(catalog, attempt, BAD)
-        crashes.record(catalog, attempt, Crash(7, "OSError: whatever", 0, []))
+        crashes.record_crash(catalog, attempt, BAD)
+        crashes.record_crash(catalog, attempt, Crash(7, "OSError: whatever", 0, []))
     died = crashes.is_looping(catalog, 3)
     assert died
 

@@ -15,7 +15,7 @@ from harness import Task
 from harness.config import RunConfig
 from harness.errors import ConfigError
 from harness.telemetry.dashboards import Prometheus
-from harness.telemetry.metrics import Reporter
+from harness.telemetry.events import EventLog
 
 
 def train(url: Path, steps: int, *, dies_at: int | None = None, **metrics) -> None:
@@ -60,7 +60,7 @@ def test_tensorboard_beside_remote_checkpoints_needs_a_directory(url):
     """Its files are appended to, which an object store cannot."""
     config = RunConfig.model_validate({"checkpoint": {"url": url}, "metrics": {"tensorboard": True}})
     with pytest.raises(ConfigError, match=r"metrics\.tensorboard: expected a directory"):
-        Reporter(config, active=True)
+        EventLog(config, active=True)
 
 
 def test_prometheus_reads_the_newest_numbers(tmp_path):

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset, random_split
 
 from harness.data import loader as data
 from harness.data.dataset import others, sketch
-from harness.data.loader import Cursor, Gap, Loader, MicroBatch, Schedule, batches, mix, seed_everything, to_device
+from harness.data.loader import Cursor, Loader, MicroBatch, Schedule, SkippedBatch, batches, mix, seed_everything, to_device
 from harness.errors import ConfigError, Corrupt, Mismatch
 
 # Python 3.12 warns of every fork in a process that has threads, and torch has some.
@@ -376,7 +376,7 @@ def test_the_ledger_tells_streams_apart():
     for step in range(3):
         gap.next_step()
         if step == 1:
-            assert gap.pass_over() == Gap(0, BATCH, BATCH)
+            assert gap.skip() == SkippedBatch(0, BATCH, BATCH)
     assert gap.state_dict()["ledger"] != whole.state_dict()["ledger"]
     loader().load_state_dict(gap.state_dict())
 
@@ -410,7 +410,7 @@ def test_a_loader_that_is_told_what_to_leave_out():
     """Those batches are not fetched; the others come as ever."""
     straight = [plain(loader_step[0][0]) for loader_step in itertools.islice(iter(loader().next_step, None), 6)]
     told = loader()
-    told.leave_out([Gap(0, BATCH, BATCH), Gap(1, 0, BATCH)])
+    told.leave_out([SkippedBatch(0, BATCH, BATCH), SkippedBatch(1, 0, BATCH)])
     found = [told.next_step() for _ in range(6)]
     assert [[plain(batch) for batch, _ in step] for step in found] == [
         [] if step in (1, 4) else [straight[step]] for step in range(6)

@@ -450,7 +450,7 @@ def test_a_disk_that_is_too_small(write, small_disk):
     assert examined(write(), f"checkpoint.url={small_disk}/run", "checkpoint.keep_last=1")[1]["space"][0].level == "ok"
 
 
-def test_a_run_whose_checkpoints_are_damaged(write, kept_path):
+def test_a_run_whose_checkpoints_are_corrupt(write, kept_path):
     """The newest: a warning that says from where the run would go on. All of them: exit code 66."""
     url = kept_path / "run"
     train_here(build, url=url, train={"steps": 2, "global_batch_size": 4}, checkpoint={"every_steps": 1})
@@ -524,7 +524,7 @@ def test_a_crash_loop(write, trained, deaths, code):
     url, _ = trained
     catalog = Catalog(open_store(str(url)))
     for _ in range(deaths):
-        crashes.record(catalog, catalog.claim_attempt({}), Crash(3, "ValueError: it", 0, [1]))
+        crashes.record_crash(catalog, catalog.claim_attempt({}), Crash(3, "ValueError: it", 0, [1]))
     found_code, found = examined(write(), f"checkpoint.url={url}")
     assert found_code == code
     if deaths == 2:

@@ -31,7 +31,7 @@ from torch.utils.data import Dataset
 
 from harness import Evaluation, Run, StopRequest, Task
 from harness.data.loader import Cursor, Schedule
-from harness.state.buckets import GradientOrder
+from harness.state.ddp_buckets import BucketOrder
 from harness.tasks import gpt
 
 SAMPLES, BATCH, STEPS, SEED = (
@@ -82,7 +82,7 @@ def build(place: str | None = None, hold_at: int | None = None, settle: bool = T
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     if not settle:
-        GradientOrder.settle = lambda gradients, order: None
+        BucketOrder.settle = lambda gradients, order: None
 
     def loss(model: nn.Module, batch) -> torch.Tensor:
         images, labels, indices = batch

@@ -21,7 +21,7 @@ from harness.runtime.escapes import for_html, for_terminal
 from harness.storage.store import open_store
 from harness.telemetry import journal
 from harness.telemetry.dashboards import Prometheus, TensorBoard
-from harness.telemetry.metrics import Reporter
+from harness.telemetry.events import EventLog
 
 ATTEMPTS = [Attempt(f"{number:06}-aaaaaaaa") for number in (1, 2, 3)]
 SCRIPT = "\"><script>alert(1)</script><x y='"
@@ -85,12 +85,12 @@ def written(url: str, *lines: list) -> tuple[Catalog, journal.Records]:
     for attempt, own in zip(ATTEMPTS, lines, strict=False):
         data = b"\n".join(each if isinstance(each, bytes) else json.dumps(each).encode() for each in own)
         store.put(f"metrics/{attempt.id}-000000.jsonl", lambda data=data: [data], len(data))
-    return Catalog(store), journal.read(store)
+    return Catalog(store), journal.read_records(store)
 
 
 def shown(catalog: Catalog, records: journal.Records) -> tuple[str, str]:
     """The report on the terminal and as a page; its numbers and its metrics are JSON that strict readers take."""
-    found = numbers.read(catalog, records, now=2000.0)
+    found = numbers.read_report(catalog, records, now=2000.0)
     for value in (found.as_json(), journal.merged(records, numbers.newest_lineage(catalog))):
         json.dumps(value, allow_nan=False)
     text = words.short(found)
@@ -171,7 +171,7 @@ def test_a_line_that_cannot_be_read_is_counted(case):
     url = f"memory://hostile/line-{case.replace(' ', '-')}"
     catalog, records = written(url, [told("x")[0], HOSTILE_LINES[case], *told("x")[1:]])
     assert records.unreadable == 1
-    assert "could not be read" in words.short(numbers.read(catalog, records, now=2000.0))
+    assert "could not be read" in words.short(numbers.read_report(catalog, records, now=2000.0))
     assert len(records[ATTEMPTS[0]]) == len(told("x"))
 
 
@@ -245,7 +245,7 @@ def test_whatever_lies_in_the_url_makes_a_report(lines, claims):
     assert sum(map(len, records.values())) + records.unreadable <= sum(map(len, lines))
     if not any(records.values()):
         return
-    report = numbers.read(catalog, records, now=2000.0)
+    report = numbers.read_report(catalog, records, now=2000.0)
     assert all(span.end >= span.begin for span in report.spans)
     assert sum(report.seconds(kind) for kind in numbers.KINDS) == pytest.approx(report.wall_seconds)
     shown(catalog, records)
@@ -260,7 +260,7 @@ def test_records_of_attempts_and_crashes_may_hold_anything(text):
     catalog, records = written(f"memory://hostile/claims-{abs(hash(text))}", told("x"))
     for name in (f"{ATTEMPTS[0].id}.json", f"{ATTEMPTS[0].id}.crash-0.json", f"{ATTEMPTS[1].id}.crash-1.json"):
         catalog.store.put(f"attempts/{name}", lambda: [text], len(text))
-    assert words.short(numbers.read(catalog, records, now=2000.0))
+    assert words.short(numbers.read_report(catalog, records, now=2000.0))
 
 
 # --- dashboards ------------------------------------------------------------------------------------------------------
@@ -297,9 +297,9 @@ def test_a_value_never_takes_the_records_own_place(tmp_path):
     """Whoever calls a metric ``time`` or ``attempt`` does not change when, and by whom, it was told."""
     path = tmp_path / "log.jsonl"
     config = RunConfig.model_validate({"log": {"jsonl": str(path)}})
-    reporter = Reporter(config, active=True, attempt=ATTEMPTS[0].id)
+    events = EventLog(config, active=True, attempt=ATTEMPTS[0].id)
     values = {"time": 0.1, "attempt": "x", "name": 1.0, "message": 2.0, "self": 3.0}
-    reporter.event("train", "", step=1, **{key: value for key, value in values.items() if key != "self"})
+    events.emit("train", "", step=1, **{key: value for key, value in values.items() if key != "self"})
     found = json.loads(path.read_text())
     assert (found["event"], found["attempt"], found["name"], found["message"]) == ("train", ATTEMPTS[0].id, 1.0, 2.0)
     assert found["time"] > 1e9
@@ -320,7 +320,7 @@ def test_a_step_refuses_such_names(name):
 def test_values_that_json_has_not(tmp_path):
     """They are told in words, however deep they lie, and the line is there."""
     path = tmp_path / "log.jsonl"
-    reporter = Reporter(RunConfig.model_validate({"log": {"jsonl": str(path)}}), active=True)
+    events = EventLog(RunConfig.model_validate({"log": {"jsonl": str(path)}}), active=True)
     values = {
         "a": np.float32(0.5),
         "b": torch.tensor(2.0),
@@ -328,6 +328,6 @@ def test_values_that_json_has_not(tmp_path):
         "e": object,
         "f": np.int64(3),
     }
-    reporter.event("train", "", **values)
+    events.emit("train", "", **values)
     found = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert (found["a"], found["b"], found["c"], found["f"]) == (0.5, 2.0, ["nan", {"d": "inf"}], 3)

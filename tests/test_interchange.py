@@ -307,7 +307,7 @@ def test_export_of_another_part(tmp_path):
 
 
 def test_export_verifies(tmp_path):
-    """Nothing is exported from a damaged checkpoint."""
+    """Nothing is exported from a corrupt checkpoint."""
     store, directory, manifest = checkpoint(f"{tmp_path}/run", Net())
     flip(tmp_path / "run" / directory / "model.safetensors", -5)
     for out in ("model.pth", "model.safetensors", "out/"):

@@ -139,8 +139,8 @@ def trials(request, tmp_path):
 def judge_run(trial: Trial) -> str | None:
     """What is wrong with the run once the disk is well again; None when it is whole, can go on, and is tidy then."""
     entries = Catalog(trial.store).entries()
-    if damaged := [entry.problem for entry in entries if entry.state == "damaged"]:
-        return f"something partial was published: {damaged}"
+    if corrupt := [entry.problem for entry in entries if entry.state == "corrupt"]:
+        return f"something partial was published: {corrupt}"
     if not trial.failing.for_good and (partial := [name for name in trial.store.list() if name.endswith(".partial")]):
         return f"left behind {partial}"
     _, restored = resume_from(trial.store)
@@ -214,7 +214,7 @@ def test_prune(trials):
 
 
 def test_resume(trials):
-    """Resuming takes a whole checkpoint or raises the storage's error: a disk that fails is not a damaged checkpoint."""
+    """Resuming takes a whole checkpoint or raises the storage's error: a disk that fails is not a corrupt checkpoint."""
 
     def resume(trial: Trial) -> Any:
         return resume_from(trial.store)[1]
@@ -250,7 +250,7 @@ def test_claim_attempt(trials):
 
 @pytest.mark.parametrize("deep", [False, True])
 def test_list_and_verify(trials, deep):
-    """What cannot be read is not reported as damaged, or as not there."""
+    """What cannot be read is not reported as corrupt, or as not there."""
 
     def verify(trial: Trial) -> Any:
         return verify_all(Catalog(trial.store), deep=deep)

@@ -33,7 +33,7 @@ def train(url, steps: int, **config) -> None:
 
 
 def steps_told(url) -> list[int]:
-    return [record["step"] for record in journal.merged(journal.read(open_store(str(url))))]
+    return [record["step"] for record in journal.merged(journal.read_records(open_store(str(url))))]
 
 
 def lines(*events) -> bytes:
@@ -61,13 +61,13 @@ def test_an_attempt_replaces_what_earlier_ones_told_of_later_steps(tmp_path):
         lines(("resume", 3, {"lineage": [[FIRST.id, 3]]}), ("train", 4, {"from": 2}), ("train", 5, {"from": 2})),
     )
     put(store, THIRD, 0, lines(("resume", 2, {"lineage": [[FIRST.id, 2]]}), ("train", 3, {"from": 3})))
-    assert [(each["step"], each.get("from")) for each in journal.merged(journal.read(store))] == [
+    assert [(each["step"], each.get("from")) for each in journal.merged(journal.read_records(store))] == [
         (1, None),
         (2, None),
         (3, 3),
     ]
     (tmp_path / f"metrics/{THIRD.id}-000000.jsonl").unlink()
-    found = [(each["event"], each["step"], each.get("from")) for each in journal.merged(journal.read(store))]
+    found = [(each["event"], each["step"], each.get("from")) for each in journal.merged(journal.read_records(store))]
     assert found[2:] == [("train", 3, 1), ("evaluate", 3, 1), ("train", 4, 2), ("train", 5, 2)]
 
 
@@ -76,7 +76,7 @@ def test_an_attempt_that_never_trained_replaces_nothing(tmp_path):
     store = open_store(str(tmp_path))
     put(store, FIRST, 0, lines(("start", 0, {}), ("train", 1, {})))
     put(store, SECOND, 0, lines(("error", 0, {})))
-    assert len(journal.merged(journal.read(store))) == 1
+    assert len(journal.merged(journal.read_records(store))) == 1
 
 
 def test_what_is_no_line_of_a_journal_is_passed_over(tmp_path):
@@ -87,7 +87,7 @@ def test_what_is_no_line_of_a_journal_is_passed_over(tmp_path):
     put(store, FIRST, 1, first + b'{"event": "tr\xff\n[1]\n{}\n' + second)
     (tmp_path / "metrics/notes.txt").write_text("mine")
     (tmp_path / "metrics/notes-000001.jsonl").write_bytes(second)
-    assert [each["step"] for each in journal.merged(journal.read(store))] == [1, 2]
+    assert [each["step"] for each in journal.merged(journal.read_records(store))] == [1, 2]
 
 
 @pytest.mark.parametrize("kind", ["memory", "local", "s3"])
@@ -101,7 +101,7 @@ def test_a_run_that_is_prolonged(kind, request, tmp_path):
         url = f"memory://{tmp_path}" if kind == "memory" else str(tmp_path)
     train(url, 5, checkpoint=options)
     train(url, 8, checkpoint=options)
-    found = journal.merged(journal.read(open_store(url, options.get("storage_options"))))
+    found = journal.merged(journal.read_records(open_store(url, options.get("storage_options"))))
     assert [each["step"] for each in found] == [*range(1, 9)]
     assert len({each["attempt"] for each in found}) == 2
 
@@ -113,7 +113,7 @@ def test_a_fallback_is_told_of_and_replaces_what_it_passes_over(tmp_path):
     (newest / "model.safetensors").write_bytes(b"")
     train(tmp_path, 8)
     assert steps_told(tmp_path) == [*range(1, 9)]
-    records = journal.read(open_store(str(tmp_path)))
+    records = journal.read_records(open_store(str(tmp_path)))
     first, second = records
     assert [each["attempt"] for each in journal.merged(records)] == [first.id] * 4 + [second.id] * 4
     (fallback,) = (each for each in records[second] if each["event"] == "fallback")
@@ -179,6 +179,6 @@ def test_an_interval_says_how_far_the_training_is(tmp_path):
     store = open_store(str(tmp_path))
     kept = Journal(store, FIRST.id, every_seconds=0.05)
     kept.reached(7)
-    told = wait_until(lambda: len(found := journal.read(store).get(FIRST, ())) >= 2 and found, "two intervals")
+    told = wait_until(lambda: len(found := journal.read_records(store).get(FIRST, ())) >= 2 and found, "two intervals")
     kept.close()
     assert {(each["event"], each["step"]) for each in told} == {("beat", 7)}

@@ -149,8 +149,8 @@ def test_restarts_count_while_nothing_is_gained():
     assert Restarts(3, renewed=True).left(1, None) == 1, "no rank has come so far"
     own = Restarts(5, renewed=False)
     assert [own.left(left, step) for left, step in ((5, 0), (4, 100), (3, 200))] == [5, 4, 3]
-    assert own.in_words(4) == "a rank failed: restart 2 of at most 5 (--max-restarts)"
-    assert restarts.in_words(0) == "a rank failed after 3 restarts in a row without a newer checkpoint: the launch ends"
+    assert own.describe(4) == "a rank failed: restart 2 of at most 5 (--max-restarts)"
+    assert restarts.describe(0) == "a rank failed after 3 restarts in a row without a newer checkpoint: the launch ends"
 
 
 FAILS = """

@@ -149,7 +149,7 @@ def swapped(data: bytes) -> bytes:
         "high bit", "endless header", "no header", "bad header", "zeros", "other metadata",
     ],
 )  # fmt: skip
-def test_damaged_shards(written, damage: Callable[[bytes], bytes] | None, found):
+def test_corrupt_shards(written, damage: Callable[[bytes], bytes] | None, found):
     """Each kind of damage to each shard is Corrupt and names the shard, what was expected and what was found."""
     for file in files_of(written.manifest):
         path = written.path / file.name
@@ -176,7 +176,7 @@ def test_shards_of_other_checkpoints(written):
         path.write_bytes(data)
 
 
-def test_damaged_index(written):
+def test_corrupt_index(written):
     """The index is not needed for reading; a checkpoint with a wrong one is not whole all the same."""
     index = written.path / "model.safetensors.index.json"
     index.write_bytes(index.read_bytes().replace(b"weight", b"height", 1))
@@ -198,7 +198,7 @@ def test_a_store_that_fails_is_no_damage(written):
 
 
 def test_another_version_of_the_format(written):
-    """A checkpoint of a version that this program does not know is told apart from a damaged one."""
+    """A checkpoint of a version that this program does not know is told apart from a corrupt one."""
     manifest = written.path / "manifest.json"
     text = manifest.read_bytes().replace(b'"version": 1', b'"version": 2').rpartition(b' "checksum"')[0]
     manifest.write_bytes(text + f' "checksum": "{checksum(text)}"\n}}'.encode())

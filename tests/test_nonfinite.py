@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 from harness import Task
 from harness.checkpoint.catalog import Catalog
 from harness.config import Config
-from harness.data.loader import Cursor, Gap, Schedule
+from harness.data.loader import Cursor, Schedule, SkippedBatch
 from harness.errors import NonFinite
 from harness.launcher import outcome
 from harness.report import numbers
@@ -60,19 +60,19 @@ def run(url: Path, world=None, *, policy: str, task=task, limit: int = 10, **con
     return train_here(task, world, url=url, nonfinite={"policy": policy, "limit": limit}, **sections)
 
 
-def positions(steps: int = TRAIN["steps"]) -> list[Gap]:
+def positions(steps: int = TRAIN["steps"]) -> list[SkippedBatch]:
     """Where the batches with the bad sample begin, of so many steps."""
     schedule, cursor, found = Schedule(SAMPLES, SEED, BATCH, None), Cursor(), []
     for _ in range(steps):
         if BAD in schedule.order(cursor.epoch)[cursor.offset : cursor.offset + BATCH].tolist():
-            found.append(Gap(cursor.epoch, cursor.offset, schedule.size(cursor)))
+            found.append(SkippedBatch(cursor.epoch, cursor.offset, schedule.size(cursor)))
         cursor = schedule.after(cursor)
     return found
 
 
-def passed_over(url: Path) -> list[Gap]:
+def skipped(url: Path) -> list[SkippedBatch]:
     """What the newest checkpoint says."""
-    return [Gap(*gap) for gap in newest(url)["parts"]["loader"]["state"]["gaps"]]
+    return [SkippedBatch(*each) for each in newest(url)["parts"]["loader"]["state"]["gaps"]]
 
 
 def by_hand() -> nn.Module:
@@ -112,9 +112,9 @@ def test_skip_leaves_the_batch_out(tmp_path):
     """The bits are those of a training without the bad batches; schedule and position move on; the manifest tells."""
     progress = run(tmp_path, policy="skip")
     assert progress.step == 9
-    assert progress.passed_over == positions()
+    assert progress.skipped == positions()
     assert len(positions()) == 3
-    assert passed_over(tmp_path) == positions()
+    assert skipped(tmp_path) == positions()
     for name, value in by_hand().state_dict().items():
         assert torch.equal(value, newest(tmp_path)["parts"]["model"][name])
 
@@ -127,7 +127,7 @@ def test_rollback_goes_back_and_passes_over(tmp_path):
     run(tmp_path / "skip", policy="skip")
     assert newest(tmp_path / "back")["digests"]["optimizer"] == newest(tmp_path / "skip")["digests"]["optimizer"]
     assert newest(tmp_path / "back")["digests"]["model"] == newest(tmp_path / "skip")["digests"]["model"]
-    assert passed_over(tmp_path / "back") == passed_over(tmp_path / "skip")
+    assert skipped(tmp_path / "back") == skipped(tmp_path / "skip")
     told = [json.loads(line) for line in log.read_text().splitlines()]
     assert [(record["step"], record["policy"]) for record in told if record["event"] == "nonfinite"] == [
         (step, "rollback") for step in (3, 6, 8)
@@ -135,7 +135,7 @@ def test_rollback_goes_back_and_passes_over(tmp_path):
     assert [record["step"] for record in told if record["event"] == "resume"] == [2, 4, 6]
     assert len({record["attempt"] for record in told}) == 4
     catalog = Catalog(open_store(str(tmp_path / "back")))
-    report = numbers.read(catalog, journal.read(catalog.store), time.time())
+    report = numbers.read_report(catalog, journal.read_records(catalog.store), time.time())
     assert [life.ending for life in report.lives] == ["rolled back"] * 3 + ["done"]
     assert [(life.from_step, life.last_step, life.lost_steps) for life in report.lives] == [
         (0, 2, 0),
@@ -193,7 +193,7 @@ def test_a_restart_remembers(tmp_path, policy):
     run(tmp_path / "whole", policy=policy, **interval)
     run(tmp_path / "halves", policy=policy, train={**TRAIN, "steps": 5}, **interval)
     run(tmp_path / "halves", policy=policy, **interval)
-    assert passed_over(tmp_path / "halves") == passed_over(tmp_path / "whole")
+    assert skipped(tmp_path / "halves") == skipped(tmp_path / "whole")
     assert newest(tmp_path / "halves")["digests"]["model"] == newest(tmp_path / "whole")["digests"]["model"]
 
 
@@ -274,7 +274,7 @@ def test_the_scalers_own_skips_are_its_own(tmp_path):
         task=lambda: task(loss=steep, dataset=samples(bad=None)),
         train={**TRAIN, "precision": "fp16"},
     )
-    assert progress.passed_over == []
+    assert progress.skipped == []
     assert newest(tmp_path)["parts"]["scaler"]["state"]["scale"] < 65536
 
 
@@ -286,7 +286,7 @@ def gentle(model: nn.Module, batch) -> torch.Tensor:
 def test_a_bad_loss_in_fp16_does_not_move_the_scale(tmp_path):
     """The batch is passed over and the scale, which is not to blame, stays."""
     progress = run(tmp_path, policy="skip", task=lambda: task(loss=gentle), train={**TRAIN, "precision": "fp16"})
-    assert progress.passed_over == positions()
+    assert progress.skipped == positions()
     assert newest(tmp_path)["parts"]["scaler"]["state"]["scale"] == 65536
 
 
@@ -298,7 +298,7 @@ def on_three(world, place: Path, policy: str) -> list:
     train = {"steps": 6, "global_batch_size": 5, "micro_batch_size": 1}
     progress = run(place, world, policy=policy, train=train, checkpoint={"every_steps": 1})
     digest = newest(place)["digests"]["model"]
-    return [progress.step, [[each.epoch, each.offset] for each in progress.passed_over], digest]
+    return [progress.step, [[each.epoch, each.offset] for each in progress.skipped], digest]
 
 
 def stop_on_three(world, place: Path) -> str:
@@ -322,12 +322,12 @@ def gradient_on_three(world, place: Path) -> list:
     progress = run(
         place, world, policy="skip", task=lambda: task(loss=infinite_gradient), train={"steps": 2, "global_batch_size": 10}
     )
-    return [progress.step, len(progress.passed_over)]
+    return [progress.step, len(progress.skipped)]
 
 
 def fp16_on_three(world, place: Path) -> list:
     progress = run(place, world, policy="skip", train={"steps": 4, "global_batch_size": 5, "precision": "fp16"})
-    return [progress.step, len(progress.passed_over)]
+    return [progress.step, len(progress.skipped)]
 
 
 @pytest.fixture(scope="module")

@@ -24,17 +24,17 @@ def test_a_record_is_written_where_the_launcher_wants_it(tmp_path, monkeypatch):
     outcome.claim()
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        outcome.record(Outcome(75, f"rank {rank}"))
-    assert outcome.read(str(tmp_path)) == [Outcome(75, "rank 0"), Outcome(75, "rank 1")]
+        outcome.record_outcome(Outcome(75, f"rank {rank}"))
+    assert outcome.read_outcomes(str(tmp_path)) == [Outcome(75, "rank 0"), Outcome(75, "rank 1")]
     outcome.forget()
-    assert outcome.read(str(tmp_path)) == [Outcome(75, "rank 0")]
+    assert outcome.read_outcomes(str(tmp_path)) == [Outcome(75, "rank 0")]
 
 
 def test_nothing_is_written_without_a_launcher(monkeypatch):
     """Under stock torchrun and in a plain process there is nowhere to write to, and that is no error."""
     monkeypatch.delenv(outcome.DIRECTORY_VARIABLE, raising=False)
     outcome.claim()
-    outcome.record(Outcome(1))
+    outcome.record_outcome(Outcome(1))
     outcome.forget()
 
 
@@ -42,7 +42,7 @@ def test_an_exit_does_not_fail_because_its_record_does(monkeypatch):
     """A directory that has gone is no reason to end in another way."""
     monkeypatch.setenv(outcome.DIRECTORY_VARIABLE, "/nonexistent")
     outcome.claim()
-    outcome.record(Outcome(1))
+    outcome.record_outcome(Outcome(1))
 
 
 def test_only_the_rank_itself_leaves_a_record(tmp_path, monkeypatch):
@@ -54,12 +54,12 @@ def test_only_the_rank_itself_leaves_a_record(tmp_path, monkeypatch):
     )
     assert verb.returncode == 66, verb.stderr
     if not (child := os.fork()):
-        outcome.record(Outcome(2))
+        outcome.record_outcome(Outcome(2))
         os._exit(0)
     os.waitpid(child, 0)
-    assert outcome.read(str(tmp_path)) == []
-    outcome.record(Outcome(75))
-    assert outcome.read(str(tmp_path)) == [Outcome(75)]
+    assert outcome.read_outcomes(str(tmp_path)) == []
+    outcome.record_outcome(Outcome(75))
+    assert outcome.read_outcomes(str(tmp_path)) == [Outcome(75)]
 
 
 def test_a_rank_knows_whether_a_stop_was_asked_for(tmp_path, monkeypatch):
@@ -85,7 +85,7 @@ def test_what_ends_the_launch_waits_to_be_seen(tmp_path, monkeypatch, code, wait
         monkeypatch.setattr(outcome, "POLL_SECONDS", 5)  # on a busy machine little else takes so long
     outcome.claim()
     began = time.monotonic()
-    outcome.record(Outcome(code))
+    outcome.record_outcome(Outcome(code))
     assert (time.monotonic() - began > 2 * outcome.POLL_SECONDS) == waits
 
 
@@ -98,7 +98,7 @@ def test_words_come_before_the_record(tmp_path):
         told = time.monotonic()
         assert process.wait() == 2
     assert time.monotonic() - told > 2 * outcome.POLL_SECONDS
-    assert [each.exit_code for each in outcome.read(str(tmp_path))] == [2]
+    assert [each.exit_code for each in outcome.read_outcomes(str(tmp_path))] == [2]
 
 
 def test_of_an_error():

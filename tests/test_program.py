@@ -153,13 +153,13 @@ def test_what_an_error_means_for_the_launch(tmp_path, monkeypatch):
 
     with pytest.raises(RuntimeError):
         script.train(loses_a_peer)
-    outcome_of = lambda: [each.exit_code for each in outcome.read(str(tmp_path))]
+    outcome_of = lambda: [each.exit_code for each in outcome.read_outcomes(str(tmp_path))]
     assert outcome_of() == [76]
     with pytest.raises(ConfigError):
         script.train(forgets, at=script.run.global_step)
     assert outcome_of() == []
     program.host()._leave()
-    assert outcome.read(str(tmp_path)) == [Outcome(2, "mine")]
+    assert outcome.read_outcomes(str(tmp_path)) == [Outcome(2, "mine")]
     script.train(lambda: None)
     assert outcome_of() == []
 

@@ -67,7 +67,7 @@ RECORDS = {
 
 
 @pytest.fixture
-def report() -> numbers.Report:
+def report() -> numbers.RunReport:
     """Of a run that was killed after step 45, failed to load once, and went on from step 20 to its end."""
     return numbers.of("there", CLAIMS, RECORDS, {}, now=9999)
 
@@ -170,7 +170,7 @@ def uptimes(records: list[dict], *, set_by: float, after: int) -> list[dict]:
     ]
 
 
-def of(claims, records) -> numbers.Report:
+def of(claims, records) -> numbers.RunReport:
     return numbers.of("there", claims, records, {}, now=9999)
 
 
@@ -279,7 +279,7 @@ def test_a_line_that_was_left_is_not_the_runs():
     }
     found = of(CLAIMS, records)
     assert (found.step, [life.is_in_line for life in found.lives]) == (40, [True, False, True])
-    assert "steps 400 to 420, 20 lost, left" in words.short(found)
+    assert "steps 400 to 420, 20 lost, abandoned" in words.short(found)
     assert [record["step"] for record in journal.merged(records)] == [10, 30]
 
 
@@ -587,7 +587,7 @@ def test_the_page_in_a_browser(killed_twice, opened, tmp_path):
     assert [*resumes] == ["resume-2", "resume-3"]
     assert [*kept] == ["kept-1", "kept-2", "kept-3"]
     assert [*down] == ["down-1", "down-2"]
-    told = [*journal.read(open_store(str(folder / "run"))).values()]
+    told = [*journal.read_records(open_store(str(folder / "run"))).values()]
     for number in (1, 2):
         death, resume = deaths[f"death-{number}"], resumes[f"resume-{number + 1}"]
         assert 5 < death["width"] < 20

@@ -92,8 +92,8 @@ def test_the_newest_is_taken(url, caplog):
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_it_falls_back_over_a_damaged_one(url, kind, caplog):
-    """To the one before, loudly, and ends with the bits of a run that was never damaged."""
+def test_it_falls_back_over_a_corrupt_one(url, kind, caplog):
+    """To the one before, loudly, and ends with the bits of a run that was never corrupt."""
     straight = newest(url)["digests"]["model"]
     DAMAGE[kind](save(url, 6))
     bad = save(url, 6).name
@@ -152,8 +152,8 @@ def test_an_unfinished_save_is_no_checkpoint(url, caplog):
     assert f"resuming from {save(url, 4).name}" in caplog.text
 
 
-def test_a_damaged_line_is_left(url):
-    """After a fall-back, what the damaged line had beyond it is not taken up again, though its step is higher."""
+def test_a_corrupt_line_is_abandoned(url):
+    """After a fall-back, what the corrupt line had beyond it is not taken up again, though its step is higher."""
     flip(save(url, 6) / "model.safetensors")
     abandoned = save(url, 6).name
     prolong(url, steps=5)
@@ -196,13 +196,13 @@ def test_no_whole_checkpoint_is_no_reason_to_start_anew(url):
     for step in (2, 4, 6):
         flip(save(url, step) / "model.safetensors")
     before = sorted(url.glob("step-*"))
-    with pytest.raises(NoCheckpoint, match="expected a whole checkpoint, found 3 damaged ones"):
+    with pytest.raises(NoCheckpoint, match="expected a whole checkpoint, found 3 corrupt ones"):
         prolong(url)
     assert sorted(url.glob("step-*")) == before
 
 
 def test_the_exit_code_of_a_run_without_a_whole_checkpoint(url, tmp_path):
-    """66, one line on what was expected, one for each that is damaged, no traceback."""
+    """66, one line on what was expected, one for each that is corrupt, no traceback."""
     for step in (2, 4, 6):
         flip(save(url, step) / "model.safetensors")
     config = {"task": f"{__file__}:build", "train": {**TRAIN, "steps": 8}, "checkpoint": {"url": str(url)}}
@@ -302,7 +302,7 @@ def test_fresh_refuses_a_used_url(url):
         prolong(url, fresh=True)
 
 
-def test_fresh_refuses_damaged_runs_too(url):
+def test_fresh_refuses_corrupt_runs_too(url):
     """They are somebody's."""
     for step in (2, 4, 6):
         flip(save(url, step) / "manifest.json", 50)
@@ -427,7 +427,7 @@ def results(tmp_path_factory):
 
 @pytest.mark.torchrun
 def test_all_fall_back_when_one_rank_cannot_read(results):
-    """A checkpoint that only one of two ranks finds damaged is nobody's."""
+    """A checkpoint that only one of two ranks finds corrupt is nobody's."""
     directory, found = results
     assert returned(found["one_rank_cannot_read"]) == [8, 8]
     lines = (directory / "one_rank_cannot_read" / "log.jsonl").read_text().splitlines()

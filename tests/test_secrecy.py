@@ -249,8 +249,8 @@ def use(url: str, storage_options: dict, told: io.StringIO) -> str:
     except Exception as error:
         logging.getLogger("theirs").exception("it failed")
         with contextlib.redirect_stderr(errors):
-            console.complain_of(error)
-            console.complain("".join(traceback.format_exception(error)))
+            console.report_error(error)
+            console.print_error("".join(traceback.format_exception(error)))
     return told.getvalue() + errors.getvalue()
 
 
@@ -380,7 +380,7 @@ def test_a_run_that_dies(tmp_path, s3):
         assert secret not in done.stderr + done.stdout
         assert secret.encode() not in kept
     catalog = Catalog(store)
-    (crash,) = crashes.read(catalog, catalog.attempts()).popitem()[1]
+    (crash,) = crashes.read_crashes(catalog, catalog.attempts()).popitem()[1]
     assert crash.error.startswith("RuntimeError: the sample is at ***")
 
 

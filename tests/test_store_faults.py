@@ -301,7 +301,7 @@ def test_answer_lost(proxied):
 
 
 def test_download_cut_once(proxied):
-    """A download that is cut in the middle is a matter of trying again, not a damaged checkpoint."""
+    """A download that is cut in the middle is a matter of trying again, not a corrupt checkpoint."""
     direct, store, proxy = proxied
     first = save(direct, 1, 20 * MIB)
     proxy.reset_all()

@@ -164,7 +164,7 @@ def test_who_asks_for_no_more_leaves_no_thread_behind():
 
 
 def test_what_the_calls_of_one_that_failed_held_is_free_at_once():
-    """A damaged checkpoint may be as large as the next one that is tried: it does not wait for the garbage collector."""
+    """A corrupt checkpoint may be as large as the next one that is tried: it does not wait for the garbage collector."""
 
     class Memory:
         pass

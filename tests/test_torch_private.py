@@ -16,8 +16,8 @@ import harness
 from harness import torch_private
 from harness.doctor import ranks
 from harness.errors import ConfigError
-from harness.state.buckets import GradientOrder
 from harness.state.capture import State
+from harness.state.ddp_buckets import BucketOrder
 from harness.state.modules import module_versions
 from harness.state.options import position, reset_schedule
 from harness.torch_private import PARTS, Part
@@ -143,7 +143,7 @@ def test_ddp_whose_insides_are_others_trains_on():
     try:
         model = DistributedDataParallel(nn.Linear(2, 1))
         del model._comm_hooks
-        gradients = GradientOrder(model)
+        gradients = BucketOrder(model)
         assert gradients.settle([0, 1]) == f"torch {torch.__version__} has no DistributedDataParallel._comm_hooks"
     finally:
         distributed.destroy_process_group()
@@ -175,7 +175,7 @@ def test_a_program_that_finalizes_its_backward_passes_itself():
     try:
         model = DistributedDataParallel(nn.Linear(2, 1))
         model.require_manual_backward_finalization = True
-        assert GradientOrder(model).settle([0, 1]) is None
+        assert BucketOrder(model).settle([0, 1]) is None
         assert all(parameter.grad is None for parameter in model.parameters())
         model(torch.ones(1, 2)).sum().backward()
         model.finalize_backward()

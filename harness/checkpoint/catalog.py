@@ -38,14 +38,14 @@ _TIDYING_SAVES = 16  # if they are more than so many
 class Entry:
     """The directory of one save.
 
-    ``state`` is ``whole`` when the manifest is valid and all objects are there with their sizes, ``damaged`` when it is not
+    ``state`` is ``whole`` when the manifest is valid and all objects are there with their sizes, ``corrupt`` when it is not
     so (``problem`` says how), ``unfinished`` when there is no manifest: still being written, or abandoned.
     """
 
     directory: str
     step: int
     attempt: Attempt
-    state: Literal["whole", "damaged", "unfinished"]
+    state: Literal["whole", "corrupt", "unfinished"]
     manifest: Manifest | None = None
     problem: str = ""
 
@@ -134,7 +134,7 @@ class Catalog:
         except CheckpointError as error:
             if not self.is_committed(directory):  # any longer
                 return Entry(directory, save.step, save.attempt, "unfinished")
-            return Entry(directory, save.step, save.attempt, "damaged", manifest, str(error))
+            return Entry(directory, save.step, save.attempt, "corrupt", manifest, str(error))
         self._opened[directory] = manifest
         return Entry(directory, save.step, save.attempt, "whole", manifest)
 
@@ -178,7 +178,7 @@ class Catalog:
     # --- what to go on from ------------------------------------------------------------------------------------------
 
     def candidates(self, seen: Seen | None = None) -> Iterator[Entry]:
-        """What a run may resume from, best first; damaged ones are among them, so that they can be told of.
+        """What a run may resume from, best first; corrupt ones are among them, so that they can be told of.
 
         Each is looked at when it is asked for; the names of its objects go to ``seen``. Raises ``UnknownFormat``
         when it has given none and there are names that begin as those of saves do: they are not taken for nothing.
@@ -213,7 +213,7 @@ class Catalog:
             raise StoreError(f"list {self.store.url}: it changes faster than it can be looked at", transient=True)
         words = "whole checkpoint" if step is None else f"whole checkpoint of step {step}"
         others = [save.attempt.number for save in _saves(self.store.names()) if save.step == step]
-        hint = f"; that of attempt {others[0]} is damaged, unfinished, or on a line that was left" if others else ""
+        hint = f"; that of attempt {others[0]} is corrupt, unfinished, or on an abandoned line" if others else ""
         raise NoCheckpoint(f"{self.store.url}: there is no {words}{hint}")
 
     def reading(self, function: Callable[[Entry], T], step: int | None = None) -> T:
@@ -257,9 +257,9 @@ class Catalog:
         """Deletes what is not to be kept and returns it. For a run that is not training.
 
         What is kept are whole checkpoints of the line that the run is on; ``best_step`` names one more of them. Of each
-        line that was left and went further, the last one stays until the line has passed it. All else goes that is older
+        abandoned line that went further, the last one stays until the line has passed it. All else goes that is older
         than the newest one kept: checkpoints, what they left behind when a deletion was cut short, saves that were never
-        finished, lines that were left. With ``keep_last=None`` only the unfinished ones go.
+        finished, abandoned lines. With ``keep_last=None`` only the unfinished ones go.
 
         Of what is newer, the unfinished saves of attempts before the last one go, and with ``unfinished`` those of the last
         one: somebody may be writing them. Where nothing is whole, nothing else goes.
@@ -335,7 +335,7 @@ class Catalog:
     def sweep(self, attempt: Attempt) -> None:
         """Deletes what attempts before this one have begun to save after the newest whole checkpoint, and not finished.
 
-        Who wakes up and finishes one of those will have committed what is damaged, and is on nobody's line.
+        Who wakes up and finishes one of those will have committed what is corrupt, and is on nobody's line.
         """
         rubbish = []
         for save in _saves(self.store.names()):
@@ -426,9 +426,10 @@ class _Line:
     """The line that the run is on, found from its saves, the latest attempt's first.
 
     The newest attempt comes first, whatever steps others reached. From an attempt that a newer checkpoint stands on, only
-    the steps up to that branch belong to the line; what it committed beyond — it was believed dead, and was not — was left.
-    So was all of an attempt that stands on one of these, and that none of the newer ones stands on. An attempt that has
-    nothing to do with them, such as a call of ``harness.save``, is a line of its own, which comes after.
+    the steps up to that branch belong to the line; what it committed beyond — it was believed dead, and was not — is not.
+    Such a line is abandoned, and so is all of an attempt that stands on one of these, and that none of the newer ones stands
+    on. An attempt that has nothing to do with them, such as a call of ``harness.save``, is a line of its own, which comes
+    after.
     """
 
     def __init__(self) -> None:
@@ -494,7 +495,7 @@ def _verified(catalog: Catalog, entry: Entry) -> Entry | None:
     try:
         catalog.verify(entry)
     except CheckpointError as error:
-        return replace(entry, state="damaged", problem=str(error)) if catalog.is_committed(entry.directory) else None
+        return replace(entry, state="corrupt", problem=str(error)) if catalog.is_committed(entry.directory) else None
     return entry
 
 

@@ -47,7 +47,7 @@ from harness.checkpoint.format import (
 )
 from harness.checkpoint.shares import Found, Plan, Shard
 from harness.errors import CheckpointError, Corrupt, StoreError, Unsupported
-from harness.runtime.collector import without_collections
+from harness.runtime.gc_pause import without_collections
 from harness.runtime.threads import in_threads, threads_for
 from harness.storage.store import Store
 from harness.storage.unbuffered import Buffer

@@ -42,7 +42,7 @@ from harness.checkpoint.format import (
 )
 from harness.checkpoint.pages import Pages, cut
 from harness.errors import CheckpointError, Corrupt, HarnessError, RankFailure, StoreError
-from harness.runtime.collector import without_collections
+from harness.runtime.gc_pause import without_collections
 from harness.runtime.threads import in_order, threads_for
 from harness.storage.store import RANGE_BYTES, Store, joined
 from harness.storage.unbuffered import Buffer

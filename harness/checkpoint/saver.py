@@ -37,7 +37,7 @@ from harness.checkpoint.shares import Found, IsSteady, Plan, Writers, nothing_is
 from harness.checkpoint.staging import HostMemory, Snapshot
 from harness.checkpoint.tree import Encoded
 from harness.errors import HarnessError, StoreError
-from harness.runtime.collector import without_collections
+from harness.runtime.gc_pause import without_collections
 from harness.runtime.threads import Background, Worker
 
 log = logging.getLogger(__name__)

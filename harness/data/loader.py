@@ -284,7 +284,7 @@ Step = list[tuple[Any, float]]  # the micro-batches of a step on one rank, and t
 
 
 @dataclass(frozen=True)
-class Gap:
+class SkippedBatch:
     """A batch that is not trained: where it begins, and how many samples it has."""
 
     epoch: int
@@ -346,7 +346,7 @@ class Loader:
         self.weight = 1.0
         self.waited_seconds = 0.0  # for batches, in all
         self.used_at = 0.0  # when the last batch was asked for, by the performance counter
-        self.gaps: list[Gap] = []
+        self.skipped: list[SkippedBatch] = []
         self.on_return: Callable[[], None] = nothing
         self.on_exit: Callable[[], None] = nothing
         self._workers = workers
@@ -360,7 +360,7 @@ class Loader:
         self._fingerprint: list[tuple[int, Sketch]] | None = None
         self._fetched: Generator[Step] | None = None
         self._fetched_from: tuple[Dataset[Any], Attributes | None] = dataset, None
-        self._has_failed = self._has_told = False
+        self._has_failed = self._has_warned = False
         self._changes = 0  # of the data set, that workers had to be started anew for
         self._walking: Callable[[], Any] = lambda: None  # the newest loop over an epoch
         self._goes_on = False  # the first one begins within an epoch, after a restart
@@ -415,7 +415,7 @@ class Loader:
         self._has_failed = True  # until it has come
         self.used_at = began
         self._follow_changes()
-        step = [] if self.is_gap(here) else self._fetch(whole=whole)
+        step = [] if self.is_skipped(here) else self._fetch(whole=whole)
         self._has_failed = False
         self._handed_out = self._latest = here
         self.taken += 1
@@ -434,23 +434,23 @@ class Loader:
         share = next(self.schedule.steps(here, self.rank if rank is None else rank, self.world_size))
         return [index for micro_batch in share for index in micro_batch.indices]
 
-    def is_gap(self, cursor: Cursor) -> bool:
+    def is_skipped(self, cursor: Cursor) -> bool:
         """Whether the batch that begins here is not to be trained."""
-        return bool(self.gaps) and any((gap.epoch, gap.offset) == cursor for gap in self.gaps)
+        return bool(self.skipped) and any((each.epoch, each.offset) == cursor for each in self.skipped)
 
-    def pass_over(self) -> Gap:
+    def skip(self) -> SkippedBatch:
         """Notes that the batch that was handed out last is not trained."""
-        assert self._handed_out is not None, "there is a batch to pass over"
+        assert self._handed_out is not None, "there is a batch to skip"
         here, self._handed_out = self._handed_out, None
-        gap = Gap(here.epoch, here.offset, self.schedule.size(here))
-        self.gaps = [*self.gaps, gap]
-        self._ledger.pass_over(here)
-        return gap
+        skipped = SkippedBatch(here.epoch, here.offset, self.schedule.size(here))
+        self.skipped = [*self.skipped, skipped]
+        self._ledger.skip(here)
+        return skipped
 
-    def leave_out(self, gaps: Sequence[Gap]) -> None:
+    def leave_out(self, skipped: Sequence[SkippedBatch]) -> None:
         """Sets which batches are not to be trained, here and later on."""
         self.close()
-        self.gaps = list(gaps)
+        self.skipped = list(skipped)
 
     def end_epoch(self, epoch: int) -> None:
         """Goes to the beginning of the next epoch, if the loader is still within this one.
@@ -492,7 +492,7 @@ class Loader:
             "samples": self.schedule.samples,
             "epoch": self.cursor.epoch,
             "offset": self.cursor.offset,
-            "gaps": [[gap.epoch, gap.offset, gap.samples] for gap in self.gaps],
+            "gaps": [[each.epoch, each.offset, each.samples] for each in self.skipped],
             **self._ledger.state_dict(self.cursor),
             **({} if fingerprint is None else {"fingerprint": [list(each) for each in fingerprint]}),
         }
@@ -521,7 +521,7 @@ class Loader:
         saved = Cursor(state["epoch"], state["offset"])
         self.cursor = self.schedule.settled(saved)
         self._goes_on = self.cursor.offset > 0
-        self.gaps = [Gap(*gap) for gap in state["gaps"]]
+        self.skipped = [SkippedBatch(*each) for each in state["gaps"]]
         if self._compares:
             self._fingerprint = state.get("fingerprint") or self._fingerprint
         if self.cursor != saved and self.rank == 0:
@@ -531,7 +531,7 @@ class Loader:
         """Puts the batch that was handed out last into the ledger: it has been trained."""
         if self._handed_out is not None:
             here, self._handed_out = self._handed_out, None
-            self._ledger.add(here, self.is_gap(here))
+            self._ledger.add(here, self.is_skipped(here))
 
     # --- fetching ----------------------------------------------------------------------------------------------------
 
@@ -539,7 +539,7 @@ class Loader:
         """What this rank trains, from here on and without end; batches that are not to be trained are not even fetched."""
         cursor = self.cursor
         for share in schedule.steps(cursor, self.rank, self.world_size):
-            if not self.is_gap(cursor):
+            if not self.is_skipped(cursor):
                 yield share
             cursor = schedule.after(cursor)
 
@@ -573,7 +573,7 @@ class Loader:
             changed = "dataset" if dataset is not self.dataset else watched and watched.changed()
             if changed:
                 self.close()
-                self._tell_of_change(changed)
+                self._warn_of_change(changed)
         if self._fetched is None or self.cursor.offset == 0:
             samples: int = len(self.dataset)  # type: ignore[arg-type]
             if samples != self.schedule.samples:
@@ -582,7 +582,7 @@ class Loader:
                     "its Loader was made; keep its length, and let indices stand for other samples where it should change"
                 )
 
-    def _tell_of_change(self, changed: str) -> None:
+    def _warn_of_change(self, changed: str) -> None:
         self._changes += 1
         if self.rank != 0 or not self._workers:
             return
@@ -612,18 +612,18 @@ class Loader:
         """Gives all ranks rank 0's fingerprint. All ranks call it. Raises ``ConfigError`` where they have other samples."""
         found = all_gather(self.fingerprint())
         differ = [rank for rank, each in enumerate(found) if found[0] and each and _are_others(found[0], each)]
-        if differ and all(all_gather(self._is_steady())):
+        if differ and all(all_gather(self._is_repeatable())):
             raise ConfigError(f"the samples are not the same on ranks 0 and {differ[0]}: {_ADVICE}")
         self._fingerprint = found[0]
 
     def _refuse_others(self, saved: Any) -> None:
         """Raises ``Mismatch`` where a fingerprint that was saved is not that of this data set."""
         own = self.fingerprint()
-        if saved and own and _are_others(saved, own) and self._is_steady():
+        if saved and own and _are_others(saved, own) and self._is_repeatable():
             which = f"(sample {', '.join(map(str, others(saved, own)))} of the data set)"
             raise Mismatch(f"the samples are not those that were trained {which}: {_ADVICE}")
 
-    def _is_steady(self) -> bool:
+    def _is_repeatable(self) -> bool:
         """Whether the fingerprint is the same whenever it is taken; one that chance seldom changes may just look so."""
         return all(self._draw_fingerprint() == self._fingerprint for _ in range(_MANY_TIMES))
 
@@ -648,8 +648,8 @@ class Loader:
             return None
         for index, (first, second) in zip(indices, drawn, strict=True):
             if _are_others([(index, first)], [(index, second)]):
-                if self.rank == 0 and not self._has_told:
-                    self._has_told = True
+                if self.rank == 0 and not self._has_warned:
+                    self._has_warned = True
                     log.warning(
                         "sample %d of the data set is another one each time: a resume trains on others than the run that "
                         "never stopped; draw its random numbers from Python's, NumPy's or torch's own generators",
@@ -741,15 +741,15 @@ class _Ledger:
         self.go_to(cursor.epoch)
         return {"ledger": self._hasher.hexdigest(), "ledger_at_epoch": self._before, "left_out": self._left_out}
 
-    def add(self, here: Cursor, is_gap: bool) -> None:
+    def add(self, here: Cursor, is_skipped: bool) -> None:
         """A batch has been trained, or left out."""
-        if is_gap:
-            self.pass_over(here)
+        if is_skipped:
+            self.skip(here)
             return
         self.go_to(here.epoch)
         self._hash(self._schedule.order(here.epoch)[here.offset : here.offset + self._schedule.size(here)])
 
-    def pass_over(self, here: Cursor) -> None:
+    def skip(self, here: Cursor) -> None:
         self.go_to(here.epoch)
         self._left_out.append([here.offset, here.offset + self._schedule.size(here)])
 

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from harness.distributed.world import Maximum, World
 from harness.errors import ConfigError
-from harness.runtime.notices import Watcher
+from harness.runtime.preemption import Watcher
 from harness.runtime.signals import StopRequest
 
 

@@ -14,13 +14,13 @@ from harness.config import Config, load_config
 from harness.doctor.findings import Finding, error, exit_code, named, ok
 from harness.errors import ConfigError
 from harness.runtime.environment import size
-from harness.runtime.startup import import_torch
+from harness.runtime.torch_import import import_torch
 
-Tell = Callable[[Sequence[Finding]], None]
+Emit = Callable[[Sequence[Finding]], None]
 
 
-def examine(config_file: str, overrides: Sequence[str], tell: Tell, *, fresh: bool = False) -> int:
-    """Looks at everything, together with the other ranks, has what was found told (by rank 0: ``tell`` has to see to that),
+def examine(config_file: str, overrides: Sequence[str], emit: Emit, *, fresh: bool = False) -> int:
+    """Looks at everything, together with the other ranks, has what was found told (by rank 0: ``emit`` has to see to that),
     and returns the exit code for it, which is the same on every rank that has come to the end.
 
     What is wrong is a finding, and no exception.
@@ -28,22 +28,22 @@ def examine(config_file: str, overrides: Sequence[str], tell: Tell, *, fresh: bo
     config, found = _read(config_file, overrides)
     found = named("configuration", found)
     if config is None and size() == 1:  # torch, which takes seconds to import, could add nothing
-        tell(found)
+        emit(found)
         return exit_code(found)
     import_torch()
     from harness.doctor.examination import examine_together  # noqa: PLC0415
 
-    return examine_together(config, found, tell, fresh=fresh)
+    return examine_together(config, found, emit, fresh=fresh)
 
 
-def examine_script(command: Sequence[str], tell: Tell, leave: Callable[[int], None], *, fresh: bool = False) -> int:
+def examine_script(command: Sequence[str], emit: Emit, leave: Callable[[int], None], *, fresh: bool = False) -> int:
     """The same for a script (or ``-m`` and a module) with its arguments, which is run until it makes its Run. ``leave`` is
     then called with the exit code, on every rank, and must end the program; where the script does not come so far, the code
     is returned."""
     import_torch()
     from harness.doctor import script  # noqa: PLC0415
 
-    return script.examine_script(command, tell, leave, fresh=fresh)
+    return script.examine_script(command, emit, leave, fresh=fresh)
 
 
 def _read(config_file: str, overrides: Sequence[str]) -> tuple[Config | None, list[Finding]]:

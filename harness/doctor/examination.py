@@ -10,9 +10,9 @@ import torch
 
 from harness.config import Config, RunConfig
 from harness.distributed.world import World, has_lost_a_peer
-from harness.doctor import Tell, launcher, machine, ranks, recipe, storage
+from harness.doctor import Emit, launcher, machine, ranks, recipe, storage
 from harness.doctor.case import Case
-from harness.doctor.findings import Finding, exit_code, in_words, merge, named, warn
+from harness.doctor.findings import Finding, describe_error, exit_code, merge, named, warn
 from harness.runtime.signals import ignore_stop_signals
 
 Check = Callable[[Case], Sequence[Finding]]
@@ -53,9 +53,9 @@ ALONE: tuple[Check, ...] = (
 )
 
 
-def examine_together(config: Config | None, found: list[Finding], tell: Tell, *, fresh: bool = False) -> int:
+def examine_together(config: Config | None, found: list[Finding], emit: Emit, *, fresh: bool = False) -> int:
     """Looks at everything that takes torch, after what was found before; see ``harness.doctor.examine``."""
-    return _until_interrupted(lambda: _examine_and_tell(None, config, found, tell, fresh=fresh), found, tell)
+    return _until_interrupted(lambda: _examine_and_emit(None, config, found, emit, fresh=fresh), found, emit)
 
 
 def examine_run(
@@ -64,25 +64,25 @@ def examine_run(
     objects: Mapping[str, Any],
     device: torch.device,
     found: list[Finding],
-    tell: Tell,
+    emit: Emit,
     *,
     fresh: bool,
 ) -> int:
     """The same for a run that a script is about to make, with the state that it has given it."""
     about: dict[str, Any] = {"objects": objects, "device": device, "fresh": fresh}
-    return _until_interrupted(lambda: _examine_and_tell(world, config, found, tell, **about), found, tell)
+    return _until_interrupted(lambda: _examine_and_emit(world, config, found, emit, **about), found, emit)
 
 
-def _until_interrupted(examine: Callable[[], int], found: list[Finding], tell: Tell) -> int:
+def _until_interrupted(examine: Callable[[], int], found: list[Finding], emit: Emit) -> int:
     try:
         return examine()
     except KeyboardInterrupt:  # by a person, or by torchrun, which ends all ranks when one has died
         ignore_stop_signals()
-        tell([*found, *named("ranks", [ranks.interrupted()])])
+        emit([*found, *named("ranks", [ranks.interrupted()])])
         return INTERRUPTED
 
 
-def _examine_and_tell(world: World | None, config: RunConfig | None, found: list[Finding], tell: Tell, **about: Any) -> int:
+def _examine_and_emit(world: World | None, config: RunConfig | None, found: list[Finding], emit: Emit, **about: Any) -> int:
     try:
         world = world or ranks.join(config)
         hosts = world.all_gather(platform.node())
@@ -92,9 +92,9 @@ def _examine_and_tell(world: World | None, config: RunConfig | None, found: list
         if world is not None and not has_lost_a_peer(problem):
             raise
         found += named("ranks", [ranks.lost(problem) if world else ranks.not_met(problem)])
-        tell(found)
+        emit(found)
         return exit_code(found)
-    tell(whole)
+    emit(whole)
     with contextlib.suppress(Exception):  # all is said; should another rank be gone by now, there is no need to wait for it
         world.close()
     return exit_code(whole)
@@ -125,5 +125,5 @@ def _look(checks: Sequence[Check], case: Case) -> list[Finding]:
         except Exception as problem:
             if has_lost_a_peer(problem):
                 raise
-            found += named(check.__name__, [warn("looked", in_words(problem), "tell the developers of harness")])
+            found += named(check.__name__, [warn("looked", describe_error(problem), "tell the developers of harness")])
     return found

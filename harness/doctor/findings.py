@@ -84,6 +84,6 @@ def places(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     return ", ".join(f"rank{'s' * (len(own) > 1)} {' '.join(own)} on {host}" for host, own in by_host.items())
 
 
-def in_words(problem: BaseException) -> str:
+def describe_error(problem: BaseException) -> str:
     """An exception that nobody raised on purpose, in a line."""
     return without_secrets(f"{type(problem).__name__}: {' '.join(str(problem).split())}")[:500].rstrip(": ")

@@ -14,7 +14,7 @@ from harness.config import Config
 from harness.data import loader as data
 from harness.data.loader import Cursor
 from harness.distributed.world import choose_backend, choose_device
-from harness.doctor.attempt import attempt
+from harness.doctor.bounded import run_bounded
 from harness.doctor.case import Case
 from harness.doctor.findings import Finding, error, ok, warn
 from harness.errors import ConfigError
@@ -54,7 +54,7 @@ def batch(case: Case) -> list[Finding]:
         return []
     tried = "fetched the first batch"
     fetched = _batches(case, workers=0)
-    found, problem = attempt(lambda: next(fetched), _BATCH_SECONDS)
+    found, problem = run_bounded(lambda: next(fetched), _BATCH_SECONDS)
     if found is None:
         return [error(tried, problem, "mend the data set or its collate: no run would come further")]
     case.micro_batch_bytes = max(sum(tensor.nbytes for tensor in tensors_in(values)) for values, _ in found)
@@ -109,7 +109,7 @@ def workers(case: Case) -> list[Finding]:
             next(fetched)
         fetched.close()
 
-    _, problem = attempt(fetch_on, _BATCH_SECONDS)
+    _, problem = run_bounded(fetch_on, _BATCH_SECONDS)
     if problem:
         dead = [process for process in signalled if process.exitcode == -signal.SIGTERM]
         found = f"{len(dead)} of them died of it ({problem})" if dead else problem

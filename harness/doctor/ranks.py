@@ -17,9 +17,9 @@ from harness import torch_private
 from harness.checkpoint import commit
 from harness.config import Config, RunConfig, WorldConfig
 from harness.distributed.world import World, choose_backend, join_world
-from harness.doctor.attempt import attempt
+from harness.doctor.bounded import run_bounded
 from harness.doctor.case import Case
-from harness.doctor.findings import Finding, error, in_words, ok, places, warn
+from harness.doctor.findings import Finding, describe_error, error, ok, places, warn
 from harness.errors import HarnessError, RankFailure
 from harness.runtime.environment import is_under_torchrun, rank
 from harness.secrecy import without_secrets
@@ -61,12 +61,12 @@ def not_met(problem: Exception) -> Finding:
     if isinstance(problem, HarnessError):  # one that says itself what to do
         return error(f"looked for the ranks on rank {rank()}", str(problem), "", type(problem))
     advice = "see what the others say; if it is the network, GLOO_SOCKET_IFNAME names the interface to use"
-    return error(f"waited on rank {rank()} for the others", in_words(problem), advice, RankFailure)
+    return error(f"waited on rank {rank()} for the others", describe_error(problem), advice, RankFailure)
 
 
 def lost(problem: Exception) -> Finding:
     """Said by those that are left."""
-    found = f"one is gone ({in_words(problem)})"
+    found = f"one is gone ({describe_error(problem)})"
     return error(
         "talked to the other ranks", found, "see what became of it: the doctor has not come to its end", RankFailure
     )
@@ -94,7 +94,7 @@ def group(case: Case) -> list[Finding]:
         dist.all_reduce(number, group=dist.new_group(backend=backend, timeout=longer))
         return float(number)
 
-    total, problem = attempt(add_up, _GROUP_SECONDS)
+    total, problem = run_bounded(add_up, _GROUP_SECONDS)
     if not problem and total != world.size:
         problem = f"{total} came out"
     problems = sorted(set(world.all_gather(problem)) - {""})

@@ -15,7 +15,7 @@ from harness.checkpoint.catalog import Catalog
 from harness.config import Config
 from harness.data.loader import Loader
 from harness.doctor.case import Case
-from harness.doctor.findings import Finding, error, in_words, ok, warn
+from harness.doctor.findings import Finding, describe_error, error, ok, warn
 from harness.doctor.storage import open_quickly
 from harness.errors import HarnessError
 from harness.task import Task, find_builder
@@ -51,7 +51,7 @@ def task(case: Case) -> list[Finding]:
     except HarnessError as mistake:
         return [error(tried, line) for line in str(mistake).splitlines()]
     except (Exception, SystemExit) as problem:  # the user's own code
-        return [error(tried, in_words(problem) + place_of(problem), "mend it: no run would come further")]
+        return [error(tried, describe_error(problem) + place_of(problem), "mend it: no run would come further")]
     case.task = built
     scaler = torch.amp.GradScaler("cpu", enabled=config.train.precision == "fp16")
     case.objects = {**state_of(built, built.model, scaler), "loader": loader}
@@ -98,7 +98,7 @@ def resume(case: Case) -> list[Finding]:
         try:
             store = case.store or open_quickly(case.config.checkpoint)
             how = case.config.checkpoint.restore
-            resumed = resume_run(world, Catalog(store), case.state(), how=how, pass_over_newest=skips)
+            resumed = resume_run(world, Catalog(store), case.state(), how=how, skip_newest=skips)
         except HarnessError as problem:
             return [error(tried, "; ".join(map(str.strip, str(problem).splitlines())), "", type(problem))]
     took = f"step {resumed.step}, every byte verified, in {time.monotonic() - began:.1f} s"

@@ -11,9 +11,9 @@ from typing import Any
 
 from harness.config import RunConfig
 from harness.distributed.world import World, world_of_program
-from harness.doctor import Tell, ranks
+from harness.doctor import Emit, ranks
 from harness.doctor.examination import INTERRUPTED, examine_run
-from harness.doctor.findings import Finding, error, exit_code, in_words, named, ok
+from harness.doctor.findings import Finding, describe_error, error, exit_code, named, ok
 from harness.doctor.recipe import place_of
 from harness.errors import HarnessError
 from harness.runtime.environment import rank
@@ -21,7 +21,7 @@ from harness.training import run
 from harness.training.run import device_of
 
 
-def examine_script(command: Sequence[str], tell: Tell, leave: Callable[[int], None], *, fresh: bool) -> int:
+def examine_script(command: Sequence[str], emit: Emit, leave: Callable[[int], None], *, fresh: bool) -> int:
     """Runs a script (or ``-m`` and a module) with its arguments, and calls ``leave`` with the exit code where it makes its
     Run, which must end the program. Returns the exit code where it does not come so far."""
     tried = f"ran {' '.join(command[:2] if command[0] == '-m' else command[:1])} until it makes its Run"
@@ -33,37 +33,39 @@ def examine_script(command: Sequence[str], tell: Tell, leave: Callable[[int], No
             world = world or world_of_program(device, config.world.timeout_seconds)
         except HarnessError as problem:
             found = named("ranks", [ranks.not_met(problem)])
-            tell(found)
+            emit(found)
             return leave(exit_code(found))
         found = named("configuration", [ok(tried, f"a state of {', '.join(state)}")])
-        return leave(examine_run(world, config, state, device, found, tell, fresh=fresh or is_fresh))
+        return leave(examine_run(world, config, state, device, found, emit, fresh=fresh or is_fresh))
 
     run.examiner = on_run
     try:
         _run(command)
     except KeyboardInterrupt:
-        tell(named("ranks", [ranks.interrupted()]))
+        emit(named("ranks", [ranks.interrupted()]))
         return INTERRUPTED
     except (Exception, SystemExit) as problem:  # the user's own code
-        return _told(tried, problem, tell)
+        return _emit_failure(tried, problem, emit)
     finally:
         run.examiner = None
     advice = "see that its arguments let it train; harness.save, load and Loader alone are not looked at"
     found = named("configuration", [error(tried, "it has ended, and made none", advice)])
-    tell(found)
+    emit(found)
     return exit_code(found)
 
 
-def _told(tried: str, problem: BaseException, tell: Tell) -> int:
+def _emit_failure(tried: str, problem: BaseException, emit: Emit) -> int:
     """Tells of a script that has failed, and returns the exit code."""
     if isinstance(problem, HarnessError):
         found: list[Finding] = [error(tried, line, "", type(problem)) for line in str(problem).splitlines()]
     else:
-        found = [error(tried, in_words(problem) + place_of(problem), "mend it: it would not come further in a training")]
+        found = [
+            error(tried, describe_error(problem) + place_of(problem), "mend it: it would not come further in a training")
+        ]
     found = named("configuration", found)
     if rank():  # rank 0 may be well, and wait
         print(f"harness: rank {rank()}: {found[0].found}", file=sys.stderr, flush=True)
-    tell(found)
+    emit(found)
     return exit_code(found)
 
 

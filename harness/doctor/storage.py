@@ -222,10 +222,10 @@ def run(case: Case) -> list[Finding]:
 def _trains_now(catalog: Catalog) -> list[Finding]:
     """Whether somebody seems to train this run at this moment."""
     newest = max(catalog.attempts(), default=None)
-    told = journal.read(catalog.store, newest).get(newest, []) if newest else []
-    if newest is None or not told or any(record["event"] in ("stop", "done", "error") for record in told):
+    records = journal.read_records(catalog.store, newest).get(newest, []) if newest else []
+    if newest is None or not records or any(record["event"] in ("stop", "done", "error") for record in records):
         return []
-    silent_seconds = time.time() - told[-1]["time"]
+    silent_seconds = time.time() - records[-1]["time"]
     if not -_ALIVE_SECONDS < silent_seconds < _ALIVE_SECONDS:
         return []
     what = f"attempt {newest.number} told of itself {max(silent_seconds, 0):.0f} s ago, and has not said that it ended"

@@ -20,7 +20,7 @@ from typing import TextIO, cast
 
 from harness.launcher import outcome
 from harness.runtime.console import Clearing
-from harness.runtime.startup import import_torch
+from harness.runtime.torch_import import import_torch
 
 COUNTS_PROGRESS_VARIABLE = "HARNESS_RESTARTS_WITHOUT_PROGRESS"  # set where --max-restarts is harness's own
 
@@ -40,7 +40,7 @@ class Restarts:
         is_first, self._furthest = self._furthest is None, step
         return left if is_first or not self._renewed else self._allowed
 
-    def in_words(self, left: int) -> str:
+    def describe(self, left: int) -> str:
         """What follows the failure of a rank."""
         kind = "in a row without a newer checkpoint" if self._renewed else "(--max-restarts)"
         if left:
@@ -58,7 +58,7 @@ def _watch(directory: str, *, renewed: bool) -> None:
         nonlocal restarts
         restarts = restarts or Restarts(allowed, renewed=renewed)
         now = restarts.left(now, outcome.resumed_step(directory))
-        print(f"harness launch: {restarts.in_words(now)}", file=sys.stderr, flush=True)
+        print(f"harness launch: {restarts.describe(now)}", file=sys.stderr, flush=True)
         return now
 
     torch_private.before_ranks_are_ended(functools.partial(outcome.say_ended, directory))

@@ -127,12 +127,12 @@ def launch(torchrun_options: Sequence[str], arguments: Sequence[str]) -> int:
         ignore_stop_signals()
         interrupted = signal.SIGINT in received[1:]
         asked_to_stop = (bool(received) and not interrupted) or has_stopped
-        outcomes = outcome.read(directory)
+        outcomes = outcome.read_outcomes(directory)
         code = outcome.exit_code(agent.returncode, outcomes, asked_to_stop=asked_to_stop)
         code = 130 if interrupted and code == 1 else code
         is_verdict = any(each.verdict and each.exit_code == code for each in outcomes)
         if code and not is_verdict:  # torchrun has its say after the ranks, and at length; the doctor's are all well
-            print(f"harness launch: exit code {code}: {_in_words(code, agent.returncode, outcomes)}", file=sys.stderr)
+            print(f"harness launch: exit code {code}: {_describe_end(code, agent.returncode, outcomes)}", file=sys.stderr)
         return code
 
 
@@ -141,7 +141,7 @@ def _wait(agent: _Process, directory: str) -> bool:
     hopeless, stopped_time = False, math.inf
     while agent.poll() is None:
         time.sleep(outcome.POLL_SECONDS)
-        found = outcome.read(directory)
+        found = outcome.read_outcomes(directory)
         if not hopeless and any(each.is_final for each in found):
             hopeless = True
             outcome.say_ended(directory, [outcome.EVERY_RANK])
@@ -153,7 +153,7 @@ def _wait(agent: _Process, directory: str) -> bool:
     return stopped_time < math.inf
 
 
-def _in_words(code: int, torchrun: int, outcomes: Sequence[Outcome]) -> str:
+def _describe_end(code: int, torchrun: int, outcomes: Sequence[Outcome]) -> str:
     """What the launch ended with, for people: the ranks' own word, where one has left any."""
     if code == Stopped.exit_code:
         return "stopped, as was asked; start the same command again to go on"

@@ -81,7 +81,7 @@ def forget() -> None:
         _own_record().unlink(missing_ok=True)
 
 
-def record(outcome: Outcome) -> None:
+def record_outcome(outcome: Outcome) -> None:
     """Leaves a record, where the launcher has asked for one. Never raises: an exit must not fail.
 
     One that ends the launch is given time to be seen: torchrun would start the rank again, to say the same once more.
@@ -155,7 +155,7 @@ def resumed_step(directory: str) -> int | None:
         return None
 
 
-def read(directory: str) -> list[Outcome]:
+def read_outcomes(directory: str) -> list[Outcome]:
     """The records of this machine's ranks."""
     return [Outcome(**json.loads(path.read_text())) for path in sorted(Path(directory).glob("rank-*.json"))]
 

@@ -52,13 +52,13 @@ class Timed:
 
     began: float
     claimed: float
-    told: Sequence[Record]
+    events: Sequence[Record]
     last_by_its_clock: float
 
     @property
     def ended(self) -> float:
         """Its last sign of life."""
-        return max([self.claimed, *(float(record["time"]) for record in self.told)])
+        return max([self.claimed, *(float(record["time"]) for record in self.events)])
 
 
 def on_one_clock(
@@ -72,32 +72,32 @@ def on_one_clock(
     begins = [_begin(claims[attempt], records.get(attempt, ())) for attempt in sorted(claims)]
     first = next(filter(None, begins), (0.0, 0.0))[0]
     for attempt, begin in zip(sorted(claims), begins, strict=True):
-        told = records.get(attempt, ())
+        events = records.get(attempt, ())
         otherwise = found[before].ended - ahead if before else first
         began, claimed = begin or (otherwise, otherwise)
         if before is not None:
             began, claimed, ahead, doubt = _after(
-                found, before, claims, attempt, began + ahead, claimed + ahead, ahead, told
+                found, before, claims, attempt, began + ahead, claimed + ahead, ahead, events
             )
             doubts += [doubt] if doubt else []
         else:
             began, claimed = began + ahead, claimed + ahead
-        timed, ahead, jumped = _within(told, claimed, ahead)
+        timed, ahead, jumped = _within(events, claimed, ahead)
         if abs(jumped) > _ALIKE_SECONDS:
             way = "ahead" if jumped > 0 else "back"
-            cost = "" if all("uptime_seconds" in record for record in told) else "; some of its time may be missing"
+            cost = "" if all("uptime_seconds" in record for record in events) else "; some of its time may be missing"
             doubts.append(f"the clock was set {way} by about {duration(abs(jumped))} within attempt {attempt.number}{cost}")
-        last = told[-1]["time"] if told else claimed - ahead
+        last = events[-1]["time"] if events else claimed - ahead
         found[attempt] = Timed(began, claimed, timed, float(last))
         before = attempt
     return found, doubts
 
 
-def _begin(claim: Claim, told: Sequence[Record]) -> tuple[float, float] | None:
+def _begin(claim: Claim, events: Sequence[Record]) -> tuple[float, float] | None:
     """When an attempt's process began, and when it numbered itself, by its own clock; None where nothing says so."""
     claimed = claim.started
     if claimed is None:
-        claimed = told[0]["time"] if told else claim.began
+        claimed = events[0]["time"] if events else claim.began
     if claimed is None:
         return None
     return claimed if claim.began is None else min(claim.began, claimed), claimed
@@ -111,11 +111,11 @@ def _after(
     began: float,
     claimed: float,
     ahead: float,
-    told: Sequence[Record],
+    events: Sequence[Record],
 ) -> tuple[float, float, float, str]:
     """When an attempt began and claimed its number after the one before it, by how much its clock is behind, and a doubt."""
     previous = found[before]
-    opening = journal.opening_of(told)
+    opening = journal.opening_of(events)
     opened = opening["time"] + ahead if opening else claimed
     pair = f"attempts {before.number} and {attempt.number}"
     if claimed < previous.claimed - _ALIKE_SECONDS or opened < _stands_on(found, opening) - _ALIKE_SECONDS:
@@ -141,18 +141,18 @@ def _stands_on(found: Mapping[Attempt, Timed], opening: Record | None) -> float:
     if not lineage or (ancestor := Attempt(lineage[-1][0])) not in found:
         return 0.0
     return max(
-        (each["time"] for each in found[ancestor].told if each["event"] == "saving" and each["step"] == lineage[-1][1]),
+        (each["time"] for each in found[ancestor].events if each["event"] == "saving" and each["step"] == lineage[-1][1]),
         default=0.0,
     )
 
 
-def _within(told: Sequence[Record], claimed: float, ahead: float) -> tuple[list[Record], float, float]:
+def _within(events: Sequence[Record], claimed: float, ahead: float) -> tuple[list[Record], float, float]:
     """The records with times that nobody has set, how far those are ahead of the clock in the end, and by how much that was
     set in between."""
     timed: list[Record] = []
     now, jumped = claimed, 0.0
     before: float | None = None
-    for record in told:
+    for record in events:
         by_clock, uptime = record["time"] + ahead, _time(record.get("uptime_seconds"))
         passed = uptime - before if uptime is not None and before is not None and uptime >= before else None
         jump = by_clock - now - (passed or 0.0)

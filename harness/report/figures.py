@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from harness.checkpoint.format import Attempt
-from harness.report.numbers import Kind, Life, Report
+from harness.report.numbers import Kind, Life, RunReport
 from harness.runtime.escapes import for_html, for_terminal
 
 # Okabe and Ito's colours, which colour-blind people tell apart.
@@ -40,7 +40,7 @@ _STYLE: dict[Any, Any] = {
 Curve = Sequence[tuple[int, float]]
 
 
-def losses(report: Report, name: str, curves: Mapping[Attempt, Curve]) -> str:
+def losses(report: RunReport, name: str, curves: Mapping[Attempt, Curve]) -> str:
     """A metric over the steps, of all attempts, with each death and each resume."""
 
     def draw(axes: Axes) -> None:
@@ -67,7 +67,7 @@ def losses(report: Report, name: str, curves: Mapping[Attempt, Curve]) -> str:
     return _svg(f"{for_terminal(name, _LONGEST_NAME)} over the steps, with deaths and resumes", 3.4, draw)
 
 
-def timeline(report: Report) -> str:
+def timeline(report: RunReport) -> str:
     """What each attempt did when, the first at the top."""
     lives = report.lives
     start = report.spans[0].begin if report.spans else lives[0].began
@@ -94,7 +94,7 @@ def timeline(report: Report) -> str:
     return _svg("what each attempt did when", min(1.3 + 0.24 * len(lives), 9), draw)
 
 
-def saves(report: Report) -> str:
+def saves(report: RunReport) -> str:
     """How long each save took, and how long the training waited for it."""
 
     def draw(axes: Axes) -> None:

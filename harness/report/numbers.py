@@ -2,7 +2,7 @@
 
 The wall time of a run, from the start of its first launcher to its last sign of life, is divided among ``KINDS`` without
 gaps and overlaps; docs/report.md says what each means. Goodput is the share of ``training``. What cannot be known is a
-sentence in ``Report.doubts``.
+sentence in ``RunReport.doubts``.
 """
 
 import statistics
@@ -96,7 +96,7 @@ class Save:
 
 
 @dataclass(frozen=True)
-class Report:
+class RunReport:
     """A run in numbers."""
 
     url: str
@@ -178,8 +178,8 @@ NOTES = {
 }
 
 
-def read(catalog: Catalog, records: Records, now: float) -> Report:
-    """The report of the run in a store; ``records`` is what ``journal.read`` gives. Raises ``NoCheckpoint`` without any."""
+def read_report(catalog: Catalog, records: Records, now: float) -> RunReport:
+    """The report of the run in a store; ``records`` is what ``read_records`` gives. Raises ``NoCheckpoint`` without any."""
     if not any(records.values()):
         unread = f" ({_lines(records.unreadable)} could not be read)" if records.unreadable else ""
         raise NoCheckpoint(
@@ -188,7 +188,7 @@ def read(catalog: Catalog, records: Records, now: float) -> Report:
         )
     attempts = sorted({*catalog.attempts(), *records})
     claims = {attempt: _about(catalog, attempt) for attempt in attempts}
-    errors = {attempt: str(found[0].error) for attempt, found in crashes.read(catalog, attempts).items()}
+    errors = {attempt: str(found[0].error) for attempt, found in crashes.read_crashes(catalog, attempts).items()}
     doubts = [f"{_lines(records.unreadable)} in {journal.DIRECTORY}/ could not be read"] if records.unreadable else []
     return of(catalog.store.url, claims, records, errors, now, lineage=newest_lineage(catalog), doubts=doubts)
 
@@ -218,7 +218,7 @@ def of(
     *,
     lineage: Sequence[Ancestor] = (),
     doubts: Sequence[str] = (),
-) -> Report:
+) -> RunReport:
     """The report of attempts that claimed, told and died of these things; ``now`` is when somebody asks, ``lineage`` that of
     the newest checkpoint."""
     kept = journal.line(records, lineage)
@@ -232,31 +232,31 @@ def of(
         ending = _ending(timed, errors.get(attempt), None if successor else now)
         until_step = kept.get(attempt, 0)
         if until_step is None and ending not in ("running", *_SAID.values()):
-            until_step = max([committed.get(attempt, 0), *_saved_steps(timed.told)])
+            until_step = max([committed.get(attempt, 0), *_saved_steps(timed.events)])
         limit = None if successor is None else times[successor].began
         about = {"host": known[attempt].host, "ranks": known[attempt].ranks, "is_in_line": attempt in kept}
         lives.append(_life(attempt, about, timed, ending, until_step, limit))
-    told = {attempt: timed.told for attempt, timed in times.items()}
+    events = {attempt: timed.events for attempt, timed in times.items()}
     silent = [str(attempt.number) for attempt in kept if not records.get(attempt)]
     if silent:
         more_doubts.append(f"the run stands on what attempt {', '.join(silent)} trained, which told nothing that is here")
     launcher_began = known[attempts[0]].launcher_began
     began = lives[0].began if launcher_began is None else min(launcher_began, lives[0].began)
-    return Report(
+    return RunReport(
         url,
         lives,
         list(_whole(lives, began)),
-        [_save(attempt, record) for attempt in attempts for record in told[attempt] if record["event"] == "save"],
+        [_save(attempt, record) for attempt in attempts for record in events[attempt] if record["event"] == "save"],
         list(_recoveries(lives)),
-        {event: [each for found in told.values() for each in found if each["event"] == event] for event in NOTES},
+        {event: [each for found in events.values() for each in found if each["event"] == event] for event in NOTES},
         _unclaimed([known[attempt] for attempt in attempts]),
         [*doubts, *more_doubts],
     )
 
 
-def _saved_steps(told: Iterable[Record]) -> Iterable[int]:
+def _saved_steps(events: Iterable[Record]) -> Iterable[int]:
     """The steps whose saves an attempt told of. A kill may have come between the last commit and its word."""
-    return (record["step"] for record in told if record["event"] == "save")
+    return (record["step"] for record in events if record["event"] == "save")
 
 
 def _lines(count: int) -> str:
@@ -287,31 +287,33 @@ def _life(
     limit: float | None,
 ) -> Life:
     """An attempt of which the steps up to ``until_step`` count (None: all), and whose successor began at ``limit``."""
-    told, began, claimed = timed.told, timed.began, timed.claimed
+    events, began, claimed = timed.events, timed.began, timed.claimed
     ended = max(
         timed.ended if limit is None else min(timed.ended, limit), began
     )  # two that overlap: the later one is the run
-    opening = journal.opening_of(told)
-    says_end = ending == "running" or any(record["event"] in ("error", *_SAID) for record in told)
+    opening = journal.opening_of(events)
+    says_end = ending == "running" or any(record["event"] in ("error", *_SAID) for record in events)
     about = {**about, "number": attempt.number, "id": attempt.id, "ending": ending, "is_complete": says_end}
     if opening is None:
         spans = [Span("starting", began, min(claimed, ended)), Span("loading", min(claimed, ended), ended)]
         return Life(**about, from_step=None, last_step=None, kept_step=None, spans=spans)
     opened = min(opening["time"], ended)
     from_step = opening.get("step", 0)
-    last_step = max([from_step, *(record["step"] for record in told if record["event"] in _SAYS_STEP and "step" in record)])
+    last_step = max(
+        [from_step, *(record["step"] for record in events if record["event"] in _SAYS_STEP and "step" in record)]
+    )
     kept_step = last_step if until_step is None else min(max(until_step, from_step), last_step)
-    kept_time = ended if until_step is None else min(max(_reached(told, kept_step, opened), opened), ended)
+    kept_time = ended if until_step is None else min(max(_reached(events, kept_step, opened), opened), ended)
     spans = [Span("starting", began, min(claimed, opened)), Span("loading", min(claimed, opened), opened)]
-    spans += _trained(told, opened, kept_time, ended, is_whole=until_step is None)
+    spans += _trained(events, opened, kept_time, ended, is_whole=until_step is None)
     return Life(**about, from_step=from_step, last_step=last_step, kept_step=kept_step, spans=spans)
 
 
-def _trained(told: Iterable[Record], opened: float, kept_time: float, ended: float, *, is_whole: bool) -> list[Span]:
+def _trained(events: Iterable[Record], opened: float, kept_time: float, ended: float, *, is_whole: bool) -> list[Span]:
     """The time from the first step on: training, and waiting for saves, up to ``kept_time``, and what was lost after it."""
-    waits = {record["step"]: float(record["blocked_seconds"]) for record in told if record["event"] == "save"}
+    waits = {record["step"]: float(record["blocked_seconds"]) for record in events if record["event"] == "save"}
     spans, now = [], opened
-    for record in told:
+    for record in events:
         if record["event"] == "saving" and record["step"] in waits and now <= record["time"] <= kept_time:
             end = min(record["time"] + waits[record["step"]], ended)
             spans += [Span("training", now, record["time"]), Span("saving", record["time"], end)]
@@ -347,7 +349,7 @@ def _recoveries(lives: Sequence[Life]) -> Iterable[float]:
 
 def _ending(timed: Timed, error: str | None, now: float | None) -> str:
     """How an attempt ended, as far as anybody knows; ``now`` for the newest, which may not have."""
-    for record in reversed(timed.told):
+    for record in reversed(timed.events):
         if record["event"] in _SAID:
             return _SAID[record["event"]]
         if record["event"] == "error":
@@ -359,10 +361,10 @@ def _ending(timed: Timed, error: str | None, now: float | None) -> str:
     return "running" if is_running else "killed"
 
 
-def _reached(told: Iterable[Record], step: int, opened: float) -> float:
+def _reached(events: Iterable[Record], step: int, opened: float) -> float:
     """When an attempt had trained a step: a save says so to the moment, a line that was logged else."""
-    times = [record["time"] for record in told if record["event"] == "saving" and record["step"] == step]
-    times += [record["time"] for record in told if record["event"] in ("train", "beat") and record["step"] <= step][-1:]
+    times = [record["time"] for record in events if record["event"] == "saving" and record["step"] == step]
+    times += [record["time"] for record in events if record["event"] in ("train", "beat") and record["step"] <= step][-1:]
     return float(times[0]) if times else opened
 
 
@@ -379,13 +381,15 @@ def curves(
     records: Mapping[Attempt, Sequence[Record]], name: str | None = None
 ) -> tuple[str, dict[Attempt, list[tuple[int, float]]]]:
     """A metric of the training by attempt, and its name: by default the loss, or whatever the loop logs first."""
-    trained = {attempt: [each for each in told if each["event"] == "train"] for attempt, told in records.items()}
+    trained = {attempt: [each for each in events if each["event"] == "train"] for attempt, events in records.items()}
     if name is None:
-        names = [key for told in trained.values() for key in (numbers_of(told[0]) if told else ()) if key not in _NO_CURVE]
+        names = [
+            key for events in trained.values() for key in (numbers_of(events[0]) if events else ()) if key not in _NO_CURVE
+        ]
         name = "loss" if "loss" in names or not names else names[0]
     return name, {
-        attempt: [(each["step"], numbers[name]) for each in told if name in (numbers := numbers_of(each))]
-        for attempt, told in trained.items()
+        attempt: [(each["step"], numbers[name]) for each in events if name in (numbers := numbers_of(each))]
+        for attempt, events in trained.items()
     }
 
 

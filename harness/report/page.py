@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from harness.checkpoint.format import Attempt
 from harness.errors import ConfigError
 from harness.report import numbers, words
-from harness.report.numbers import KINDS, Report
+from harness.report.numbers import KINDS, RunReport
 from harness.report.units import duration
 from harness.runtime.escapes import for_html
 from harness.telemetry.journal import Record
@@ -29,7 +29,7 @@ i { display: inline-block; width: .7rem; height: .7rem; margin-right: .4rem; bor
 _MOST_CHARACTERS = 2000  # of a cell
 
 
-def page(report: Report, records: Mapping[Attempt, Sequence[Record]]) -> str:
+def page(report: RunReport, records: Mapping[Attempt, Sequence[Record]]) -> str:
     """The page. Raises ``ConfigError`` where what draws it is not installed."""
     try:
         from harness.report import figures  # noqa: PLC0415  # an extra
@@ -54,7 +54,7 @@ def page(report: Report, records: Mapping[Attempt, Sequence[Record]]) -> str:
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
 
 
-def _key_figures(report: Report) -> str:
+def _key_figures(report: RunReport) -> str:
     found = report.as_json()
     mean = found["mean_time_to_recovery_seconds"]
     shown = {
@@ -71,7 +71,7 @@ def _key_figures(report: Report) -> str:
     return f'<div class="figures">{"".join(cells)}</div>'
 
 
-def _attempts(report: Report) -> str:
+def _attempts(report: RunReport) -> str:
     rows = (
         (life.number, life.host, life.ranks or "", words.steps(life), duration(life.ended - life.began), life.ending)
         for life in report.lives
@@ -81,7 +81,7 @@ def _attempts(report: Report) -> str:
     return f"<details><summary>All {len(report.lives)} attempts</summary>{table}</details>" if many else table
 
 
-def _times(report: Report, colours: Mapping[numbers.Kind, str]) -> str:
+def _times(report: RunReport, colours: Mapping[numbers.Kind, str]) -> str:
     wall = max(report.wall_seconds, 1e-9)
     rows = "".join(
         f'<tr><td><i style="background:{colours[kind]}"></i>{kind}</td><td class="n">{report.seconds(kind) / wall:.1%}</td>'
@@ -91,11 +91,11 @@ def _times(report: Report, colours: Mapping[numbers.Kind, str]) -> str:
     return f'<table id="times">{rows}</table>'
 
 
-def _saves(report: Report) -> str:
+def _saves(report: RunReport) -> str:
     return f"<p>{for_html('; '.join(words.saves(report)))}</p>"
 
 
-def _notes(report: Report) -> Iterable[str]:
+def _notes(report: RunReport) -> Iterable[str]:
     for event, title in numbers.NOTES.items():
         if records := report.notes.get(event):
             rows = ((int(str(record["attempt"])[:6]), words.note(record)) for record in records)

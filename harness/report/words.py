@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from harness.report.numbers import KINDS, Life, Report
+from harness.report.numbers import KINDS, Life, RunReport
 from harness.report.units import amount, duration
 from harness.runtime.escapes import for_terminal
 from harness.telemetry.journal import Record
@@ -19,19 +19,19 @@ MOST_LINES = 20  # of a list, on the terminal
 _MOST_CHARACTERS = 400  # of a line
 
 
-def short(report: Report) -> str:
+def short(report: RunReport) -> str:
     """The report in half a page, each line as a terminal may show it."""
     lines = [headline(report), *(f"doubt      {doubt}" for doubt in report.doubts), "", *_times(report), ""]
     lines += [*_save_lines(report), *_notes(report), "", *_attempts(report.lives)]
     return "\n".join(for_terminal(line, _MOST_CHARACTERS) for line in lines)
 
 
-def headline(report: Report) -> str:
+def headline(report: RunReport) -> str:
     """What became of the run, in a line."""
     return f"{report.url}: {summary(report)}"
 
 
-def summary(report: Report) -> str:
+def summary(report: RunReport) -> str:
     """What became of the run, without its name."""
     last = report.lives[-1]
     ending = last.ending if last.ending in ("done", "stopped", "running") else f"not running ({last.ending})"
@@ -45,7 +45,7 @@ def lost(steps: int, *, is_exact: bool) -> str:
     return str(steps) if is_exact else f"at least {steps}"
 
 
-def _times(report: Report) -> Iterable[str]:
+def _times(report: RunReport) -> Iterable[str]:
     found = report.as_json()
     again = f"{lost(report.lost_steps, is_exact=report.is_lost_exact)} step{'s' * (report.lost_steps != 1)}"
     yield f"goodput    {report.goodput:7.1%}  of {duration(report.wall_seconds)}; {again} lost"
@@ -57,13 +57,13 @@ def _times(report: Report) -> Iterable[str]:
         yield f"recovery   {duration(mean):>8}  from a death until training went on, mean of {count}"
 
 
-def _save_lines(report: Report) -> Iterable[str]:
+def _save_lines(report: RunReport) -> Iterable[str]:
     first, *more = saves(report)
     yield f"saves      {first}"
     yield from (f"           {line}" for line in more)
 
 
-def saves(report: Report) -> list[str]:
+def saves(report: RunReport) -> list[str]:
     """What the saves took, in two lines; one where there were none."""
     found = report.as_json()
     if not report.saves:
@@ -77,7 +77,7 @@ def saves(report: Report) -> list[str]:
     ]
 
 
-def _notes(report: Report) -> Iterable[str]:
+def _notes(report: RunReport) -> Iterable[str]:
     for event, records in report.notes.items():
         lines = [f"{event:<11}{note(record)}" for record in records]
         yield from lines[:MOST_LINES]
@@ -104,16 +104,16 @@ def _attempts(lives: Sequence[Life]) -> Iterable[str]:
     if len(lives) > MOST_LINES:
         yield f"the last {MOST_LINES} of {len(lives)} attempts"
     for life in lives[-MOST_LINES:]:
-        yield f"attempt {life.number:<3}{steps(life):<36}{duration(life.ended - life.began):>10}  {life.ending}"
+        yield f"attempt {life.number:<3}{steps(life):<41}{duration(life.ended - life.began):>10}  {life.ending}"
 
 
 def steps(life: Life) -> str:
     """Which steps an attempt trained."""
     if life.from_step is None:
         return "no step" if life.is_complete else "no step that is known"
-    left = "" if life.is_in_line else ", left"
+    abandoned = "" if life.is_in_line else ", abandoned"
     missing = f", {lost(life.lost_steps, is_exact=life.is_complete)} lost" if life.lost_steps or not life.is_complete else ""
-    return f"steps {life.from_step} to {life.last_step}{missing}{left}"
+    return f"steps {life.from_step} to {life.last_step}{missing}{abandoned}"
 
 
 def _count(number: int, what: str, several: str = "") -> str:

@@ -80,7 +80,7 @@ class Console(logging.StreamHandler[TextIO]):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, ARG002  # logging's own name
         """Tells of a line that cannot be written without showing what was to be in it."""
         with contextlib.suppress(OSError, ValueError):  # the terminal may be closed
-            complain(f"a line of the log could not be written:\n{traceback.format_exc()}")
+            print_error(f"a line of the log could not be written:\n{traceback.format_exc()}")
 
 
 def begin(name: str = "") -> Callable[[], None]:
@@ -110,7 +110,7 @@ def hear(name: str) -> Callable[[], None]:
     return lambda: logger.setLevel(logging.NOTSET)
 
 
-def complain(text: str, *, for_all: bool = False) -> None:
+def print_error(text: str, *, for_all: bool = False) -> None:
     """Writes to stderr what is no line of the log, in one piece. Where there are several ranks, each line has its rank,
     unless it is said once ``for_all``."""
     text = printable(text).rstrip("\n")
@@ -118,12 +118,12 @@ def complain(text: str, *, for_all: bool = False) -> None:
     sys.stderr.flush()
 
 
-def complain_of(error: BaseException, *, for_all: bool = False) -> None:
+def report_error(error: BaseException, *, for_all: bool = False) -> None:
     """Tells of an error: one of harness in its own words, any other with its traceback."""
     if isinstance(error, HarnessError):
-        complain("\n".join(f"harness: {line}" for line in str(error).splitlines()), for_all=for_all)
+        print_error("\n".join(f"harness: {line}" for line in str(error).splitlines()), for_all=for_all)
     else:
-        complain("".join(traceback.format_exception(error)))
+        print_error("".join(traceback.format_exception(error)))
 
 
 def printable(text: str) -> str:
@@ -195,7 +195,7 @@ class LiveLine:
         self._metrics: Mapping[str, Any] = {}
         self._epoch, self._saved, self._is_saving = 0, 0.0, False
         self._held: Line | None = None  # the last of training, where it is shown nowhere else
-        self._told_time = -math.inf
+        self._logged_time = -math.inf
         handlers = [handler for handler in _handlers() if _is_terminal(handler)]
         has_width = os.get_terminal_size(handlers[0].stream.fileno()).columns > 0  # a container's may not say
         form = "step {n_fmt}/{total_fmt} {percentage:3.0f}% |{bar:16}| {desc} eta {remaining}"
@@ -220,11 +220,11 @@ class LiveLine:
     def lines(self, event: str, line: Line) -> list[Line]:
         """What is to stand above of an event: of training one line a minute, and the last one at each save."""
         held = self._held
-        if event == "train" and time.monotonic() < self._told_time + _SECONDS_BETWEEN_LINES:
+        if event == "train" and time.monotonic() < self._logged_time + _SECONDS_BETWEEN_LINES:
             self._held = line
             return []
         if event in ("train", "save"):
-            self._held, self._told_time = None, time.monotonic()
+            self._held, self._logged_time = None, time.monotonic()
         return [held, line] if event == "save" and held else [line]
 
     def write(self, record: Mapping[str, Any]) -> None:

@@ -25,8 +25,8 @@ from harness.checkpoint.tree import is_composed
 from harness.data.loader import Loader
 from harness.data.loaders import Epochs
 from harness.errors import ConfigError, Mismatch, Unsupported
-from harness.runtime.collector import without_collections
-from harness.state.buckets import gradient_orders
+from harness.runtime.gc_pause import without_collections
+from harness.state.ddp_buckets import bucket_orders
 from harness.state.modules import (
     check_is_whole,
     check_model,
@@ -124,7 +124,7 @@ class State:
         self.modules = {name: each for name, each in self._objects.items() if isinstance(each, nn.Module)}
         self.optimizers = {name: each for name, each in self._objects.items() if isinstance(each, Optimizer)}
         self._parts = {name: self._part(name, each) for name, each in self._objects.items()}
-        self.gradients = gradient_orders(self.modules)
+        self.gradients = bucket_orders(self.modules)
         self.differences: list[Difference] = []  # between this program and the one that wrote the checkpoint
         self._built = {name: part.built for name, part in self._parts.items()}  # as the next checkpoint tells it
         self._reset_options = sorted({*reset_options})

@@ -39,7 +39,7 @@ def _without_numbers(error: str) -> str:
     return _NUMBER.sub("#", error)
 
 
-def record(catalog: Catalog, attempt: Attempt, crash: Crash) -> None:
+def record_crash(catalog: Catalog, attempt: Attempt, crash: Crash) -> None:
     """Leaves a record beside the checkpoints. Raises ``StoreError``."""
     text = json.dumps({**scrubbed(asdict(crash)), "samples": list(crash.samples)[:_MOST_SAMPLES]}, indent=1).encode()
     catalog.store.put(f"attempts/{attempt.id}.crash-{crash.rank}.json", lambda: [text], len(text))
@@ -51,7 +51,7 @@ def is_looping(catalog: Catalog, same_failures: int) -> bool:
     To be asked before this attempt claims its own number.
     """
     newest = sorted(catalog.attempts(), reverse=True)[: same_failures + 1]
-    known = read(catalog, newest)
+    known = read_crashes(catalog, newest)
     died = [known.get(attempt, []) for attempt in newest]
     if not died or not died[0]:
         return False
@@ -70,7 +70,7 @@ def is_looping(catalog: Catalog, same_failures: int) -> bool:
     return alike == same_failures
 
 
-def read(catalog: Catalog, attempts: Sequence[Attempt]) -> dict[Attempt, list[Crash]]:
+def read_crashes(catalog: Catalog, attempts: Sequence[Attempt]) -> dict[Attempt, list[Crash]]:
     """What attempts died of, where they have left a record of it."""
     names = catalog.store.list("attempts")
     return {attempt: found for attempt in attempts if (found := _crashes(catalog, names, attempt))}

@@ -55,8 +55,8 @@ class Prometheus:
         numbers = [(name, value) for name, value in own.items() if isinstance(value, int | float)]
         for name, value in [*numbers, *numbers_of(record).items()]:
             metric = for_prometheus_name("harness", event, name)
-            is_told = metric not in used and for_prometheus_name(name) == name.replace("/s", "_per_second")
-            labels = "" if is_told else f'{{name="{for_prometheus_label(name)}"}}'
+            is_unambiguous = metric not in used and for_prometheus_name(name) == name.replace("/s", "_per_second")
+            labels = "" if is_unambiguous else f'{{name="{for_prometheus_label(name)}"}}'
             self._values.setdefault(metric, {})[labels] = value
             used.add(metric)
         lines = []

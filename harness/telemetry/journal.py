@@ -8,8 +8,8 @@ of the last interval, and none of a step that a checkpoint stands on.
 Whoever reads merges: the line of the newest attempt, which says at its start from which steps of which attempts it goes on.
 What those told of later steps was trained again, and is passed over.
 
-Anyone who can write the run's URL can write these lines. ``read`` gives only records whose fields have the types and the
-ranges that they must have; the others are counted.
+Anyone who can write the run's URL can write these lines. ``read_records`` gives only records whose fields have the types and
+the ranges that they must have; the others are counted.
 """
 
 import json
@@ -118,7 +118,7 @@ class Records(dict[Attempt, list[Record]]):
     unreadable = 0
 
 
-def read(store: Store, only: Attempt | None = None) -> Records:
+def read_records(store: Store, only: Attempt | None = None) -> Records:
     """What each attempt told (or one of them), in that order. Raises ``StoreError``."""
     found: dict[Attempt, dict[bytes, None]] = {}
     records = Records()

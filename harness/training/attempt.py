@@ -23,13 +23,13 @@ from harness.state.capture import State
 from harness.storage.store import open_store
 from harness.telemetry import crashes
 from harness.telemetry.crashes import Crash
-from harness.telemetry.metrics import Reporter
+from harness.telemetry.events import EventLog
 from harness.training import resume
 from harness.training.checkpointing import Checkpointing
-from harness.training.circumstances import Circumstances
 from harness.training.hangs import NoWatchdog
 from harness.training.program_loop import Place
 from harness.training.resume import NEW, Resumed
+from harness.training.run_context import RunContext
 from harness.training.save_policy import SavePolicy
 from harness.training.saves import Saves
 
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 class Attempt:
     """Where an attempt has resumed, how it saves, where it tells what happens, and which attempt follows a rollback."""
 
-    events: Reporter
+    events: EventLog
     place: Callable[[], Place] = lambda: Place(here.rank, 0, 0, [])
     resumed: Resumed = NEW
     saves: Saves = field(default_factory=Saves)
@@ -52,7 +52,7 @@ class Attempt:
         place = self.place()
         has_lost = has_lost_a_peer(error)  # what torch says of that has nothing to do with the training
         what = "lost contact with another rank" if has_lost else f"{type(error).__name__}: {error}".partition("\n")[0]
-        self.events.event("error", "", step=place.step, error=what)
+        self.events.emit("error", "", step=place.step, error=what)
         if has_lost and is_timeout(error):
             log.error(
                 "rank %d waited in vain for another rank, after %d calls of run.step() in this process (step %d): every "
@@ -95,16 +95,16 @@ class Attempt:
         self.events.close()
 
 
-def first_of(circumstances: Circumstances, *, fresh: bool) -> Attempt:
+def first_of(context: RunContext, *, fresh: bool) -> Attempt:
     """Begins the run's next attempt, or its first. ``fresh`` refuses a URL that holds a run. All ranks call it."""
-    world, config, state = circumstances.world, circumstances.config, circumstances.state
+    world, config, state = context.world, context.config, context.state
     checkpoint = config.checkpoint
     if checkpoint.url is None:
-        events = Reporter(config, active=world.rank == 0)
-        events.event("start", "no checkpoint.url: this run is not saved", step=state.progress.step)
-        _start_anew(circumstances, events)
-        resume.check_lockstep(world, state, circumstances.about, resumed=False)
-        return Attempt(events, circumstances.loop.place)
+        events = EventLog(config, active=world.rank == 0)
+        events.emit("start", "no checkpoint.url: this run is not saved", step=state.progress.step)
+        _start_anew(context, events)
+        resume.check_lockstep(world, state, context.about, resumed=False)
+        return Attempt(events, context.loop.place)
     catalog = Catalog(open_store(checkpoint.url, checkpoint.storage_options))
     if fresh and checkpoint.must_exist:
         raise ConfigError("checkpoint.must_exist expects a run in checkpoint.url, fresh an unused one: choose")
@@ -114,32 +114,32 @@ def first_of(circumstances: Circumstances, *, fresh: bool) -> Attempt:
         resume.on_first(world, lambda: resume.refuse_to_begin(catalog))
     is_looping = resume.on_first(world, lambda: crashes.is_looping(catalog, config.crash_loop.same_failures))
     memory = HostMemory(pinned=world.device.type == "cuda")
-    attempt = _begin(circumstances, catalog, memory, pass_over_newest=is_looping)
+    attempt = _begin(context, catalog, memory, skip_newest=is_looping)
     if world.rank == 0:
-        _tell_of_differences(config, state)
+        _log_differences(config, state)
     return attempt
 
 
-def _begin(circumstances: Circumstances, catalog: Catalog, memory: HostMemory, *, pass_over_newest: bool = False) -> Attempt:
+def _begin(context: RunContext, catalog: Catalog, memory: HostMemory, *, skip_newest: bool = False) -> Attempt:
     """Claims an attempt, resumes, and makes sure that all ranks hold the same."""
-    world, config, state = circumstances.world, circumstances.config, circumstances.state
+    world, config, state = context.world, context.config, context.state
     about: dict[str, Any] = {"launch": launch_id(), "world_size": world.size, "host": platform.node()}
     about |= {"pid": os.getpid(), "began": began(), "restarts": restarts(), "launcher_began": launcher_began()}
     claimed = resume.on_first(world, lambda: catalog.claim_attempt(about))
-    events = Reporter(config, active=world.rank == 0, attempt=claimed.id, store=catalog.store)
+    events = EventLog(config, active=world.rank == 0, attempt=claimed.id, store=catalog.store)
     attempt = Attempt(
         events,
-        circumstances.loop.place,
-        record_crash=functools.partial(crashes.record, catalog, claimed),
-        next=functools.partial(_begin, circumstances, catalog, memory),
+        context.loop.place,
+        record_crash=functools.partial(crashes.record_crash, catalog, claimed),
+        next=functools.partial(_begin, context, catalog, memory),
     )
     with attempt.remembering():
-        resumed = resume.resume(world, catalog, state, how=config.checkpoint.restore, pass_over_newest=pass_over_newest)
+        resumed = resume.resume(world, catalog, state, how=config.checkpoint.restore, skip_newest=skip_newest)
         if resumed is NEW:
-            _start_anew(circumstances, events)
-        resume.check_lockstep(world, state, circumstances.about, resumed=resumed is not NEW)
-        saves = Checkpointing(circumstances, claimed, catalog, resumed, events, memory)
-        _tell_of_begin(events, claimed.number, resumed, catalog.store.url, world, state.progress.step)
+            _start_anew(context, events)
+        resume.check_lockstep(world, state, context.about, resumed=resumed is not NEW)
+        saves = Checkpointing(context, claimed, catalog, resumed, events, memory)
+        _log_begin(events, claimed.number, resumed, catalog.store.url, world, state.progress.step)
     if world.rank == 0 and not SavePolicy(config.checkpoint).has_intervals:
         log.warning(
             "nothing is saved before the end of the run: a death costs all of it. Give every_steps, every_seconds or "
@@ -148,13 +148,13 @@ def _begin(circumstances: Circumstances, catalog: Catalog, memory: HostMemory, *
     return replace(attempt, resumed=resumed, saves=saves)
 
 
-def _tell_of_begin(events: Reporter, number: int, resumed: Resumed, url: str, world: World, step: int) -> None:
-    for directory, why in resumed.passed_over.items():
-        events.event("fallback", "", directory=directory, why=why)  # which was logged when it was found
+def _log_begin(events: EventLog, number: int, resumed: Resumed, url: str, world: World, step: int) -> None:
+    for directory, why in resumed.skipped.items():
+        events.emit("fallback", "", directory=directory, why=why)  # which was logged when it was found
     outcome.resumed(step)
     is_new = resumed is NEW
     where = f"starting in {url}" if is_new else f"resuming from {resumed.directory}"
-    events.event(
+    events.emit(
         "start" if is_new else "resume",
         f"attempt {number}: {where}, {world.size} x {world.device.type} ({world.backend}), step {step}",
         step=step,
@@ -164,7 +164,7 @@ def _tell_of_begin(events: Reporter, number: int, resumed: Resumed, url: str, wo
     )
 
 
-def _tell_of_differences(config: RunConfig, state: State) -> None:
+def _log_differences(config: RunConfig, state: State) -> None:
     """Says what somebody has edited in the program since the checkpoint, and whose word counts."""
     for each in state.differences:
         is_task = isinstance(config, Config)
@@ -172,7 +172,7 @@ def _tell_of_differences(config: RunConfig, state: State) -> None:
         log.warning("%s%s", each, f". To use the program's: {how}" if each.who_counts == "checkpoint" else "")
 
 
-def _start_anew(circumstances: Circumstances, events: Reporter) -> None:
+def _start_anew(context: RunContext, events: EventLog) -> None:
     """Gives a new run what it is to begin with."""
-    if what := circumstances.initialize():
-        events.event("init", what)
+    if what := context.initialize():
+        events.emit("init", what)

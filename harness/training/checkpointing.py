@@ -16,10 +16,10 @@ from harness.checkpoint.staging import HostMemory
 from harness.config import RunConfig
 from harness.distributed.world import World
 from harness.runtime.environment import is_first_of_node, shutdown_grace_seconds
-from harness.telemetry.metrics import Reporter
+from harness.telemetry.events import EventLog
 from harness.training import resume
-from harness.training.circumstances import Circumstances
 from harness.training.resume import Resumed
+from harness.training.run_context import RunContext
 from harness.training.save_policy import SavePolicy
 from harness.training.saves import Saves
 
@@ -33,16 +33,16 @@ class Checkpointing(Saves):
 
     def __init__(
         self,
-        circumstances: Circumstances,
+        context: RunContext,
         attempt: AttemptId,
         catalog: Catalog,
         resumed: Resumed,
-        events: Reporter,
+        events: EventLog,
         memory: HostMemory,
     ) -> None:
         self._attempt, self._catalog, self._events = attempt, catalog, events
-        self._loop, self._state, self._about = circumstances.loop, circumstances.state, circumstances.about
-        self._world, self._config = world, config = circumstances.world, circumstances.config
+        self._loop, self._state, self._about = context.loop, context.state, context.about
+        self._world, self._config = world, config = context.world, context.config
         self._policy = SavePolicy(config.checkpoint)
         self._writers = _writers(world, config)
         self._saver: Saver | _Bystander = _Bystander()
@@ -73,7 +73,7 @@ class Checkpointing(Saves):
             memory=memory,
             memory_limit_bytes=checkpoint.memory_limit_bytes,
             before_commit=self._events.flush,
-            on_failure=lambda step, error: self._events.event("save_failed", "", step=step, error=error),
+            on_failure=lambda step, error: self._events.emit("save_failed", "", step=step, error=error),
             proofs=PROOFS,
         )
 
@@ -83,16 +83,16 @@ class Checkpointing(Saves):
         self._saver.fence()
 
     def poll(self) -> None:
-        self._tell_of(self._saver.poll())
+        self._log_saved(self._saver.poll())
 
     def wait(self) -> None:
-        self._on_writers(lambda saver: self._tell_of(saver.wait()))
+        self._on_writers(lambda saver: self._log_saved(saver.wait()))
 
     def let_end(self, seconds: float) -> None:
         self._saver.let_end(seconds)
 
     def give_up_after(self, seconds: float) -> None:
-        self._tell_of(self._saver.give_up_after(seconds))
+        self._log_saved(self._saver.give_up_after(seconds))
 
     def _on_writers(self, function: Callable[[Saver], None]) -> None:
         """Calls it on each rank that writes. None goes on before rank 0 is done, nor without knowing its error."""
@@ -164,7 +164,7 @@ class Checkpointing(Saves):
             step = self._state.progress.step
             if self._saver.is_busy and self._config.checkpoint.when_busy == "skip" and not must_succeed:
                 message = f"step {self._loop.shown(step)}  NOT saved: the save before is still being written"
-                self._events.event("skip", message, step=step)
+                self._events.emit("skip", message, step=step)
                 return None
             return self._saver.new_directory(step)
 
@@ -177,15 +177,15 @@ class Checkpointing(Saves):
     ) -> None:
         """Saves this rank's share. What is each rank's own, rank 0 has of all ``ranks``."""
         checkpoint, progress = self._config.checkpoint, self._state.progress
-        self._tell_of(saver.wait())
+        self._log_saved(saver.wait())
         parts = self._state.capture()
         if ranks is not None:
             parts |= {name: {str(rank): each[name] for rank, each in enumerate(ranks)} for name in ranks[0]}
         best = int(progress.best["step"]) if checkpoint.keep_best and progress.best else None
         request = SaveRequest(progress.step, self._with_conditions(meta), best, directory, self._state.is_steady())
-        self._events.event("saving", "", step=progress.step)
+        self._events.emit("saving", "", step=progress.step)
         if must_succeed or checkpoint.mode == "sync":
-            self._tell_of(saver.save(parts, request, must_succeed=must_succeed))
+            self._log_saved(saver.save(parts, request, must_succeed=must_succeed))
         else:
             saver.begin(parts, request, overlap=checkpoint.overlap, check=checkpoint.check_snapshots)
 
@@ -199,13 +199,13 @@ class Checkpointing(Saves):
             "harness": harness.__version__,
         }
 
-    def _tell_of(self, saved: Saved | None) -> None:
+    def _log_saved(self, saved: Saved | None) -> None:
         """Logs a save that has been committed."""
         if saved is None:
             return
         self._committed = saved.step, saved.directory
         times = f"in {saved.seconds:.2f} s, of which training waited {saved.blocked_seconds:.3f} s"
-        self._events.event("save", f"step {self._loop.shown(saved.step)}  saved {saved.directory} {times}", **asdict(saved))
+        self._events.emit("save", f"step {self._loop.shown(saved.step)}  saved {saved.directory} {times}", **asdict(saved))
         self._save_seconds = saved.seconds
         self._warn_if_slow()
 

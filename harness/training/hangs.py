@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from harness.config import RunConfig
 from harness.distributed.world import leave_at_once
-from harness.runtime.console import complain
+from harness.runtime.console import print_error
 from harness.runtime.environment import rank
 from harness.runtime.watchdog import Watchdog
 from harness.storage.store import open_store
@@ -47,7 +47,7 @@ def _report_to(config: RunConfig) -> Callable[[str], None]:
             store = open_store(config.checkpoint.url, config.checkpoint.storage_options, attempts=1, deadline_seconds=10)
             store.put(name, lambda: [text], len(text))
         except Exception as error:  # whatever it is, leaving comes first
-            complain(f"harness: could not write {name}: {error}")
+            print_error(f"harness: could not write {name}: {error}")
 
     return report
 

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from harness import interchange
 from harness.config import Config
 from harness.data import loader as data
-from harness.data.loader import Cursor, Gap, Loader, Step
+from harness.data.loader import Cursor, Loader, SkippedBatch, Step
 from harness.distributed.world import World
 from harness.errors import ConfigError, NonFinite
 from harness.runtime.signals import StopRequest
@@ -31,7 +31,7 @@ class Trained:
     cursor: Cursor
     last: dict[str, float]  # the newest metrics, the training loss among them
     best: dict[str, float]  # the metrics and the step of the best evaluation
-    passed_over: list[Gap] = field(default_factory=list)  # batches that were not trained
+    skipped: list[SkippedBatch] = field(default_factory=list)  # batches that were not trained
 
 
 def train(config: Config, task: Task, world: World, stop: StopRequest, *, fresh: bool = False) -> Trained:
@@ -62,7 +62,7 @@ def train(config: Config, task: Task, world: World, stop: StopRequest, *, fresh:
             run.remember_crash(error)
             raise
     progress, loader = run.state.progress, trainer.loader
-    return Trained(progress.step, loader.cursor, progress.last, progress.best, loader.gaps)
+    return Trained(progress.step, loader.cursor, progress.last, progress.best, loader.skipped)
 
 
 class _Trainer:
@@ -116,9 +116,9 @@ class _Trainer:
     # --- a step ------------------------------------------------------------------------------------------------------
 
     def advance(self, run: Run) -> None:
-        """Trains the next batch, or passes over it."""
+        """Trains the next batch, or skips it."""
         while (micro_batches := self.loader.next_step()) and not self.step(micro_batches):
-            if not self.pass_over(run):
+            if not self.skip(run):
                 break
         if self.task.scheduler is not None and not _waits_for_evaluations(self.task.scheduler):
             self.task.scheduler.step()
@@ -142,7 +142,7 @@ class _Trainer:
             parameter.grad = None
         return not bad
 
-    def pass_over(self, run: Run) -> bool:
+    def skip(self, run: Run) -> bool:
         """Notes that the batch that was just found bad is not to be trained; goes back to a checkpoint where that is wanted,
         and says whether it has.
 
@@ -153,17 +153,17 @@ class _Trainer:
         found = f"step {run.global_step + 1}: {what}"
         if config.policy == "stop":
             raise NonFinite(f"{found}; mend the data or the training, or choose nonfinite.policy skip or rollback")
-        if len(loader.gaps) >= config.limit:
+        if len(loader.skipped) >= config.limit:
             raise NonFinite(f"{found}; {config.limit} batches were passed over before this one (nonfinite.limit)")
         run.tell("nonfinite", f"{found}: {config.policy}", step=run.global_step + 1, samples=samples, policy=config.policy)
-        loader.pass_over()
+        loader.skip()
         if config.policy == "rollback":
             if not run.can_roll_back():
                 raise NonFinite(f"{found}; there is no checkpoint yet to go back to")
-            gaps = loader.gaps
+            skipped = loader.skipped
             data.seed_everything(self.config.seed, self.world.rank + 1)
             run.roll_back()
-            loader.leave_out(gaps)
+            loader.leave_out(skipped)
             return True
         if spoilt := resume.on_first(self.world, lambda: nonfinite.buffers_with_nan(self.task.model)):
             raise NonFinite(f"{found}; skip does not mend the NaN in {', '.join(spoilt)}: choose nonfinite.policy rollback")

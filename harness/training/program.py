@@ -92,9 +92,9 @@ class Program:
 
 def _leave(error: HarnessError, *, speaks: bool) -> NoReturn:
     """Ends the process from another thread, whatever the main thread is at."""
-    outcome.record(outcome.of(error))
+    outcome.record_outcome(outcome.of(error))
     if speaks:
-        console.complain_of(error)
+        console.report_error(error)
     os._exit(error.exit_code)
 
 
@@ -145,11 +145,11 @@ def end_stopped(stopped: Stopped) -> NoReturn:
     """Ends the process, whose ranks have all stopped well. torchrun would start a worker that says so in its exit code
     again; under it the record says it alone."""
     ignore_stop_signals()
-    outcome.record(outcome.of(stopped))
+    outcome.record_outcome(outcome.of(stopped))
     if is_under_torchrun():
         log.info("%s", stopped)
         sys.exit(0)
-    console.complain_of(stopped)
+    console.report_error(stopped)
     sys.exit(stopped.exit_code)
 
 
@@ -157,8 +157,8 @@ def fail(error: BaseException) -> NoReturn:
     """Ends a rank at once, after an error. The others may wait for it in a collective for minutes; torchrun frees them once
     this one is gone."""
     error = _meant(error)
-    console.complain_of(error)
-    outcome.record(outcome.of(error))
+    console.report_error(error)
+    outcome.record_outcome(outcome.of(error))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(error.exit_code if isinstance(error, HarnessError) else 1)
@@ -252,7 +252,7 @@ class Host(Program):
         atexit.unregister(self._leave)
         atexit.register(self._leave)  # before what the storage's libraries have registered meanwhile
         if self._hook is None and not is_interactive():
-            self._before, self._hook = sys.excepthook, self._tell_of
+            self._before, self._hook = sys.excepthook, self._report_failure
             sys.excepthook = self._hook
 
     def has_finished(self, run: Hosted) -> None:
@@ -312,7 +312,7 @@ class Host(Program):
         run.close()
         end_stopped(stopped)
 
-    def _tell_of(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    def _report_failure(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """In place of ``sys.excepthook``."""
         runs = [*self._unfinished] if os.getpid() == self._pid else []  # a forked child is no rank
         for run in runs:
@@ -322,7 +322,7 @@ class Host(Program):
         if runs and (isinstance(error, HarnessError) or (is_under_torchrun() and not isinstance(error, KeyboardInterrupt))):
             fail(error)
         if runs and self._before is sys.__excepthook__ and not isinstance(error, KeyboardInterrupt):
-            console.complain_of(error)
+            console.report_error(error)
         else:
             self._before(kind, error, trace)
 
@@ -335,7 +335,7 @@ class Host(Program):
         if ending.is_final:  # the launcher ends all at once where it sees such a record, and the program may know better
             self._last_word = error
         else:
-            outcome.record(ending)
+            outcome.record_outcome(ending)
 
     def _leave(self) -> None:
         """The process ends. A forked child has none of the runs' threads, and must not touch the parent's connections."""
@@ -344,7 +344,7 @@ class Host(Program):
         for run in [*self._runs]:
             run.close()
         if self._last_word is not None:
-            outcome.record(outcome.of(self._last_word))
+            outcome.record_outcome(outcome.of(self._last_word))
 
 
 def host() -> Host:
@@ -362,8 +362,8 @@ def is_interactive() -> bool:
     return hasattr(sys, "ps1") or bool(sys.flags.interactive)
 
 
-def _when_handled(tell: OnError) -> None:
-    """Calls ``tell`` with the error that is leaving a loop now, as soon as somebody handles it.
+def _when_handled(on_error: OnError) -> None:
+    """Calls ``on_error`` with the error that is leaving a loop now, as soon as somebody handles it.
 
     A generator that is closed by an error cannot see it: Python has put it aside until a handler is found. What the handler
     calls first is the first moment to look. An error that nobody handles comes to ``sys.excepthook``.
@@ -383,7 +383,7 @@ def _when_handled(tell: OnError) -> None:
         if any(each in came_from for each in frames[: 1 if goes_on else None]):
             sys.setprofile(None)
             assert error is not None
-            tell(error)
+            on_error(error)
         elif goes_on or not looks:  # the loop was left by break, or nobody has looked at its error
             sys.setprofile(None)
 

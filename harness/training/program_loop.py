@@ -13,7 +13,7 @@ from harness.distributed.agreement import Decision
 from harness.distributed.world import World
 from harness.errors import ConfigError
 from harness.state.capture import State
-from harness.telemetry.metrics import as_json
+from harness.telemetry.events import as_json
 from harness.training.bodies import Bodies
 from harness.training.omissions import Omissions
 from harness.training.progress_log import ProgressLog
@@ -53,7 +53,7 @@ class Place:
 class ProgramLoop:
     """Follows the loops of a program, one after the other.
 
-    ``on_due`` is called when the time has come for a save, or for a stop. ``tell`` takes an event, a message and values.
+    ``on_due`` is called when the time has come for a save, or for a stop. ``emit`` takes an event, a message and values.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ProgramLoop:
         config: RunConfig,
         state: State,
         loader: Loader | None,
-        tell: Callable[..., None],
+        emit: Callable[..., None],
         on_due: Callable[[Due], None],
     ) -> None:
         self._world, self._config, self._state, self._loader = world, config, state, loader
@@ -70,7 +70,7 @@ class ProgramLoop:
         self._policy = SavePolicy(config.checkpoint)
         self._own_work = OwnWork(world.device, state.modules.values(), loader)
         self._omissions = Omissions(state, self._own_work, loader, is_active=world.rank == 0)
-        self._log = ProgressLog(world, config, state, loader, self._own_work, tell)
+        self._log = ProgressLog(world, config, state, loader, self._own_work, emit)
         more, end = self._omissions.at_next_batch, self._at_end_of_body
         self._bodies = Bodies(state, loader, fence=self._fence, on_more=more, on_end=end)
         self._hooks = [each.register_step_pre_hook(self._before_optimizer) for each in state.stepping()]

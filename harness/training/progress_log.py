@@ -13,14 +13,14 @@ from harness.data.loader import Loader, is_due
 from harness.distributed.world import World
 from harness.errors import ConfigError
 from harness.state.capture import State
-from harness.telemetry.metrics import check_metric_names, hash_of, in_words, number_of
+from harness.telemetry.events import check_metric_names, hash_of, metrics_in_words, number_of
 from harness.training.stragglers import OwnWork, Straggler, Stragglers
 
 _FLOATS_AT_ONCE = 32
 
 
 class ProgressLog:
-    """Keeps the metrics of the newest step, and logs them. ``tell`` takes an event, a message and values; rank 0 speaks."""
+    """Keeps the metrics of the newest step, and logs them. ``emit`` takes an event, a message and values; rank 0 speaks."""
 
     def __init__(
         self,
@@ -29,10 +29,10 @@ class ProgressLog:
         state: State,
         loader: Loader | None,
         own_work: OwnWork,
-        tell: Callable[..., None],
+        emit: Callable[..., None],
     ) -> None:
         self._world, self._state, self._loader, self._own_work = world, state, loader, own_work
-        self._every, self._stragglers, self._tell = config.log, config.stragglers, tell
+        self._every, self._stragglers, self._emit = config.log, config.stragglers, emit
         self._metrics: Mapping[str, Any] = {}  # of the last step
         self._last_time, self._last_step = time.monotonic(), 0
         self._slow_ranks: Callable[[int, Sequence[float]], Sequence[Straggler]] = _nobody
@@ -60,8 +60,8 @@ class ProgressLog:
         rows = self._world.all_gather_floats([*first, *[0.0] * (_FLOATS_AT_ONCE - len(first))])  # all agree on a length
         if any(row[1] != rows[0][1] for row in rows):
             names = self._world.all_gather([*self._metrics])
-            told = "; ".join(f"rank {rank} tells {', '.join(each)}" for rank, each in enumerate(names))
-            raise ConfigError(f"run.step: all ranks must tell the same metrics, in the same order; {told}")
+            found = "; ".join(f"rank {rank} tells {', '.join(each)}" for rank, each in enumerate(names))
+            raise ConfigError(f"run.step: all ranks must tell the same metrics, in the same order; {found}")
         more = self._world.all_gather_floats(rest) if rest else [[] for _ in rows]
         seconds, _, *metrics = zip(
             *([*row[: len(first)], *others] for row, others in zip(rows, more, strict=True)), strict=True
@@ -93,9 +93,9 @@ class ProgressLog:
             values["samples/s"] = self._loader.schedule.global_batch_size * steps_per_second
         else:
             values["steps/s"] = steps_per_second
-        self._tell("train", f"{place}  {in_words(values)}", step=progress.step, **values)
+        self._emit("train", f"{place}  {metrics_in_words(values)}", step=progress.step, **values)
         for found in self._slow_ranks(progress.step, own_seconds):
-            self._tell("straggler", str(found), step=progress.step, **asdict(found))
+            self._emit("straggler", str(found), step=progress.step, **asdict(found))
 
 
 def _nobody(_step: int, _totals: Sequence[float]) -> Sequence[Straggler]:

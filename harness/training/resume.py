@@ -2,7 +2,7 @@
 
 Rank 0 lists and chooses, once; the others follow. Every rank verifies every byte before a live tensor is touched, whether
 it has read it itself or was given it by the rank whose share it was; if any rank cannot, all fall back together to the
-checkpoint before, and say so. A run whose checkpoints are all damaged stops: training from scratch over it is for its
+checkpoint before, and say so. A run whose checkpoints are all corrupt stops: training from scratch over it is for its
 owner to decide. Random states come last, and nothing is trained until all ranks have shown that they hold the same state.
 """
 
@@ -40,7 +40,7 @@ class Resumed:
     step: int
     lineage: list[Ancestor]
     save_seconds: float | None  # what a save took then, where that is known
-    passed_over: Mapping[str, str]  # newer checkpoints that it does not go on from, and why
+    skipped: Mapping[str, str]  # newer checkpoints that it does not go on from, and why
 
 
 NEW = Resumed("", 0, [], None, {})
@@ -53,25 +53,25 @@ def resume(
     state: State,
     *,
     how: Literal["auto", "each", "shared"] = "each",
-    pass_over_newest: bool = False,
+    skip_newest: bool = False,
 ) -> Resumed:
     """Restores the newest checkpoint that all ranks can read; ``NEW`` when the run has none at all.
 
     One that does not fit the live state is a ``Mismatch``. ``how`` it is read is ``checkpoint.restore`` of the
-    configuration. ``pass_over_newest`` takes the checkpoint before the newest whole one, if there is one. Raises
+    configuration. ``skip_newest`` takes the checkpoint before the newest whole one, if there is one. Raises
     ``NoCheckpoint`` when there are checkpoints and none is whole.
     """
     entries = _each(world, catalog)
-    passed_over: dict[str, str] = {}
-    if pass_over_newest:
-        entries = _without_newest(entries, passed_over)
+    skipped: dict[str, str] = {}
+    if skip_newest:
+        entries = _without_newest(entries, skipped)
     shared = world.size > 1 and (how == "shared" or (how == "auto" and not catalog.store.is_local))
     storage_failed = False
     for entry in entries:
         parts, problems, was_storage = _read_together(world, catalog, entry, shared=shared)
         if problems:
             storage_failed = storage_failed or was_storage
-            passed_over[entry.directory] = why = "; ".join(problems)
+            skipped[entry.directory] = why = "; ".join(problems)
             log.error("NOT resuming from %s: %s", entry.directory, why)
             continue
         assert parts is not None, "no rank reported a problem"
@@ -91,13 +91,13 @@ def resume(
         state.random_to_restore = parts[RANDOM].get(str(world.rank), {}) if meta.get("world_size") == world.size else {}
         ancestor = Ancestor(entry.manifest.attempt, entry.step)
         lineage = [*entry.manifest.lineage, ancestor]
-        on_first(world, functools.partial(_tell_of_other_lines, catalog, entry, passed_over))
-        return Resumed(entry.directory, entry.step, lineage, save_seconds(meta), passed_over)
-    if storage_failed:  # what cannot be read today is not damaged
+        on_first(world, functools.partial(_log_other_lines, catalog, entry, skipped))
+        return Resumed(entry.directory, entry.step, lineage, save_seconds(meta), skipped)
+    if storage_failed:  # what cannot be read today is not corrupt
         raise StoreError(f"{catalog.store.url}: no checkpoint could be read: {'; '.join(problems)}", transient=True)
-    if passed_over:
+    if skipped:
         raise NoCheckpoint(
-            f"{catalog.store.url}: expected a whole checkpoint, found {len(passed_over)} damaged ones; "
+            f"{catalog.store.url}: expected a whole checkpoint, found {len(skipped)} corrupt ones; "
             "restore one of them or start a run at another URL"
         )
     return NEW
@@ -111,24 +111,24 @@ def _each(world: World, catalog: Catalog) -> Iterator[Entry]:
         yield entry
 
 
-def _without_newest(entries: Iterator[Entry], passed_over: dict[str, str]) -> Iterator[Entry]:
+def _without_newest(entries: Iterator[Entry], skipped: dict[str, str]) -> Iterator[Entry]:
     """Leaves the newest whole checkpoint out, unless there is no other."""
     first: Entry | None = None
     for entry in entries:
         if first is None and entry.state == "whole":
             first = entry
             continue
-        if first is not None and first.directory not in passed_over and entry.state == "whole":
-            passed_over[first.directory] = why = "the attempts before this one all failed in the same way"
+        if first is not None and first.directory not in skipped and entry.state == "whole":
+            skipped[first.directory] = why = "the attempts before this one all failed in the same way"
             log.error("NOT resuming from %s: %s", first.directory, why)
         yield entry
-    if first is not None and first.directory not in passed_over:
+    if first is not None and first.directory not in skipped:
         yield first
 
 
-def _tell_of_other_lines(catalog: Catalog, newest: Entry, passed_over: Mapping[str, str]) -> None:
+def _log_other_lines(catalog: Catalog, newest: Entry, skipped: Mapping[str, str]) -> None:
     for entry in catalog.further(newest):
-        if entry.directory in passed_over:
+        if entry.directory in skipped:
             continue
         log.warning(
             "also there: step %s of attempt %s, not on this line, and further than it: %s. It stays until this line has "

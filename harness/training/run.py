@@ -19,17 +19,17 @@ from harness.distributed.agreement import Agreement, Decides, NoLoop
 from harness.distributed.world import World, world_of_program
 from harness.errors import ConfigError, NoCheckpoint, Stopped
 from harness.runtime.environment import is_first_of_node
-from harness.runtime.notices import Watcher
+from harness.runtime.preemption import Watcher
 from harness.runtime.signals import StopRequest
 from harness.runtime.watchdog import Watchdog
 from harness.state.capture import Adapt, State
 from harness.storage.urls import shown
-from harness.telemetry.metrics import Reporter, in_words
+from harness.telemetry.events import EventLog, metrics_in_words
 from harness.training import attempt, program
 from harness.training.attempt import Attempt
-from harness.training.circumstances import Circumstances
 from harness.training.hangs import NoWatchdog, watching
 from harness.training.program_loop import Length, ProgramLoop
+from harness.training.run_context import RunContext
 from harness.training.save_policy import Due
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class Run:
         self.stop = self._host.stop
         self._watchdog: Watchdog | NoWatchdog = NoWatchdog()
         self._decisions: Decides = NoLoop()
-        self._attempt = Attempt(Reporter(self.config, active=False))  # until there is one
+        self._attempt = Attempt(EventLog(self.config, active=False))  # until there is one
         self._error: BaseException | None = None  # that was seen last
         self._closing = contextlib.ExitStack()
         self._closing.callback(self._host.let_go, self)
@@ -114,8 +114,8 @@ class Run:
             parts = self.world, self.config, self.state
             self._loop = ProgramLoop(*parts, self.loader, self.tell, self._do)
             self._closing.callback(self._loop.close)
-            circumstances = Circumstances(*parts, self._loop, about or {}, initialize or nothing)
-            self._attempt = attempt.first_of(circumstances, fresh=fresh)
+            context = RunContext(*parts, self._loop, about or {}, initialize or nothing)
+            self._attempt = attempt.first_of(context, fresh=fresh)
             self.stop.before_leaving = lambda: self._attempt.end_soon(self.config.stop.grace_seconds, self._watchdog)
             self._closing.callback(setattr, self.stop, "before_leaving", nothing)
         if reopen:
@@ -162,7 +162,8 @@ class Run:
         self._attempt.saves.wait()
         if not self._attempt.saves.has_end():
             self._attempt.saves.save(must_succeed=True)
-        self.tell("done", f"done: step {self.global_step}  {in_words(self.state.progress.last)}", step=self.global_step)
+        message = f"done: step {self.global_step}  {metrics_in_words(self.state.progress.last)}"
+        self.tell("done", message, step=self.global_step)
         self._attempt.events.flush()
         self._host.has_finished(self)
 
@@ -173,12 +174,12 @@ class Run:
         What was judged is the step of the last ``step()``, or, where an optimizer has taken a step since, the one after it.
         """
         judged = self._loop.evaluated(metric, values, higher_is_better=higher_is_better)
-        message = f"step {self._loop.shown(judged)}  evaluation  {in_words(dict(values))}"
+        message = f"step {self._loop.shown(judged)}  evaluation  {metrics_in_words(dict(values))}"
         self.tell("evaluate", message, step=judged, **values)
 
     def tell(self, event: str, message: str, /, **values: Any) -> None:
         """Logs an event: ``message`` for people, the values for programs. Rank 0 speaks."""
-        self._attempt.events.event(event, message, **values)
+        self._attempt.events.emit(event, message, **values)
 
     def can_roll_back(self) -> bool:
         """Whether there is a checkpoint to go back to. All ranks call it."""

@@ -19,7 +19,7 @@ import pytest
 from metadata_server import AWS, AWS_TOKEN, AZURE, GCP, HOST, MetadataServer
 
 from harness.errors import ConfigError
-from harness.runtime.notices import Notice, Watcher
+from harness.runtime.preemption import Notice, Watcher
 
 QUICK = {"interval_seconds": 0.01, "request_seconds": 5.0, "long_poll_seconds": 300, "backoff_seconds": 0.02}
 HASTY = {**QUICK, "long_poll_seconds": 0, "first_answer_seconds": 0}  # nobody waits for anything
@@ -76,7 +76,7 @@ def watch(server):
             return watcher
 
         yield start
-    assert all(ends(thread) for thread in threads("harness-notices-request"))  # nothing goes on that was given up
+    assert all(ends(thread) for thread in threads("harness-preemption-request"))  # nothing goes on that was given up
     assert not threads()
 
 
@@ -90,7 +90,7 @@ def told():
     logging.getLogger("harness").removeHandler(handler)
 
 
-def threads(name="harness-notices"):
+def threads(name="harness-preemption"):
     return [thread for thread in threading.enumerate() if thread.name == name]
 
 

@@ -6,7 +6,7 @@ import importlib
 import sys
 
 from harness.errors import ConfigError
-from harness.runtime.collector import without_collections
+from harness.runtime.gc_pause import without_collections
 from harness.runtime.threads import Background
 
 _OF_OPTIMIZERS = "torch._dynamo"  # which torch (2.11 to 2.15) imports when the first optimizer is made; it is not public

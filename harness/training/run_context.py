@@ -11,7 +11,7 @@ from harness.training.program_loop import ProgramLoop
 
 
 @dataclass(frozen=True)
-class Circumstances:
+class RunContext:
     """What each attempt of a run is made of.
 
     ``about`` goes into each manifest, and must be the same on all ranks. ``initialize`` gives a new run what it is to begin

@@ -13,8 +13,8 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 from harness import Run, StopRequest
-from harness.state.buckets import GradientOrder
 from harness.state.capture import State
+from harness.state.ddp_buckets import BucketOrder
 
 CPU = torch.device("cpu")
 
@@ -48,7 +48,7 @@ class Ears:
 
 def order_of(model: DistributedDataParallel) -> list[int]:
     """The order that a first backward pass has."""
-    gradients = GradientOrder(model)
+    gradients = BucketOrder(model)
     model(torch.ones(2, 3)).sum().backward()
     return gradients.order
 
@@ -59,7 +59,7 @@ def test_no_hook_of_a_parameter_hears_of_it(options):
     order = order_of(DistributedDataParallel(net(), **options))
     assert sorted(order) == [0, 1, 2, 3]
     model = DistributedDataParallel(net(), **options)
-    ears, gradients = Ears(model), GradientOrder(model)
+    ears, gradients = Ears(model), BucketOrder(model)
     random_state = torch.get_rng_state()
     assert gradients.settle(order) is None
     assert gradients.order == order
@@ -110,7 +110,7 @@ def test_a_gradient_that_is_there_stays_as_it_is():
     for parameter, gradient in zip(model.parameters(), before, strict=True):
         parameter.grad = gradient
     versions = [gradient._version for gradient in before]
-    GradientOrder(model).settle(order)
+    BucketOrder(model).settle(order)
     assert all(parameter.grad is gradient for parameter, gradient in zip(model.parameters(), before, strict=True))
     assert [gradient._version for gradient in before] == versions
 

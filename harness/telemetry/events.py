@@ -48,7 +48,7 @@ def _is_number(value: Any) -> bool:
     return math.prod(getattr(value, "shape", ())) == 1 and not (callable(is_complex) and is_complex())
 
 
-class Reporter:
+class EventLog:
     """Writes the events of one attempt, into its ``store``, too, where it has one. On other ranks than 0 it is made with
     ``active=False`` and writes nothing.
 
@@ -78,7 +78,7 @@ class Reporter:
             self._journal = Journal(store.within(attempts=2, deadline_seconds=5), attempt, metrics.every_seconds)
             self._sinks.append(self._journal)
 
-    def event(self, name: str, message: str, /, **values: Any) -> None:
+    def emit(self, name: str, message: str, /, **values: Any) -> None:
         """Tells of one event: ``message`` to the console (none where it is empty), the values to all others. A value never
         takes the place of what the record says itself."""
         if not self._active:
@@ -186,7 +186,7 @@ def number_of(metric: tuple[str, Any]) -> float:
         raise ConfigError(f"run.step: {name}: expected a number or a tensor with one element, found {found}") from None
 
 
-def in_words(values: dict[str, float]) -> str:
+def metrics_in_words(values: dict[str, float]) -> str:
     """Metrics for people: ``loss 0.5123  val_loss 0.6  41,140 samples/s``."""
     return "  ".join(
         f"{number(value, 4)} {name}" if name.endswith("/s") else f"{name} {number(value, 5)}"

@@ -81,7 +81,7 @@ class Watcher:
         self._first_answer_seconds = first_answer_seconds
         self._backoff_seconds = backoff_seconds
         self._notice: Notice | None = None
-        self._complaints: set[tuple[str, str]] = set()
+        self._warned: set[tuple[str, str]] = set()
         self._service = _Service(*_parse(base_url), request_seconds)
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
@@ -97,7 +97,7 @@ class Watcher:
                 cloud = _Gcp(self._service, self._long_poll_seconds)
             case "azure":
                 cloud = _Azure(self._service, self._first_answer_seconds)
-        self._thread = threading.Thread(target=self._watch, args=(cloud,), name="harness-notices", daemon=True)
+        self._thread = threading.Thread(target=self._watch, args=(cloud,), name="harness-preemption", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> Self:
@@ -139,19 +139,19 @@ class Watcher:
         try:
             notice = question()
         except _Fault as fault:
-            self._complain(fault)
+            self._warn_once(fault)
             return False
         except Exception as error:  # a defect of ours must not end the watch
-            self._complain(_Fault(question.__name__, type(error).__name__, str(error)), error)
+            self._warn_once(_Fault(question.__name__, type(error).__name__, str(error)), error)
             return False
         if notice is not None and (self._notice is None or (self._notice.kind, notice.kind) == ("advice", "stop")):
             self._notice = notice
             log.warning("preemption notice (%s): %s", notice.kind, notice.text)
         return True
 
-    def _complain(self, fault: "_Fault", defect: Exception | None = None) -> None:
-        if fault.kind not in self._complaints and not self._service.is_over.is_set():
-            self._complaints.add(fault.kind)
+    def _warn_once(self, fault: "_Fault", defect: Exception | None = None) -> None:
+        if fault.kind not in self._warned and not self._service.is_over.is_set():
+            self._warned.add(fault.kind)
             log.warning("preemption.watch %s: %s (said once; the asking goes on)", self._cloud, fault, exc_info=defect)
 
 
@@ -393,7 +393,7 @@ class _Service:
 
         self._cut = cut
         try:
-            return Background(exchange, "harness-notices-request").result_within(limit_seconds)
+            return Background(exchange, "harness-preemption-request").result_within(limit_seconds)
         except TimeoutError:
             cut()
             raise _Fault(where, f"no answer within {limit_seconds:g} s") from None

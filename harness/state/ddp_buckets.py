@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from harness import torch_private
 
 
-class GradientOrder:
+class BucketOrder:
     """The order for one DDP module: ``order`` has the numbers of its parameters, and is empty until it is known."""
 
     def __init__(self, model: DistributedDataParallel) -> None:
@@ -91,14 +91,14 @@ class GradientOrder:
         return note
 
 
-def gradient_orders(modules: Mapping[str, torch.nn.Module]) -> dict[str, GradientOrder]:
+def bucket_orders(modules: Mapping[str, torch.nn.Module]) -> dict[str, BucketOrder]:
     """The orders of all DDP modules that are in these modules, or around them, by the name of a module."""
     found: dict[int, tuple[str, DistributedDataParallel]] = {}
     for name, module in modules.items():
         own = [each for each in module.modules() if isinstance(each, DistributedDataParallel)]
         for number, each in enumerate(own or _around(module)):
             found.setdefault(id(each), (f"{name}.{number}" if number else name, each))
-    return {name: GradientOrder(each) for name, each in found.values()}
+    return {name: BucketOrder(each) for name, each in found.values()}
 
 
 def _around(module: torch.nn.Module) -> list[DistributedDataParallel]:

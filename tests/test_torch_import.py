@@ -17,7 +17,7 @@ def test_the_collector_passes_over_torch():
     """Over all of it, an optimizer's imports included, and over nothing else."""
     program = """
 import gc, sys
-from harness.runtime.startup import import_torch
+from harness.runtime.torch_import import import_torch
 import_torch()
 frozen = gc.get_freeze_count()
 before = set(sys.modules)
@@ -65,7 +65,7 @@ def test_the_first_error_is_the_one_that_is_seen(tmp_path, torch, expected):
     program = f"""
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
-from harness.runtime.startup import import_torch
+from harness.runtime.torch_import import import_torch
 try:
     import_torch()
 except Exception as error:
@@ -76,9 +76,8 @@ except Exception as error:
 
 def test_what_was_there_before_is_left_alone():
     """A program that has imported torch itself may have made whatever it likes since."""
-    program = (
-        "import gc, torch; from harness.runtime.startup import import_torch; import_torch(); print(gc.get_freeze_count())"
-    )
+    imports = "import gc, torch; from harness.runtime.torch_import import import_torch"
+    program = f"{imports}; import_torch(); print(gc.get_freeze_count())"
     assert run(program) == "0"
 
 
