@@ -33,7 +33,9 @@ class Bodies:
     ) -> None:
         self._state, self._loader = state, loader
         self._fence, self._on_more, self._on_end = fence, on_more, on_end
-        self._is_by_steps = False
+        self._always_show = False  # the ends of the bodies of this loop
+        self.ends_show = False
+        """Whether the loop comes back here, or to a loader that tells, when it has done with a step."""
         self._is_open = False  # the body of the step that was just taken has not ended
         self._due = Due.NOTHING
         self._given_by: Epochs | None = None  # the newest batch, where a loader of torch's kind tells
@@ -42,7 +44,8 @@ class Bodies:
     @contextlib.contextmanager
     def followed(self, *, is_by_steps: bool) -> Iterator[None]:
         """The time of a loop, which shows where it is by what it asks its loader for."""
-        self._is_by_steps, self._due = is_by_steps, Due.NOTHING
+        self._always_show = self.ends_show = is_by_steps or self._loader is not None
+        self._due = Due.NOTHING
         if self._loader:
             self._loader.on_return, self._loader.on_exit = self._end_of_batch, self._fence
         for each in self._state.epochs if self._loader is None else ():
@@ -57,15 +60,11 @@ class Bodies:
             for each in self._state.epochs:
                 each.on_return = each.on_give = nothing
 
-    @property
-    def ends_show(self) -> bool:
-        """Whether the loop comes back here, or to a loader that tells, when it has done with a step."""
-        return self._is_by_steps or self._loader is not None or self._trained_from is not None
-
     def reach_boundary(self, due: Due) -> None:
         """The optimizer has taken its step, and the body goes on. What the boundary before has left is still due."""
         self._is_open = True
         self._trained_from = self._given_by
+        self.ends_show = self._always_show or self._trained_from is not None
         if due:
             self._due = max(self._due, due)
 
@@ -95,4 +94,6 @@ class Bodies:
         """The loop asks for another batch, of ours or of the loader that is ``asked``."""
         if self._is_open and asked is self._trained_from:
             self._on_more()
-            self.end()
+            self._is_open = False
+            if self._due:
+                self.end()

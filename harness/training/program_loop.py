@@ -73,6 +73,8 @@ class ProgramLoop:
         self._log = ProgressLog(world, config, state, loader, self._own_work, emit)
         more, end = self._omissions.at_next_batch, self._at_end_of_body
         self._bodies = Bodies(state, loader, fence=self._fence, on_more=more, on_end=end)
+        self.end_unseen = self._bodies.end_unseen
+        """To be called when the boundary is over: the body ends with it where nobody would see its end."""
         self._hooks = [each.register_step_pre_hook(self._before_optimizer) for each in state.stepping()]
         self._length = Length()
         self._boundaries = 0  # that this process has seen
@@ -177,8 +179,8 @@ class ProgramLoop:
 
     # --- what happens in it ------------------------------------------------------------------------------------------
 
-    def reach_boundary(self, metrics: Mapping[str, Any], decision: Decision) -> None:
-        """The optimizer has taken its step, and all ranks are here."""
+    def reach_boundary(self, metrics: Mapping[str, Any], decision: Decision) -> tuple[int, int]:
+        """The optimizer has taken its step, and all ranks are here. Returns the step, and the epoch of the next batch."""
         progress = self._state.progress
         progress.step += 1
         self._boundaries += 1
@@ -194,10 +196,7 @@ class ProgramLoop:
         if self._boundaries == 1:
             self._state.after_first_step()
             self._omissions.after_first_step()
-
-    def end_unseen(self) -> None:
-        """What comes after the boundary is over, where nobody would see its end."""
-        self._bodies.end_unseen()
+        return progress.step, epochs[1]
 
     def roll_back(self) -> None:
         """The step is over, in its way."""
@@ -231,7 +230,8 @@ class ProgramLoop:
         """An optimizer is about to take its step."""
         self._has_stepped = True
         self._saves.fence()
-        self._omissions.at_optimizer()
+        if not self._bodies.ends_show:
+            self._omissions.at_optimizer()
 
     def _fence(self) -> None:
         """Before anything may change what a save may still be copying."""

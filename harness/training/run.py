@@ -149,8 +149,8 @@ class Run:
         loop asks for more, and raises there.
         """
         decision = self._decisions.decide(save_is_wanted=self._attempt.saves.is_wanted())
-        self._loop.reach_boundary(metrics, decision)
-        self._attempt.events.reached(self.global_step, self.epoch)
+        step, epoch = self._loop.reach_boundary(metrics, decision)
+        self._attempt.events.reached(step, epoch)
         self._attempt.saves.poll()
         self._watchdog.step()
         self._loop.end_unseen()
