@@ -36,8 +36,9 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 import harness.storage.store
 from harness.checkpoint import commit
-from harness.checkpoint.catalog import Catalog, Retention
+from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import MANIFEST
+from harness.checkpoint.retention import Retention
 from harness.checkpoint.saver import Saved, Saver, SaveRequest
 from harness.checkpoint.shares import Writers
 from harness.distributed.world import SoloWorld
@@ -111,7 +112,7 @@ class Life:
 
     def __init__(self, store: Store, *, keep_last: int | None = 1, failures_allowed: int = 0, shard_bytes: int = 64) -> None:
         self.catalog = Catalog(store)
-        self.attempt = self.catalog.claim_attempt({})
+        self.attempt = self.catalog.attempts.claim({})
         resumed, self.restored = resume_from(store)
         self.saver = Saver(
             catalog=self.catalog,

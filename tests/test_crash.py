@@ -49,8 +49,10 @@ from faults import (
 import harness.checkpoint.format
 import harness.storage.store
 from harness.checkpoint import commit, saver
+from harness.checkpoint.attempts import Attempts
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import MANIFEST
+from harness.checkpoint.retention import Pruner
 from harness.errors import HarnessError, StoreError, Superseded
 from harness.storage.store import Store, open_store
 
@@ -642,19 +644,20 @@ def prune_first(monkeypatch):
 
 
 def newest_goes_first(monkeypatch):
-    def tidy(catalog, retention, best_step, attempt):
-        for entry in catalog.entries()[:-1]:
-            catalog._delete(entry.directory)
+    def tidy(pruner, retention, best_step, attempt):
+        for entry in pruner.catalog.entries()[:-1]:
+            pruner.delete(entry.directory)
 
-    monkeypatch.setattr(Catalog, "tidy", tidy)
+    monkeypatch.setattr(Pruner, "tidy", tidy)
 
 
 def manifest_goes_last(monkeypatch):
-    def delete(catalog, directory):
-        for name in sorted(catalog.store.list(directory), key=lambda name: name.endswith(MANIFEST)):
-            catalog.store.delete(name)
+    def delete(pruner, directory):
+        store = pruner.catalog.store
+        for name in sorted(store.list(directory), key=lambda name: name.endswith(MANIFEST)):
+            store.delete(name)
 
-    monkeypatch.setattr(Catalog, "_delete", delete)
+    monkeypatch.setattr(Pruner, "delete", delete)
 
 
 @pytest.mark.parametrize("plant", [manifest_first, prune_first, newest_goes_first, manifest_goes_last])
@@ -682,7 +685,7 @@ def by_step_alone(monkeypatch):
 
 
 def never_steps_aside(monkeypatch):
-    monkeypatch.setattr(Catalog, "refuse_superseded", lambda catalog, attempt: None)
+    monkeypatch.setattr(Attempts, "refuse_superseded", lambda attempts, attempt: None)
 
 
 @pytest.mark.parametrize("plant", [by_step_alone, never_steps_aside])

@@ -290,7 +290,7 @@ def test_a_filesystem_that_cannot_be_written(strange, error):
     url, fail = strange
     fail("pipe_file", error, times=100)
     with pytest.raises(ConfigError, match=r"Strange cannot do that; .*choose another URL"):
-        Catalog(open_store(url, attempts=2)).claim_attempt({})
+        Catalog(open_store(url, attempts=2)).attempts.claim({})
 
 
 def test_an_archive_can_be_read(tmp_path):

@@ -369,7 +369,7 @@ def test_secrets_are_not_written(s3, caplog):
     caplog.set_level(logging.DEBUG)
     store = open_store(s3.url("secrets"), s3.storage_options)
     catalog = Catalog(store)
-    commit.write(store, parts(1, 1000), step=1, attempt=catalog.claim_attempt({}))
+    commit.write(store, parts(1, 1000), step=1, attempt=catalog.attempts.claim({}))
     written = b"".join(store.get(name, MIB) for name in store.list())
     assert b"manifest" not in written  # and yet it was read:
     assert b'"harness-checkpoint"' in written

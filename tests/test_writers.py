@@ -34,8 +34,9 @@ from values import bits
 from harness import Task
 from harness.checkpoint import commit, load
 from harness.checkpoint import format as layout
-from harness.checkpoint.catalog import Catalog, Retention, verify_all
+from harness.checkpoint.catalog import Catalog, verify_all
 from harness.checkpoint.format import DTYPES, MANIFEST, Attempt, Receipt, TensorInfo, receipt_name
+from harness.checkpoint.retention import Pruner, Retention
 from harness.checkpoint.saver import Saver, SaveRequest
 from harness.checkpoint.shares import Piece, Plan, Writers, divide
 from harness.checkpoint.tree import Encoded, flat_bytes
@@ -378,7 +379,7 @@ def test_a_writer_whose_storage_refuses_says_so(small_blocks, caplog):
     saved = save(writers, 2)
     assert writers[0].catalog.newest().directory == saved.directory
     assert (
-        [entry.step for entry in writers[0].catalog.prune(Retention(1))]
+        [entry.step for entry in Pruner(writers[0].catalog).prune(Retention(1))]
         == []
         == [name for name in objects if "receipt" in name]
     )
@@ -617,7 +618,7 @@ def test_left_over_receipts_are_nobodys(cut, tmp_path):
         store.put(f"{directory}/{name}", lambda data=data: [data], len(data))
     catalog = Catalog(store)
     assert [entry.state for entry in verify_all(catalog, deep=True)] == ["whole"]
-    catalog._delete(directory)
+    Pruner(catalog).delete(directory)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -30,9 +30,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from harness.checkpoint import commit, staging
-from harness.checkpoint.catalog import Catalog, Retention
+from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.commit import Torn
 from harness.checkpoint.format import Ancestor, Attempt, Receipt, new_directory
+from harness.checkpoint.retention import Pruner, Retention
 from harness.checkpoint.shares import Found, IsSteady, Plan, Writers, nothing_is_steady
 from harness.checkpoint.staging import HostMemory, Snapshot
 from harness.checkpoint.tree import Encoded
@@ -303,7 +304,7 @@ class Saver:
         if not self.owns_run:
             return
         try:
-            self.catalog.tidy(self.retention, best_step, self.attempt)
+            Pruner(self.catalog).tidy(self.retention, best_step, self.attempt)
         except StoreError as error:  # the commit stands; what is left over goes after the next one
             log.warning("could not delete old checkpoints: %s", error)
 
@@ -327,10 +328,10 @@ class Saver:
         """Deletes what earlier attempts have left unfinished, once, and what failed saves have."""
         try:
             if self.owns_run and not self._has_swept:
-                self.catalog.sweep(self.attempt)
+                Pruner(self.catalog).sweep(self.attempt)
                 self._has_swept = True
             while self._failed:
-                self.catalog.discard(self._failed[-1])
+                Pruner(self.catalog).discard(self._failed[-1])
                 self._failed.pop()
         except StoreError as error:
             log.warning("could not delete what unfinished saves have left: %s", error)

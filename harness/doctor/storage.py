@@ -221,7 +221,7 @@ def run(case: Case) -> list[Finding]:
 
 def _trains_now(catalog: Catalog) -> list[Finding]:
     """Whether somebody seems to train this run at this moment."""
-    newest = max(catalog.attempts(), default=None)
+    newest = max(catalog.attempts.all(), default=None)
     told = journal.read(catalog.store, newest).get(newest, []) if newest else []
     if newest is None or not told or any(record["event"] in ("stop", "done", "error") for record in told):
         return []

@@ -125,7 +125,7 @@ def _begin(circumstances: Circumstances, catalog: Catalog, memory: HostMemory, *
     world, config, state = circumstances.world, circumstances.config, circumstances.state
     about: dict[str, Any] = {"launch": launch_id(), "world_size": world.size, "host": platform.node()}
     about |= {"pid": os.getpid(), "began": began(), "restarts": restarts(), "launcher_began": launcher_began()}
-    claimed = resume.on_first(world, lambda: catalog.claim_attempt(about))
+    claimed = resume.on_first(world, lambda: catalog.attempts.claim(about))
     events = Reporter(config, active=world.rank == 0, attempt=claimed.id, store=catalog.store)
     attempt = Attempt(
         events,
