@@ -272,3 +272,11 @@ class Plan:
             for (name, path), pieces in self._cut.items()
             if name == part
         }
+
+
+def planned(
+    before: Plan | None, parts: Mapping[str, Encoded], shard_bytes: int, writers: Writers, is_steady: IsSteady
+) -> Plan:
+    """The plan of the save before, unless a tensor has come, gone or changed its form since."""
+    given = parts, shard_bytes, writers, is_steady
+    return before if before is not None and before.is_for(*given) else Plan(*given)
