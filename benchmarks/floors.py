@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import xxhash
 
-from harness.checkpoint import pages
+from harness.checkpoint import prefault
 from harness.runtime.threads import in_threads, threads_for
 
 PIECE_BYTES = 16 << 20
@@ -115,7 +115,7 @@ def _read_hashed(path: str, target: torch.Tensor) -> None:
 
         def take(start: int) -> None:
             place = view[start : start + STRETCH_BYTES]
-            pages.give(place)
+            prefault.populate(place)
             assert os.preadv(file.fileno(), [place], start) == len(place)
             xxhash.xxh3_128(place).digest()
 

@@ -38,9 +38,9 @@ import harness.storage.store
 from harness.checkpoint import commit
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import MANIFEST
+from harness.checkpoint.plan import Writers
 from harness.checkpoint.retention import Retention
 from harness.checkpoint.saver import Saved, Saver, SaveRequest
-from harness.checkpoint.shares import Writers
 from harness.distributed.world import SoloWorld
 from harness.storage.store import Store
 from harness.training import resume

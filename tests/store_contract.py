@@ -364,7 +364,7 @@ class StoreContract:
 
     def test_put_that_nobody_awaits_publishes_nothing(self, place):
         """A put that outlived its deadline stops at its next chunk: what it would send then is no longer what was meant."""
-        store = place.open(attempts=1, deadline_seconds=2)
+        store = place.open(tries=1, deadline_seconds=2)
         released = threading.Event()
 
         def chunks():
@@ -380,7 +380,7 @@ class StoreContract:
 
     def test_calls_that_are_made_together(self, place):
         """They do what they do one by one, with the same errors, and what the function returns or raises is passed on."""
-        store = place.open(attempts=1)
+        store = place.open(tries=1)
 
         def calls():
             put(store, "directory/a", b"1")

@@ -226,7 +226,7 @@ def test_random_damage_is_noticed(committed, capsys):
 def test_random_damage_on_a_disk_is_noticed(committed, tmp_path, capsys):
     """The same on a real disk, ten thousand times."""
     write_tree(committed, str(tmp_path))
-    store = open_store(str(tmp_path), attempts=1)
+    store = open_store(str(tmp_path), tries=1)
     judge = Judge(committed, Counter(), [])
     for damage in itertools.islice(real_damages(committed, random.Random(2)), 10_000):
         path = tmp_path / directory_of(committed, 30) / damage.file

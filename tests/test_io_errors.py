@@ -82,7 +82,7 @@ def local_trials(folder: str, code: int, for_good: bool) -> Iterator[tuple[Trial
     for at in range(1 << 30):
         failing = Failing(at, lambda: OSError(code, os.strerror(code)), for_good)
         shutil.copytree(f"{folder}/clean", f"{folder}/{at}")
-        store = open_store(f"{folder}/{at}/run", attempts=3)
+        store = open_store(f"{folder}/{at}/run", tries=3)
         life.catalog = life.saver.catalog = Catalog(store)
         life.saver.failures = 0
         yield Trial(failing, store, code == errno.EIO and not for_good, life), lambda f=failing: system_calls_through(f.hook)

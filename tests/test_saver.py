@@ -181,7 +181,7 @@ def test_a_save_that_failed_for_the_moment_takes_no_room_of_the_next():
 def test_a_commit_whose_reply_was_lost_stays(tmp_path):
     """A save that is told of as failed, and whose manifest is there after all, is a checkpoint, and nobody deletes it."""
     contents = Contents()
-    life = Life(open_store("bucket://run", {"contents": contents}, attempts=1), keep_last=None, failures_allowed=9)
+    life = Life(open_store("bucket://run", {"contents": contents}, tries=1), keep_last=None, failures_allowed=9)
     lost = []
 
     def request(what, perform):

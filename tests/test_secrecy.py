@@ -241,7 +241,7 @@ def use(url: str, storage_options: dict, told: io.StringIO) -> str:
     """Writes and reads at a URL, and has what goes wrong told in every way. Returns all that was told."""
     errors = io.StringIO()
     try:
-        store = open_store(url, storage_options, attempts=1, deadline_seconds=5)
+        store = open_store(url, storage_options, tries=1, deadline_seconds=5)
         with contextlib.suppress(HarnessError):
             store.list()
         store.put("object", lambda: [b"bytes"], 5)

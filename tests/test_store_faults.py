@@ -105,7 +105,7 @@ def test_disk_full_that_only_fsync_tells(mount):
     options = "lazy_itable_init=1,lazy_journal_init=1,nodiscard"
     subprocess.run(["mkfs.ext4", "-q", "-F", "-E", options, f"{small}/image"], check=True)
     place = mount("ext4", f"{small}/image", "loop")
-    store = open_store(f"{place}/run", attempts=2)
+    store = open_store(f"{place}/run", tries=2)
     first = save(store, 1)
     with open(f"{place}/probe", "wb") as file:
         file.write(bytes(40 * MIB))  # does not fail: that is the trap
@@ -182,7 +182,7 @@ def test_sftp_disk_full(sftp, mount):
     """A full disk behind an SFTP server fails the save, though paramiko does not wait for the answer to each packet."""
     place = mount("tmpfs", "tmpfs", "size=8m")
     url = sftp.url("x").partition("/data/")[0].removesuffix(str(sftp.folder)) + f"{place}/run"
-    store = open_store(url, sftp.storage_options, attempts=2)
+    store = open_store(url, sftp.storage_options, tries=2)
     first = save(store, 1)
     fails(store, 2, 16 * MIB, transient=True)  # the protocol has no number for it, so that it is tried again
     assert_newest(store, first, 1)
@@ -216,7 +216,7 @@ def proxied(quick_server, request):
     with Proxy(quick_server.port) as proxy:
         through = quick_server.at(proxy.port)
         direct = open_store(quick_server.url(name), quick_server.storage_options)
-        yield direct, open_store(through.url(name), quick_options(through), attempts=3, deadline_seconds=20), proxy
+        yield direct, open_store(through.url(name), quick_options(through), tries=3, deadline_seconds=20), proxy
 
 
 def wait_for_left_behind() -> None:
@@ -226,7 +226,7 @@ def wait_for_left_behind() -> None:
 def test_server_killed(tmp_path):
     """A save to a server that is no longer there fails; what was committed is there when the server is back."""
     with servers.seaweedfs(tmp_path) as server:
-        store = open_store(server.url("run"), quick_options(server), attempts=2)
+        store = open_store(server.url("run"), quick_options(server), tries=2)
         first = save(store, 1)
         server.kill()
         fails(store, 2, 1000, transient=True)
@@ -238,7 +238,7 @@ def test_server_frozen(server):
     """Every call to a server that answers no more ends within its deadline; when it goes on, the same store works again."""
     patient = open_store(server.url("frozen"), server.storage_options)
     first = save(patient, 1)
-    store = open_store(server.url("frozen"), server.storage_options, attempts=1, deadline_seconds=0.5)
+    store = open_store(server.url("frozen"), server.storage_options, tries=1, deadline_seconds=0.5)
     calls = {
         "put": lambda: save(store, 2),
         "get": lambda: store.get(f"{first}/manifest.json", 256 * MIB),
@@ -262,7 +262,7 @@ def test_connection_cut_in_every_upload(proxied):
     """When no large object comes through, the save fails, and nothing of it counts."""
     direct, store, proxy = proxied
     first = save(store, 1)
-    store.attempts, proxy.cut_after_bytes, proxy.cuts = 2, 3 * MIB, 1000
+    store.tries, proxy.cut_after_bytes, proxy.cuts = 2, 3 * MIB, 1000
     fails(store, 2, 20 * MIB, transient=True)
     assert proxy.disturbances >= 2
     assert_newest(direct, first, 1)

@@ -11,9 +11,9 @@ from typing import Any, Self
 from harness.checkpoint import load as reading
 from harness.checkpoint.catalog import Catalog, Entry
 from harness.checkpoint.format import Ancestor, Attempt, check_meta, check_step
+from harness.checkpoint.plan import IsSteady, nothing_is_steady
 from harness.checkpoint.retention import Retention
 from harness.checkpoint.saver import Saved, Saver, SaveRequest
-from harness.checkpoint.shares import IsSteady, nothing_is_steady
 from harness.errors import NoCheckpoint, Unsupported
 from harness.storage.store import open_store
 

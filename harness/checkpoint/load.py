@@ -6,7 +6,7 @@ still in a core's cache. Only when they agree with the manifest are the tensors 
 there is no pickle on this path.
 
 The pieces of a tensor that lies in several go to their places in the whole. A local file is read by several threads, each a
-stretch of it, whose pages it has the kernel give first (``harness.checkpoint.pages``), and hashed by the caller.
+stretch of it, whose pages it has the kernel give first (``harness.checkpoint.prefault``), and hashed by the caller.
 
 Ranks that read together (``peers``) read each byte once between them: of every round of pieces each rank reads one, and
 gets all. Each computes the checksums of all that it was given.
@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from harness.checkpoint import pages, tree
+from harness.checkpoint import prefault, tree
 from harness.checkpoint.catalog import check_bytes, read_file
 from harness.checkpoint.format import (
     HEADER_LIMIT_BYTES,
@@ -43,8 +43,8 @@ from harness.checkpoint.format import (
 from harness.errors import CheckpointError, Corrupt, HarnessError, RankFailure, StoreError
 from harness.runtime.collector import without_collections
 from harness.runtime.threads import in_order, threads_for
+from harness.storage.direct_io import Buffer
 from harness.storage.store import RANGE_BYTES, Store, joined
-from harness.storage.unbuffered import Buffer
 
 _STRETCH_BYTES = 2 << 20  # of a file, read at once, and hashed while it is in a core's cache
 _ROUND_BYTES = 16 << 20  # of all pieces that ranks hand on at once: they hold them all,
@@ -264,7 +264,7 @@ class _Reader:
             start += len(place)
 
     def fill(self, stretch: _Stretch) -> _Stretch:
-        pages.give(stretch.place)
+        prefault.populate(stretch.place)
         place = memoryview(bytearray(len(stretch.place))) if stretch.is_shared else stretch.place
         done_bytes = 0
         while done_bytes < len(place):

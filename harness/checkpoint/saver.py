@@ -33,8 +33,8 @@ from harness.checkpoint import commit, staging
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.commit import Torn
 from harness.checkpoint.format import Ancestor, Attempt, Receipt, new_directory
+from harness.checkpoint.plan import Found, IsSteady, SavePlan, Writers, nothing_is_steady, planned
 from harness.checkpoint.retention import Pruner, Retention
-from harness.checkpoint.shares import Found, IsSteady, Plan, Writers, nothing_is_steady, planned
 from harness.checkpoint.staging import HostMemory, Snapshot
 from harness.checkpoint.tree import Encoded
 from harness.errors import HarnessError, StoreError
@@ -149,7 +149,7 @@ class Saver:
     must_repeat: bool = False  # the save before was torn
     _directories: int = 0  # that were named
     _changes_elsewhere: bool = False  # what is copied beside the training
-    _plan: Plan | None = None  # of the save before
+    _plan: SavePlan | None = None  # of the save before
     _under_way: "_Writing | None" = None
     _worker: Worker = field(default_factory=lambda: Worker(_THREAD))
     _housekeeper: _Housekeeper = field(default_factory=_Housekeeper)
@@ -306,7 +306,7 @@ class Saver:
 
     def _write(
         self,
-        plan: Plan,
+        plan: SavePlan,
         parts: Mapping[str, Encoded],
         contents: Sequence[commit.Content],
         order: _Order,

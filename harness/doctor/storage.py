@@ -88,7 +88,7 @@ def storage(case: Case) -> list[Finding]:
 def open_quickly(checkpoint: CheckpointConfig) -> Store:
     """The store that the run will use, which gives up sooner."""
     assert checkpoint.url is not None
-    return open_store(checkpoint.url, checkpoint.storage_options, attempts=2, deadline_seconds=20)
+    return open_store(checkpoint.url, checkpoint.storage_options, tries=2, deadline_seconds=20)
 
 
 def _write(case: Case, cleanup: contextlib.ExitStack) -> tuple[_Probe, float]:

@@ -9,7 +9,7 @@ The contract that everything above rests on:
   reaches the disk is the server's affair.
 * No operation but ``delete`` takes anything away, and nothing here renames one object over another's content or asks
   for exclusive creation: not every store has those, and the format does not need them.
-* Every call ends (see ``harness.storage.calls``): under a deadline, since a frozen S3 server holds s3fs for minutes
+* Every call ends (see ``harness.storage.retries``): under a deadline, since a frozen S3 server holds s3fs for minutes
   whatever its timeouts say. Transient failures are tried again with backoff over a new connection, and what remains is a
   ``StoreError`` that names the operation and the object. A put that hung and wakes up later publishes nothing: the memory
   that it reads may hold the next step by then.
@@ -47,19 +47,19 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from harness import secrecy
 from harness.errors import ConfigError, StoreError
 from harness.runtime.threads import Background, in_order
-from harness.storage import unbuffered
-from harness.storage.calls import (
+from harness.storage import direct_io
+from harness.storage.direct_io import Buffer
+from harness.storage.retries import (
     THREAD,
-    Row,
+    SerialCalls,
+    call_with_retries,
     cannot,
     check_awaited,
     in_words,
-    insist,
     is_transient,
     lacks_directory,
     while_awaited,
 )
-from harness.storage.unbuffered import Buffer
 from harness.storage.urls import connect, shown
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ _NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL}  # where dire
 class Store:
     """The objects under one URL. Made by ``open_store``.
 
-    ``attempts`` and ``deadline_seconds`` bound each call: so many tries, and so many seconds for each try besides the
+    ``tries`` and ``deadline_seconds`` bound each call: so many tries, and so many seconds for each try besides the
     time that its bytes may take. ``streams`` and ``shard_bytes`` are what suits it: how many shards to send at once, and how
     large they should be. One connection to an object store is far slower than the store.
     """
@@ -98,11 +98,11 @@ class Store:
     keeps_names = True  # whether the name of a file is on the disk when its directory was flushed
     retries = 0  # calls so far that failed for the moment
 
-    def __init__(self, fs: AbstractFileSystem, root: str, url: str, attempts: int, deadline_seconds: float) -> None:
+    def __init__(self, fs: AbstractFileSystem, root: str, url: str, tries: int, deadline_seconds: float) -> None:
         self.fs = fs
         self.root = root.rstrip("/")
         self.url = url  # without credentials: it is shown to people
-        self.attempts = attempts
+        self.tries = tries
         self.deadline_seconds = deadline_seconds
         # What failed may have been the connection: SFTP never makes another, and S3 has a few, which may all hang.
         self._suspect: AbstractFileSystem | None = None
@@ -110,9 +110,9 @@ class Store:
         self._renewing = threading.Lock()
         self._durable: set[str] = set()  # local directories whose names are on the disk
 
-    def within(self, attempts: int, deadline_seconds: float) -> Self:
+    def within(self, tries: int, deadline_seconds: float) -> Self:
         """The same store, for whoever has less time."""
-        return type(self)(self.fs, self.root, self.url, attempts, deadline_seconds)
+        return type(self)(self.fs, self.root, self.url, tries, deadline_seconds)
 
     def together(self, function: Callable[[], T]) -> Background[T]:
         """Begins a function that makes many calls, which on a local filesystem share its thread.
@@ -121,7 +121,7 @@ class Store:
         cores busy, and the call itself takes one. Each call keeps its deadline. One that hangs is not tried again, since
         there is no connection that could be another.
         """
-        return Row(function) if self.is_local else Background(function, THREAD)
+        return SerialCalls(function) if self.is_local else Background(function, THREAD)
 
     def put(self, name: str, chunks: Callable[[], Iterable[Buffer]], size_bytes: int) -> None:
         """Publishes an object. ``chunks`` is called once for each try and yields its ``size_bytes`` bytes."""
@@ -335,7 +335,7 @@ class Store:
         where = f"{operation} {self.url}/{name}".rstrip("/")
         limit_seconds = self.deadline_seconds + size_bytes / _SLOWEST_BYTES_PER_SECOND
         try:
-            return insist(where, run, self.attempts, limit_seconds, suspect, lambda: self._renew(used))
+            return call_with_retries(where, run, self.tries, limit_seconds, suspect, lambda: self._renew(used))
         except StoreError as error:
             if operation in ("put", "list") and cannot(error.__cause__):
                 advice = f"{type(used).__name__} cannot do that; a run needs a file system to put, list and delete in"
@@ -493,10 +493,10 @@ class _LocalStore(Store):
         partial = _partial(path)
         try:
             with open(partial, "wb", buffering=0) as file:
-                if size_bytes < unbuffered.BUFFER_BYTES:
-                    unbuffered.write_all(file, b"".join(chunks))
+                if size_bytes < direct_io.BUFFER_BYTES:
+                    direct_io.write_all(file, b"".join(chunks))
                 else:
-                    unbuffered.write(file, chunks)
+                    direct_io.write(file, chunks)
                 os.fsync(file.fileno())  # ext4 accepts more than the disk holds, and says so only here
             os.replace(partial, path)
         except BaseException:
@@ -587,7 +587,7 @@ class _SftpStore(Store):
 
 
 def open_store(
-    url: str, storage_options: Mapping[str, Any] | None = None, *, attempts: int = 5, deadline_seconds: float = 60
+    url: str, storage_options: Mapping[str, Any] | None = None, *, tries: int = 5, deadline_seconds: float = 60
 ) -> Store:
     """The store at a URL: ``s3://bucket/run``, ``memory://run``, a local path, anything that fsspec knows.
 
@@ -597,8 +597,8 @@ def open_store(
     """
 
     secrecy.learn(url, storage_options, fsspec.config.conf)
-    fs, root = insist(f"open {shown(url)}", lambda: connect(url, storage_options or {}), attempts, deadline_seconds)
-    return _kind_of(fs)(fs, root, shown(url), attempts, deadline_seconds)
+    fs, root = call_with_retries(f"open {shown(url)}", lambda: connect(url, storage_options or {}), tries, deadline_seconds)
+    return _kind_of(fs)(fs, root, shown(url), tries, deadline_seconds)
 
 
 def _kind_of(fs: AbstractFileSystem) -> type[Store]:

@@ -10,9 +10,9 @@ from typing import Any
 import harness
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Attempt as AttemptId
+from harness.checkpoint.plan import Writers
 from harness.checkpoint.retention import Retention
 from harness.checkpoint.saver import Saved, Saver, SaveRequest
-from harness.checkpoint.shares import Writers
 from harness.checkpoint.staging import HostMemory
 from harness.config import RunConfig
 from harness.distributed.world import World

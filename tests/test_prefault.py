@@ -3,7 +3,7 @@
 import ctypes
 import mmap
 
-from harness.checkpoint import pages
+from harness.checkpoint import prefault
 
 MIB = 1 << 20
 PAGE = mmap.PAGESIZE
@@ -25,7 +25,7 @@ def test_memory_has_its_pages_and_its_content():
     assert resident_bytes(view) == 2 * PAGE
     place = view[PAGE // 2 : 4 * MIB - PAGE // 2]
     for start in range(0, len(place), MIB):
-        pages.give(place[start : start + MIB])
+        prefault.populate(place[start : start + MIB])
     assert resident_bytes(view) == 4 * MIB + PAGE
     assert view[0] == view[-1] == 7
     assert not any(place[PAGE::PAGE])
@@ -34,6 +34,6 @@ def test_memory_has_its_pages_and_its_content():
 def test_a_little_memory_is_left_to_its_first_touch():
     """The call would take longer than it saves."""
     view = memoryview(mmap.mmap(-1, MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-    pages.give(view[: 32 << 10])
-    pages.give(view[:0])
+    prefault.populate(view[: 32 << 10])
+    prefault.populate(view[:0])
     assert resident_bytes(view) == 0

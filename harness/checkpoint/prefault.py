@@ -12,7 +12,7 @@ _MADV_POPULATE_WRITE = 23  # linux/mman.h
 _libc = ctypes.CDLL(None)
 
 
-def give(place: memoryview) -> None:
+def populate(place: memoryview) -> None:
     """Has the kernel give memory its pages now. Where it does not, they come when they are touched."""
     if len(place) < _WORTH_ASKING_BYTES:
         return
