@@ -139,8 +139,8 @@ class Requests:
 
     def __init__(self, store: Store) -> None:
         self.made: list[tuple[str, str]] = []
-        store.fs.connect()
-        store.fs.s3.meta.events.register("request-created.s3", self._note)
+        store.filesystem.fs.connect()
+        store.filesystem.fs.s3.meta.events.register("request-created.s3", self._note)
 
     def _note(self, request, operation_name, **_) -> None:
         self.made.append((operation_name, request.url))

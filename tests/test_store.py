@@ -63,13 +63,13 @@ class TestS3(StoreContract):
 def test_the_parts_of_an_object_travel_together(s3):
     """Two of them meet on the way."""
     store = open_store(s3.url(uuid.uuid4().hex), s3.storage_options)
-    send, meeting = store._send_part, threading.Barrier(2)
+    send, meeting = store.filesystem._send_part, threading.Barrier(2)
 
     def send_when_all_are_there(*part):
         meeting.wait(30)
         return send(*part)
 
-    store._send_part = send_when_all_are_there
+    store.filesystem._send_part = send_when_all_are_there
     put(store, "file.bin", content(32 * MIB))
     assert store.get("file.bin", 32 * MIB) == content(32 * MIB)
 
@@ -331,8 +331,8 @@ def test_who_is_refused_for_good_is_not_asked_for_long(s3):
     """Two tries, and a new connection at most once a second."""
     made = []
     store = open_store(s3.url("refused"), {**s3.storage_options, "secret": "wrong", "skip_instance_cache": True})
-    another = store._another
-    store._another = lambda: made.append(1) or another()
+    another = store.filesystem.another
+    store.filesystem.another = lambda: made.append(1) or another()
     for _ in range(5):
         with pytest.raises(StoreError):
             put(store, "file.bin", b"1")
@@ -368,7 +368,7 @@ for number in range(2):
     store = open_store(sys.argv[1])
     for name in ("a/1", "a/2"):
         store.put(name, lambda: [b"1"], 1)
-    assert store.list() == {"a/1": 1, "a/2": 1} and not store.keeps_names
+    assert store.list() == {"a/1": 1, "a/2": 1} and not store.filesystem.keeps_names
 """
     env = {**os.environ, "LD_PRELOAD": library}
     command = [sys.executable, "-c", program, f"{tmp_path}/run"]
@@ -391,7 +391,7 @@ def test_a_directory_that_was_not_flushed_fails_the_put(tmp_path, code):
 
     with system_calls_through(hook), pytest.raises(StoreError, match=os.strerror(code)):
         put(store, "file.bin", b"1")
-    assert store.keeps_names
+    assert store.filesystem.keeps_names
 
 
 # --- trying again ----------------------------------------------------------------------------------------------------

@@ -253,7 +253,7 @@ def test_server_frozen(server):
             assert time.monotonic() - began < 5, name
     wait_for_left_behind()
     assert_newest(patient, first, 1)
-    store.deadline_seconds = 30
+    store.calls.deadline_seconds = 30
     third = save(store, 3)
     assert_newest(patient, third, 3)
 
@@ -262,7 +262,7 @@ def test_connection_cut_in_every_upload(proxied):
     """When no large object comes through, the save fails, and nothing of it counts."""
     direct, store, proxy = proxied
     first = save(store, 1)
-    store.tries, proxy.cut_after_bytes, proxy.cuts = 2, 3 * MIB, 1000
+    store.calls.tries, proxy.cut_after_bytes, proxy.cuts = 2, 3 * MIB, 1000
     fails(store, 2, 20 * MIB, transient=True)
     assert proxy.disturbances >= 2
     assert_newest(direct, first, 1)
@@ -324,11 +324,11 @@ def test_download_of_several_ranges_at_a_time(s3):
 def test_slow_server(proxied):
     """A server that takes longer than the deadline of a call is waited for as long as the bytes come at a bearable rate."""
     direct, store, proxy = proxied
-    store.deadline_seconds = 2
+    store.calls.deadline_seconds = 2
     proxy.delay_seconds = 0.03  # 2 MiB/s
     began = time.monotonic()
     first = save(store, 1, 5 * MIB)
-    assert time.monotonic() - began > store.deadline_seconds
+    assert time.monotonic() - began > store.calls.deadline_seconds
     assert_newest(direct, first, 1, 5 * MIB)
 
 

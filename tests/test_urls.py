@@ -12,7 +12,7 @@ from harness.storage.urls import shown, with_shown_urls
 
 def place(url: str, **options) -> tuple[str, str]:
     store = open_store(url, options)
-    return type(store.fs).__name__, store.root
+    return type(store.filesystem.fs).__name__, store.root
 
 
 @pytest.mark.parametrize(

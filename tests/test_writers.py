@@ -44,7 +44,7 @@ from harness.distributed.world import SoloWorld, World
 from harness.errors import Corrupt, Mismatch, StoreError, Unsupported
 from harness.interchange.export import export_model
 from harness.interchange.files import Place, read_directory
-from harness.storage import store as store_module
+from harness.storage.filesystem import LocalDisk
 from harness.storage.store import Store, open_store
 
 ATTEMPT = Attempt("000001-00000000")
@@ -664,14 +664,14 @@ class on_rank:  # noqa: N801  # a context
         self.patch = pytest.MonkeyPatch()
 
     def __enter__(self) -> None:
-        put = store_module._LocalStore._put
+        put = LocalDisk.put
 
-        def _put(store: Store, path: str, *rest: Any) -> None:
+        def put_after(disk: LocalDisk, path: str, *rest: Any) -> None:
             if self.is_it and self.step in path and path.endswith(".safetensors"):
                 self.what()
-            put(store, path, *rest)
+            put(disk, path, *rest)
 
-        self.patch.setattr(store_module._LocalStore, "_put", _put)
+        self.patch.setattr(LocalDisk, "put", put_after)
 
     def __exit__(self, *_: object) -> None:
         self.patch.undo()

@@ -7,15 +7,7 @@ from dataclasses import dataclass, replace
 from typing import BinaryIO, Literal, TypeVar
 
 from harness.checkpoint.attempts import Attempts
-from harness.checkpoint.format import (
-    MANIFEST,
-    MANIFEST_LIMIT_BYTES,
-    Attempt,
-    FileInfo,
-    Manifest,
-    hasher,
-    parse_directory,
-)
+from harness.checkpoint.format import MANIFEST, MANIFEST_LIMIT_BYTES, Attempt, FileInfo, Manifest, hasher, parse_directory
 from harness.errors import CheckpointError, Corrupt, NoCheckpoint, StoreError, UnknownFormat
 from harness.runtime.threads import in_threads
 from harness.storage.store import Store

@@ -44,7 +44,8 @@ from harness.errors import CheckpointError, Corrupt, HarnessError, RankFailure, 
 from harness.runtime.collector import without_collections
 from harness.runtime.threads import in_order, threads_for
 from harness.storage.direct_io import Buffer
-from harness.storage.store import RANGE_BYTES, Store, joined
+from harness.storage.filesystem import joined
+from harness.storage.store import RANGE_BYTES, Store
 
 _STRETCH_BYTES = 2 << 20  # of a file, read at once, and hashed while it is in a core's cache
 _ROUND_BYTES = 16 << 20  # of all pieces that ranks hand on at once: they hold them all,
