@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import xxhash
 
-from harness.checkpoint.pages import Pages, cut
+from harness.checkpoint.prefault import Pages, cut
 from harness.runtime.threads import in_threads, threads_for
 
 PIECE_BYTES = 16 << 20

@@ -270,7 +270,7 @@ def _print(line: str) -> None:
 
 def _refuse_nothing(catalog: "Catalog", entries: "Sequence[Entry]") -> None:
     """Raises ``NoCheckpoint`` for a URL where no run has ever begun: it is mistyped, more often than not."""
-    if not entries and not catalog.attempts():
+    if not entries and not catalog.attempts.all():
         raise NoCheckpoint(f"{catalog.store.url}: there is no run here, not even an empty one; look at the URL for a typo")
 
 
@@ -347,11 +347,12 @@ def prune(
 
     For a run that is not training: a run that is does it by itself (checkpoint.keep_last).
     """
-    from harness.checkpoint.catalog import Retention, line  # noqa: PLC0415  # see the module's docstring
+    from harness.checkpoint.catalog import line  # noqa: PLC0415  # see the module's docstring
+    from harness.checkpoint.retention import Pruner, Retention  # noqa: PLC0415
 
     retention = Retention(keep_last, keep_every_steps)
     catalog = _open_catalog(url, storage_options)
-    gone = catalog.prune(retention, dry_run=dry_run, unfinished=unfinished)
+    gone = Pruner(catalog).prune(retention, dry_run=dry_run, unfinished=unfinished)
     _refuse_nothing(catalog, gone)
     if as_json:
         click.echo(json.dumps([_summary(entry) for entry in gone], indent=1))

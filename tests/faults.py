@@ -34,12 +34,13 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
-import harness.storage.store
+import harness.storage.filesystem
 from harness.checkpoint import commit
-from harness.checkpoint.catalog import Catalog, Retention
+from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import MANIFEST
+from harness.checkpoint.plan import Writers
+from harness.checkpoint.retention import Retention
 from harness.checkpoint.saver import Saved, Saver, SaveRequest
-from harness.checkpoint.shares import Writers
 from harness.distributed.world import SoloWorld
 from harness.storage.store import Store
 from harness.training import resume
@@ -111,7 +112,7 @@ class Life:
 
     def __init__(self, store: Store, *, keep_last: int | None = 1, failures_allowed: int = 0, shard_bytes: int = 64) -> None:
         self.catalog = Catalog(store)
-        self.attempt = self.catalog.claim_attempt({})
+        self.attempt = self.catalog.attempts.claim({})
         resumed, self.restored = resume_from(store)
         self.saver = Saver(
             catalog=self.catalog,
@@ -336,7 +337,7 @@ def system_calls_through(hook: Hook) -> Iterator[None]:
     """Everything that harness and fsspec do to a local disk goes through ``hook``."""
     calls = SystemCalls(hook)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (harness.storage.store, fsspec.implementations.local):
+        for module in (harness.storage.filesystem, fsspec.implementations.local):
             patch.setattr(module, "os", calls)
             patch.setattr(module, "open", calls.open_file, raising=False)
         yield
@@ -536,7 +537,8 @@ def write_tree(tree: Tree, directory: str) -> None:
 class Objects(Store):
     """A store that is a dictionary, without threads and deadlines. ``before`` is told of every call and may raise."""
 
-    streams = 1
+    streams, shard_bytes, retries = 1, 128 << 20, 0
+    is_local, has_ranges = False, False
 
     def __init__(self, objects: Tree, before: Callable[[str, str], None] = lambda operation, name: None) -> None:
         self.objects = objects if isinstance(objects, dict) else dict(objects)

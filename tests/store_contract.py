@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from harness.errors import StoreError
-from harness.storage.store import Store, open_store
+from harness.storage.store import Store, open_store, without_traces
 
 MIB = 1 << 20
 SEVERAL_BLOCKS = 36 * MIB + 12345  # two whole parts of a multipart upload and a rest
@@ -28,8 +28,8 @@ class Place:
     def open(self, **bounds) -> Store:
         """A store that shares no cache with any other."""
         store = open_store(self.url, self.storage_options, **bounds)
-        fs = store.fs
-        store.fs = type(fs)(*fs.storage_args, **fs.storage_options, skip_instance_cache=True)
+        fs = store.filesystem.fs
+        store.filesystem.fs = type(fs)(*fs.storage_args, **fs.storage_options, skip_instance_cache=True)
         return store
 
     def directories(self) -> list[str]:
@@ -364,7 +364,7 @@ class StoreContract:
 
     def test_put_that_nobody_awaits_publishes_nothing(self, place):
         """A put that outlived its deadline stops at its next chunk: what it would send then is no longer what was meant."""
-        store = place.open(attempts=1, deadline_seconds=2)
+        store = place.open(tries=1, deadline_seconds=2)
         released = threading.Event()
 
         def chunks():
@@ -380,7 +380,7 @@ class StoreContract:
 
     def test_calls_that_are_made_together(self, place):
         """They do what they do one by one, with the same errors, and what the function returns or raises is passed on."""
-        store = place.open(attempts=1)
+        store = place.open(tries=1)
 
         def calls():
             put(store, "directory/a", b"1")
@@ -420,14 +420,14 @@ class StoreContract:
         """Those that had to be made are gone when they are empty; one with objects in it keeps them all."""
         before = place.directories()
         store = place.open()
-        with store.without_traces():
+        with without_traces(store):
             put(store, "directory/file.bin", b"1")
             store.delete("directory/file.bin")
             store.delete_directory("directory")
         assert place.directories() == before
-        with store.without_traces():
+        with without_traces(store):
             put(store, "kept", b"1")
-        with store.without_traces():
+        with without_traces(store):
             put(store, "other", b"1")
             store.delete("other")
         assert place.raw.names() == {"kept"}

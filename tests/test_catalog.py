@@ -10,8 +10,9 @@ import torch
 
 import harness
 from harness.checkpoint import commit
-from harness.checkpoint.catalog import Catalog, Entry, Retention, verify_all
+from harness.checkpoint.catalog import Catalog, Entry, verify, verify_all
 from harness.checkpoint.format import Ancestor, Attempt, checksum, parse_directory
+from harness.checkpoint.retention import Pruner, Retention
 from harness.errors import Corrupt, NoCheckpoint, StoreError, UnknownFormat
 from harness.storage.store import Store, open_store
 
@@ -54,10 +55,10 @@ def remove(store: Store, directory: str, file: str) -> None:
 def test_a_run_that_has_not_begun(store):
     """Where nothing was ever written there is nothing, and that is said."""
     catalog = Catalog(store)
-    assert (catalog.entries(), [*catalog.candidates()], catalog.attempts()) == ([], [], [])
+    assert (catalog.entries(), [*catalog.candidates()], catalog.attempts.all()) == ([], [], [])
     with pytest.raises(NoCheckpoint, match=rf"{store.url}: there is no whole checkpoint$"):
         catalog.newest()
-    assert catalog.prune(Retention(keep_last=1)) == []
+    assert Pruner(catalog).prune(Retention(keep_last=1)) == []
 
 
 def test_a_whole_checkpoint(store):
@@ -133,7 +134,7 @@ def test_what_is_not_ours_is_left_alone(store, tmp_path):
     catalog = Catalog(store)
     before = store.list()
     assert steps(catalog.entries()) == steps(catalog.candidates()) == [(1, 10)]
-    assert catalog.prune(Retention(keep_last=1)) == []
+    assert Pruner(catalog).prune(Retention(keep_last=1)) == []
     assert store.list() == before
 
 
@@ -152,10 +153,10 @@ def test_verifying_reads_every_byte(store):
     catalog = Catalog(store)
     for entry in catalog.entries():
         if entry.directory == whole:
-            catalog.verify(entry)
+            verify(catalog, entry)
         else:
             with pytest.raises(Corrupt, match=rf"{flipped}/model\.safetensors: expected \d+ bytes with xxh3_128:.*, found"):
-                catalog.verify(entry)
+                verify(catalog, entry)
     assert [entry.state for entry in verify_all(catalog)] == ["whole", "whole"]
     found = verify_all(catalog, deep=True)
     assert [(entry.step, entry.state) for entry in found] == [(20, "corrupt"), (10, "whole")]
@@ -182,10 +183,10 @@ def test_checkpoints_behind_links(store, tmp_path):
     catalog = Catalog(store)
     assert [(entry.step, entry.state) for entry in catalog.entries()] == [(30, "whole"), (20, "whole"), (10, "whole")]
     for entry in catalog.entries():
-        catalog.verify(entry)
+        verify(catalog, entry)
     lay = sorted(path.relative_to(elsewhere) for path in elsewhere.rglob("*"))
     last = save(store, 40)
-    assert steps(catalog.prune(Retention(keep_last=1))) == [(1, 30), (1, 20), (1, 10)]
+    assert steps(Pruner(catalog).prune(Retention(keep_last=1))) == [(1, 30), (1, 20), (1, 10)]
     assert os.listdir(tmp_path) == [last]
     assert sorted(path.relative_to(elsewhere) for path in elsewhere.rglob("*")) == lay
 
@@ -197,7 +198,7 @@ def test_links_in_a_circle(store, tmp_path):
         os.symlink(tmp_path, tmp_path / directory / "run")
         os.symlink(tmp_path / first, tmp_path / directory / "first")
     assert [entry.state for entry in Catalog(store).entries()] == ["whole", "whole"]
-    assert steps(Catalog(store).prune(Retention(keep_last=1))) == [(1, 10)]
+    assert steps(Pruner(Catalog(store)).prune(Retention(keep_last=1))) == [(1, 10)]
     assert os.listdir(tmp_path) == [second]
 
 
@@ -234,10 +235,10 @@ def test_directories_of_others(public_path, ordinary_user):
     with ordinary_user():
         store = open_store(f"{public_path}/run")
         catalog = Catalog(store)
-        attempt = catalog.claim_attempt({})
+        attempt = catalog.attempts.claim({})
         for step in (10, 20):
             directory = save(store, step, attempt)
-        catalog.tidy(Retention(keep_last=1), None, attempt)
+        Pruner(catalog).tidy(Retention(keep_last=1), None, attempt)
         assert steps(catalog.entries()) == [(1, 20)]
         os.chmod(f"{public_path}/run/{directory}", 0)
         with pytest.raises(StoreError, match=f"list .*{directory}: Permission denied"):
@@ -338,15 +339,15 @@ def test_retention(store, retention, best_step, left):
     """The last, those of certain steps, the best: they stay, the others go entirely, and are named."""
     for step in range(10, 70, 10):
         save(store, step)
-    announced = Catalog(store).prune(retention, best_step, dry_run=True)
+    announced = Pruner(Catalog(store)).prune(retention, best_step, dry_run=True)
     assert kept(store) == list(range(10, 70, 10))
-    gone = Catalog(store).prune(retention, best_step)
+    gone = Pruner(Catalog(store)).prune(retention, best_step)
     assert gone == announced
     assert kept(store) == left
     assert sorted(entry.step for entry in gone) == [step for step in range(10, 70, 10) if step not in left]
     assert {name.partition("/")[0] for name in store.list()} == {entry.directory for entry in Catalog(store).entries()}
     assert sorted(os.listdir(store.root)) == sorted(entry.directory for entry in Catalog(store).entries())
-    assert Catalog(store).prune(retention, best_step) == []
+    assert Pruner(Catalog(store)).prune(retention, best_step) == []
 
 
 def test_the_newest_whole_checkpoint_never_goes(store):
@@ -354,7 +355,7 @@ def test_the_newest_whole_checkpoint_never_goes(store):
     for step in (10, 20, 30):
         last = save(store, step)
     remove(store, last, "model.safetensors")
-    Catalog(store).prune(Retention(keep_last=1))
+    Pruner(Catalog(store)).prune(Retention(keep_last=1))
     assert kept(store) == [20]
     with pytest.raises(AssertionError, match="never deleted"):
         Retention(keep_last=0)
@@ -365,7 +366,7 @@ def test_nothing_is_deleted_where_nothing_is_whole(store):
     for step in (10, 20):
         remove(store, save(store, step), "model.safetensors")
     before = store.list()
-    assert Catalog(store).prune(Retention(keep_last=1)) == []
+    assert Pruner(Catalog(store)).prune(Retention(keep_last=1)) == []
     assert store.list() == before
 
 
@@ -380,12 +381,12 @@ def test_rubbish_goes_when_a_newer_checkpoint_is_whole(store):
     remove(store, superseded, "manifest.json")
     writing = save(store, 5, THIRD)
     remove(store, writing, "manifest.json")
-    gone = Catalog(store).prune(EVERYTHING)
+    gone = Pruner(Catalog(store)).prune(EVERYTHING)
     assert [entry.directory for entry in gone] == [superseded, unfinished]
-    gone = Catalog(store).prune(Retention(keep_last=1))
+    gone = Pruner(Catalog(store)).prune(Retention(keep_last=1))
     assert [entry.directory for entry in gone] == [corrupt]
     assert {name.partition("/")[0] for name in store.list()} >= {writing}
-    gone = Catalog(store).prune(Retention(keep_last=1), unfinished=True)
+    gone = Pruner(Catalog(store)).prune(Retention(keep_last=1), unfinished=True)
     assert [entry.directory for entry in gone] == [writing]
     assert kept(store) == [30]
 
@@ -395,10 +396,10 @@ def test_unfinished_saves_where_nothing_is_whole(store):
     directories = [save(store, 10), save(store, 20, SECOND)]
     for directory in directories:
         remove(store, directory, "manifest.json")
-    assert Catalog(store).prune(Retention(keep_last=1)) == []
-    Catalog(store).sweep(THIRD)
+    assert Pruner(Catalog(store)).prune(Retention(keep_last=1)) == []
+    Pruner(Catalog(store)).sweep(THIRD)
     assert {name.partition("/")[0] for name in store.list()} == {*directories}
-    assert len(Catalog(store).prune(Retention(keep_last=1), unfinished=True)) == 2
+    assert len(Pruner(Catalog(store)).prune(Retention(keep_last=1), unfinished=True)) == 2
     assert os.listdir(store.root) == []
 
 
@@ -413,7 +414,7 @@ def test_directories_that_hold_nothing(store, tmp_path):
         (old, "whole"),
         (empty, "unfinished"),
     ]
-    Catalog(store).tidy(Retention(keep_last=1), None, FIRST)
+    Pruner(Catalog(store)).tidy(Retention(keep_last=1), None, FIRST)
     assert len(os.listdir(store.root)) == 1
     assert kept(store) == [20]
 
@@ -425,7 +426,7 @@ def test_what_an_attempt_before_has_left_unfinished(store):
     for directory in (dead, own):
         remove(store, directory, "manifest.json")
     remove(store, corrupt, "model.safetensors")
-    Catalog(store).sweep(SECOND)
+    Pruner(Catalog(store)).sweep(SECOND)
     assert steps(Catalog(store).entries()) == [(2, 11), (1, 30), (1, 10)]
 
 
@@ -439,13 +440,13 @@ def test_a_line_that_was_left_goes(store):
     remove(store, corrupt, "model.safetensors")
     catalog = Catalog(store)
     assert steps(catalog.further(catalog.newest())) == [(1, 30)]
-    gone = catalog.prune(Retention(keep_last=2))
+    gone = Pruner(catalog).prune(Retention(keep_last=2))
     assert steps(gone) == [(1, 40), (1, 25), (1, 15)]
     assert (kept(store), catalog.newest().directory) == ([10, 20, 30], newest)
     save(store, 29, SECOND, [(FIRST, 10)])
-    assert steps(catalog.prune(Retention(keep_last=1))) == [(2, 20), (1, 10)]
+    assert steps(Pruner(catalog).prune(Retention(keep_last=1))) == [(2, 20), (1, 10)]
     save(store, 30, SECOND, [(FIRST, 10)])
-    assert steps(catalog.prune(Retention(keep_last=1))) == [(2, 29), (1, 30)]
+    assert steps(Pruner(catalog).prune(Retention(keep_last=1))) == [(2, 29), (1, 30)]
 
 
 def test_two_lines_that_have_one_past(store):
@@ -462,12 +463,12 @@ def test_two_lines_that_have_one_past(store):
     catalog = Catalog(store)
     assert steps(catalog.candidates()) == [(4, 230), (3, 220), (2, 210), (1, 200)]
     assert steps(catalog.further(catalog.newest())) == [(2, 400)]
-    claimed = catalog.claim_attempt({})
+    claimed = catalog.attempts.claim({})
     save(store, 240, claimed, [*stands_on, (fourth, 230)])
-    catalog.tidy(Retention(keep_last=1), None, claimed)
+    Pruner(catalog).tidy(Retention(keep_last=1), None, claimed)
     assert kept(store) == [240, 400]
     save(store, 400, claimed, [*stands_on, (fourth, 230)])
-    catalog.tidy(Retention(keep_last=1), None, claimed)
+    Pruner(catalog).tidy(Retention(keep_last=1), None, claimed)
     assert steps(catalog.entries()) == [(5, 400)]
 
 
@@ -484,9 +485,9 @@ def test_milestones_of_a_line_that_was_left(store, is_writer):
         save(store, step, fourth, [(SECOND, 20)])
     retention = Retention(keep_last=1, keep_every_steps=10)
     if is_writer:
-        Catalog(store).tidy(retention, None, fourth)
+        Pruner(Catalog(store)).tidy(retention, None, fourth)
     else:
-        Catalog(store).prune(retention)
+        Pruner(Catalog(store)).prune(retention)
     assert steps(Catalog(store).entries()) == [(4, 50), (4, 30), (2, 20), (2, 10), (1, 30), (1, 20), (1, 10)]
 
 
@@ -499,7 +500,7 @@ def test_several_saves_of_a_step(store):
     assert Catalog(store).newest().directory == twice[-1]
     remove(store, twice[-1], "model.safetensors")
     assert Catalog(store).newest().directory == twice[-2]
-    Catalog(store).prune(Retention(keep_last=2))
+    Pruner(Catalog(store)).prune(Retention(keep_last=2))
     assert {entry.directory for entry in Catalog(store).entries() if entry.step == 20} == {*twice[-2:]}
     assert kept(store) == [10, 20]
 
@@ -523,11 +524,11 @@ def test_deleting_that_is_cut_short(store, monkeypatch, cut):
 
     monkeypatch.setattr(store, "delete", delete)
     with pytest.raises(Dying) if cut < 6 else contextlib.nullcontext():
-        Catalog(store).prune(Retention(keep_last=1))
+        Pruner(Catalog(store)).prune(Retention(keep_last=1))
     monkeypatch.undo()
     assert {entry.state for entry in Catalog(store).entries()} <= {"whole", "unfinished"}
     assert Catalog(store).newest().directory == newest
-    Catalog(store).prune(Retention(keep_last=1))
+    Pruner(Catalog(store)).prune(Retention(keep_last=1))
     assert kept(store) == [30]
     assert [name.partition("/")[0] for name in store.list()] == [newest] * 3
 
@@ -538,7 +539,7 @@ def test_the_manifest_goes_first(store, monkeypatch):
     save(store, 20)
     deleted = []
     monkeypatch.setattr(store, "delete", lambda name: (deleted.append(name), Store.delete(store, name)))
-    (gone,) = Catalog(store).prune(Retention(keep_last=1))
+    (gone,) = Pruner(Catalog(store)).prune(Retention(keep_last=1))
     assert deleted[0] == f"{gone.directory}/manifest.json"
     assert len(deleted) == 3
 
@@ -549,28 +550,28 @@ def test_the_manifest_goes_first(store, monkeypatch):
 def test_attempts_are_numbered_after_all_others(store):
     """Records and directories count alike; what was claimed is listed, first the first."""
     catalog = Catalog(store)
-    first = catalog.claim_attempt({"host": "a"})
-    second = catalog.claim_attempt({"host": "b"})
+    first = catalog.attempts.claim({"host": "a"})
+    second = catalog.attempts.claim({"host": "b"})
     assert [first.number, second.number] == [1, 2]
     save(store, 10, Attempt("000007-00000000"))
-    third = catalog.claim_attempt({})
+    third = catalog.attempts.claim({})
     assert third.number == 8
-    assert catalog.attempts() == [first, second, third]
+    assert catalog.attempts.all() == [first, second, third]
     assert catalog.entries()[0].attempt < third
 
 
 def test_attempts_tell_who_they_are(store):
     """The record of a start has what it was given, and when it was."""
     catalog = Catalog(store)
-    attempt = catalog.claim_attempt({"host": "a", "world_size": 3})
-    about = catalog.about_attempt(attempt)
+    attempt = catalog.attempts.claim({"host": "a", "world_size": 3})
+    about = catalog.attempts.about(attempt)
     assert about | {"started": ""} == {"attempt": attempt.id, "started": "", "host": "a", "world_size": 3}
     assert about["started"].endswith("+00:00")
 
 
 def test_two_claims_at_once(store):
     """Two starts that saw the same records share a number and are still two."""
-    one, other = Attempt.after(Catalog(store).attempts()), Catalog(store).claim_attempt({})
+    one, other = Attempt.after(Catalog(store).attempts.all()), Catalog(store).attempts.claim({})
     assert one.number == other.number
     assert one != other
 
@@ -579,10 +580,10 @@ def test_two_claims_at_once(store):
 def test_records_that_cannot_be_read(store, text):
     """A record that was damaged still holds its number; what it said is lost."""
     catalog = Catalog(store)
-    attempt = catalog.claim_attempt({"host": "a"})
+    attempt = catalog.attempts.claim({"host": "a"})
     store.put(f"attempts/{attempt.id}.json", lambda: [text], len(text))
-    assert catalog.about_attempt(attempt) == {}
-    assert catalog.claim_attempt({}).number == 2
+    assert catalog.attempts.about(attempt) == {}
+    assert catalog.attempts.claim({}).number == 2
 
 
 def test_names_that_are_no_attempts(store):
@@ -590,14 +591,14 @@ def test_names_that_are_no_attempts(store):
     for name in ("readme.txt", "9-x.json", "000009-00000000.json/deeper", ".000009-00000000.json.partial"):
         store.put(f"attempts/{name}", lambda: [b"{}"], 2)
     store.put("000009-00000000.json", lambda: [b"{}"], 2)
-    assert Catalog(store).attempts() == []
-    assert Catalog(store).claim_attempt({}).number == 1
+    assert Catalog(store).attempts.all() == []
+    assert Catalog(store).attempts.claim({}).number == 1
 
 
 def test_a_catalog_of_a_store_that_cannot_be_listed(tmp_path):
     """A run whose past cannot be seen is not taken for one that has none."""
     (tmp_path / "run").symlink_to(tmp_path / "run")  # a loop
     catalog = Catalog(open_store(str(tmp_path / "run")))
-    for look in (catalog.entries, catalog.newest, catalog.attempts, lambda: catalog.claim_attempt({})):
+    for look in (catalog.entries, catalog.newest, catalog.attempts.all, lambda: catalog.attempts.claim({})):
         with pytest.raises(StoreError):
             look()

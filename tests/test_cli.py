@@ -304,7 +304,7 @@ def test_a_url_where_nothing_is(tmp_path, verb):
 
 def test_a_run_without_a_checkpoint_is_a_run(tmp_path):
     """One that has only begun is not taken for a typo."""
-    Catalog(open_store(str(tmp_path))).claim_attempt({})
+    Catalog(open_store(str(tmp_path))).attempts.claim({})
     done = harness("ls", str(tmp_path))
     assert (done.returncode, done.stdout, done.stderr) == (0, "no checkpoints\n", "")
 

@@ -17,6 +17,7 @@ from harness.checkpoint import commit, load
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import DTYPES, Ancestor, Attempt, FileInfo, Manifest, checksum, parse_directory
 from harness.errors import StoreError, Unsupported
+from harness.storage.filesystem import LocalDisk
 from harness.storage.store import Store, open_store
 
 ATTEMPT = Attempt("000003-0000abcd")
@@ -52,7 +53,7 @@ class Observed(Store):
     def at(cls, path, before: Callable[[str, str], None] = lambda operation, name: None) -> "Observed":
         store = open_store(str(path))
         store.__class__ = type("ObservedLocal", (cls, type(store)), {})
-        store.calls, store.before = [], before
+        store.noted, store.before = [], before
         return store
 
     def put(self, name, chunks, size_bytes):
@@ -68,7 +69,7 @@ class Observed(Store):
         return super().read_range(name, start, size_bytes)
 
     def _note(self, operation: str, name: str) -> None:
-        self.calls.append((operation, name.partition("/")[2]))
+        self.noted.append((operation, name.partition("/")[2]))
         self.before(operation, name)
 
 
@@ -188,8 +189,8 @@ def test_the_manifest_is_last(tmp_path):
     store = Observed.at(tmp_path)
     _, manifest = write(store, shard_bytes=2000)
     names = [file.name for file in manifest.files]
-    assert sorted(store.calls[: len(names)]) == sorted(("put", name) for name in names)
-    assert store.calls[len(names) :] == [("list", ""), ("put", "manifest.json"), ("read", "manifest.json")]
+    assert sorted(store.noted[: len(names)]) == sorted(("put", name) for name in names)
+    assert store.noted[len(names) :] == [("list", ""), ("put", "manifest.json"), ("read", "manifest.json")]
 
 
 @pytest.mark.parametrize("kind", ["short", "long", "missing"])
@@ -206,7 +207,7 @@ def test_an_object_that_the_store_does_not_have_is_noticed(tmp_path, kind):
     has = "no such object" if kind == "missing" else r"\d+ bytes"
     with pytest.raises(StoreError, match=rf"optimizer\.safetensors: sent \d+ bytes, the store has {has}"):
         write(store)
-    assert ("put", "manifest.json") not in store.calls
+    assert ("put", "manifest.json") not in store.noted
     assert [entry.state for entry in Catalog(open_store(str(tmp_path))).entries()] == ["unfinished"]
 
 
@@ -245,7 +246,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path):
     for bad in ({"a": object()}, {"deep": [{"x": (1, {2: b""}, [torch.zeros(2, device="meta")])}]}):
         with pytest.raises(Unsupported, match=r"^training/"):
             commit.write(store, {**parts(), "training": bad}, step=1, attempt=ATTEMPT)
-    assert store.calls == []
+    assert store.noted == []
     assert store.list() == {}
 
 
@@ -276,18 +277,18 @@ def test_tries_of_an_upload_send_the_same_bytes(tmp_path):
     failures = iter([True, True, False])
     sent = []
 
-    class Flaky(type(open_store(str(tmp_path)))):
-        def _put(self, path, chunks, size_bytes):
+    class Flaky(LocalDisk):
+        def put(self, path, chunks, size_bytes):
             data = io.BytesIO()
             for chunk in chunks:
                 data.write(chunk)
                 if path.endswith("model.safetensors") and data.tell() > 2000 and next(failures, False):
                     raise TimeoutError
             sent.append(path)
-            super()._put(path, [data.getvalue()], size_bytes)
+            super().put(path, [data.getvalue()], size_bytes)
 
     store = open_store(str(tmp_path))
-    store.__class__ = Flaky
+    store.filesystem.__class__ = Flaky
     directory, manifest = write(store)
     assert next(failures, None) is None
     assert len(sent) == 3
@@ -324,4 +325,4 @@ def test_a_shard_that_fails_beside_others_leaves_no_commit(tmp_path):
     with pytest.raises(StoreError, match="refused"):
         commit.write_encoded(store, encoded, commit.Header(40, ATTEMPT), shard_bytes=100, streams=2)
     assert {entry.state for entry in Catalog(store).entries()} <= {"unfinished"}
-    assert len([name for operation, name in store.calls if operation == "put"]) < 6
+    assert len([name for operation, name in store.noted if operation == "put"]) < 6

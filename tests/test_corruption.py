@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from harness.checkpoint import load, tree
-from harness.checkpoint.catalog import Catalog, Entry, Retention
+from harness.checkpoint.catalog import Catalog, Entry, verify
 from harness.checkpoint.format import (
     DTYPES,
     MANIFEST,
@@ -34,6 +34,7 @@ from harness.checkpoint.format import (
     decode_header,
     encode_header,
 )
+from harness.checkpoint.retention import Pruner, Retention
 from harness.errors import CheckpointError, Corrupt, HarnessError, NoCheckpoint
 from harness.storage.store import open_store
 
@@ -161,7 +162,7 @@ class Judge:
     def noticed(self, store: Any, directory: str, file: str) -> str | None:
         """What is wrong with how it was noticed, if anything is."""
         catalog = Catalog(store)
-        for what, check in {"verifying": catalog.verify, "loading": lambda entry: read(catalog, entry)}.items():
+        for what, check in {"verifying": partial(verify, catalog), "loading": lambda entry: read(catalog, entry)}.items():
             try:
                 check(Entry(directory, 30, None, "whole"))
                 return f"not noticed when {what}"
@@ -225,7 +226,7 @@ def test_random_damage_is_noticed(committed, capsys):
 def test_random_damage_on_a_disk_is_noticed(committed, tmp_path, capsys):
     """The same on a real disk, ten thousand times."""
     write_tree(committed, str(tmp_path))
-    store = open_store(str(tmp_path), attempts=1)
+    store = open_store(str(tmp_path), tries=1)
     judge = Judge(committed, Counter(), [])
     for damage in itertools.islice(real_damages(committed, random.Random(2)), 10_000):
         path = tmp_path / directory_of(committed, 30) / damage.file
@@ -335,10 +336,10 @@ def test_a_manifest_that_lies(committed):
         entry = Entry(directory_of(committed, 30), 30, None, "whole")
         uses = [
             catalog.entries,
-            partial(catalog.verify, entry),
+            partial(verify, catalog, entry),
             partial(read, catalog, entry),
             partial(resume_from, store),
-            partial(catalog.prune, Retention(1)),
+            partial(Pruner(catalog).prune, Retention(1)),
         ]
         wrong += [f"{where}: {problem}" for use in uses if (problem := outcome(use))]
     assert not wrong, (len(wrong), wrong[:10])

@@ -47,10 +47,12 @@ from faults import (
 )
 
 import harness.checkpoint.format
-import harness.storage.store
+import harness.storage.filesystem
 from harness.checkpoint import commit, saver
+from harness.checkpoint.attempts import Attempts
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import MANIFEST
+from harness.checkpoint.retention import Pruner
 from harness.errors import HarnessError, StoreError, Superseded
 from harness.storage.store import Store, open_store
 
@@ -108,7 +110,7 @@ class Recorder(Witness):
         self.is_dead, self.kill_at = False, None
 
     def store(self) -> Store:
-        return self.watch(open_store(f"{self.root}/run", attempts=1))
+        return self.watch(open_store(f"{self.root}/run", tries=1))
 
     def remark(self, verb: str) -> None:
         super().remark(verb)
@@ -252,7 +254,7 @@ def test_a_real_disk_is_read_as_the_model_is(tmp_path, tell):
         judge.judge(left)
         count += 1
         write_tree(left.tree, f"{tmp_path}/{count}")
-        _, restored = resume_from(open_store(f"{tmp_path}/{count}", attempts=1))
+        _, restored = resume_from(open_store(f"{tmp_path}/{count}", tries=1))
         assert restored.step == judge.seen[key] and (restored.step is None or restored.exact), left.place
     tell(f"{count} different disks, written and read back")
     assert count > 200
@@ -295,7 +297,7 @@ def record_two(root: str) -> list[Call | Mark]:
     """A run that two ranks write, of which the first one waits for the second."""
     recorder = Recorder(root=root)
     with system_calls_through(recorder):
-        pair = Pair(recorder.store(), open_store(f"{root}/run", attempts=1))
+        pair = Pair(recorder.store(), open_store(f"{root}/run", tries=1))
         for step in (10, 20):
             pair.save(step)
     return recorder.trace
@@ -335,7 +337,7 @@ def test_every_request_of_two_writers_can_fail(small_blocks, tell, is_deadly):
     for at in range(1 << 30):
         contents, witness, trouble = Contents(), Witness(), Trouble(at, False, is_deadly)
         contents.request = trouble
-        stores = [open_store("bucket://run", {"contents": contents}, attempts=1) for _ in range(2)]
+        stores = [open_store("bucket://run", {"contents": contents}, tries=1) for _ in range(2)]
         with contextlib.suppress(Killed, StoreError):
             pair = Pair(witness.watch(stores[0]), stores[1], failures_allowed=9)
             for step in (10, 20, 30):
@@ -380,19 +382,17 @@ class Trouble:
         raise Killed if self.is_deadly else ConnectionResetError("on purpose")
 
 
-def live_in(contents: Contents, witness: Witness, attempts: int) -> None:
+def live_in(contents: Contents, witness: Witness, tries: int) -> None:
     """Two starts of a run in a bucket, with four saves; a save that fails is not the end."""
     for steps in ([10, 20], [30, 40]):
         with contextlib.suppress(StoreError):  # the second start goes on with whatever the first one has left
-            life = Life(
-                witness.watch(open_store("bucket://run", {"contents": contents}, attempts=attempts)), failures_allowed=9
-            )
+            life = Life(witness.watch(open_store("bucket://run", {"contents": contents}, tries=tries)), failures_allowed=9)
             for step in steps:
                 life.save(step, must_succeed=False)
 
 
 @pytest.mark.parametrize(
-    ("is_served", "is_deadly", "attempts"),
+    ("is_served", "is_deadly", "tries"),
     [
         pytest.param(False, True, 1, id="not sent-killed"),
         pytest.param(True, True, 1, id="reply lost-killed"),
@@ -402,22 +402,22 @@ def live_in(contents: Contents, witness: Witness, attempts: int) -> None:
         pytest.param(True, False, 3, id="reply lost-tried again"),
     ],
 )
-def test_every_request_to_an_object_store_can_fail(monkeypatch, tell, is_served, is_deadly, attempts):
+def test_every_request_to_an_object_store_can_fail(monkeypatch, tell, is_served, is_deadly, tries):
     """A kill, a failed request or a lost reply, at each request of a run in a bucket: the old or the new checkpoint."""
-    monkeypatch.setattr(harness.storage.store, "_SMALL_BYTES", 150)  # so that there are uploads in parts
-    monkeypatch.setattr(harness.storage.store, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(harness.storage.filesystem, "_SMALL_BYTES", 150)  # so that there are uploads in parts
+    monkeypatch.setattr(harness.storage.filesystem, "_BLOCK_BYTES", 64)
     judge = Judge()
     for at in range(1 << 30):
         contents, witness, trouble = Contents(), Witness(), Trouble(at, is_served, is_deadly)
         contents.request = trouble
         with contextlib.suppress(Killed):
-            live_in(contents, witness, attempts)
+            live_in(contents, witness, tries)
         if not trouble.what:
             break
         judge.points[trouble.what.partition(" ")[0]] += 1
         judge.judge(Left(below(contents.objects, "run"), witness.now.verb, trouble.what, False, witness.now.allowed))
         if not is_deadly and not trouble.what.startswith("PUT run/attempts"):  # without a claim nothing is trained
-            assert witness.allowed == (40,) or (attempts == 1 and witness.allowed[0] == 30), trouble.what
+            assert witness.allowed == (40,) or (tries == 1 and witness.allowed[0] == 30), trouble.what
             # An upload of which the client does not know cannot be aborted; stores have rules that expire such ones.
             assert not contents.uploads or trouble.what.startswith(("BEGIN", "ABORT")), trouble.what
     tell(judge.summary())
@@ -566,12 +566,12 @@ def test_a_zombie_on_a_real_disk(tmp_path, tell):
 
         url = f"{tmp_path}/{asleep_at}"
         with system_calls_through(hook):
-            life = start(open_store(url, attempts=1))
+            life = start(open_store(url, tries=1))
             life.save(10)
             if not zombie.fall_asleep(life):
                 break
             walks[0] = False
-            successor = start(open_store(url, attempts=1))
+            successor = start(open_store(url, tries=1))
             for step in (11, 12):
                 successor.save(step)
             zombie.wake()
@@ -642,19 +642,20 @@ def prune_first(monkeypatch):
 
 
 def newest_goes_first(monkeypatch):
-    def tidy(catalog, retention, best_step, attempt):
-        for entry in catalog.entries()[:-1]:
-            catalog._delete(entry.directory)
+    def tidy(pruner, retention, best_step, attempt):
+        for entry in pruner.catalog.entries()[:-1]:
+            pruner.delete(entry.directory)
 
-    monkeypatch.setattr(Catalog, "tidy", tidy)
+    monkeypatch.setattr(Pruner, "tidy", tidy)
 
 
 def manifest_goes_last(monkeypatch):
-    def delete(catalog, directory):
-        for name in sorted(catalog.store.list(directory), key=lambda name: name.endswith(MANIFEST)):
-            catalog.store.delete(name)
+    def delete(pruner, directory):
+        store = pruner.catalog.store
+        for name in sorted(store.list(directory), key=lambda name: name.endswith(MANIFEST)):
+            store.delete(name)
 
-    monkeypatch.setattr(Catalog, "_delete", delete)
+    monkeypatch.setattr(Pruner, "delete", delete)
 
 
 @pytest.mark.parametrize("plant", [manifest_first, prune_first, newest_goes_first, manifest_goes_last])
@@ -682,7 +683,7 @@ def by_step_alone(monkeypatch):
 
 
 def never_steps_aside(monkeypatch):
-    monkeypatch.setattr(Catalog, "refuse_superseded", lambda catalog, attempt: None)
+    monkeypatch.setattr(Attempts, "refuse_superseded", lambda attempts, attempt: None)
 
 
 @pytest.mark.parametrize("plant", [by_step_alone, never_steps_aside])

@@ -17,7 +17,7 @@ def catalog(tmp_path) -> Catalog:
 def die(catalog: Catalog, *deaths: Crash | None) -> None:
     """One attempt after the other; None is one that left no record: preempted, killed, or done."""
     for death in deaths:
-        attempt = catalog.claim_attempt({})
+        attempt = catalog.attempts.claim({})
         if death is not None:
             crashes.record_crash(catalog, attempt, death)
 
@@ -64,7 +64,7 @@ def test_another_end_breaks_the_row(catalog, other):
 def test_ranks_that_die_differently(catalog):
     """The same error on one of several ranks that left records is the same death."""
     for _ in range(3):
-        attempt = catalog.claim_attempt({})
+        attempt = catalog.attempts.claim({})
         crashes.record_crash(catalog, attempt, BAD)
         crashes.record_crash(catalog, attempt, Crash(7, "OSError: whatever", 0, []))
     died = crashes.is_looping(catalog, 3)
@@ -74,7 +74,7 @@ def test_ranks_that_die_differently(catalog):
 def test_a_record_that_was_cut_says_nothing(catalog):
     """Half a record, as a dying process may leave it on a store that is not atomic, is passed over."""
     die(catalog, BAD, BAD, None)
-    attempt = catalog.attempts()[-1]
+    attempt = catalog.attempts.all()[-1]
     catalog.store.put(f"attempts/{attempt.id}.crash-0.json", lambda: [b'{"step": 7, "err'], 16)
     assert not crashes.is_looping(catalog, 3)
-    assert len(catalog.attempts()) == 3
+    assert len(catalog.attempts.all()) == 3

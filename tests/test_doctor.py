@@ -524,7 +524,7 @@ def test_a_crash_loop(write, trained, deaths, code):
     url, _ = trained
     catalog = Catalog(open_store(str(url)))
     for _ in range(deaths):
-        crashes.record_crash(catalog, catalog.claim_attempt({}), Crash(3, "ValueError: it", 0, [1]))
+        crashes.record_crash(catalog, catalog.attempts.claim({}), Crash(3, "ValueError: it", 0, [1]))
     found_code, found = examined(write(), f"checkpoint.url={url}")
     assert found_code == code
     if deaths == 2:
@@ -555,7 +555,7 @@ def test_a_url_that_is_to_be_fresh(write, trained):
 def test_a_run_that_is_being_trained(write, trained):
     """Whoever starts it takes it over from somebody who may be alive."""
     url, _ = trained
-    attempt = Catalog(open_store(str(url))).claim_attempt({})
+    attempt = Catalog(open_store(str(url))).attempts.claim({})
     line = {"event": "train", "time": time.time() - 20, "attempt": attempt.id, "step": 3}
     (url / f"metrics/{attempt.id}-000000.jsonl").write_text(json.dumps(line))
     code, found = examined(write(), f"checkpoint.url={url}")

@@ -113,7 +113,7 @@ def test_its_records_and_its_journal_are_read(tmp_path, capsys):
 
     shutil.copytree(FIXTURE, tmp_path / "run")
     catalog = Catalog(open_store(str(tmp_path / "run")))
-    ((crash,),) = crashes.read_crashes(catalog, catalog.attempts()).values()
+    ((crash,),) = crashes.read_crashes(catalog, catalog.attempts.all()).values()
     assert (crash.step, crash.error, crash.rank) == (DIED, "ValueError: bad sample", 0)
     assert len(crash.samples) == BATCH
     for verb in ("ls", "verify", "report"):

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from values import Training
 
 from harness.checkpoint import commit
-from harness.checkpoint.catalog import Catalog
+from harness.checkpoint.catalog import Catalog, verify
 from harness.cli import cli
 from harness.errors import ConfigError, Corrupt, HarnessError, Mismatch, NoCheckpoint, StoreError, Unsupported
 from harness.interchange import Foreign, export_model, import_run, load_into, read_foreign
@@ -126,7 +126,7 @@ def checkpoint(url, model, optimizer=None, **options):
     store = open_store(url)
     state = Training(model, optimizer or adamw(model))
     meta = {"epoch": 4, "metrics": {"last": {"loss": 0.25}}}
-    attempt = Catalog(store).claim_attempt({})
+    attempt = Catalog(store).attempts.claim({})
     return store, *commit.write(store, state.capture(), step=7, attempt=attempt, meta=meta, **options)
 
 
@@ -291,7 +291,7 @@ def test_export_of_another_part(tmp_path):
     generator, judge = nn.Linear(2, 3), nn.Linear(3, 1)
     store = open_store(f"{tmp_path}/run")
     state = State({"generator": generator, "judge": judge, "optimizer": adamw(generator)}, torch.device("cpu"))
-    attempt = Catalog(store).claim_attempt({})
+    attempt = Catalog(store).attempts.claim({})
     run = store, *commit.write(store, state.capture(), step=7, attempt=attempt)
     export_model(*run, f"{tmp_path}/judge.pth", part="judge")
     exported = torch.load(f"{tmp_path}/judge.pth", weights_only=True)
@@ -343,7 +343,7 @@ def test_export_of_nothing(tmp_path):
     with pytest.raises(ConfigError, match=r"model\.txt: expected NAME\.safetensors, NAME\.pth or a directory"):
         export_model(*run, f"{tmp_path}/model.txt")
     store = open_store(f"{tmp_path}/other")
-    attempt = Catalog(store).claim_attempt({})
+    attempt = Catalog(store).attempts.claim({})
     with pytest.raises(Mismatch, match="expected a part called model, found other"):
         export_model(store, *commit.write(store, {"other": {"a": 1}}, step=0, attempt=attempt), f"{tmp_path}/model.pth")
 
@@ -1268,7 +1268,7 @@ def test_import(tmp_path, trained):
     store = open_store(f"{tmp_path}/run")
     directory, found = import_run(f"{tmp_path}/saved.pth", store)
     entry = Catalog(store).newest()
-    Catalog(store).verify(entry)
+    verify(Catalog(store), entry)
     assert (entry.directory, entry.step, found.epoch) == (directory, 0, 5)
     assert entry.manifest.meta["epoch"] == 5
     assert entry.manifest.meta["metrics"] == {"last": {"loss": 0.5}}

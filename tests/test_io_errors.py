@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 from faults import Call, Life, Objects, no_waiting, resume_from, silence, system_calls_through
 
-from harness.checkpoint.catalog import Catalog, Retention, verify_all
+from harness.checkpoint.catalog import Catalog, verify_all
 from harness.checkpoint.format import Attempt
+from harness.checkpoint.retention import Pruner, Retention
 from harness.checkpoint.saver import Saved
 from harness.errors import HarnessError, StoreError
 from harness.storage.store import Store, open_store
@@ -81,7 +82,7 @@ def local_trials(folder: str, code: int, for_good: bool) -> Iterator[tuple[Trial
     for at in range(1 << 30):
         failing = Failing(at, lambda: OSError(code, os.strerror(code)), for_good)
         shutil.copytree(f"{folder}/clean", f"{folder}/{at}")
-        store = open_store(f"{folder}/{at}/run", attempts=3)
+        store = open_store(f"{folder}/{at}/run", tries=3)
         life.catalog = life.saver.catalog = Catalog(store)
         life.saver.failures = 0
         yield Trial(failing, store, code == errno.EIO and not for_good, life), lambda f=failing: system_calls_through(f.hook)
@@ -203,7 +204,7 @@ def test_prune(trials):
     """A deletion that fails half-way leaves the newest checkpoint, and nothing that counts as one and is none."""
 
     def prune(trial: Trial) -> Any:
-        return trial.life.catalog.prune(Retention(1))
+        return Pruner(trial.life.catalog).prune(Retention(1))
 
     def judge(trial: Trial, outcome: Any) -> str | None:
         if isinstance(outcome, StoreError):
@@ -234,16 +235,18 @@ def test_claim_attempt(trials):
     """A claim that fails can be made again, and numbers never repeat."""
 
     def claim(trial: Trial) -> Any:
-        return trial.life.catalog.claim_attempt({})
+        return trial.life.catalog.attempts.claim({})
 
     def judge(trial: Trial, outcome: Any) -> str | None:
         if not isinstance(outcome, Attempt if trial.is_retried else Attempt | StoreError):
             return "expected an attempt, or a StoreError"
         catalog = Catalog(trial.store)
-        known = catalog.attempts()
+        known = catalog.attempts.all()
         if isinstance(outcome, Attempt) and outcome not in known:
             return "the claim left no trace"
-        return None if catalog.claim_attempt({}).number > max(attempt.number for attempt in known) else "a number came twice"
+        return (
+            None if catalog.attempts.claim({}).number > max(attempt.number for attempt in known) else "a number came twice"
+        )
 
     assert trials(claim, judge) >= 2  # the list, and the put
 

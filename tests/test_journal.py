@@ -155,7 +155,7 @@ def test_a_store_that_refuses_is_no_obstacle(tmp_path, caplog):
 
 def test_what_a_store_refused_is_put_later(tmp_path):
     """Nothing is lost by an outage, and nothing is there twice."""
-    store = open_store(str(tmp_path), attempts=1)
+    store = open_store(str(tmp_path), tries=1)
     (tmp_path / "metrics").write_text("in the way")
     kept = Journal(store, FIRST.id, every_seconds=3600)
     kept.write({"event": "start", "time": 0.0, "step": 0})

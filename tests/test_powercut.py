@@ -24,7 +24,7 @@ import pytest
 from cluster import wait_until
 from faults import Life, Witness, resume_from, silence
 
-import harness.storage.store
+import harness.storage.filesystem
 from harness.checkpoint.catalog import Catalog
 from harness.storage.store import open_store
 
@@ -54,7 +54,7 @@ class Reporter(Witness):
 BUGS = {
     "": lambda: None,
     "files are not fsynced": lambda: setattr(os, "fsync", lambda descriptor: None),
-    "directories are not fsynced": lambda: setattr(harness.storage.store, "_fsync_directory", lambda path: None),
+    "directories are not fsynced": lambda: setattr(harness.storage.filesystem, "_fsync_directory", lambda path: None),
 }
 
 

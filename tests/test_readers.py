@@ -16,8 +16,9 @@ from faults import Life, resume_from
 from store_contract import RawS3
 
 import harness
-from harness.checkpoint.catalog import Catalog, Retention
+from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import MANIFEST, new_directory
+from harness.checkpoint.retention import Pruner, Retention
 from harness.cli import cli
 from harness.storage.store import Store, open_store
 
@@ -138,8 +139,8 @@ class Requests:
 
     def __init__(self, store: Store) -> None:
         self.made: list[tuple[str, str]] = []
-        store.fs.connect()
-        store.fs.s3.meta.events.register("request-created.s3", self._note)
+        store.filesystem.fs.connect()
+        store.filesystem.fs.s3.meta.events.register("request-created.s3", self._note)
 
     def _note(self, request, operation_name, **_) -> None:
         self.made.append((operation_name, request.url))
@@ -161,7 +162,7 @@ def test_what_a_run_of_many_checkpoints_asks_of_s3(s3, tmp_path, count, capsys):
     store = open_store(url, {**s3.storage_options, "skip_instance_cache": True})
     requests, pages = Requests(store), 1 + count // 1000
     began = time.monotonic()
-    attempt = Catalog(store).claim_attempt({})
+    attempt = Catalog(store).attempts.claim({})
     assert requests.take()[0] <= 2 + pages
     _, restored = resume_from(store)
     resumed_seconds = time.monotonic() - began
@@ -171,7 +172,7 @@ def test_what_a_run_of_many_checkpoints_asks_of_s3(s3, tmp_path, count, capsys):
     assert made <= 2 * pages + 2 + 3 * len(restored.parts)
     assert Catalog(store).newest().step == count
     assert requests.take() == (pages + 2, 1)
-    Catalog(store).tidy(Retention(), None, attempt)
+    Pruner(Catalog(store)).tidy(Retention(), None, attempt)
     assert requests.take() == (1, 0), "the attempts alone"
     life = Life(store, keep_last=None, shard_bytes=1 << 20)
     requests.take()
@@ -240,7 +241,7 @@ def test_what_a_run_of_many_checkpoints_costs_on_a_disk(tmp_path, monkeypatch, c
     assert 2 <= left <= count + 3 - 16
     monkeypatch.undo()
     assert len(timed("ls", Catalog(store).entries)) == left
-    assert len(timed("prune", lambda: Catalog(store).prune(Retention(2)))) == left - 2
+    assert len(timed("prune", lambda: Pruner(Catalog(store)).prune(Retention(2)))) == left - 2
     with capsys.disabled():
         found = ", ".join(f"{what} {each:.2f} s" for what, each in seconds.items())
         print(f"\n    {count} on a disk: {found} ({left} left for ls and prune)", end="")

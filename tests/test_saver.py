@@ -11,8 +11,9 @@ import torch
 from faults import Contents, Life, Objects, Pair
 
 from harness.checkpoint import load
-from harness.checkpoint.catalog import Catalog, Retention
+from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Ancestor, Attempt
+from harness.checkpoint.retention import Retention
 from harness.checkpoint.saver import Saver, SaveRequest
 from harness.errors import StoreError, Superseded, Unsupported
 from harness.storage.store import open_store
@@ -134,12 +135,12 @@ def test_a_failed_save_takes_no_room(tmp_path, retention):
     """What it has written is deleted before the next one begins, with its directory; the one that died before this start has
     left something, and that goes with the first save."""
     catalog = Catalog(open_store(str(tmp_path)))
-    dead = saver(str(tmp_path), attempt=catalog.claim_attempt({}))
+    dead = saver(str(tmp_path), attempt=catalog.attempts.claim({}))
     first = save(dead, 10)
     killed = tmp_path / dead.new_directory(20)
     killed.mkdir()
     (killed / "model.safetensors").write_bytes(bytes(1000))
-    writer = saver(str(tmp_path), attempt=catalog.claim_attempt({}), retention=retention)
+    writer = saver(str(tmp_path), attempt=catalog.attempts.claim({}), retention=retention)
     small = {"a": {"weight": torch.zeros(10)}}  # a part that is written before the one that fails
     with small_files():
         for step in (20, 30):
@@ -180,7 +181,7 @@ def test_a_save_that_failed_for_the_moment_takes_no_room_of_the_next():
 def test_a_commit_whose_reply_was_lost_stays(tmp_path):
     """A save that is told of as failed, and whose manifest is there after all, is a checkpoint, and nobody deletes it."""
     contents = Contents()
-    life = Life(open_store("bucket://run", {"contents": contents}, attempts=1), keep_last=None, failures_allowed=9)
+    life = Life(open_store("bucket://run", {"contents": contents}, tries=1), keep_last=None, failures_allowed=9)
     lost = []
 
     def request(what, perform):
@@ -224,9 +225,9 @@ def test_a_failed_deletion_is_told_of_and_made_up_for(public_path, ordinary_user
 def test_a_writer_that_was_believed_dead_steps_aside(tmp_path):
     """Once a newer attempt has begun, an older one deletes nothing more, ends, and what it committed is nobody's."""
     catalog = Catalog(open_store(str(tmp_path)))
-    first = saver(str(tmp_path), attempt=catalog.claim_attempt({"host": "old"}), retention=Retention(keep_last=1))
+    first = saver(str(tmp_path), attempt=catalog.attempts.claim({"host": "old"}), retention=Retention(keep_last=1))
     save(first, 10)
-    second_attempt = catalog.claim_attempt({"host": "new"})
+    second_attempt = catalog.attempts.claim({"host": "new"})
     with pytest.raises(Superseded, match=r"attempt 2 trains this run now \(started 20.* on new\)"):
         save(first, 20)
     assert [entry.step for entry in catalog.entries()] == [20, 10]

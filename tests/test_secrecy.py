@@ -241,7 +241,7 @@ def use(url: str, storage_options: dict, told: io.StringIO) -> str:
     """Writes and reads at a URL, and has what goes wrong told in every way. Returns all that was told."""
     errors = io.StringIO()
     try:
-        store = open_store(url, storage_options, attempts=1, deadline_seconds=5)
+        store = open_store(url, storage_options, tries=1, deadline_seconds=5)
         with contextlib.suppress(HarnessError):
             store.list()
         store.put("object", lambda: [b"bytes"], 5)
@@ -380,7 +380,7 @@ def test_a_run_that_dies(tmp_path, s3):
         assert secret not in done.stderr + done.stdout
         assert secret.encode() not in kept
     catalog = Catalog(store)
-    (crash,) = crashes.read_crashes(catalog, catalog.attempts()).popitem()[1]
+    (crash,) = crashes.read(catalog, catalog.attempts.all()).popitem()[1]
     assert crash.error.startswith("RuntimeError: the sample is at ***")
 
 

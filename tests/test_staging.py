@@ -18,8 +18,8 @@ from harness import Task
 from harness.checkpoint import load, staging
 from harness.checkpoint.commit import streamed as streamed_of
 from harness.checkpoint.format import BlockHasher, checksum
+from harness.checkpoint.plan import SavePlan
 from harness.checkpoint.saver import Saver, SaveRequest
-from harness.checkpoint.shares import Plan
 from harness.checkpoint.staging import HostMemory, Snapshot
 from harness.checkpoint.tree import encode
 from harness.errors import StoreError, Unsupported
@@ -215,7 +215,7 @@ def test_what_could_not_be_copied_is_not_committed(tmp_path, monkeypatch):
 def snapshot_of(values: dict[str, torch.Tensor], memory: HostMemory, steady=lambda tensor: True) -> Snapshot:
     """A snapshot of a part called ``model``."""
     encoded = {"model": encode(values, "model")}
-    plan = Plan(encoded, 1 << 30)
+    plan = SavePlan(encoded, 1 << 30)
     own, _ = plan.own(encoded)
     return Snapshot(plan.shards[0], own, memory, steady)
 
@@ -258,7 +258,7 @@ def test_a_snapshot_has_the_same_bytes(dtype):
     snapshot = snapshot_of(values, HostMemory(pinned=False), lambda tensor: tensor.numel() > 100)
     snapshot.drain()
     encoded = {"model": encode(values, "model")}
-    (image,), (streamed,) = snapshot.images, streamed_of(Plan(encoded, 1 << 30), encoded)
+    (image,), (streamed,) = snapshot.images, streamed_of(SavePlan(encoded, 1 << 30), encoded)
     assert b"".join(image()) == b"".join(streamed())
     assert (image.checksum, image.blocks) == (streamed.checksum, streamed.blocks)
     assert b"".join(image()) == b"".join(streamed()), "as often as an upload is tried"

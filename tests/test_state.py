@@ -37,7 +37,7 @@ def saved(parts: Mapping[str, Any]) -> tuple[dict[str, Any], Manifest]:
     try:
         return load.read(store, directory, manifest), manifest
     finally:
-        store.fs.rm(store.root, recursive=True)
+        store.filesystem.fs.rm(store.root, recursive=True)
 
 
 def through_a_store(model: nn.Module) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def through_a_store(parts: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return load.read(store, directory, manifest)
     finally:
-        store.fs.rm(store.root, recursive=True)
+        store.filesystem.fs.rm(store.root, recursive=True)
 
 
 def bits(value: Any) -> Any:

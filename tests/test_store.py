@@ -63,13 +63,13 @@ class TestS3(StoreContract):
 def test_the_parts_of_an_object_travel_together(s3):
     """Two of them meet on the way."""
     store = open_store(s3.url(uuid.uuid4().hex), s3.storage_options)
-    send, meeting = store._send_part, threading.Barrier(2)
+    send, meeting = store.filesystem._send_part, threading.Barrier(2)
 
     def send_when_all_are_there(*part):
         meeting.wait(30)
         return send(*part)
 
-    store._send_part = send_when_all_are_there
+    store.filesystem._send_part = send_when_all_are_there
     put(store, "file.bin", content(32 * MIB))
     assert store.get("file.bin", 32 * MIB) == content(32 * MIB)
 
@@ -102,7 +102,7 @@ def test_a_filesystem_that_cannot_be_had(url):
 def test_a_server_that_is_not_there():
     """A store that has to connect first, and cannot, is a failure of storage, after the tries that are allowed."""
     with pytest.raises(StoreError, match=r"open sftp://127\.0\.0\.1:1/run: .*") as caught:
-        open_store("sftp://127.0.0.1:1/run", {"look_for_keys": False, "allow_agent": False}, attempts=2)
+        open_store("sftp://127.0.0.1:1/run", {"look_for_keys": False, "allow_agent": False}, tries=2)
     assert caught.value.transient
 
 
@@ -128,7 +128,7 @@ for url in sys.argv[1:]:
 
 def test_a_call_that_hangs_among_others(tmp_path):
     """It is named when its own time is over, and none of those that were to follow is made when it wakes up."""
-    store = open_store(str(tmp_path), attempts=3, deadline_seconds=0.5)
+    store = open_store(str(tmp_path), tries=3, deadline_seconds=0.5)
     os.mkfifo(tmp_path / "pipe")  # who opens it waits for somebody who writes
     put(store, "before", b"1")
 
@@ -235,7 +235,7 @@ class TestStrange(StoreContract):
 def test_a_retry_draws_no_random_number(strange):
     """Python's generator belongs to the training: a storage that failed for a moment must not change what that draws."""
     url, fail = strange
-    store = open_store(url, attempts=4)
+    store = open_store(url, tries=4)
     before = random.getstate()
     fail("pipe_file", Foreign("connection lost"), times=3)
     put(store, "first", b"1")
@@ -247,7 +247,7 @@ def test_a_retry_draws_no_random_number(strange):
 def test_an_error_of_any_class_is_the_storages(strange, operation):
     """One that passes is passed over; one that stays is a failure of the storage, and no traceback."""
     url, fail = strange
-    store = open_store(url, attempts=3)
+    store = open_store(url, tries=3)
     put(store, "first", b"1")
     calls = {
         "pipe_file": lambda: put(store, "second", b"2"),
@@ -290,7 +290,7 @@ def test_a_filesystem_that_cannot_be_written(strange, error):
     url, fail = strange
     fail("pipe_file", error, times=100)
     with pytest.raises(ConfigError, match=r"Strange cannot do that; .*choose another URL"):
-        Catalog(open_store(url, attempts=2)).claim_attempt({})
+        Catalog(open_store(url, tries=2)).attempts.claim({})
 
 
 def test_an_archive_can_be_read(tmp_path):
@@ -316,7 +316,7 @@ def test_credentials_that_are_renewed(s3, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
     options = {"endpoint_url": s3.address, "skip_instance_cache": True}
     write("of yesterday")
-    store = open_store(s3.url("renewed"), options, attempts=3)
+    store = open_store(s3.url("renewed"), options, tries=3)
     with pytest.raises(StoreError, match=r"renewed/file\.bin") as caught:
         put(store, "file.bin", b"1")
     assert not caught.value.transient
@@ -331,8 +331,8 @@ def test_who_is_refused_for_good_is_not_asked_for_long(s3):
     """Two tries, and a new connection at most once a second."""
     made = []
     store = open_store(s3.url("refused"), {**s3.storage_options, "secret": "wrong", "skip_instance_cache": True})
-    another = store._another
-    store._another = lambda: made.append(1) or another()
+    another = store.filesystem.another
+    store.filesystem.another = lambda: made.append(1) or another()
     for _ in range(5):
         with pytest.raises(StoreError):
             put(store, "file.bin", b"1")
@@ -368,7 +368,7 @@ for number in range(2):
     store = open_store(sys.argv[1])
     for name in ("a/1", "a/2"):
         store.put(name, lambda: [b"1"], 1)
-    assert store.list() == {"a/1": 1, "a/2": 1} and not store.keeps_names
+    assert store.list() == {"a/1": 1, "a/2": 1} and not store.filesystem.keeps_names
 """
     env = {**os.environ, "LD_PRELOAD": library}
     command = [sys.executable, "-c", program, f"{tmp_path}/run"]
@@ -379,7 +379,7 @@ for number in range(2):
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
 def test_a_directory_that_was_not_flushed_fails_the_put(tmp_path, code):
     """Any other answer to its fsync is a failure: the name may be gone after a power cut."""
-    store = open_store(str(tmp_path), attempts=1)
+    store = open_store(str(tmp_path), tries=1)
     flushed = []
 
     def hook(call, perform):
@@ -391,7 +391,7 @@ def test_a_directory_that_was_not_flushed_fails_the_put(tmp_path, code):
 
     with system_calls_through(hook), pytest.raises(StoreError, match=os.strerror(code)):
         put(store, "file.bin", b"1")
-    assert store.keeps_names
+    assert store.filesystem.keeps_names
 
 
 # --- trying again ----------------------------------------------------------------------------------------------------
@@ -411,7 +411,7 @@ def test_a_directory_that_was_not_flushed_fails_the_put(tmp_path, code):
 )
 def test_transient_errors_are_tried_again(tmp_path, error, raised, tries):
     """What may pass is tried as often as is allowed, each time from the beginning; what will not surfaces at once."""
-    store = open_store(str(tmp_path), attempts=3)
+    store = open_store(str(tmp_path), tries=3)
     calls = []
 
     def chunks():
@@ -429,7 +429,7 @@ def test_transient_errors_are_tried_again(tmp_path, error, raised, tries):
 
 def test_a_try_that_succeeds_ends_it(tmp_path):
     """After a failure that passed, the object is what the last try sent, and nothing of the first."""
-    store = open_store(str(tmp_path), attempts=3)
+    store = open_store(str(tmp_path), tries=3)
     calls = []
 
     def chunks():

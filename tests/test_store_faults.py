@@ -105,7 +105,7 @@ def test_disk_full_that_only_fsync_tells(mount):
     options = "lazy_itable_init=1,lazy_journal_init=1,nodiscard"
     subprocess.run(["mkfs.ext4", "-q", "-F", "-E", options, f"{small}/image"], check=True)
     place = mount("ext4", f"{small}/image", "loop")
-    store = open_store(f"{place}/run", attempts=2)
+    store = open_store(f"{place}/run", tries=2)
     first = save(store, 1)
     with open(f"{place}/probe", "wb") as file:
         file.write(bytes(40 * MIB))  # does not fail: that is the trap
@@ -182,7 +182,7 @@ def test_sftp_disk_full(sftp, mount):
     """A full disk behind an SFTP server fails the save, though paramiko does not wait for the answer to each packet."""
     place = mount("tmpfs", "tmpfs", "size=8m")
     url = sftp.url("x").partition("/data/")[0].removesuffix(str(sftp.folder)) + f"{place}/run"
-    store = open_store(url, sftp.storage_options, attempts=2)
+    store = open_store(url, sftp.storage_options, tries=2)
     first = save(store, 1)
     fails(store, 2, 16 * MIB, transient=True)  # the protocol has no number for it, so that it is tried again
     assert_newest(store, first, 1)
@@ -216,7 +216,7 @@ def proxied(quick_server, request):
     with Proxy(quick_server.port) as proxy:
         through = quick_server.at(proxy.port)
         direct = open_store(quick_server.url(name), quick_server.storage_options)
-        yield direct, open_store(through.url(name), quick_options(through), attempts=3, deadline_seconds=20), proxy
+        yield direct, open_store(through.url(name), quick_options(through), tries=3, deadline_seconds=20), proxy
 
 
 def wait_for_left_behind() -> None:
@@ -226,7 +226,7 @@ def wait_for_left_behind() -> None:
 def test_server_killed(tmp_path):
     """A save to a server that is no longer there fails; what was committed is there when the server is back."""
     with servers.seaweedfs(tmp_path) as server:
-        store = open_store(server.url("run"), quick_options(server), attempts=2)
+        store = open_store(server.url("run"), quick_options(server), tries=2)
         first = save(store, 1)
         server.kill()
         fails(store, 2, 1000, transient=True)
@@ -238,7 +238,7 @@ def test_server_frozen(server):
     """Every call to a server that answers no more ends within its deadline; when it goes on, the same store works again."""
     patient = open_store(server.url("frozen"), server.storage_options)
     first = save(patient, 1)
-    store = open_store(server.url("frozen"), server.storage_options, attempts=1, deadline_seconds=0.5)
+    store = open_store(server.url("frozen"), server.storage_options, tries=1, deadline_seconds=0.5)
     calls = {
         "put": lambda: save(store, 2),
         "get": lambda: store.get(f"{first}/manifest.json", 256 * MIB),
@@ -253,7 +253,7 @@ def test_server_frozen(server):
             assert time.monotonic() - began < 5, name
     wait_for_left_behind()
     assert_newest(patient, first, 1)
-    store.deadline_seconds = 30
+    store.calls.deadline_seconds = 30
     third = save(store, 3)
     assert_newest(patient, third, 3)
 
@@ -262,7 +262,7 @@ def test_connection_cut_in_every_upload(proxied):
     """When no large object comes through, the save fails, and nothing of it counts."""
     direct, store, proxy = proxied
     first = save(store, 1)
-    store.attempts, proxy.cut_after_bytes, proxy.cuts = 2, 3 * MIB, 1000
+    store.calls.tries, proxy.cut_after_bytes, proxy.cuts = 2, 3 * MIB, 1000
     fails(store, 2, 20 * MIB, transient=True)
     assert proxy.disturbances >= 2
     assert_newest(direct, first, 1)
@@ -324,11 +324,11 @@ def test_download_of_several_ranges_at_a_time(s3):
 def test_slow_server(proxied):
     """A server that takes longer than the deadline of a call is waited for as long as the bytes come at a bearable rate."""
     direct, store, proxy = proxied
-    store.deadline_seconds = 2
+    store.calls.deadline_seconds = 2
     proxy.delay_seconds = 0.03  # 2 MiB/s
     began = time.monotonic()
     first = save(store, 1, 5 * MIB)
-    assert time.monotonic() - began > store.deadline_seconds
+    assert time.monotonic() - began > store.calls.deadline_seconds
     assert_newest(direct, first, 1, 5 * MIB)
 
 
@@ -369,7 +369,7 @@ def test_secrets_are_not_written(s3, caplog):
     caplog.set_level(logging.DEBUG)
     store = open_store(s3.url("secrets"), s3.storage_options)
     catalog = Catalog(store)
-    commit.write(store, parts(1, 1000), step=1, attempt=catalog.claim_attempt({}))
+    commit.write(store, parts(1, 1000), step=1, attempt=catalog.attempts.claim({}))
     written = b"".join(store.get(name, MIB) for name in store.list())
     assert b"manifest" not in written  # and yet it was read:
     assert b'"harness-checkpoint"' in written

@@ -19,7 +19,7 @@ from values import Training, bits
 import harness
 from harness.checkpoint import commit, load, tree
 from harness.checkpoint.format import DTYPES, Attempt, TensorInfo, decode_header, encode_header
-from harness.checkpoint.shares import Plan, Writers
+from harness.checkpoint.plan import SavePlan, Writers
 from harness.errors import Corrupt
 from harness.state.capture import State, sent
 from harness.storage.store import open_store
@@ -182,7 +182,7 @@ def test_several_writers_keep_strides():
     parts = {"part": {str(number): each for number, each in enumerate(LAYOUTS.values())}}
     encoded = commit.encode(parts)
     every = lambda _tensor: True
-    plan = Plan(encoded, 1 << 20, Writers((0, 1), 1), every)
+    plan = SavePlan(encoded, 1 << 20, Writers((0, 1), 1), every)
     noted = {info.path: info.strides for shards in plan.shards.values() for shard in shards for info in shard.tensors}
     assert noted == {path: tree.strides_to_note(tensor) for path, tensor in encoded["part"].tensors.items()}
     assert plan.is_for(commit.encode(parts), 1 << 20, Writers((0, 1), 1), every)

@@ -12,7 +12,7 @@ from harness.storage.urls import shown, with_shown_urls
 
 def place(url: str, **options) -> tuple[str, str]:
     store = open_store(url, options)
-    return type(store.fs).__name__, store.root
+    return type(store.filesystem.fs).__name__, store.root
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_seams_within_the_path_of_a_store():
 def test_what_could_be_read_in_two_ways_is_refused(url, told):
     """None of them may become a directory on this machine, or the place of another run. No secret is repeated."""
     with pytest.raises(ConfigError) as caught:
-        open_store(url, attempts=1)
+        open_store(url, tries=1)
     assert told in str(caught.value)
     assert "sec" not in str(caught.value).replace("second", "")
 

@@ -34,16 +34,17 @@ from values import bits
 from harness import Task
 from harness.checkpoint import commit, load
 from harness.checkpoint import format as layout
-from harness.checkpoint.catalog import Catalog, Retention, verify_all
+from harness.checkpoint.catalog import Catalog, verify_all
 from harness.checkpoint.format import DTYPES, MANIFEST, Attempt, Receipt, TensorInfo, receipt_name
+from harness.checkpoint.plan import SavePlan, TensorSlice, Writers, divide
+from harness.checkpoint.retention import Pruner, Retention
 from harness.checkpoint.saver import Saver, SaveRequest
-from harness.checkpoint.shares import Piece, Plan, Writers, divide
 from harness.checkpoint.tree import Encoded, flat_bytes
 from harness.distributed.world import SoloWorld, World
 from harness.errors import Corrupt, Mismatch, StoreError, Unsupported
 from harness.interchange.export import export_model
 from harness.interchange.files import Place, read_directory
-from harness.storage import store as store_module
+from harness.storage.filesystem import LocalDisk
 from harness.storage.store import Store, open_store
 
 ATTEMPT = Attempt("000001-00000000")
@@ -109,15 +110,15 @@ REALISTIC = {
 def test_shares_are_about_equal(name):
     """The largest is at most a tenth more than the mean; few tensors are cut; each rank plans the same without asking."""
     parts, count = REALISTIC[name]
-    plan = Plan(parts, 1 << 30, Writers(tuple(range(count)), 0), everything)
+    plan = SavePlan(parts, 1 << 30, Writers(tuple(range(count)), 0), everything)
     sizes = [sum(piece.nbytes for piece in pieces) for pieces in plan.pieces.values()]
     total = sum(tensor.nbytes for part in parts.values() for tensor in part.tensors.values())
     assert sum(sizes) == total
     assert max(sizes) <= 1.1 * total / count
     assert sum(len(plan.slices(part)) for part in parts) < count
-    last = Plan(parts, 1 << 30, Writers(tuple(range(count)), count - 1), everything)
+    last = SavePlan(parts, 1 << 30, Writers(tuple(range(count)), count - 1), everything)
     assert (last.checksum, last.pieces) == (plan.checksum, plan.pieces)
-    assert Plan(parts, 1 << 29, last.writers, everything).checksum != plan.checksum
+    assert SavePlan(parts, 1 << 29, last.writers, everything).checksum != plan.checksum
 
 
 tensors = st.lists(
@@ -134,7 +135,7 @@ def test_every_byte_is_somebodys(found, count, shard_bytes):
         pieces = []
         for number, (dtype, shape, can_be_cut) in enumerate(found):
             info = TensorInfo(str(number), dtype, tuple(shape))
-            pieces.append(Piece("part", info, 0, info.nbytes, can_be_cut and info.nbytes > 64))
+            pieces.append(TensorSlice("part", info, 0, info.nbytes, can_be_cut and info.nbytes > 64))
         shares = divide(pieces, count)
     assert len(shares) == count
     for whole in pieces:
@@ -153,7 +154,7 @@ def test_the_first_writer_has_what_is_not_the_same_everywhere():
     def steady(tensor: torch.Tensor) -> bool:
         return len(tensor) == 8
 
-    first, second = Plan(parts, 64, Writers((0, 1), 0), steady), Plan(other, 64, Writers((0, 1), 1), steady)
+    first, second = SavePlan(parts, 64, Writers((0, 1), 0), steady), SavePlan(other, 64, Writers((0, 1), 1), steady)
     assert {piece.tensor.path for piece in first.pieces[1]} <= {"weight"}
     assert "mean" in {piece.tensor.path for piece in first.pieces[0]}
     assert first.checksum == second.checksum
@@ -200,7 +201,7 @@ def test_a_plan_is_for_those_whom_it_was_made_for(small_blocks):
     parts = {"model": Encoded({}, cut_and_whole())}
     for ranks in ((0,), (0, 1, 2)):
         writers = Writers(ranks)
-        plan = Plan(parts, 1000, writers, everything)
+        plan = SavePlan(parts, 1000, writers, everything)
         assert plan.is_for(parts, 1000, writers, everything)
         assert plan.is_for(parts, 1000, writers) == (len(ranks) == 1)
         assert not plan.is_for({**parts, "further": Encoded()}, 1000, writers, everything)
@@ -378,7 +379,7 @@ def test_a_writer_whose_storage_refuses_says_so(small_blocks, caplog):
     saved = save(writers, 2)
     assert writers[0].catalog.newest().directory == saved.directory
     assert (
-        [entry.step for entry in writers[0].catalog.prune(Retention(1))]
+        [entry.step for entry in Pruner(writers[0].catalog).prune(Retention(1))]
         == []
         == [name for name in objects if "receipt" in name]
     )
@@ -422,7 +423,7 @@ def test_other_bits_on_another_rank_are_found(small_blocks):
     writers = savers(Objects(objects), Objects(objects))
     theirs = parts()
     encoded = commit.encode(theirs)
-    piece = Plan(encoded, 1000, writers[1].writers, everything).pieces[1][0]
+    piece = SavePlan(encoded, 1000, writers[1].writers, everything).pieces[1][0]
     flat_bytes(encoded[piece.part].tensors[piece.tensor.path])[piece.start] ^= 1
     with pytest.raises(Unsupported, match=f"{piece.part}: {piece.tensor.path} changed .* or are not the same on all ranks"):
         save(writers, states=[parts(), theirs], check=True)
@@ -617,7 +618,7 @@ def test_left_over_receipts_are_nobodys(cut, tmp_path):
         store.put(f"{directory}/{name}", lambda data=data: [data], len(data))
     catalog = Catalog(store)
     assert [entry.state for entry in verify_all(catalog, deep=True)] == ["whole"]
-    catalog._delete(directory)
+    Pruner(catalog).delete(directory)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -663,14 +664,14 @@ class on_rank:  # noqa: N801  # a context
         self.patch = pytest.MonkeyPatch()
 
     def __enter__(self) -> None:
-        put = store_module._LocalStore._put
+        put = LocalDisk.put
 
-        def _put(store: Store, path: str, *rest: Any) -> None:
+        def put_after(disk: LocalDisk, path: str, *rest: Any) -> None:
             if self.is_it and self.step in path and path.endswith(".safetensors"):
                 self.what()
-            put(store, path, *rest)
+            put(disk, path, *rest)
 
-        self.patch.setattr(store_module._LocalStore, "_put", _put)
+        self.patch.setattr(LocalDisk, "put", put_after)
 
     def __exit__(self, *_: object) -> None:
         self.patch.undo()

@@ -1,26 +1,14 @@
-"""What lies in a run's URL: list, open, verify, prune. Only what is committed counts. No torch."""
+"""What lies in a run's URL: list, open, verify. Only what is committed counts. No torch."""
 
-import contextlib
 import functools
-import json
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import BinaryIO, Literal, TypeVar
 
-from harness.checkpoint.format import (
-    MANIFEST,
-    MANIFEST_LIMIT_BYTES,
-    Attempt,
-    FileInfo,
-    Manifest,
-    hasher,
-    new_directory,
-    parse_directory,
-)
-from harness.errors import CheckpointError, Corrupt, NoCheckpoint, StoreError, Superseded, UnknownFormat
+from harness.checkpoint.attempts import Attempts
+from harness.checkpoint.format import MANIFEST, MANIFEST_LIMIT_BYTES, Attempt, FileInfo, Manifest, hasher, parse_directory
+from harness.errors import CheckpointError, Corrupt, NoCheckpoint, StoreError, UnknownFormat
 from harness.runtime.threads import in_threads
 from harness.storage.store import Store
 
@@ -30,8 +18,6 @@ Seen = dict[str, set[str]]  # the names of the objects in each directory that wa
 
 _TRIES = 50  # to find a run as it is, while it goes on
 _LOOKS_AT_ONCE = 8
-_TIDYING_SECONDS = 1.0  # so long at most are old checkpoints deleted after a commit,
-_TIDYING_SAVES = 16  # if they are more than so many
 
 
 @dataclass(frozen=True)
@@ -50,25 +36,8 @@ class Entry:
     problem: str = ""
 
 
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints to keep: the last so many (None: all), and those whose step is a multiple of another number."""
-
-    keep_last: int | None = None
-    keep_every_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        assert self.keep_last is None or self.keep_last >= 1, "the newest whole checkpoint is never deleted"
-
-    def keeps(self, age: int, step: int, best_step: int | None) -> bool:
-        """Whether the whole checkpoint that is the ``age``-th newest (from 0) stays."""
-        if self.keep_last is None or age < self.keep_last or step == best_step:
-            return True
-        return self.keep_every_steps is not None and step % self.keep_every_steps == 0
-
-
 @dataclass(frozen=True, order=True)
-class _Save:
+class SaveName:
     """The name of a save's directory. The greatest is the latest: of several saves of a step by one attempt, too."""
 
     attempt: Attempt
@@ -88,13 +57,14 @@ class Catalog:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.attempts = Attempts(store)
         self._opened: dict[str, Manifest] = {}  # committed directories are never modified: a look at their objects will do
 
     def entries(self) -> list[Entry]:
         """All saves, the latest attempt's first, within an attempt the latest step first."""
         for count in range(_TRIES):
             there, seen = {*self.store.names()}, Seen()
-            found = self._look_at_all(_saves(there), seen)
+            found = self.look_at_all(saves_among(there), seen)
             doubtful = {entry.directory for entry in found if entry.state == "unfinished"}
             if not doubtful:
                 break
@@ -105,21 +75,21 @@ class Catalog:
                 break
         return [entry for entry in found if entry.state != "unfinished" or entry.directory in there]
 
-    def _for_each(self, function: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
+    def for_each(self, function: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
         """What a function makes of each of many saves, of several at a time where that is faster."""
         at_once = _LOOKS_AT_ONCE if self.store.has_ranges else 1
         return self.store.together(lambda: in_threads(at_once, function, items)).result()
 
-    def _look_at_all(self, saves: Sequence[_Save], seen: Seen | None = None) -> list[Entry]:
+    def look_at_all(self, saves: Sequence[SaveName], seen: Seen | None = None) -> list[Entry]:
         """What saves are now. An object store tells all their objects at once."""
         if not self.store.has_ranges:
-            return self._for_each(functools.partial(self._look, seen=seen), saves)
+            return self.for_each(functools.partial(self._look, seen=seen), saves)
         listed: dict[str, dict[str, int]] = {save.directory: {} for save in saves}
         for name, size_bytes in self.store.list(beginning="step-").items():
             listed.get(name.partition("/")[0], {})[name] = size_bytes
-        return self._for_each(lambda save: self._look(save, seen, listed[save.directory]), saves)
+        return self.for_each(lambda save: self._look(save, seen, listed[save.directory]), saves)
 
-    def _look(self, save: _Save, seen: Seen | None = None, objects: Mapping[str, int] | None = None) -> Entry:
+    def _look(self, save: SaveName, seen: Seen | None = None, objects: Mapping[str, int] | None = None) -> Entry:
         """What a save is now. The names of its objects go to ``seen``."""
         directory, objects = save.directory, self.store.list(save.directory) if objects is None else objects
         if seen is not None:
@@ -138,7 +108,7 @@ class Catalog:
         self._opened[directory] = manifest
         return Entry(directory, save.step, save.attempt, "whole", manifest)
 
-    def _known(self, save: _Save) -> Entry:
+    def known(self, save: SaveName) -> Entry:
         """What a save is, without another look at one that was whole."""
         if (manifest := self._opened.get(save.directory)) is not None:
             return Entry(save.directory, save.step, save.attempt, "whole", manifest)
@@ -183,8 +153,8 @@ class Catalog:
         Each is looked at when it is asked for; the names of its objects go to ``seen``. Raises ``UnknownFormat``
         when it has given none and there are names that begin as those of saves do: they are not taken for nothing.
         """
-        names, way, is_empty = self.store.names(), _Line(), True
-        for save in _saves(names):
+        names, way, is_empty = self.store.names(), Line(), True
+        for save in saves_among(names):
             if way.may_have(save.attempt, save.step) and way.take(entry := self._look(save, seen)):
                 is_empty = False
                 yield entry
@@ -212,7 +182,7 @@ class Catalog:
         if seen != before:  # though it was tried often
             raise StoreError(f"list {self.store.url}: it changes faster than it can be looked at", transient=True)
         words = "whole checkpoint" if step is None else f"whole checkpoint of step {step}"
-        others = [save.attempt.number for save in _saves(self.store.names()) if save.step == step]
+        others = [save.attempt.number for save in saves_among(self.store.names()) if save.step == step]
         hint = f"; that of attempt {others[0]} is corrupt, unfinished, or on an abandoned line" if others else ""
         raise NoCheckpoint(f"{self.store.url}: there is no {words}{hint}")
 
@@ -233,196 +203,18 @@ class Catalog:
     def further(self, newest: Entry) -> list[Entry]:
         """What goes further than the newest checkpoint of the line, and is not on it: the last whole one of each other
         line."""
-        return self._further(_saves(self.store.names()), newest.step, self._look)
-
-    def _further(self, saves: Iterable[_Save], step: int, look: Callable[[_Save], Entry]) -> list[Entry]:
-        found, told = list[Entry](), set[str]()
-        for save in saves:
-            if save.step > step and save.attempt.id not in told and (entry := look(save)).state == "whole":
-                found.append(entry)
-                stands_on = entry.manifest.lineage if entry.manifest else ()
-                told |= {save.attempt.id, *(ancestor.attempt for ancestor in stands_on)}
-        return found
-
-    def verify(self, entry: Entry) -> None:
-        """Reads every byte of a checkpoint and compares it with the manifest. Raises ``Corrupt``."""
-        for file in self.open(entry.directory).files:
-            verify_file(self.store, f"{entry.directory}/{file.name}", file)
-
-    # --- deleting ----------------------------------------------------------------------------------------------------
-
-    def prune(
-        self, retention: Retention, best_step: int | None = None, *, dry_run: bool = False, unfinished: bool = False
-    ) -> list[Entry]:
-        """Deletes what is not to be kept and returns it. For a run that is not training.
-
-        What is kept are whole checkpoints of the line that the run is on; ``best_step`` names one more of them. Of each
-        abandoned line that went further, the last one stays until the line has passed it. All else goes that is older
-        than the newest one kept: checkpoints, what they left behind when a deletion was cut short, saves that were never
-        finished, abandoned lines. With ``keep_last=None`` only the unfinished ones go.
-
-        Of what is newer, the unfinished saves of attempts before the last one go, and with ``unfinished`` those of the last
-        one: somebody may be writing them. Where nothing is whole, nothing else goes.
-        """
-        saves = _saves(self.store.names())
-        last = max({*self.attempts(), *(save.attempt for save in saves)}, default=None)
-        found = dict(zip(saves, self._look_at_all(saves), strict=True))
-        kept = self._kept(saves, retention, best_step, found.__getitem__)
-        old = {*self._old(saves, kept, found.__getitem__)}
-
-        def goes(save: _Save, entry: Entry) -> bool:
-            if save in old and retention.keep_last is not None:
-                return True
-            return entry.state == "unfinished" and (unfinished or save in old or (bool(kept) and save.attempt != last))
-
-        gone = [entry for save, entry in found.items() if goes(save, entry)]
-        if not dry_run:
-            self._for_each(self._delete, [entry.directory for entry in reversed(gone)])
-        return gone
-
-    def tidy(self, retention: Retention, best_step: int | None, attempt: Attempt) -> None:
-        """Deletes what is not to be kept, as ``prune`` does, after a commit and by the only writer, that of an attempt.
-
-        Raises ``Superseded``, before anything is deleted, when it was believed dead: a successor counts on what is there.
-        What the writer itself has committed does no harm, it is not on that one's line.
-
-        The training may wait for this. So only what decides is looked at, checkpoints between the last ones and older ones
-        stay or go by their names, and of many that are to go, some are left to the next call.
-        """
-        saves = [] if retention.keep_last is None else _saves(self.store.names())
-        self.refuse_superseded(attempt)  # looked at after the names: who begins later than this finds what stays
-        kept = self._kept(saves, retention, best_step, self._known, by_name=True)
-        until = time.monotonic() + _TIDYING_SECONDS
-        for count, save in enumerate(reversed(self._old(saves, kept, self._known)), 1):
-            self._delete(save.directory)
-            if count >= _TIDYING_SAVES and time.monotonic() > until:
-                break
-
-    def _kept(
-        self,
-        saves: Iterable[_Save],
-        retention: Retention,
-        best_step: int | None,
-        look: Callable[[_Save], Entry],
-        *,
-        by_name: bool = False,
-    ) -> list[_Save]:
-        """The whole checkpoints that are to be kept, the newest first; of several of one step and attempt the newest.
-
-        With ``by_name`` those besides the last ones are not looked at, one of an attempt that nothing is known of excepted.
-        """
-        way, kept, counted = _Line(), list[_Save](), set[tuple[Attempt, int]]()
-        for save in saves:
-            age = len(counted)
-            if not (way.may_have(save.attempt, save.step) and retention.keeps(age, save.step, best_step)):
-                continue
-            if by_name and retention.keep_last is not None and age >= retention.keep_last and way.knows(save.attempt):
-                kept.append(save)
-            elif way.take(entry := look(save)) and entry.state == "whole" and (save.attempt, save.step) not in counted:
-                kept.append(save)
-                counted.add((save.attempt, save.step))
-        return kept
-
-    def _old(self, saves: Sequence[_Save], kept: Sequence[_Save], look: Callable[[_Save], Entry]) -> list[_Save]:
-        """What is older than the newest that is kept, and is neither kept nor further than it."""
-        if not kept:
-            return []
-        stays = {*kept}
-        old = [save for save in saves if save not in stays and save < kept[0]]
-        further = {entry.directory for entry in self._further(old, kept[0].step, look)}
-        return [save for save in old if save.directory not in further]
-
-    def sweep(self, attempt: Attempt) -> None:
-        """Deletes what attempts before this one have begun to save after the newest whole checkpoint, and not finished.
-
-        Who wakes up and finishes one of those will have committed what is corrupt, and is on nobody's line.
-        """
-        rubbish = []
-        for save in _saves(self.store.names()):
-            entry = self._known(save)
-            if entry.state == "whole":
-                break
-            if entry.state == "unfinished" and save.attempt < attempt:
-                rubbish.append(save.directory)
-        else:
-            return  # where nothing is whole, it may be all that its owner has left
-        for directory in rubbish:
-            self._delete(directory)
-
-    @contextlib.contextmanager
-    def new_directory(self, step: int, attempt: Attempt) -> Iterator[str]:
-        """A directory for a save. After an error, what was put there is deleted, unless the storage fails for the moment."""
-        directory = new_directory(step, attempt)
-        try:
-            yield directory
-        except Exception as error:
-            if not (isinstance(error, StoreError) and error.transient):
-                with contextlib.suppress(StoreError):  # the error that is under way matters more
-                    self.discard(directory)
-            raise
-
-    def discard(self, directory: str) -> None:
-        """Deletes what its only writer has put into a save that has failed. One with a manifest was committed, and stays."""
-        if not self.is_committed(directory):
-            self._delete(directory)
-
-    def _delete(self, directory: str) -> None:
-        """Removes a save. Its manifest goes first, so that a deletion that is cut short leaves no checkpoint. Of a link only
-        the link goes."""
-        if self.store.unlink(directory):
-            return
-        objects = self.store.list(directory, follow=False)
-        if (manifest := f"{directory}/{MANIFEST}") in objects:
-            self.store.delete(manifest)
-        in_threads(self.store.streams, self.store.delete, sorted(objects.keys() - {manifest}))
-        self.store.delete_directory(directory)
-
-    # --- attempts ----------------------------------------------------------------------------------------------------
-
-    def attempts(self) -> list[Attempt]:
-        """Every start of the run that left a trace, the first one first."""
-        return _attempts(self.store.list("attempts"))
-
-    def claim_attempt(self, about: Mapping[str, Any]) -> Attempt:
-        """Numbers this start of the run after all others and leaves a record of it (``about`` is JSON).
-
-        The claim is made before anything is trained: a writer of an earlier attempt has a lower number from then on, even
-        if it has yet to write its first checkpoint.
-        """
-        saved = {save.attempt for save in _saves(self.store.names())}
-        attempt = Attempt.after({*self.attempts(), *saved})
-        record = {"attempt": attempt.id, "started": datetime.now(UTC).isoformat(timespec="milliseconds"), **about}
-        text = json.dumps(record, indent=1).encode()
-        self.store.put(f"attempts/{attempt.id}.json", lambda: [text], len(text))
-        return attempt
-
-    def about_attempt(self, attempt: Attempt) -> dict[str, Any]:
-        """The record of an attempt; empty where it cannot be read."""
-        text = self.store.get(f"attempts/{attempt.id}.json", MANIFEST_LIMIT_BYTES)
-        try:
-            record = json.loads(text or b"{}")
-        except ValueError:
-            return {}
-        return record if isinstance(record, dict) else {}
-
-    def refuse_superseded(self, attempt: Attempt) -> None:
-        """Stops who was believed dead, and is not. Raises ``Superseded`` when an attempt after this one trains the run."""
-        newest = max(self.attempts(), default=attempt)
-        if newest > attempt:
-            about = self.about_attempt(newest)
-            who = f"started {about.get('started')} on {about.get('host')}"
-            raise Superseded(f"{self.store.url}: attempt {newest.number} trains this run now ({who})")
+        return beyond(saves_among(self.store.names()), newest.step, self._look)
 
 
 def _only_grew(before: Seen | None, seen: Seen, found: Entry) -> bool:
     """Whether all that is later than a checkpoint, and was there at the look before, still has what it had then."""
     if before is None:
         return False
-    place = _Save(found.attempt, found.step, found.directory)
-    return all(before[save.directory] <= seen.get(save.directory, set()) for save in _saves(before) if save > place)
+    place = SaveName(found.attempt, found.step, found.directory)
+    return all(before[save.directory] <= seen.get(save.directory, set()) for save in saves_among(before) if save > place)
 
 
-class _Line:
+class Line:
     """The line that the run is on, found from its saves, the latest attempt's first.
 
     The newest attempt comes first, whatever steps others reached. From an attempt that a newer checkpoint stands on, only
@@ -461,19 +253,24 @@ class _Line:
 
 def line(entries: Iterable[Entry]) -> Iterator[Entry]:
     """Of all saves, the latest attempt's first, those that a run may resume from."""
-    way = _Line()
+    way = Line()
     return (entry for entry in entries if way.take(entry))
 
 
-def _attempts(objects: Iterable[str]) -> list[Attempt]:
-    """The attempts that have a record among the objects of a run, the first one first."""
-    names = (name.removeprefix("attempts/") for name in objects if name.startswith("attempts/"))
-    return sorted(attempt for name in names if (attempt := Attempt.parse(name.removesuffix(".json"))))
+def beyond(saves: Iterable[SaveName], step: int, look: Callable[[SaveName], Entry]) -> list[Entry]:
+    """Of saves, the latest first, the last whole one of each line that goes further than a step."""
+    found, told = list[Entry](), set[str]()
+    for save in saves:
+        if save.step > step and save.attempt.id not in told and (entry := look(save)).state == "whole":
+            found.append(entry)
+            stands_on = entry.manifest.lineage if entry.manifest else ()
+            told |= {save.attempt.id, *(ancestor.attempt for ancestor in stands_on)}
+    return found
 
 
-def _saves(names: Iterable[str]) -> list[_Save]:
+def saves_among(names: Iterable[str]) -> list[SaveName]:
     """The saves among the names in a run's URL, the latest first."""
-    found = [_Save(parsed[1], parsed[0], name) for name in names if (parsed := parse_directory(name))]
+    found = [SaveName(parsed[1], parsed[0], name) for name in names if (parsed := parse_directory(name))]
     return sorted(found, key=lambda save: (save.attempt.id, save.step, save.directory), reverse=True)  # they may be many
 
 
@@ -488,12 +285,18 @@ def verify_all(catalog: Catalog, *, step: int | None = None, deep: bool = False)
     return found
 
 
+def verify(catalog: Catalog, entry: Entry) -> None:
+    """Reads every byte of a checkpoint and compares it with the manifest. Raises ``Corrupt``."""
+    for file in catalog.open(entry.directory).files:
+        verify_file(catalog.store, f"{entry.directory}/{file.name}", file)
+
+
 def _verified(catalog: Catalog, entry: Entry) -> Entry | None:
     """A save after every byte has been read; None where it was deleted meanwhile."""
     if entry.state != "whole":
         return entry
     try:
-        catalog.verify(entry)
+        verify(catalog, entry)
     except CheckpointError as error:
         return replace(entry, state="corrupt", problem=str(error)) if catalog.is_committed(entry.directory) else None
     return entry

@@ -9,10 +9,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from harness.checkpoint import load as reading
-from harness.checkpoint.catalog import Catalog, Entry, Retention
+from harness.checkpoint.catalog import Catalog, Entry
 from harness.checkpoint.format import Ancestor, Attempt, check_meta, check_step
+from harness.checkpoint.plan import IsSteady, nothing_is_steady
+from harness.checkpoint.retention import Retention
 from harness.checkpoint.saver import Saved, Saver, SaveRequest
-from harness.checkpoint.shares import IsSteady, nothing_is_steady
 from harness.errors import NoCheckpoint, Unsupported
 from harness.storage.store import open_store
 
@@ -134,7 +135,7 @@ class Checkpointer:
     def _saver_for(self, step: int) -> Saver:
         """The writer of an attempt in which each save has a later step than the one before: the last is the newest."""
         if self._saver is None or step <= self._last_step:
-            self._saver = self._new_saver(self._catalog.claim_attempt({}))
+            self._saver = self._new_saver(self._catalog.attempts.claim({}))
         self._last_step = step
         return self._saver
 

@@ -5,7 +5,7 @@ names is durable, because ``Store.put`` returned for each of them and the store 
 is read back before older checkpoints may go. The directory is fresh, so that nothing that was committed before is touched,
 and a writer that was believed dead and wakes up writes into a directory that nobody else uses.
 
-Several ranks can write (see ``harness.checkpoint.shares``). The first of them then publishes the manifest when all others
+Several ranks can write (see ``harness.checkpoint.plan``). The first of them then publishes the manifest when all others
 have left their *receipts* in the directory, each after its shards are durable: they meet nowhere but in the store.
 """
 
@@ -45,12 +45,12 @@ from harness.checkpoint.format import (
     receipt_name,
     shard_name,
 )
-from harness.checkpoint.shares import Found, Plan, Shard
+from harness.checkpoint.plan import Found, SavePlan, Shard
 from harness.errors import CheckpointError, Corrupt, StoreError, Unsupported
 from harness.runtime.gc_pause import without_collections
 from harness.runtime.threads import in_threads, threads_for
+from harness.storage.direct_io import Buffer
 from harness.storage.store import Store
-from harness.storage.unbuffered import Buffer
 
 
 class Torn(Exception):
@@ -126,7 +126,7 @@ def write_encoded(
     directory: str | None = None,
 ) -> tuple[str, Manifest]:
     """As ``write``, for parts that were taken apart, with so many shards on their way at once."""
-    directory, plan = directory or new_directory(header.step, header.attempt), Plan(encoded, shard_bytes)
+    directory, plan = directory or new_directory(header.step, header.attempt), SavePlan(encoded, shard_bytes)
     receipt = write_share(store, directory, plan, streamed(plan, encoded), streams)
     return directory, publish(store, directory, plan, encoded, [receipt], header)
 
@@ -145,7 +145,7 @@ class Content(Protocol):
         """All bytes; called once for each try of the upload."""
 
 
-def write_share(store: Store, directory: str, plan: Plan, contents: Sequence[Content], streams: int = 1) -> Receipt:
+def write_share(store: Store, directory: str, plan: SavePlan, contents: Sequence[Content], streams: int = 1) -> Receipt:
     """Writes this rank's shards, so many at once. They are durable when it returns."""
 
     def put(content: Content) -> None:
@@ -159,7 +159,7 @@ def write_share(store: Store, directory: str, plan: Plan, contents: Sequence[Con
     return Receipt(plan.writers.rank, plan.checksum, files, blocks)
 
 
-def streamed(plan: Plan, encoded: Mapping[str, tree.Encoded]) -> list[Content]:
+def streamed(plan: SavePlan, encoded: Mapping[str, tree.Encoded]) -> list[Content]:
     """This rank's shards, straight from the tensors: nothing may change them until all is written."""
     own, _ = plan.own(encoded)
     return [_Streamed(shard, own[shard.part].tensors) for shard in plan.shards[plan.writers.rank]]
@@ -170,7 +170,7 @@ def put_receipt(store: Store, directory: str, receipt: Receipt) -> None:
     _put_bytes(store, f"{directory}/{receipt.name}", receipt.encode())
 
 
-def collect(store: Store, directory: str, plan: Plan, latest: Callable[[], float]) -> list[Receipt]:
+def collect(store: Store, directory: str, plan: SavePlan, latest: Callable[[], float]) -> list[Receipt]:
     """The receipts of the other writers, which are waited for while the (monotonic) time is not later than ``latest()``.
 
     Raises ``StoreError`` where one has failed or does not come, ``Torn`` where one's state has changed while it was copied,
@@ -194,7 +194,7 @@ def collect(store: Store, directory: str, plan: Plan, latest: Callable[[], float
     return [found[rank] for rank in plan.writers.ranks[1:]]
 
 
-def _receipt(store: Store, directory: str, plan: Plan, rank: int) -> Receipt:
+def _receipt(store: Store, directory: str, plan: SavePlan, rank: int) -> Receipt:
     name = f"{directory}/{receipt_name(rank)}"
     try:
         receipt = Receipt.decode(receipt_name(rank), store.get(name, MANIFEST_LIMIT_BYTES) or b"")
@@ -213,7 +213,7 @@ def _receipt(store: Store, directory: str, plan: Plan, rank: int) -> Receipt:
 def publish(
     store: Store,
     directory: str,
-    plan: Plan,
+    plan: SavePlan,
     encoded: Mapping[str, tree.Encoded],
     receipts: Sequence[Receipt],
     header: Header,
@@ -259,17 +259,17 @@ def publish(
     return manifest
 
 
-def _part(plan: Plan, name: str, part: tree.Encoded, blocks: Mapping[str, Blocks]) -> Part:
+def _part(plan: SavePlan, name: str, part: tree.Encoded, blocks: Mapping[str, Blocks]) -> Part:
     digest = _digest(part.tree, part.aliases, plan.tensors[name], blocks)
     return Part([shard.name for shard in _shards(plan, name)], part.tree, part.aliases, digest, plan.slices(name))
 
 
-def _shards(plan: Plan, name: str) -> list[Shard]:
+def _shards(plan: SavePlan, name: str) -> list[Shard]:
     """All writers' shards of a part."""
     return [shard for shards in plan.shards.values() for shard in shards if shard.part == name]
 
 
-def _compare(plan: Plan, found: Found, expected: Found) -> None:
+def _compare(plan: SavePlan, found: Found, expected: Found) -> None:
     for name, blocks in found.items():
         torn = sorted(path for path in blocks if blocks[path] != expected[name][path])
         if torn:
@@ -292,7 +292,7 @@ def _digest(rest: Any, aliases: Mapping[str, str], tensors: Sequence[TensorInfo]
     return digest({**hashes, **same}, rest)
 
 
-def _indexes(plan: Plan, parts: Mapping[str, Part]) -> dict[str, bytes]:
+def _indexes(plan: SavePlan, parts: Mapping[str, Part]) -> dict[str, bytes]:
     """What Hugging Face's loaders expect of a part, unless all of it is in one file of its name, or some lies in pieces."""
     found = {}
     for name, part in parts.items():

@@ -6,7 +6,7 @@ still in a core's cache. Only when they agree with the manifest are the tensors 
 there is no pickle on this path.
 
 The pieces of a tensor that lies in several go to their places in the whole. A local file is read by several threads, each a
-stretch of it, whose pages it has the kernel give first (``harness.checkpoint.pages``), and hashed by the caller.
+stretch of it, whose pages it has the kernel give first (``harness.checkpoint.prefault``), and hashed by the caller.
 
 Ranks that read together (``peers``) read each byte once between them: of every round of pieces each rank reads one, and
 gets all. Each computes the checksums of all that it was given.
@@ -40,12 +40,13 @@ from harness.checkpoint.format import (
     digest,
     hasher,
 )
-from harness.checkpoint.pages import Pages, cut
+from harness.checkpoint.prefault import Pages, cut
 from harness.errors import CheckpointError, Corrupt, HarnessError, RankFailure, StoreError
 from harness.runtime.gc_pause import without_collections
 from harness.runtime.threads import in_order, threads_for
-from harness.storage.store import RANGE_BYTES, Store, joined
-from harness.storage.unbuffered import Buffer
+from harness.storage.direct_io import Buffer
+from harness.storage.filesystem import joined
+from harness.storage.store import RANGE_BYTES, Store
 
 _ROUND_BYTES = 16 << 20  # of all pieces that ranks hand on at once: they hold them all,
 _SMALLEST_PIECE_BYTES = 64 << 10  # however many they are

@@ -30,10 +30,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from harness.checkpoint import commit, staging
-from harness.checkpoint.catalog import Catalog, Retention
+from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.commit import Torn
 from harness.checkpoint.format import Ancestor, Attempt, Receipt, new_directory
-from harness.checkpoint.shares import Found, IsSteady, Plan, Writers, nothing_is_steady
+from harness.checkpoint.plan import Found, IsSteady, SavePlan, Writers, nothing_is_steady, planned
+from harness.checkpoint.retention import Pruner, Retention
 from harness.checkpoint.staging import HostMemory, Snapshot
 from harness.checkpoint.tree import Encoded
 from harness.errors import HarnessError, StoreError
@@ -84,6 +85,48 @@ class _Order:
     expected: Found | None = None  # checksums, where they are to be compared
 
 
+class _Housekeeper:
+    """Deletes, around a commit, what is not to be kept and what is no checkpoint. Where that fails, the commit stands."""
+
+    def __init__(self) -> None:
+        self._failed: list[str] = []  # directories of saves that failed, and that are to be deleted
+        self._has_swept = False  # what earlier attempts have left unfinished
+
+    def clean_up(self, pruner: Pruner, owner: Attempt | None) -> None:
+        """Deletes what attempts before the run's owner have left unfinished, once, and what failed saves have."""
+        try:
+            if owner is not None and not self._has_swept:
+                pruner.sweep(owner)
+                self._has_swept = True
+            while self._failed:
+                pruner.discard(self._failed[-1])
+                self._failed.pop()
+        except StoreError as error:
+            log.warning("could not delete what unfinished saves have left: %s", error)
+
+    @contextlib.contextmanager
+    def discarding(self, directory: str, pruner: Pruner, owner: Attempt | None, *, at_once: bool) -> Iterator[None]:
+        """After an error, deletes what was put into a directory: it takes the room that the next save needs.
+
+        That waits for the next save where the storage fails for the moment, and would hold the bad news up, and without
+        ``at_once``, where other writers may still be at their shares.
+        """
+        try:
+            yield
+        except Exception as error:
+            self._failed.append(directory)
+            if at_once and not (isinstance(error, StoreError) and error.transient):
+                self.clean_up(pruner, owner)
+            raise
+
+    def tidy(self, pruner: Pruner, owner: Attempt, retention: Retention, best_step: int | None) -> None:
+        """Deletes the checkpoints that are not to be kept. Raises ``Superseded``."""
+        try:
+            pruner.tidy(retention, best_step, owner)
+        except StoreError as error:  # the commit stands; what is left over goes after the next one
+            log.warning("could not delete old checkpoints: %s", error)
+
+
 @dataclass
 class Saver:
     """Writes the checkpoints of one attempt."""
@@ -106,11 +149,10 @@ class Saver:
     must_repeat: bool = False  # the save before was torn
     _directories: int = 0  # that were named
     _changes_elsewhere: bool = False  # what is copied beside the training
-    _plan: Plan | None = None  # of the save before
+    _plan: SavePlan | None = None  # of the save before
     _under_way: "_Writing | None" = None
     _worker: Worker = field(default_factory=lambda: Worker(_THREAD))
-    _failed: list[str] = field(default_factory=list)  # directories of saves that failed, and that are to be deleted
-    _has_swept: bool = False  # what earlier attempts have left unfinished
+    _housekeeper: _Housekeeper = field(default_factory=_Housekeeper)
 
     def new_directory(self, step: int) -> str:
         """A name for the directory of a save: the first writer chooses it, and all write there."""
@@ -124,11 +166,10 @@ class Saver:
         *,
         must_succeed: bool = False,
     ) -> Saved | None:
-        """Commits a checkpoint, then deletes what is not to be kept. None when it failed and training may go on, and on
-        other writers than the first.
+        """Commits a checkpoint, then deletes what is not to be kept.
 
-        Raises ``Superseded`` when a newer attempt has taken the run
-        over, ``Unsupported`` for a state that cannot be written.
+        None when it failed and training may go on, and on other writers than the first. Raises ``Superseded`` when a newer
+        attempt has taken the run over, ``Unsupported`` for a state that cannot be written.
         """
         assert self._under_way is None, "the result of the save before this one comes first"
         began = time.monotonic()
@@ -137,7 +178,7 @@ class Saver:
         def write() -> tuple[str, int] | None:
             with self._telling(order):
                 encoded = commit.encode(parts)
-                plan = self._planned(encoded, request.is_steady)
+                self._plan = plan = planned(self._plan, encoded, self.shard_bytes, self.writers, request.is_steady)
                 contents = commit.streamed(plan, encoded)
                 return self.catalog.store.together(lambda: self._write(plan, encoded, contents, order)).result()
 
@@ -170,7 +211,7 @@ class Saver:
             encoded = commit.encode(parts)
             if check and self.writers.is_first:
                 order.expected = commit.checksums(encoded)
-            plan = self._planned(encoded, is_steady)
+            self._plan = plan = planned(self._plan, encoded, self.shard_bytes, self.writers, is_steady)
             shards = plan.shards[self.writers.rank]
             snapshot = None
             if self.memory_limit_bytes is None or staging.size_bytes(shards) <= self.memory_limit_bytes:
@@ -188,13 +229,6 @@ class Saver:
         if snapshot is None:
             self._under_way.join()
         self._under_way.blocked_seconds = time.monotonic() - began
-
-    def _planned(self, encoded: Mapping[str, Encoded], is_steady: IsSteady) -> Plan:
-        """The plan of the save before, unless a tensor has come, gone or changed its form since."""
-        given = encoded, self.shard_bytes, self.writers, is_steady
-        if self._plan is None or not self._plan.is_for(*given):
-            self._plan = Plan(*given)
-        return self._plan
 
     def fence(self) -> None:
         """To be called before anything steady is changed: waits until the snapshot does not need it any more."""
@@ -272,7 +306,7 @@ class Saver:
 
     def _write(
         self,
-        plan: Plan,
+        plan: SavePlan,
         parts: Mapping[str, Encoded],
         contents: Sequence[commit.Content],
         order: _Order,
@@ -287,8 +321,9 @@ class Saver:
                 confirm()
                 commit.put_receipt(store, directory, receipt)
                 return None
-            self._clean_up()
-            with self._discarding(directory):
+            pruner, owner = Pruner(self.catalog), self.attempt if self.owns_run else None
+            self._housekeeper.clean_up(pruner, owner)
+            with self._housekeeper.discarding(directory, pruner, owner, at_once=len(self.writers.ranks) == 1):
                 receipt = commit.write_share(store, directory, plan, contents, self.streams)
                 confirm()
                 self.before_commit()
@@ -296,44 +331,9 @@ class Saver:
                 header = commit.Header(request.step, self.attempt, self.lineage, request.meta)
                 manifest = commit.publish(store, directory, plan, parts, receipts, header, order.expected)
             self.catalog.add(directory, manifest)
-            self._tidy(request.best_step)
+            if owner is not None:
+                self._housekeeper.tidy(pruner, owner, self.retention, request.best_step)
             return directory, manifest.bytes
-
-    def _tidy(self, best_step: int | None) -> None:
-        if not self.owns_run:
-            return
-        try:
-            self.catalog.tidy(self.retention, best_step, self.attempt)
-        except StoreError as error:  # the commit stands; what is left over goes after the next one
-            log.warning("could not delete old checkpoints: %s", error)
-
-    @contextlib.contextmanager
-    def _discarding(self, directory: str) -> Iterator[None]:
-        """After an error, deletes what was put into a directory: it takes the room that the next save needs.
-
-        That waits for the next save where the storage fails for the moment, and would hold the bad news up, and where other
-        writers may still be at their shares.
-        """
-        try:
-            yield
-        except Exception as error:
-            self._failed.append(directory)
-            may_work = not (isinstance(error, StoreError) and error.transient)
-            if may_work and len(self.writers.ranks) == 1:
-                self._clean_up()
-            raise
-
-    def _clean_up(self) -> None:
-        """Deletes what earlier attempts have left unfinished, once, and what failed saves have."""
-        try:
-            if self.owns_run and not self._has_swept:
-                self.catalog.sweep(self.attempt)
-                self._has_swept = True
-            while self._failed:
-                self.catalog.discard(self._failed[-1])
-                self._failed.pop()
-        except StoreError as error:
-            log.warning("could not delete what unfinished saves have left: %s", error)
 
     @contextlib.contextmanager
     def _telling(self, order: _Order) -> Iterator[None]:

@@ -36,9 +36,9 @@ from harness import torch_private
 from harness.checkpoint import tree
 from harness.checkpoint.commit import Torn
 from harness.checkpoint.format import CHECKSUM, DATA_ALIGNMENT_BYTES, BlockHasher, Blocks, TensorInfo, hasher
-from harness.checkpoint.shares import Shard
+from harness.checkpoint.plan import Shard
 from harness.checkpoint.tree import Encoded
-from harness.storage.unbuffered import Buffer
+from harness.storage.direct_io import Buffer
 
 _WINDOW_BYTES = 16 << 20  # that the writer is given at once
 

@@ -21,7 +21,7 @@ from harness.doctor.case import Case
 from harness.doctor.findings import Finding, error, ok, places, warn
 from harness.errors import ConfigError, CrashLoop, HarnessError, NoCheckpoint, StoreError
 from harness.runtime.environment import launch_id, nodes
-from harness.storage.store import Store, open_store
+from harness.storage.store import Store, open_store, without_traces
 from harness.storage.urls import shown
 from harness.telemetry import crashes, journal
 from harness.training.resume import on_first, refuse_to_reuse, save_seconds
@@ -88,7 +88,7 @@ def storage(case: Case) -> list[Finding]:
 def open_quickly(checkpoint: CheckpointConfig) -> Store:
     """The store that the run will use, which gives up sooner."""
     assert checkpoint.url is not None
-    return open_store(checkpoint.url, checkpoint.storage_options, attempts=2, deadline_seconds=20)
+    return open_store(checkpoint.url, checkpoint.storage_options, tries=2, deadline_seconds=20)
 
 
 def _write(case: Case, cleanup: contextlib.ExitStack) -> tuple[_Probe, float]:
@@ -96,7 +96,7 @@ def _write(case: Case, cleanup: contextlib.ExitStack) -> tuple[_Probe, float]:
     store = case.store = open_quickly(case.config.checkpoint)
     data = random.randbytes(_PROBE_BYTES)  # which no file system can compress
     probe = _Probe(f"doctor-{secrets.token_hex(4)}/probe", checksum(data))
-    cleanup.enter_context(store.without_traces())
+    cleanup.enter_context(without_traces(store))
     cleanup.callback(_remove, store, probe)
     began = time.monotonic()
     store.put(probe.name, lambda: [data], len(data))
@@ -221,7 +221,7 @@ def run(case: Case) -> list[Finding]:
 
 def _trains_now(catalog: Catalog) -> list[Finding]:
     """Whether somebody seems to train this run at this moment."""
-    newest = max(catalog.attempts(), default=None)
+    newest = max(catalog.attempts.all(), default=None)
     records = journal.read_records(catalog.store, newest).get(newest, []) if newest else []
     if newest is None or not records or any(record["event"] in ("stop", "done", "error") for record in records):
         return []
@@ -252,7 +252,7 @@ def place(case: Case) -> list[Finding]:
     """The kind of file system, which says who else sees it and what a reboot leaves of it."""
     if case.store is None:
         return []
-    if isinstance(case.store.fs, MemoryFileSystem):
+    if isinstance(case.store.filesystem.fs, MemoryFileSystem):
         return [warn("looked at checkpoint.url", "it is this process's memory, and ends with it", "choose another one")]
     if not case.store.is_local:
         return []
@@ -267,7 +267,7 @@ def place(case: Case) -> list[Finding]:
         what = f"{kind}, which each machine has for itself, and the launcher speaks of {nodes()} machines"
         advice = "choose one that all see; to try it, start the doctor on all of them as the training is started"
         found.append(warn(tried, what, advice))
-    if not case.store.keeps_names:
+    if not case.store.filesystem.keeps_names:
         what = (
             f"{kind or 'it'} cannot make names durable (fsync of a directory): a power cut may take the newest checkpoints"
         )

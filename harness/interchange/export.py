@@ -25,8 +25,8 @@ from harness.checkpoint import load, tree
 from harness.checkpoint.format import DTYPES, INDEX_SUFFIX, Manifest, TensorInfo, encode_header, plan_shards, shard_name
 from harness.errors import ConfigError, Mismatch, StoreError, Unsupported
 from harness.interchange.foreign import split
+from harness.storage.direct_io import Buffer
 from harness.storage.store import Store, open_store
-from harness.storage.unbuffered import Buffer
 from harness.storage.urls import shown
 
 _INDEX = f"model{INDEX_SUFFIX}"

@@ -64,13 +64,13 @@ class Place:
 
     def path(self, name: str = "") -> str:
         """Where a file is on this machine."""
-        if isinstance(self.store.fs, LocalFileSystem):
+        if isinstance(self.store.filesystem.fs, LocalFileSystem):
             return os.path.join(self.store.root, name) if name else self.store.root
         return self._fetch(name)
 
     def directory(self) -> str:
         """Where the directory with all its files is on this machine."""
-        if isinstance(self.store.fs, LocalFileSystem):
+        if isinstance(self.store.filesystem.fs, LocalFileSystem):
             return self.store.root
         for name in self.files:
             self._fetch(name)

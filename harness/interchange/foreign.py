@@ -78,7 +78,7 @@ def split(store: Store) -> tuple[Store, str]:
     """The store of the directory above, and the name in it."""
     root, _, name = store.root.rpartition("/")
     url = store.url.rpartition("/")[0] if "/" in store.url else "."
-    return type(store)(store.fs, root, url, store.attempts, store.deadline_seconds), name
+    return type(store)(store.filesystem.at(root, url), store.calls.tries, store.calls.deadline_seconds), name
 
 
 def _of_entry(store: Store, entry: Entry) -> Foreign:

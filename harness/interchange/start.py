@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from harness.checkpoint import commit
 from harness.checkpoint.catalog import Catalog
+from harness.checkpoint.retention import Pruner
 from harness.errors import ConfigError, Mismatch
 from harness.interchange.foreign import Foreign, read_foreign
 from harness.state.modules import check_model, listed, model_state, restore_model
@@ -55,8 +56,8 @@ def import_run(
     about = {"source": foreign.source, "what": foreign.what}
     loss = {"loss": foreign.loss} if foreign.loss is not None and math.isfinite(foreign.loss) else {}
     meta = {"epoch": foreign.epoch, "world_size": None, "metrics": {"last": loss}, "imported": about}
-    attempt = catalog.claim_attempt({"imported": about})
-    with catalog.new_directory(0, attempt) as directory:
+    attempt = catalog.attempts.claim({"imported": about})
+    with Pruner(catalog).new_directory(0, attempt) as directory:
         found = {name: part for name, part in parts.items() if part is not None}
         commit.write(store, found, step=0, attempt=attempt, meta=meta, directory=directory)
     return directory, foreign

@@ -186,7 +186,7 @@ def read_report(catalog: Catalog, records: Records, now: float) -> RunReport:
             f"{catalog.store.url}: there is nothing in {journal.DIRECTORY}/ to report on{unread}: nothing was trained here "
             "yet, or metrics.every_seconds is null"
         )
-    attempts = sorted({*catalog.attempts(), *records})
+    attempts = sorted({*catalog.attempts.all(), *records})
     claims = {attempt: _about(catalog, attempt) for attempt in attempts}
     errors = {attempt: str(found[0].error) for attempt, found in crashes.read_crashes(catalog, attempts).items()}
     doubts = [f"{_lines(records.unreadable)} in {journal.DIRECTORY}/ could not be read"] if records.unreadable else []
@@ -204,7 +204,7 @@ def newest_lineage(catalog: Catalog) -> list[Ancestor]:
 
 def _about(catalog: Catalog, attempt: Attempt) -> Mapping[str, Any]:
     try:
-        return catalog.about_attempt(attempt)
+        return catalog.attempts.about(attempt)
     except RecursionError:  # made to do harm
         return {}
 

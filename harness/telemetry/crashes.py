@@ -50,7 +50,7 @@ def is_looping(catalog: Catalog, same_failures: int) -> bool:
 
     To be asked before this attempt claims its own number.
     """
-    newest = sorted(catalog.attempts(), reverse=True)[: same_failures + 1]
+    newest = sorted(catalog.attempts.all(), reverse=True)[: same_failures + 1]
     known = read_crashes(catalog, newest)
     died = [known.get(attempt, []) for attempt in newest]
     if not died or not died[0]:

@@ -75,7 +75,7 @@ class EventLog:
             self._sinks.append(Prometheus(metrics.prometheus))
         if store is not None and metrics.every_seconds is not None:
             # Two short tries: a save waits for it, and the lines that it does not take are put later.
-            self._journal = Journal(store.within(attempts=2, deadline_seconds=5), attempt, metrics.every_seconds)
+            self._journal = Journal(store.within(tries=2, deadline_seconds=5), attempt, metrics.every_seconds)
             self._sinks.append(self._journal)
 
     def emit(self, name: str, message: str, /, **values: Any) -> None:

@@ -8,10 +8,11 @@ from dataclasses import asdict
 from typing import Any
 
 import harness
-from harness.checkpoint.catalog import Catalog, Retention
+from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Attempt as AttemptId
+from harness.checkpoint.plan import Writers
+from harness.checkpoint.retention import Retention
 from harness.checkpoint.saver import Saved, Saver, SaveRequest
-from harness.checkpoint.shares import Writers
 from harness.checkpoint.staging import HostMemory
 from harness.config import RunConfig
 from harness.distributed.world import World
@@ -129,7 +130,7 @@ class Checkpointing(Saves):
         return bool(resume.on_first(self._world, is_there))
 
     def refuse_superseded(self) -> None:
-        resume.on_first(self._world, lambda: self._catalog.refuse_superseded(self._attempt))
+        resume.on_first(self._world, lambda: self._catalog.attempts.refuse_superseded(self._attempt))
 
     # --- saving ------------------------------------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ def _report_to(config: RunConfig) -> Callable[[str], None]:
         text = stacks.encode()
         name = f"hangs/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-rank-{rank()}.txt"
         try:
-            store = open_store(config.checkpoint.url, config.checkpoint.storage_options, attempts=1, deadline_seconds=10)
+            store = open_store(config.checkpoint.url, config.checkpoint.storage_options, tries=1, deadline_seconds=10)
             store.put(name, lambda: [text], len(text))
         except Exception as error:  # whatever it is, leaving comes first
             print_error(f"harness: could not write {name}: {error}")

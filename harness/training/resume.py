@@ -242,9 +242,9 @@ def _warn_if_inexact(meta: Mapping[str, Any], here: Mapping[str, Any]) -> None:
 
 def refuse_to_reuse(catalog: Catalog, launch: str | None) -> None:
     """For ``--fresh``: raises ``ConfigError`` when the URL already holds a run that this very launch did not begin."""
-    attempts = catalog.attempts()
+    attempts = catalog.attempts.all()
     if next(catalog.candidates(), None) is not None:
-        began = catalog.about_attempt(attempts[0]).get("launch") if attempts else None
+        began = catalog.attempts.about(attempts[0]).get("launch") if attempts else None
         if launch is None or began != launch:
             raise ConfigError(f"checkpoint.url: --fresh expects an unused URL, found a run in {catalog.store.url}")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.checkpoint import pages
-from harness.checkpoint.pages import HUGE_BYTES, Pages, cut
+from harness.checkpoint import prefault as pages
+from harness.checkpoint.prefault import HUGE_BYTES, Pages, cut
 from harness.runtime.threads import in_threads
 
 MIB = 1 << 20

@@ -55,7 +55,7 @@ class Writers:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TensorSlice:
     """A tensor, or a range of its raw bytes, as it lies in one shard."""
 
     part: str
@@ -75,7 +75,7 @@ class Piece:
     def nbytes(self) -> int:
         return self.stop - self.start
 
-    def cut(self, size_bytes: int) -> list["Piece"]:
+    def cut(self, size_bytes: int) -> list["TensorSlice"]:
         """The piece in pieces of at most such a size."""
         starts = range(self.start, self.stop, size_bytes)
         return [replace(self, start=start, stop=min(start + size_bytes, self.stop)) for start in starts]
@@ -105,14 +105,14 @@ class Shard:
         return len(self.header) + self.data_bytes
 
 
-def divide(pieces: Iterable[Piece], count: int) -> list[list[Piece]]:
+def divide(pieces: Iterable[TensorSlice], count: int) -> list[list[TensorSlice]]:
     """So many shares of about as many bytes.
 
     The large tensors, laid end to end, are cut between blocks into stretches of the same length, so that few are cut at all;
     the others go, the largest first, to whoever has the least.
     """
     order = sorted(pieces, key=lambda piece: (-piece.nbytes, piece.part, piece.tensor.path))
-    shares: list[list[Piece]] = [[] for _ in range(count)]
+    shares: list[list[TensorSlice]] = [[] for _ in range(count)]
     large = [piece for piece in order if piece.can_be_cut]
     total, done = sum(piece.nbytes for piece in large), 0
     for piece in large:
@@ -148,7 +148,7 @@ def _form(path: str, tensor: torch.Tensor, may_be_divided: bool) -> _Form:
     return path, tensor.dtype, tensor.shape, strides, can_be_cut, may_be_divided
 
 
-class Plan:
+class SavePlan:
     """What each writer puts into which shards.
 
     It is the same on all of them as far as it concerns what may be divided: that for which ``is_steady``. What else there
@@ -167,11 +167,11 @@ class Plan:
         self._shard_bytes = shard_bytes
         self._forms = _forms_of(parts, self.writers, is_steady)
         ranks = self.writers.ranks
-        undivided: list[Piece] = []
-        divided: list[Piece] = []
+        undivided: list[TensorSlice] = []
+        divided: list[TensorSlice] = []
         for name, forms in self._forms:
             for info, (*_, can_be_cut, may_be_divided) in zip(self.tensors[name], forms, strict=True):
-                (divided if may_be_divided else undivided).append(Piece(name, info, 0, info.nbytes, can_be_cut))
+                (divided if may_be_divided else undivided).append(TensorSlice(name, info, 0, info.nbytes, can_be_cut))
         shares = [self._fitting(share) for share in divide(divided, len(ranks))]
         self._shared_parts = {piece.part for piece in divided}
         self._agreed = dict(zip(ranks, shares, strict=True))
@@ -184,7 +184,7 @@ class Plan:
         alike = (shard_bytes, writers) == (self._shard_bytes, self.writers)
         return alike and _forms_of(parts, writers, is_steady) == self._forms
 
-    def _fitting(self, pieces: Iterable[Piece]) -> list[Piece]:
+    def _fitting(self, pieces: Iterable[TensorSlice]) -> list[TensorSlice]:
         """The same, and none that can be cut is larger than a shard."""
         limit = max(self._shard_bytes // layout.BLOCK_BYTES, 1) * layout.BLOCK_BYTES
         whole = max(self._shard_bytes, layout.BLOCK_BYTES)
@@ -247,9 +247,9 @@ class Plan:
     # --- when all is written ---
 
     @functools.cached_property
-    def _cut(self) -> dict[tuple[str, str], list[Piece]]:
+    def _cut(self) -> dict[tuple[str, str], list[TensorSlice]]:
         """The pieces of each tensor that lies in several, in order."""
-        found: dict[tuple[str, str], list[Piece]] = {}
+        found: dict[tuple[str, str], list[TensorSlice]] = {}
         for pieces in self.pieces.values():
             for piece in pieces:
                 if piece.stored is not piece.tensor:
@@ -272,3 +272,11 @@ class Plan:
             for (name, path), pieces in self._cut.items()
             if name == part
         }
+
+
+def planned(
+    before: SavePlan | None, parts: Mapping[str, Encoded], shard_bytes: int, writers: Writers, is_steady: IsSteady
+) -> SavePlan:
+    """The plan of the save before, unless a tensor has come, gone or changed its form since."""
+    given = parts, shard_bytes, writers, is_steady
+    return before if before is not None and before.is_for(*given) else SavePlan(*given)

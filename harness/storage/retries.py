@@ -1,6 +1,6 @@
 """Calls to a storage: each ends within a deadline, is tried again where that may help, and fails in words of ours.
 
-A call runs in a thread of its own, or in one that several share (``Row``). When it hangs, its thread is left
+A call runs in a thread of its own, or in one that several share (``SerialCalls``). When it hangs, its thread is left
 behind; when that wakes up later, it finds that nobody waits for it any more (``check_awaited``) and does no harm.
 """
 
@@ -19,7 +19,7 @@ import tenacity
 
 from harness.errors import ConfigError, HarnessError, StoreError
 from harness.runtime.threads import Background
-from harness.storage.unbuffered import Buffer
+from harness.storage.direct_io import Buffer
 from harness.storage.urls import with_shown_urls
 
 T = TypeVar("T")
@@ -47,10 +47,10 @@ _REFUSED_NAMES = {
 _REFUSED_CODES = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "RequestExpired", "TokenRefreshRequired"}  # S3's
 
 
-def insist(
+def call_with_retries(
     where: str,
     function: Callable[[], T],
-    attempts: int,
+    tries: int,
     limit_seconds: float,
     on_failure: Callable[[], None] = lambda: None,
     renew: Callable[[], bool] = lambda: False,
@@ -62,11 +62,11 @@ def insist(
     """
     refused: list[StoreError] = []
 
-    def attempt() -> T:
+    def once() -> T:
         try:
-            row = threading.current_thread()
-            if isinstance(row, Row):
-                return row.call(where, function, limit_seconds)
+            thread = threading.current_thread()
+            if isinstance(thread, SerialCalls):
+                return thread.call(where, function, limit_seconds)
             return Background(function, THREAD).result_within(limit_seconds)
         except HarnessError:
             raise
@@ -83,17 +83,17 @@ def insist(
             raise told from error
 
     retrying = tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(attempts),
+        stop=tenacity.stop_after_attempt(tries),
         wait=lambda state: _JITTER.uniform(0, min(10.0, 0.2 * 2 ** (state.attempt_number - 1))),
         retry=tenacity.retry_if_exception(
             lambda error: isinstance(error, StoreError) and (error.transient or error in refused)
         ),
         reraise=True,
     )
-    return retrying(attempt)
+    return retrying(once)
 
 
-class Row(Background[T]):
+class SerialCalls(Background[T]):
     """Calls that are made one after the other by a function. When one hangs, the function is left behind."""
 
     where = ""  # the call that is under way,
