@@ -380,7 +380,7 @@ def test_a_run_that_dies(tmp_path, s3):
         assert secret not in done.stderr + done.stdout
         assert secret.encode() not in kept
     catalog = Catalog(store)
-    (crash,) = crashes.read(catalog, catalog.attempts.all()).popitem()[1]
+    (crash,) = crashes.read_crashes(catalog, catalog.attempts.all()).popitem()[1]
     assert crash.error.startswith("RuntimeError: the sample is at ***")
 
 
