@@ -685,6 +685,7 @@ def test_none_of_a_scripts_endings_is_run(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix not in (".jsonl", ".txt")) == ["script.py"]
 
 
+@pytest.mark.soak
 @pytest.mark.torchrun
 def test_a_script_on_all_ranks(tmp_path):
     """The README's script, with a run to go on from: the ranks resume it together, in DDP, and the code comes through."""

@@ -171,6 +171,7 @@ def test_a_host_is_lost_and_a_spare_takes_its_place(cluster):
     print("seconds to the next step:", cluster.trains_on(attempt, began))
 
 
+@pytest.mark.soak
 def test_a_cable_that_stays_out(cluster):
     """The host that is cut off gives itself up and leaves nothing behind; when it comes back, the run goes on."""
     attempt, began = cluster.position()[0], time.monotonic()

@@ -387,6 +387,7 @@ def test_skypilots_machines_are_taken_away_and_the_run_goes_on(tmp_path):
         assert [found["step"] for found in runs[0].events("resume")] == [step]
 
 
+@pytest.mark.soak
 @pytest.mark.torchrun
 @pytest.mark.skipif(not TORCHX.exists(), reason="needs TorchX in build/torchx: see .ci/run")
 def test_torchx_runs_the_line_of_the_page(tmp_path):

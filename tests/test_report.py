@@ -486,6 +486,7 @@ if len(starts.read_text()) < 3:
 """
 
 
+@pytest.mark.soak
 @pytest.mark.torchrun
 def test_ranks_that_die_before_they_have_an_attempt(tmp_path):
     """Killed twice while they start: two deaths that no attempt tells of, and the time since the launcher began."""

@@ -143,6 +143,7 @@ def test_a_cancelled_job_is_saved_and_does_not_come_back(cluster, tmp_path):
     assert cluster.job(job.number)["Restarts"] == "0"
 
 
+@pytest.mark.soak
 def test_the_doctor_asks_slurm(cluster, tmp_path):
     """Within a job it compares the grace with what the cluster's configuration grants."""
     (tmp_path / "config.yaml").write_text(json.dumps({**config(tmp_path), "args": {}}))
