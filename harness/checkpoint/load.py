@@ -75,7 +75,7 @@ def read(
     """
     wanted = manifest.parts if parts is None else {name: manifest.parts[name] for name in parts}
     files = {file.name: file for file in manifest.files}
-    # An index is not needed here, but what is damaged is not called whole.
+    # An index is not needed here, but what is corrupt is not called whole.
     names = [file for name, part in wanted.items() for file in (f"{name}{INDEX_SUFFIX}", *part.files) if file in files]
     needed = [files[name] for name in names]
     in_pieces = peers is not None or store.has_ranges

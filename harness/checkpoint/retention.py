@@ -43,9 +43,9 @@ class Pruner:
         """Deletes what is not to be kept and returns it. For a run that is not training.
 
         What is kept are whole checkpoints of the line that the run is on; ``best_step`` names one more of them. Of each
-        line that was left and went further, the last one stays until the line has passed it. All else goes that is older
+        abandoned line that went further, the last one stays until the line has passed it. All else goes that is older
         than the newest one kept: checkpoints, what they left behind when a deletion was cut short, saves that were never
-        finished, lines that were left. With ``keep_last=None`` only the unfinished ones go.
+        finished, abandoned lines. With ``keep_last=None`` only the unfinished ones go.
 
         Of what is newer, the unfinished saves of attempts before the last one go, and with ``unfinished`` those of the last
         one: somebody may be writing them. Where nothing is whole, nothing else goes.
@@ -122,7 +122,7 @@ class Pruner:
     def sweep(self, attempt: Attempt) -> None:
         """Deletes what attempts before this one have begun to save after the newest whole checkpoint, and not finished.
 
-        Who wakes up and finishes one of those will have committed what is damaged, and is on nobody's line.
+        Who wakes up and finishes one of those will have committed what is corrupt, and is on nobody's line.
         """
         rubbish = []
         for save in saves_among(self.catalog.store.names()):

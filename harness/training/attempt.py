@@ -38,11 +38,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Attempt:
-    """Where an attempt has resumed, how it saves, where it tells what happens, and which attempt follows a rollback."""
+    """Where an attempt tells what happens, how it saves, how it remembers a crash, and which attempt follows a rollback."""
 
     events: EventLog
     place: Callable[[], Place] = lambda: Place(here.rank, 0, 0, [])
-    resumed: Resumed = NEW
     saves: Saves = field(default_factory=Saves)
     record_crash: Callable[[Crash], None] = lambda _crash: None
     next: "Callable[[], Attempt] | None" = None  # where there is something to roll back to
@@ -145,7 +144,7 @@ def _begin(context: RunContext, catalog: Catalog, memory: HostMemory, *, skip_ne
             "nothing is saved before the end of the run: a death costs all of it. Give every_steps, every_seconds or "
             "every_epochs (checkpoint.every_… in a configuration)"
         )
-    return replace(attempt, resumed=resumed, saves=saves)
+    return replace(attempt, saves=saves)
 
 
 def _log_begin(events: EventLog, number: int, resumed: Resumed, url: str, world: World, step: int) -> None:
