@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 
-from harness.runtime.threads import Worker, in_order
+from harness.runtime.threads import InTurn, Worker, in_order
 
 
 def test_a_worker_makes_one_call_after_the_other():
@@ -161,6 +161,36 @@ def test_who_asks_for_no_more_leaves_no_thread_behind():
     for thread in own:
         thread.join(10)
     assert not any(thread.is_alive() for thread in own)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_in_turn_items_are_taken_in_order_one_at_a_time(count):
+    """Whichever thread is ahead: what is early is kept, and none is lost when all are there."""
+    taken, at_it = [], []
+
+    def take(number: int) -> None:
+        at_it.append(number)
+        time.sleep(0.002 * (number % 4 == 0))
+        assert at_it == [number]
+        taken.append(at_it.pop())
+
+    turn = InTurn(take)
+
+    def bring(number: int) -> None:
+        time.sleep(0.002 * (number % 3 == 0))
+        turn.bring(number, number)
+
+    assert len(list(in_order(count, bring, range(60)))) == 60
+    assert taken == [*range(60)]
+
+
+def test_who_is_early_does_not_wait_for_its_turn():
+    taken: list[str] = []
+    turn = InTurn(taken.append)
+    turn.bring(1, "second")
+    assert taken == []
+    turn.bring(0, "first")
+    assert taken == ["first", "second"]
 
 
 def test_what_the_calls_of_one_that_failed_held_is_free_at_once():

@@ -6,7 +6,7 @@ still in a core's cache. Only when they agree with the manifest are the tensors 
 there is no pickle on this path.
 
 The pieces of a tensor that lies in several go to their places in the whole. A local file is read by several threads, each a
-stretch of it, whose pages it has the kernel give first (``harness.checkpoint.prefault``), and hashed by the caller.
+stretch of it, whose pages it has the kernel give first (``harness.checkpoint.prefault``), and hashed by them in turn.
 
 Ranks that read together (``peers``) read each byte once between them: of every round of pieces each rank reads one, and
 gets all. Each computes the checksums of all that it was given.
@@ -43,7 +43,7 @@ from harness.checkpoint.format import (
 from harness.checkpoint.prefault import Pages, cut
 from harness.errors import CheckpointError, Corrupt, HarnessError, RankFailure, StoreError
 from harness.runtime.gc_pause import without_collections
-from harness.runtime.threads import in_order, threads_for
+from harness.runtime.threads import InTurn, in_order, threads_for
 from harness.storage.direct_io import Buffer
 from harness.storage.filesystem import joined
 from harness.storage.store import RANGE_BYTES, Store
@@ -223,9 +223,15 @@ class _Reader:
         tensors: dict[str, torch.Tensor] = {}
         places = [self.place(info, tensors) for info in infos]
         own = [BlockHasher(self.algorithm) for _ in infos]
-        stretches = self.stretches(start, infos, places, own)
-        for filled in in_order(self.threads, self.fill, stretches, ahead=2 * self.threads):
-            self.hash(filled)
+        hashing = InTurn(self.hash)
+
+        def read(numbered: tuple[int, _Stretch]) -> None:
+            self.fill(numbered[1])
+            hashing.bring(*numbered)
+
+        stretches = enumerate(self.stretches(start, infos, places, own))
+        for _ in in_order(self.threads, read, stretches, ahead=2 * self.threads):
+            pass
         if self.read_at(self.size_bytes, memoryview(bytearray(1))):
             raise Corrupt(f"expected {self.size_bytes} bytes, found more")
         if (found := f"{self.algorithm}:{self.whole.hexdigest()}") != self.expected:
@@ -245,7 +251,8 @@ class _Reader:
 
     def bytes_at(self, start: int, count: int) -> bytes:
         """The next bytes of the file, and the file's checksum goes on."""
-        stretch = self.fill(_Stretch(start, memoryview(bytearray(count)), is_shared=False, hashers=[self.whole]))
+        stretch = _Stretch(start, memoryview(bytearray(count)), is_shared=False, hashers=[self.whole])
+        self.fill(stretch)
         self.hash(stretch)
         return bytes(stretch.place)
 
@@ -267,7 +274,7 @@ class _Reader:
                 yield _Stretch(start + offset, piece, is_shared, (self.whole, blocks))
             start += len(place)
 
-    def fill(self, stretch: _Stretch) -> _Stretch:
+    def fill(self, stretch: _Stretch) -> None:
         self.pages.give(stretch.place)
         place = memoryview(bytearray(len(stretch.place))) if stretch.is_shared else stretch.place
         done_bytes = 0
@@ -278,7 +285,6 @@ class _Reader:
             done_bytes += count
         if stretch.is_shared:
             self.target.put(self, stretch.place, place)
-        return stretch
 
     def hash(self, stretch: _Stretch) -> None:
         for each in stretch.hashers:

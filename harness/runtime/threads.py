@@ -1,4 +1,4 @@
-"""Work in other threads: a call beside the caller, calls that wait for their turn, one call for each of many items."""
+"""Work in other threads: a call beside the caller, one call after the other, one call for each of many items."""
 
 import concurrent.futures
 import functools
@@ -84,6 +84,32 @@ def _serve(calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]) -> 
         except BaseException as error:  # handed to the caller, whatever it is
             future.set_exception(error)
         del call, future, function  # what they hold on to may be as large as the state
+
+
+class InTurn(Generic[Item]):
+    """Calls a function with numbered items in the order of their numbers, from 0, in the threads that bring them.
+
+    No thread waits for its turn: whoever brings the next item also takes those that came early. So an item is most often
+    taken by the thread that has made it, while it is still in the cache of that thread's core.
+    """
+
+    def __init__(self, function: Callable[[Item], object]) -> None:
+        self._function = function
+        self._early: dict[int, Item] = {}
+        self._next = 0
+        self._turn = threading.Lock()
+
+    def bring(self, number: int, item: Item) -> None:
+        """Returns at once where it is not this item's turn."""
+        self._early[number] = item
+        # Looks again after each release: an item may have come since, brought by a thread that found the turn taken.
+        while self._next in self._early and self._turn.acquire(blocking=False):
+            try:
+                while self._next in self._early:
+                    self._function(self._early.pop(self._next))
+                    self._next += 1
+            finally:
+                self._turn.release()
 
 
 def threads_for(size_bytes: int) -> int:
