@@ -310,4 +310,4 @@ def test_every_optimizer_of_a_library_resumes_bit_for_bit_or_is_refused(library,
         print(f"\n{library}: {', '.join(f'{len(each)} {what}' for what, each in sorted(found.items()))}")
     assert found["equal"], "none of them was tried"
     assert not found["different"]
-    assert len({each.partition(" ")[0] for each in found["refused"]}) <= 4, found["refused"]
+    assert len({each.partition(" ")[0] for each in found["refused"]}) <= 5, found["refused"]
