@@ -38,7 +38,7 @@ check: $(READY)
 	$(BIN)/lint-imports --no-logo --no-cache
 
 soak: $(READY)
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/optimizer-libraries --requirement tests/optimizer-libraries.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/optimizer-libraries --requirement tests/proofs/optimizer-libraries.txt
 	SOAK_LIBRARIES=build/optimizer-libraries $(BIN)/python -m pytest -m soak
 
 # BENCH_ARGS=--quick for a look; without, the results, the tables in benchmarks/README.md and docs/stall.png are written anew.

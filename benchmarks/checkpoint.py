@@ -49,7 +49,7 @@ REPEATS = 3
 FLOORS = "floors"
 RANKS = 2
 LIMIT_SECONDS = 400  # for one process
-BUCKET = "runs"  # of tests/servers.py
+BUCKET = "runs"  # of tests/support/servers.py
 PACKAGES = ["torch", "torchsnapshot", "lightning-fabric", "accelerate", "fsspec", "s3fs", "s3torchconnector", "boto3"]
 
 
@@ -323,7 +323,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="a file for the results")
     parser.add_argument("--publish", action="store_true", help="write the results, README.md's tables and the picture")
     arguments = parser.parse_args()
-    sys.path.append(str(HERE.parent / "tests"))  # servers.py
+    sys.path.append(str(HERE.parent / "tests/support"))  # servers.py
     entries = chosen(arguments.contenders, quick=arguments.quick)
     states = arguments.states or (STATES[:1] if arguments.quick else STATES)
     bench = Bench(arguments.scratch.absolute(), arguments.threads)

@@ -7,10 +7,10 @@ import subprocess
 import tempfile
 
 import pytest
-import servers
 
 from harness.errors import ConfigError
 from harness.runtime.torch_import import import_torch
+from tests.support import servers
 
 with contextlib.suppress(ConfigError):  # some files do without it
     import_torch()  # nearly every file does; so it is quick, and the collector passes over it from then on
@@ -21,10 +21,10 @@ os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that start processes come first, those before all that mostly wait for what they have started: they take the
-    longest, and the short ones fill what is left at the end."""
+    longest, and the short ones fill what is left at the end. The folders do not matter."""
     waiting = ("test_slurm.py", "test_hosts.py")
     starting = {item.path for item in items if item.get_closest_marker("torchrun")}
-    items.sort(key=lambda item: (item.path.name not in waiting, item.path not in starting))
+    items.sort(key=lambda item: (item.path.name not in waiting, item.path not in starting, item.path.name))
 
 
 @pytest.fixture(scope="session")

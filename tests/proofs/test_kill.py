@@ -1,0 +1,318 @@
+"""SIGKILL at any moment: what was committed stays, the run goes on from it, and ends with the bits of the run that lived."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from harness import Task
+from harness.runtime.environment import rank
+from tests.support.cluster import (
+    Run,
+    alive,
+    committed,
+    harness,
+    held,
+    hold,
+    launch,
+    read_json,
+    release,
+    train_undisturbed,
+    wait_until,
+)
+
+STEPS, EVERY = 24, 3
+STORM_STEPS = 240
+
+
+class Noisy(Dataset):
+    """Sixty points under noise that is drawn anew at every fetch."""
+
+    def __init__(self) -> None:
+        self.x = torch.randn(60, 32)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int):
+        x = self.x[index]
+        return x + 0.1 * torch.randn(32), x.sum().unsqueeze(0)
+
+
+def build(place: str = ".", hold_at: int | None = None, alone: bool = False) -> Task:
+    """A model of a megabyte with dropout. In ``place``, the file ``paused`` keeps a process from starting, ``slow`` makes
+    steps take longer, and the process (``alone``: rank 0's) waits at step ``hold_at`` until it is released."""
+    Path(place, f"started.{os.getpid()}").touch()
+    wait_until(lambda: not Path(place, "paused").exists(), "leave to start")
+    model = nn.Sequential(
+        nn.Linear(32, 256), nn.ReLU(), nn.Dropout(0.2), nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 1)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 50, gamma=0.9)
+    slow = Path(place, "slow")
+
+    def loss(model: nn.Module, batch) -> torch.Tensor:
+        if scheduler.last_epoch == hold_at and not (alone and rank()):
+            hold(Path(place, "step"))
+        if slow.exists():
+            time.sleep(0.02)  # a storm needs a run that takes its time
+        x, y = batch
+        return F.mse_loss(model(x), y)
+
+    return Task(model, Noisy(), optimizer, loss, scheduler)
+
+
+def config(url: str, *, steps: int = STEPS, every: int = EVERY, workers: int = 0, **args) -> dict:
+    """The run of this file."""
+    return {
+        "task": f"{__file__}:build",
+        "args": args,
+        "train": {"steps": steps, "global_batch_size": 8, "clip_grad_norm": 1.0},
+        "data": {"workers": workers},
+        "checkpoint": {"url": url, "every_steps": every},
+        "stop": {"grace_seconds": 5},  # for a rank that waits for one that died while they started
+    }
+
+
+def digests(*url: str) -> dict[str, str]:
+    """What a run ended with, and all that a resume starts from: model, optimizer, random states."""
+    found = read_json("inspect", *url)
+    return {name: found["digest"][name] for name in ("model", "optimizer", "random")}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The digests at the end of the run on two ranks that nothing happens to."""
+    directory = tmp_path_factory.mktemp("straight")
+    train_undisturbed(directory, config("run", every=STEPS), ranks=2)
+    return digests(str(directory / "run"))
+
+
+# --- during a save ---------------------------------------------------------------------------------------------------
+
+# The steps whose saves are interrupted, where, and the rank that is killed there; test_crash has every moment.
+MOMENTS = {
+    6: ("within a shard", 0),
+    9: ("before the manifest", 0),
+    12: ("after the manifest", 0),
+    15: ("before the manifest", 1),
+}
+
+
+class Gated(AbstractFileSystem):
+    """Local files as a store like any other, that stops at the moments above, each once.
+
+    It publishes what it has been given so far under the final name: nothing is hidden from a reader.
+    """
+
+    protocol = "gated"
+
+    def pipe_file(self, path, value, mode="overwrite", **kwargs):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        moment, place = _moment_of(path)
+        name = os.path.basename(path)
+        first, manifest = name == "model.safetensors", name == "manifest.json"
+        if moment == "before the manifest" and manifest:
+            hold(place)
+        if moment == "within a shard" and first:
+            Path(path).write_bytes(value[: len(value) // 2])
+            hold(place)
+        Path(path).write_bytes(value)
+        if moment == "after the manifest" and manifest:
+            hold(place)
+
+    def ls(self, path, detail=True, **kwargs):
+        return LocalFileSystem().ls(path, detail)
+
+    def info(self, path, **kwargs):
+        return LocalFileSystem().info(path)
+
+    def rm_file(self, path):
+        os.unlink(path)
+
+    def rmdir(self, path):
+        os.rmdir(path)
+
+    def _open(self, path, mode="rb", **kwargs):
+        return open(path, mode)
+
+
+fsspec.register_implementation("gated", Gated, clobber=True)
+
+
+def _moment_of(path: str) -> tuple[str, Path]:
+    """Which moment an object's save is interrupted at ("" for none), and the file by which it is known."""
+    run, directory, _ = path.rsplit("/", 2)
+    step = int(directory.split("-")[1]) if directory.startswith("step-") else 0
+    return MOMENTS.get(step, ("", 0))[0], Path(run).with_name(f"saving-{step}")
+
+
+@pytest.mark.torchrun
+@pytest.mark.parametrize("steps", [[6, 12, 15], pytest.param(list(MOMENTS), marks=pytest.mark.soak)], ids=["some", "all"])
+def test_killed_at_any_moment_of_a_save(tmp_path, straight, steps):
+    """Whichever rank dies at whichever moment of a save: ``ls`` has the newest commit first among the whole ones, it is the
+    earlier one unless the manifest was complete, and the run goes on from there, in the end with the same bits."""
+    url, paused = tmp_path / "run", tmp_path / "paused"
+    for step in MOMENTS.keys() - steps:
+        release(tmp_path / f"saving-{step}")
+    with launch(tmp_path, config(f"gated://{url}", place=str(tmp_path)), ranks=2, max_restarts=len(steps)) as run:
+        for number, step in enumerate(steps, start=1):
+            moment, victim = MOMENTS[step]
+            run.wait(lambda step=step: held(tmp_path / f"saving-{step}"), f"{moment} of step {step}")
+            paused.touch()  # the next attempt waits until we have looked
+            before = run.workers()
+            run.kill_rank(victim)
+            release(tmp_path / f"saving-{step}")  # rank 0, where it is the other one that died, goes on saving
+            run.wait(lambda before=before: before.items().isdisjoint(run.workers().items()), "the end of the attempt")
+            committed = step if moment == "after the manifest" or victim != 0 else step - EVERY
+            whole = [entry["step"] for entry in read_json("ls", str(url)) if entry["state"] == "whole"]
+            if victim != 0 and whole[0] == step + EVERY:  # it had trained on, and could finish that one, too
+                committed += EVERY
+            assert whole == list(range(committed, 0, -EVERY)), moment
+            paused.unlink()
+            assert run.wait_for("resume", attempt=number + 1)["step"] == committed, moment
+        run.succeed()
+    assert digests(str(url)) == straight
+
+
+# --- at random moments -----------------------------------------------------------------------------------------------
+
+
+def storm(directory: Path, kills: int, steps: int, seed: int, *, ranks: int = 2, workers: int = 0) -> dict[str, str]:
+    """The digests of a run of which a random rank was killed at random moments: of its start, its steps and its saves."""
+    print(f"storm {seed=}")
+    dice = random.Random(seed)
+    (directory / "slow").touch()
+    command = config("run", steps=steps, place=".", every=dice.randint(2, 7), workers=workers)
+    with launch(directory, command, ranks=ranks, max_restarts=2 * kills) as run:
+        attempt = 0  # the newest that has trained
+        for number in range(kills):
+            if number % 5 == 2:
+                longest_seconds = 3.0  # a start: imports, rendezvous, resume
+                run.wait(lambda: len(run.workers()) == ranks, "all ranks to have a process")
+            else:
+                longest_seconds = 0.3  # some steps and saves
+                attempt = int(run.wait_for("train", attempt=attempt + 1)["attempt"][:6])
+            time.sleep(dice.uniform(0, longest_seconds))  # the moment is to be any
+            run.kill_rank(dice.randrange(ranks))
+        (directory / "slow").unlink()
+        run.succeed(seconds=300)
+    assert len({record["attempt"] for record in events(directory)}) > kills / 2, (
+        "most kills must have hit a run that trained"
+    )
+    return digests(str(directory / "run"))
+
+
+def events(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines() if line.endswith("}")]
+
+
+@pytest.mark.soak
+@pytest.mark.torchrun
+def test_short_kill_storm(tmp_path):
+    """Three SIGKILLs at random moments leave no trace in the bits of the result."""
+    with launch(tmp_path / "straight", config("run", steps=STORM_STEPS, every=STORM_STEPS), ranks=2) as run:
+        run.succeed()
+    (tmp_path / "storm").mkdir()
+    found = storm(tmp_path / "storm", 3, STORM_STEPS, seed=random.randrange(10**6))
+    assert found == digests(str(tmp_path / "straight" / "run"))
+
+
+@pytest.mark.torchrun
+@pytest.mark.parametrize("launcher", ["harness launch", pytest.param("torchrun", marks=pytest.mark.soak)])
+def test_a_death_while_the_ranks_start_does_not_hold_up_the_others(tmp_path, straight, launcher):
+    """A rank is killed while another builds its task, then while that is in a long step of its own: the survivor knows that
+    torchrun's SIGTERM is no stop, and leaves at once, though it had a grace of minutes. The run goes on and completes."""
+    (tmp_path / "paused").touch()
+    settings = config("run", place=".", hold_at=10, alone=True) | {"stop": {"grace_seconds": 200}}
+    command = ("-m", "harness", *(["launch", "--nproc-per-node=2", "--"] if launcher == "harness launch" else []), "train")
+    ranks = None if launcher == "harness launch" else 2
+    with launch(tmp_path, settings, ranks=ranks, max_restarts=2, command=command) as run:
+        run.wait(lambda: len(list(tmp_path.glob("started.*"))) == 2, "two ranks that build their task")
+        survives(run)
+        (tmp_path / "paused").unlink()
+        run.wait(lambda: held(tmp_path / "step"), "the step that takes long")
+        run.wait(lambda: 9 in committed(tmp_path / "run"), "the save before it")
+        survives(run)
+        release(tmp_path / "step")
+        assert run.wait_for("resume", attempt=2)["step"] == 9
+        run.succeed()
+        assert "another rank has failed" in run.output()
+    assert digests(str(tmp_path / "run")) == straight
+
+
+def survives(run: Run) -> None:
+    """Rank 1 is killed; rank 0 leaves before torchrun loses patience (30 s), and before its grace is over."""
+    survivor = run.workers()[0]
+    run.kill_rank(1)
+    run.wait(lambda: not alive(survivor), "the other rank to leave", seconds=20)
+
+
+@pytest.mark.soak
+@pytest.mark.torchrun
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("ranks", "kills", "workers"), [(2, 60, 2), (3, 50, 0)])
+def test_long_kill_storm(tmp_path, ranks, kills, workers):
+    """More than a hundred SIGKILLs at random moments, loader workers and saves included, leave no trace either."""
+    steps = 40 * kills
+    (tmp_path / "straight").mkdir()
+    with launch(tmp_path / "straight", config("run", steps=steps, every=steps), ranks=ranks) as run:
+        run.succeed(seconds=600)
+    (tmp_path / "storm").mkdir()
+    seed = random.randrange(10**6)
+    found = storm(tmp_path / "storm", kills, steps, seed, ranks=ranks, workers=workers)
+    assert found == digests(str(tmp_path / "straight" / "run"))
+
+
+# --- on an object store ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.torchrun
+def test_killed_on_s3(tmp_path, straight, s3):
+    """The same end to end on a real S3 server: a kill, a restart, a resume, the same bits; the verbs read it, too."""
+    url = s3.url("killed")
+    with launch(tmp_path, config(url, place=".", hold_at=10, workers=2), ranks=2, max_restarts=1, env=s3.env) as run:
+        run.wait(lambda: held(tmp_path / "step"), "the step at which a rank is killed")
+        run.wait(lambda: 9 in committed(url, s3.storage_options), "the save before it")
+        run.kill_rank(0)
+        release(tmp_path / "step")
+        assert run.wait_for("resume", attempt=2)["step"] == 9
+        run.succeed()
+    listed = harness("ls", url, env=s3.env)
+    assert listed.returncode == 0, listed.stderr
+    assert listed.stdout.count("whole") == STEPS // EVERY
+    found = json.loads(harness("inspect", url, "--json", env=s3.env).stdout)
+    assert {name: found["digest"][name] for name in straight} == straight
+
+
+# --- the launcher ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.torchrun
+def test_a_killed_launcher_leaves_no_writer_behind(tmp_path, straight):
+    """When the launcher is SIGKILLed, torchrun ends, and with it its workers; a second start goes on and ends with the same
+    bits."""
+    settings = config("run", place=".", hold_at=10)
+    command = ("-m", "harness", "launch", "--nproc-per-node=2", "--", "train")
+    with launch(tmp_path, settings, command=command) as run:
+        run.wait(lambda: held(tmp_path / "step"), "the step at which the launcher is killed")
+        run.wait(lambda: 9 in committed(tmp_path / "run"), "the save before it")
+        workers = run.workers()
+        os.kill(run.process.pid, signal.SIGKILL)
+        wait_until(lambda: not any(alive(pid) for pid in workers.values()), "the workers to end")
+        wait_until(lambda: not run.processes(), "the end of all processes of the run")
+    with launch(tmp_path, settings, ranks=2) as run:
+        assert run.wait_for("resume")["step"] == 9
+        run.succeed()
+    assert digests(str(tmp_path / "run")) == straight
