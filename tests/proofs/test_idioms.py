@@ -7,7 +7,7 @@ import pytest
 from tests.support.cluster import launch, newest
 
 IDIOMS = Path(__file__).parent / "idioms"
-SLOWLY = Path(__file__).parents[1] / "support" / "slowly.py"
+SLOWLY = Path(__file__).parents[1] / "support" / "slow_optimizers.py"
 RANKS = {"target_network": 2}
 TOLD = {
     "enumerated": "enumerate",

@@ -16,7 +16,7 @@ from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Attempt, FileInfo, Manifest, Slices, TensorInfo, checksum, digest, encode_header
 from harness.errors import Corrupt, StoreError, UnknownFormat
 from harness.storage.store import Store, open_store
-from tests.support.values import bits
+from tests.support.states import bits
 
 ATTEMPT = Attempt("000001-00000000")
 

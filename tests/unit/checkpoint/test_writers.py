@@ -41,11 +41,11 @@ from harness.interchange.export import export_model
 from harness.interchange.files import Place, read_directory
 from harness.storage.filesystem import LocalDisk
 from harness.storage.store import Store, open_store
-from tests.proofs.test_corruption import outcome, sealed
 from tests.support.cluster import committed, launch, newest, play, played, records, returned, train_here
 from tests.support.faults import Objects, silence
-from tests.support.values import bits
-from tests.unit.checkpoint.test_staging import held_up
+from tests.support.forged_manifests import sealed, unexpected_error
+from tests.support.saving import held_up
+from tests.support.states import bits
 
 ATTEMPT = Attempt("000001-00000000")
 BLOCK_BYTES = 256
@@ -567,7 +567,7 @@ def test_slices_of_another_kind(cut, slices):
     files, directory = cut
     manifest = json.loads(files[MANIFEST])
     manifest["parts"]["model"]["slices"] = slices
-    assert outcome(lambda: read(files | {MANIFEST: sealed(manifest)}, directory)) is None
+    assert unexpected_error(lambda: read(files | {MANIFEST: sealed(manifest)}, directory)) is None
     if slices is not None:
         with pytest.raises(Corrupt):
             read(files | {MANIFEST: sealed(manifest)}, directory)

@@ -37,7 +37,7 @@ from harness.interchange import Foreign, export_model, import_run, load_into, re
 from harness.state.capture import State
 from harness.storage.store import open_store
 from harness.tasks import gpt
-from tests.support.values import Training
+from tests.support.states import Training
 
 
 class Net(nn.Module):

@@ -28,11 +28,11 @@ from harness.config import WorldConfig
 from harness.distributed.world import World, has_lost_a_peer, join_world
 from harness.storage.store import open_store
 from harness.training import resume
-from tests.proofs.test_memory import forget_the_peak, memory_bytes
 from tests.support.cluster import environment, play, played, returned, train_here, wait_until
 from tests.support.faults import Flaw, Flawed
+from tests.support.process_memory import forget_the_peak, memory_bytes
 from tests.support.proxy import Proxy
-from tests.support.values import Training
+from tests.support.states import Training
 
 MIB = 1 << 20
 EXTRA_BYTES = 190_000_000  # of pieces that are on their way; another copy of the larger state would be too much
