@@ -404,8 +404,8 @@ def live_in(contents: Contents, witness: Witness, tries: int) -> None:
 )
 def test_every_request_to_an_object_store_can_fail(monkeypatch, tell, is_served, is_deadly, tries):
     """A kill, a failed request or a lost reply, at each request of a run in a bucket: the old or the new checkpoint."""
-    monkeypatch.setattr(harness.storage.filesystem, "_SMALL_BYTES", 150)  # so that there are uploads in parts
-    monkeypatch.setattr(harness.storage.filesystem, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(harness.storage.filesystem, "SMALL_BYTES", 150)  # so that there are uploads in parts
+    monkeypatch.setattr(harness.storage.filesystem, "BLOCK_BYTES", 64)
     judge = Judge()
     for at in range(1 << 30):
         contents, witness, trouble = Contents(), Witness(), Trouble(at, is_served, is_deadly)

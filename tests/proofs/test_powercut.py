@@ -54,7 +54,7 @@ class Reporter(Witness):
 BUGS = {
     "": lambda: None,
     "files are not fsynced": lambda: setattr(os, "fsync", lambda descriptor: None),
-    "directories are not fsynced": lambda: setattr(harness.storage.filesystem, "_fsync_directory", lambda path: None),
+    "directories are not fsynced": lambda: setattr(harness.storage.filesystem, "fsync_directory", lambda path: None),
 }
 
 

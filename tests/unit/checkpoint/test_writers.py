@@ -387,7 +387,7 @@ def test_a_writer_whose_storage_refuses_says_so(small_blocks, caplog):
 
 def test_a_writer_that_says_nothing_is_not_waited_for_for_ever(small_blocks, caplog, monkeypatch):
     """Not beyond the patience; and when the training is over, no longer than the save has already taken."""
-    monkeypatch.setattr("harness.checkpoint.saver._SHORTEST_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("harness.checkpoint.saver.SHORTEST_PATIENCE_SECONDS", 0.1)
     objects: dict[str, bytes] = {}
     silent = Refusing(objects)
     silent.takes_receipts = False

@@ -404,7 +404,7 @@ def test_a_name_that_leads_nowhere(monkeypatch, caplog, rank):
     environment = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": port}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("harness.distributed.world._NAME_SECONDS", 0.3)
+    monkeypatch.setattr("harness.distributed.world.NAME_SECONDS", 0.3)
     words = f"MASTER_ADDR is {address}, the machine of rank 0, and this machine does not find it: .*--local-addr"
     with pytest.raises(RankFailure, match=words):
         join_world(WorldConfig(timeout_seconds=1))

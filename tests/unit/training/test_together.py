@@ -121,7 +121,7 @@ def resumed(world: World, place: Path, flaw: Flaw | None = None) -> dict[str, An
     """Trains to step 6, then on from there with a flawed storage and in small pieces: from which step, and what was said."""
     train_here(build, world, url=place / "run", train=TRAIN, checkpoint=CHECKPOINT)
     Flawed.flaw = staticmethod(flaw or (lambda path, data: data))
-    load._ROUND_BYTES, load._SMALLEST_PIECE_BYTES = 0, 1000
+    load.ROUND_BYTES, load.SMALLEST_PIECE_BYTES = 0, 1000
     listener = Listener()
     logging.getLogger("harness.training.resume").addHandler(listener)
     try:
@@ -270,7 +270,7 @@ def die_in_the_middle(directory: Path, number: int) -> None:
         exchange(own, found)
 
     world.exchange = noted
-    load._ROUND_BYTES, load._SMALLEST_PIECE_BYTES = 0, 1000
+    load.ROUND_BYTES, load.SMALLEST_PIECE_BYTES = 0, 1000
     catalog = Catalog(open_store(str(directory / "run")))
     entry = catalog.newest()
     try:
