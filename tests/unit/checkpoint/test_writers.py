@@ -1,6 +1,6 @@
 """Several ranks write one checkpoint: who writes what, tensors in pieces, receipts, and what becomes of a writer that fails.
 
-test_crash.py enumerates the crashes of two writers.
+test_crash_points.py enumerates the crashes of two writers.
 """
 
 import errno
