@@ -187,7 +187,7 @@ def test_bytes_come_in_pieces():
     assert np.frombuffer(next(raw_bytes(tensor)), np.int32).ctypes.data == tensor.data_ptr()
 
 
-def test_ties():
+def test_tied_tensors_are_stored_once():
     """The same memory seen in the same way is stored once and comes back as one tensor; anything else is kept apart."""
     weight, empty = torch.arange(6.0), torch.zeros(0)
     value = {

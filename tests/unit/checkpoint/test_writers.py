@@ -468,7 +468,7 @@ def test_an_error_of_the_program_is_told_and_raised(small_blocks, monkeypatch):
 
 
 @pytest.mark.parametrize("text", [b"", b"{}", b"\0" * 100, Receipt(2).encode(), Receipt(1).encode()[:-3]])
-def test_a_receipt_that_is_none(small_blocks, text):
+def test_a_forged_receipt_fails_the_save(small_blocks, text):
     """Another object under its name fails the save, and commits nothing."""
     objects: dict[str, bytes] = {}
     writers = savers(Objects(objects), Objects(objects))
@@ -763,7 +763,7 @@ def test_what_several_ranks_write_is_what_one_writes(small_blocks, three, scenar
 
 
 @pytest.mark.torchrun
-def test_they_go_on_and_read_each_byte_once(small_blocks, three):
+def test_ranks_restore_pieces_and_read_each_byte_once(small_blocks, three):
     """A checkpoint in pieces is one that ranks can restore together."""
     directory, found = three
     assert returned(found["they_go_on_and_read_together"]) == [8, 8, 8]

@@ -93,7 +93,7 @@ def test_a_device_that_is_not_there(monkeypatch):
         join_world(WorldConfig(device="cuda"))
 
 
-def test_too_few_devices_are_none(monkeypatch):
+def test_too_few_gpus_mean_the_cpu(monkeypatch):
     """Where one local rank would go without, ``auto`` takes the CPU for all, and NCCL cannot be had."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -343,7 +343,7 @@ def test_bytes_are_exchanged(results):
 
 
 @pytest.mark.torchrun
-def test_only_what_learns_is_wrapped(results):
+def test_ddp_wraps_only_models_with_gradients(results):
     """DDP refuses a model without gradients."""
     assert returned(results["wrapping"]) == [["DistributedDataParallel", "Linear"]] * RANKS
 

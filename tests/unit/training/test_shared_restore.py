@@ -223,7 +223,7 @@ def test_three_ranks_read_each_byte_once(three, capsys):
 
 
 @pytest.mark.torchrun
-def test_in_small_pieces_too(three):
+def test_a_restore_in_small_pieces(three):
     """Many rounds, files that begin and end within one, ranks that go empty-handed in the last."""
     assert returned(three[1]["nothing_fails"]) == [{"step": 6, "said": []}] * 3
 
