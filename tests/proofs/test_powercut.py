@@ -2,7 +2,8 @@
 
 The other half of test_crash_points.py, without a model. A filesystem lies in a file, mounted through a loop device. A
 process saves on it and is killed by strace on entry to one of its storage system calls. Then the filesystem is shut down
-without its journal being written (``FS_IOC_SHUTDOWN``), mounted again, which replays the journal, and resumed from. This takes root.
+without its journal being written (``FS_IOC_SHUTDOWN``), mounted again, which replays the journal, and resumed from. This
+takes root.
 """
 
 import contextlib
