@@ -48,8 +48,8 @@ from harness.storage.direct_io import Buffer
 from harness.storage.filesystem import joined
 from harness.storage.store import RANGE_BYTES, Store
 
-_ROUND_BYTES = 16 << 20  # of all pieces that ranks hand on at once: they hold them all,
-_SMALLEST_PIECE_BYTES = 64 << 10  # however many they are
+ROUND_BYTES = 16 << 20  # of all pieces that ranks hand on at once: they hold them all,
+SMALLEST_PIECE_BYTES = 64 << 10  # however many they are
 
 Shard = tuple[dict[str, torch.Tensor], dict[str, Blocks]]  # whole tensors, and the checksums of all blocks, by name
 
@@ -367,8 +367,8 @@ class _Relay:
     def __init__(self, store: Store, directory: str, files: Iterable[FileInfo], peers: Peers | None) -> None:
         self.store = store
         self.peers = peers
-        share_bytes = _ROUND_BYTES // (peers.size if peers else 1)
-        self.piece_bytes = max(min(share_bytes, RANGE_BYTES), _SMALLEST_PIECE_BYTES)
+        share_bytes = ROUND_BYTES // (peers.size if peers else 1)
+        self.piece_bytes = max(min(share_bytes, RANGE_BYTES), SMALLEST_PIECE_BYTES)
         self.schedule = [
             _Piece(file, f"{directory}/{file.name}", start, min(self.piece_bytes, file.bytes - start))
             for file in files

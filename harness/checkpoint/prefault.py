@@ -16,7 +16,7 @@ from collections.abc import Iterator
 HUGE_BYTES = 2 << 20  # where pages have 4 KiB; where they have more, huge ones do too, and to ask for them does nothing
 _WORTH_ASKING_BYTES = 64 << 10  # for less the call takes longer than it saves
 _WORTH_TRYING_BYTES = 128 << 20  # a slow huge page takes as long as 20 MiB of small ones
-_PROVEN_BYTES = 16 << 20  # of huge pages; until so many have been fast only one thread asks for them
+PROVEN_BYTES = 16 << 20  # of huge pages; until so many have been fast only one thread asks for them
 _SAMPLES = 2  # of small pages; the faster one counts, since another program may have held up the other
 
 _MADV_HUGEPAGE = 14  # linux/mman.h
@@ -56,15 +56,15 @@ class Pages:
         first = start - start % mmap.PAGESIZE  # what else is on the first and on the last small page stays as it is
         began = time.perf_counter()
         if huge:
-            _advise(start, HUGE_BYTES, _MADV_HUGEPAGE)
-        _advise(first, start + len(place) - first, _MADV_POPULATE_WRITE)
+            advise(start, HUGE_BYTES, _MADV_HUGEPAGE)
+        advise(first, start + len(place) - first, _MADV_POPULATE_WRITE)
         self._took(time.perf_counter() - began, len(place), huge=huge)
 
     def _are_huge_ones_better(self) -> bool:
         with self._lock:
             if not self._is_worth_trying or len(self._small) < _SAMPLES:
                 return False
-            if self._huge_bytes < _PROVEN_BYTES and self._under_way:
+            if self._huge_bytes < PROVEN_BYTES and self._under_way:
                 return False
             are_better = self._huge_seconds <= self._huge_bytes * min(self._small)
             self._under_way += are_better
@@ -84,5 +84,5 @@ def _address(place: memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(place))
 
 
-def _advise(start: int, size_bytes: int, advice: int) -> None:
+def advise(start: int, size_bytes: int, advice: int) -> None:
     _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size_bytes), advice)

@@ -43,7 +43,7 @@ from harness.runtime.threads import Background, Worker
 
 log = logging.getLogger(__name__)
 
-_SHORTEST_PATIENCE_SECONDS = 2.0
+SHORTEST_PATIENCE_SECONDS = 2.0
 _THREAD = "harness-saver"
 
 
@@ -279,7 +279,7 @@ class Saver:
         """Leaves a save that is under way some time to end, as ``give_up_after`` does. Any thread may call it."""
         if (writing := self._under_way) is not None:
             now = time.monotonic()
-            writing.order.latest = min(writing.order.latest, now + max(now - writing.began, _SHORTEST_PATIENCE_SECONDS))
+            writing.order.latest = min(writing.order.latest, now + max(now - writing.began, SHORTEST_PATIENCE_SECONDS))
             writing.join(seconds)
 
     def give_up_after(self, seconds: float) -> Saved | None:

@@ -40,7 +40,7 @@ from harness.checkpoint.plan import Shard
 from harness.checkpoint.tree import Encoded
 from harness.storage.direct_io import Buffer
 
-_WINDOW_BYTES = 16 << 20  # that the writer is given at once
+WINDOW_BYTES = 16 << 20  # that the writer is given at once
 
 
 @dataclass
@@ -75,7 +75,7 @@ class _Watched(NamedTuple):  # there is one for each tensor of a model, at each 
         place = self.memory[self.start : self.start + self.tensor.nbytes]
         if self.tensor.device.type != "cpu":
             flat = self.tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-            pairs = zip(*(torch.split(each, _WINDOW_BYTES) for each in (flat, place)), strict=True)
+            pairs = zip(*(torch.split(each, WINDOW_BYTES) for each in (flat, place)), strict=True)
             return any(not torch.equal(live, copy.to(live.device)) for live, copy in pairs)
         start, copy = 0, place.numpy()
         for chunk in tree.raw_bytes(self.tensor):
@@ -227,7 +227,7 @@ class Image:
         yield self.shard.header
         view, done = self._memory.numpy().data, 0
         while done < len(view):
-            window = view[done : done + _WINDOW_BYTES]
+            window = view[done : done + WINDOW_BYTES]
             done += len(window)
             self._wait_for(done)
             yield window
@@ -240,7 +240,7 @@ class Image:
         missing = list(self._missing.items())
         for path, (start, tensor) in reversed(missing) if last_first else missing:
             if wanted(tensor) and self._missing.pop(path, None) is not None:
-                _exhaust(_copy(self._memory, start, tensor))
+                _exhaust(copy_tensor(self._memory, start, tensor))
                 copied.append(tensor)
         return copied
 
@@ -255,7 +255,7 @@ class Image:
                 whole.update(piece)
                 own.update(piece)
                 start += len(piece)
-                if start // _WINDOW_BYTES > self._ready_bytes // _WINDOW_BYTES and start < self.shard.data_bytes:
+                if start // WINDOW_BYTES > self._ready_bytes // WINDOW_BYTES and start < self.shard.data_bytes:
                     self._tell(start)
             self.blocks[info.path] = own.blocks()
         self.checksum = f"{CHECKSUM}:{whole.hexdigest()}"
@@ -267,7 +267,7 @@ class Image:
         """The bytes of a tensor. Until somebody waits, each piece is copied when it is asked for, and still in the cache."""
         end = start + info.nbytes
         if (taken := self._missing.pop(info.path, None)) is not None:
-            copying = _copy(self._memory, *taken)
+            copying = copy_tensor(self._memory, *taken)
             for piece in copying:
                 yield piece
                 start += len(piece)
@@ -321,7 +321,7 @@ def _padded(count: int) -> int:
     return -(-count // DATA_ALIGNMENT_BYTES) * DATA_ALIGNMENT_BYTES
 
 
-def _copy(memory: torch.Tensor, start: int, tensor: torch.Tensor) -> Iterator[memoryview]:
+def copy_tensor(memory: torch.Tensor, start: int, tensor: torch.Tensor) -> Iterator[memoryview]:
     """Copies a tensor to its place, and gives each piece of it that is there. From a GPU it is copied in the current stream,
     which is not waited for, and none is given."""
     if tensor.device.type == "cpu":  # by NumPy, since torch would start as many threads as there are cores

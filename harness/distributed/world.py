@@ -45,7 +45,7 @@ from harness.runtime.environment import (
 
 log = logging.getLogger(__name__)
 
-_NAME_SECONDS = 5.0  # for a name server that is slow, or starts with the ranks
+NAME_SECONDS = 5.0  # for a name server that is slow, or starts with the ranks
 
 
 class World(Protocol):
@@ -339,7 +339,7 @@ def _resolve(address: str, timeout: timedelta) -> None:
     publish the name late, with rank 0.
     """
     began = time.monotonic()
-    patience_seconds = min(timeout.total_seconds(), _NAME_SECONDS if is_under_torchrun() else math.inf)
+    patience_seconds = min(timeout.total_seconds(), NAME_SECONDS if is_under_torchrun() else math.inf)
     warned = False
     while True:
         try:
@@ -351,7 +351,7 @@ def _resolve(address: str, timeout: timedelta) -> None:
         if waited_seconds >= patience_seconds:
             advice = "name one that all machines find: torchrun --local-addr (on one machine localhost), or MASTER_ADDR"
             raise RankFailure(f"{what} (tried for {waited_seconds:.0f} s); {advice}")
-        if waited_seconds >= _NAME_SECONDS and not warned:
+        if waited_seconds >= NAME_SECONDS and not warned:
             warned = True
             log.warning("%s; tried again for up to %.0f s", what, patience_seconds)
         time.sleep(0.2)

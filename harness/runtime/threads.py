@@ -16,7 +16,7 @@ T = TypeVar("T")
 Item = TypeVar("Item")
 
 _THREADS = min(4, os.cpu_count() or 1)  # more read and hash no faster than memory is
-_WORTH_THREADS_BYTES = 32 << 20
+WORTH_THREADS_BYTES = 32 << 20
 
 
 class Background(threading.Thread, Generic[T]):
@@ -114,7 +114,7 @@ class InTurn(Generic[Item]):
 
 def threads_for(size_bytes: int) -> int:
     """How many threads are worth starting to read or hash so much."""
-    return _THREADS if size_bytes >= _WORTH_THREADS_BYTES else 1
+    return _THREADS if size_bytes >= WORTH_THREADS_BYTES else 1
 
 
 def in_threads(count: int, function: Callable[[Item], T], items: Iterable[Item]) -> list[T]:

@@ -28,8 +28,8 @@ from harness.storage.retries import check_awaited, lacks_directory, while_awaite
 
 log = logging.getLogger(__name__)
 
-_SMALL_BYTES = 4 << 20  # an object up to this size is sent in one request
-_BLOCK_BYTES = 16 << 20  # larger ones are streamed in parts of this size
+SMALL_BYTES = 4 << 20  # an object up to this size is sent in one request
+BLOCK_BYTES = 16 << 20  # larger ones are streamed in parts of this size
 _S3_PART_BYTES = 8 << 20  # or, to S3, of this,
 _S3_PARTS_AT_ONCE = 2  # so many of an object at once: there are several objects, and with 4 all of them came later
 _S3_MOST_PARTS = 10_000  # that S3 takes for an object
@@ -69,7 +69,7 @@ class Filesystem:
 
     def open(self, path: str) -> Any:
         """A file, to be read from beginning to end."""
-        return self.fs.open(path, "rb", block_size=_BLOCK_BYTES)
+        return self.fs.open(path, "rb", block_size=BLOCK_BYTES)
 
     def read_range(self, path: str, start: int, size_bytes: int) -> bytes:
         """So many bytes from ``start`` on, fewer where the file ends."""
@@ -83,11 +83,11 @@ class Filesystem:
 
     def put(self, path: str, chunks: Iterable[Buffer], size_bytes: int) -> None:
         """Publishes a file whole or not at all; it is durable when this returns."""
-        if size_bytes <= _SMALL_BYTES or isinstance(self.fs, MemoryFileSystem):  # memory: open() publishes at once
+        if size_bytes <= SMALL_BYTES or isinstance(self.fs, MemoryFileSystem):  # memory: open() publishes at once
             self.fs.pipe_file(path, b"".join(chunks))
             return
         try:
-            file = self.fs.open(path, "wb", block_size=_BLOCK_BYTES)
+            file = self.fs.open(path, "wb", block_size=BLOCK_BYTES)
         except NotImplementedError:  # it takes objects in one piece only
             self.fs.pipe_file(path, b"".join(chunks))
             return
@@ -179,7 +179,7 @@ class S3Filesystem(RangedFilesystem):
     """S3, to which the parts of an object can be on their way at once: fsspec's own file sends one after the other."""
 
     def put(self, path: str, chunks: Iterable[Buffer], size_bytes: int) -> None:
-        if size_bytes <= _SMALL_BYTES:
+        if size_bytes <= SMALL_BYTES:
             super().put(path, chunks, size_bytes)
             return
         bucket, key, _ = self.fs.split_path(path)
@@ -254,7 +254,7 @@ class LocalDisk(Filesystem):
         with contextlib.suppress(FileExistsError):
             if not exists:
                 os.mkdir(path)
-        flush = _fsync_directory if exists else self._keep_names
+        flush = fsync_directory if exists else self._keep_names
         try:
             flush(parent)
         except OSError as error:
@@ -265,7 +265,7 @@ class LocalDisk(Filesystem):
     def _keep_names(self, directory: str) -> None:
         """Puts the names in a directory on the disk, where its filesystem can do that."""
         try:
-            _fsync_directory(directory)
+            fsync_directory(directory)
         except OSError as error:
             if error.errno not in _NAMELESS:
                 raise
@@ -453,7 +453,7 @@ def _warn_of_names(root: str) -> None:
     )
 
 
-def _fsync_directory(path: str) -> None:
+def fsync_directory(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -34,8 +34,8 @@ OPENINGS = ("start", "resume")  # the events with which an attempt begins to tra
 _OLDER = 0.01  # of an attempt's age: then its next segment is due, whatever the interval
 _MOST_LINES = 100_000  # that wait for a store which does not take them
 _LEAVE_SECONDS = 5.0  # for the last segment, when the process is about to end
-_SLICE_BYTES = 16 << 20  # of a segment, read at once
-_LINE_LIMIT_BYTES = 16 << 20  # the longest that is written has the numbers of a batch's samples
+SLICE_BYTES = 16 << 20  # of a segment, read at once
+LINE_LIMIT_BYTES = 16 << 20  # the longest that is written has the numbers of a batch's samples
 _DEEPEST = 8  # a line nests three levels: a lineage
 _MOST_STEPS = 10**12  # a directory's name has twelve digits for them
 _YEAR_10000 = 253_402_300_800.0  # in seconds since the epoch: no clock says that
@@ -127,7 +127,7 @@ def read_records(store: Store, only: Attempt | None = None) -> Records:
             attempt = Attempt(_attempt_of(name))
             # A put that failed may have landed, and its lines were put again.
             found.setdefault(attempt, {}).update(
-                dict.fromkeys(line[: _LINE_LIMIT_BYTES + 1] for line in lines if line.strip())
+                dict.fromkeys(line[: LINE_LIMIT_BYTES + 1] for line in lines if line.strip())
             )
     except FileNotFoundError as error:
         raise StoreError(f"{store.url}: {DIRECTORY}/ was deleted while it was read ({error})", transient=True) from None
@@ -143,9 +143,9 @@ def _segments(store: Store, only: Attempt | None) -> Iterator[tuple[str, Iterato
     sizes = store.list(DIRECTORY)
     names = sorted(name for name in sizes if (attempt := _attempt_of(name)) and (only is None or attempt == only.id))
     ranges = [
-        (name, start, min(_SLICE_BYTES, sizes[name] - start))
+        (name, start, min(SLICE_BYTES, sizes[name] - start))
         for name in names
-        for start in range(0, sizes[name], _SLICE_BYTES)
+        for start in range(0, sizes[name], SLICE_BYTES)
     ]
     pieces = zip(ranges, store.pieces(ranges), strict=True)
     for name, group in groupby(pieces, key=lambda piece: piece[0][0]):
@@ -158,7 +158,7 @@ def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
     for data in pieces:
         *whole, rest = (rest + data).split(b"\n")
         yield from whole
-        rest = rest[: _LINE_LIMIT_BYTES + 1]
+        rest = rest[: LINE_LIMIT_BYTES + 1]
     yield rest
 
 
@@ -200,7 +200,7 @@ def _attempt_of(name: str) -> str:
 
 def _record(text: bytes, owner: Attempt) -> Record | None:
     """What a line of an attempt says; None where it says nothing that could be, or is another attempt's."""
-    if len(text) > _LINE_LIMIT_BYTES:
+    if len(text) > LINE_LIMIT_BYTES:
         return None
     try:
         record = json.loads(text, parse_int=_whole_number, parse_float=_number, parse_constant=_word)

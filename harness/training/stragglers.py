@@ -7,8 +7,8 @@ processor only queues it. Backward passes are left out: the last of them is wher
 
 import statistics
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -100,13 +100,14 @@ class Stragglers:
     hosts: Sequence[str]  # by rank
     factor: float
     window_seconds: float
-    _then: float = field(default_factory=time.monotonic)
+    clock: Callable[[], float] = time.monotonic
+    _then: float = 0.0  # the first look compares nothing
     _step: int = 0
     _totals: Sequence[float] = ()
 
     def look(self, step: int, totals: Sequence[float]) -> list[Straggler]:
         """The ranks that were slow since the last window. ``totals`` holds each rank's own work so far, in seconds."""
-        now = time.monotonic()
+        now = self.clock()
         if self._totals and now - self._then < self.window_seconds:
             return []
         steps, elapsed = max(step - self._step, 1), now - self._then

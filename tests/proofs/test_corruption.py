@@ -28,15 +28,15 @@ from harness.checkpoint.format import (
     FileInfo,
     Manifest,
     TensorInfo,
-    _last_line,
     checksum,
     decode_header,
     encode_header,
 )
 from harness.checkpoint.retention import Pruner, Retention
-from harness.errors import CheckpointError, Corrupt, HarnessError, NoCheckpoint
+from harness.errors import CheckpointError, Corrupt, NoCheckpoint
 from harness.storage.store import open_store
 from tests.support.faults import Life, Objects, Tree, resume_from, silence, write_tree
+from tests.support.forged_manifests import sealed, unexpected_error, with_checksum
 
 
 @pytest.fixture(autouse=True)
@@ -266,13 +266,6 @@ WRONG = [
 ]  # fmt: skip
 
 
-def sealed(value: Any) -> bytes:
-    """A manifest whose checksum fits, whatever it says."""
-    body = json.dumps({key: item for key, item in value.items() if key != "checksum"}, indent=1).removesuffix("\n}")
-    text = body.encode() + b",\n"
-    return text + _last_line(text)
-
-
 def spots(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The path of every value within a JSON value."""
     yield path
@@ -316,17 +309,6 @@ def every_lie(manifest: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{where} = {wrong!r:.50}", replaced(value, path, wrong)
 
 
-def outcome(function: Callable[[], Any]) -> str | None:
-    """None when a call returns or raises an error of harness, else the error in words."""
-    try:
-        function()
-    except HarnessError:
-        return None
-    except Exception as error:
-        return repr(error)
-    return None
-
-
 def test_a_manifest_that_lies(committed):
     """Any value of a manifest of another type or size, though its checksum fits, gives an error of harness at most."""
     name = f"{directory_of(committed, 30)}/{MANIFEST}"
@@ -342,7 +324,7 @@ def test_a_manifest_that_lies(committed):
             partial(resume_from, store),
             partial(Pruner(catalog).prune, Retention(1)),
         ]
-        wrong += [f"{where}: {problem}" for use in uses if (problem := outcome(use))]
+        wrong += [f"{where}: {problem}" for use in uses if (problem := unexpected_error(use))]
     assert not wrong, (len(wrong), wrong[:10])
 
 
@@ -550,7 +532,7 @@ def bombs() -> dict[str, Callable[[], Any]]:
 
 def sealed_text(meta: bytes) -> bytes:
     text = b'{\n "format": "harness-checkpoint",\n "version": 1,\n "meta": ' + meta + b",\n"
-    return text + _last_line(text)
+    return with_checksum(text)
 
 
 def detonate() -> None:

@@ -153,7 +153,7 @@ def judge_run(trial: Trial) -> str | None:
     return f"never swept up {rubbish}" if rubbish else None
 
 
-def test_save(trials):
+def test_each_call_of_a_save_fails(trials):
     """A save that fails says so, is counted, and leaves the older checkpoints; one that says that it is saved, is."""
 
     def save(trial: Trial) -> Any:

@@ -101,7 +101,7 @@ def straight(tmp_path_factory):
 
 # --- during a save ---------------------------------------------------------------------------------------------------
 
-# The steps whose saves are interrupted, where, and the rank that is killed there; test_crash has every moment.
+# The steps whose saves are interrupted, where, and the rank that is killed there; test_crash_points has every moment.
 MOMENTS = {
     6: ("within a shard", 0),
     9: ("before the manifest", 0),

@@ -31,7 +31,7 @@ from torch import nn, optim
 from harness.errors import HarnessError
 from harness.runtime.signals import StopRequest
 from harness.training.run import Run
-from tests.unit.state.test_state_optimizers import bits
+from tests.support.states import bits
 
 STEPS, SAVED = 12, 6
 

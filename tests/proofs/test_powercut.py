@@ -1,8 +1,9 @@
 """A power cut on a real filesystem: what was committed is there, and what was not is not half there.
 
-The other half of test_crash.py, without a model. A filesystem lies in a file, mounted through a loop device. A process saves
-on it and is killed by strace on entry to one of its storage system calls. Then the filesystem is shut down without its
-journal being written (``FS_IOC_SHUTDOWN``), mounted again, which replays the journal, and resumed from. This takes root.
+The other half of test_crash_points.py, without a model. A filesystem lies in a file, mounted through a loop device. A
+process saves on it and is killed by strace on entry to one of its storage system calls. Then the filesystem is shut down
+without its journal being written (``FS_IOC_SHUTDOWN``), mounted again, which replays the journal, and resumed from. This
+takes root.
 """
 
 import contextlib
@@ -54,7 +55,7 @@ class Reporter(Witness):
 BUGS = {
     "": lambda: None,
     "files are not fsynced": lambda: setattr(os, "fsync", lambda descriptor: None),
-    "directories are not fsynced": lambda: setattr(harness.storage.filesystem, "_fsync_directory", lambda path: None),
+    "directories are not fsynced": lambda: setattr(harness.storage.filesystem, "fsync_directory", lambda path: None),
 }
 
 

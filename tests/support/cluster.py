@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from harness.runtime.torch_import import import_torch
-from tests.support import nursery
+from tests.support import fork_server
 
 T = TypeVar("T")
 
@@ -266,7 +266,7 @@ def harness(
     """Runs ``python -m harness`` to its end, as one plain process; a ``warm`` one has torch imported when it begins."""
     whole = {**environment(), **(env or {})}
     if warm:
-        return nursery.harness(*arguments, env=whole, cwd=cwd, stdin=stdin, seconds=PATIENCE_SECONDS)
+        return fork_server.harness(*arguments, env=whole, cwd=cwd, stdin=stdin, seconds=PATIENCE_SECONDS)
     return subprocess.run(
         [sys.executable, "-m", "harness", *arguments],
         env=whole,

@@ -16,6 +16,7 @@ parts, and requests that get lost on the way there or back. ``Flawed`` is a file
 
 import builtins
 import contextlib
+import fcntl
 import functools
 import io
 import itertools
@@ -42,6 +43,7 @@ from harness.checkpoint.plan import Writers
 from harness.checkpoint.retention import Retention
 from harness.checkpoint.saver import Saved, Saver, SaveRequest
 from harness.distributed.world import SoloWorld
+from harness.storage import direct_io
 from harness.storage.store import Store
 from harness.training import resume
 
@@ -51,9 +53,12 @@ Tree = Mapping[str, bytes]  # what lies on a disk or in a bucket: the objects' n
 # --- a run -----------------------------------------------------------------------------------------------------------
 
 
+SIDE = 4  # of the largest tensors, which are squares
+
+
 def parts_at(step: int) -> dict[str, dict[str, Any]]:
     """What a run holds at a step: several shards in two of its parts, tied and empty tensors, a part without tensors."""
-    weight = torch.arange(16, dtype=torch.float32).reshape(4, 4) * 0.1 + step
+    weight = torch.arange(SIDE**2, dtype=torch.float32).reshape(SIDE, SIDE) * 0.1 + step
     return {
         "model": {
             "weight": weight,
@@ -227,8 +232,8 @@ class Call:
 
     @property
     def changes(self) -> bool:
-        """Whether it changes what is on the disk, or what a power cut leaves there."""
-        return self.name in {"write", "fsync", "rename", "unlink", "mkdir", "rmdir"} or (
+        """Whether it changes what is on the disk, what a power cut leaves there, or how the next bytes get there."""
+        return self.name in {"write", "fsync", "fcntl", "rename", "unlink", "mkdir", "rmdir"} or (
             self.name == "open" and self.creates
         )
 
@@ -277,6 +282,14 @@ class SystemCalls:
         file = self.hook(call, lambda: builtins.open(path, mode, buffering, **options))  # noqa: SIM115
         self.handles[file.fileno()] = handle
         return _File(self, file, handle)
+
+    def fcntl(self, descriptor: int, command: int, *flags: int) -> int:
+        """Of its arguments only ``O_DIRECT`` is looked at: whether the next writes go past the page cache."""
+        if command == fcntl.F_GETFL:
+            return fcntl.fcntl(descriptor, command)
+        how = "O_DIRECT" if flags[0] & os.O_DIRECT else ""
+        call = Call("fcntl", target=how, handle=self.handles[descriptor])
+        return self.hook(call, lambda: fcntl.fcntl(descriptor, command, *flags))
 
     def fsync(self, descriptor: int) -> None:
         # The model decides what is safe. The machine that runs the tests is not going to lose its power.
@@ -337,9 +350,10 @@ def system_calls_through(hook: Hook) -> Iterator[None]:
     """Everything that harness and fsspec do to a local disk goes through ``hook``."""
     calls = SystemCalls(hook)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (harness.storage.filesystem, fsspec.implementations.local):
+        for module in (harness.storage.filesystem, direct_io, fsspec.implementations.local):
             patch.setattr(module, "os", calls)
             patch.setattr(module, "open", calls.open_file, raising=False)
+        patch.setattr(direct_io, "fcntl", SimpleNamespace(**{**vars(fcntl), "fcntl": calls.fcntl}))
         yield
 
 

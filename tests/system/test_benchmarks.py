@@ -104,7 +104,7 @@ def test_labels_keep_apart(report):
 
 
 @pytest.mark.soak
-def test_a_look(tmp_path):
+def test_a_quick_benchmark_runs(tmp_path):
     """The floors, harness and torch.save with a small state; what fails is told of and does not end the others."""
     results = tmp_path / "results.json"
     contenders = ["harness", "torch.save", "Accelerate save_state"]  # the last is not installed here

@@ -40,7 +40,7 @@ def table_in(output: str) -> dict[str, str]:
     return dict(re.findall(r"^  (\S.*?)(?:  +|:  +)(\S.*)$", output, re.MULTILINE))
 
 
-def test_it_kills_resumes_and_compares(demo):
+def test_the_demo_kills_resumes_and_compares(demo):
     """It kills rank 0 past the middle, resumes from the save before, and finds both ends equal."""
     _, output = demo
     table = table_in(output)
@@ -54,7 +54,7 @@ def test_it_kills_resumes_and_compares(demo):
     assert output.count("SIGKILL to process") == 1
 
 
-def test_it_shows_the_training(demo):
+def test_the_demo_shows_the_training(demo):
     """Of the training's own lines, every twentieth step's is seen, and each that tells of something else."""
     _, output = demo
     steps = [int(step) for step in re.findall(r"^\d\d:\d\d:\d\d step (\d+)/200 .* loss ", output, re.MULTILINE)]
@@ -63,7 +63,7 @@ def test_it_shows_the_training(demo):
     assert len(re.findall(r"attempt 2: resuming from step-", output)) == 1
 
 
-def test_it_fails_when_the_ends_differ(demo, tmp_path, monkeypatch, capsys):
+def test_the_demo_fails_when_the_ends_differ(demo, tmp_path, monkeypatch, capsys):
     """A run that ends elsewhere is told of in the table and by the exit code."""
     spec = importlib.util.spec_from_file_location("demo", DEMO)
     module = importlib.util.module_from_spec(spec)

@@ -204,7 +204,7 @@ def test_a_script_can_be_debugged_with_pdb(tmp_path):
     assert "done: step 500" in done.stderr
 
 
-def test_the_interval(tmp_path):
+def test_the_save_interval_that_tuning_computes(tmp_path):
     """What docs/tuning.md computes from a report is what it says in words, and no less than two saves take."""
     write_files("tuning.md", tmp_path)
 

@@ -22,7 +22,7 @@ def test_there_is_a_test_for_each():
 
 
 @pytest.mark.parametrize("name", list(URLS))
-def test_it_took_a_few_lines(name):
+def test_an_example_took_a_few_lines(name):
     """Added or changed, as ``diff`` counts them; the loop, the model and the optimizer are as they were."""
     before, after = (path.read_text().splitlines() for path in (EXAMPLES / "bare" / f"{name}.py", EXAMPLES / f"{name}.py"))
     lines = [line for line in difflib.unified_diff(before, after, n=0) if line.startswith("+") and line[1:].strip()][1:]

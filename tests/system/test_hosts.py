@@ -20,10 +20,10 @@ from torch import nn
 
 from harness import Task
 from harness.data.loader import Cursor, Schedule
-from tests.proofs import test_stops
-from tests.proofs.test_stops import MOST_STEPS
+from tests.support import slow_task
 from tests.support.cluster import Impatient, newest, path_with_harness, records, train_undisturbed, wait_until
 from tests.support.hosts import Host, hosts, what_is_missing
+from tests.support.slow_task import MOST_STEPS
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.skipif(bool(what_is_missing()), reason=what_is_missing() or "-")]
 
@@ -34,7 +34,7 @@ BATCH = 6
 
 def build(trained: str | None = None, **args) -> Task:
     """The task of the stops, which writes down what each step trains."""
-    task = test_stops.build(**args)
+    task = slow_task.build(**args)
     if trained is None:
         return task
     parameter, loss = next(task.model.parameters()), task.loss

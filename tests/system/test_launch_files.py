@@ -25,11 +25,11 @@ from harness.cli import cli
 from harness.config import StopConfig, load_config
 from harness.launcher import outcome
 from harness.launcher.launch import _DEFAULTS, command
-from tests.proofs.test_stops import MOST_STEPS
 from tests.support import kubelet
 from tests.support.cluster import Run, environment, launch, newest, path_with_harness
 from tests.support.hosts import hosts, what_is_missing
 from tests.support.kubelet import evict, job, only_container, pods, verdict
+from tests.support.slow_task import MOST_STEPS, TASK
 
 REPOSITORY = Path(__file__).parents[2]
 SKYPILOT = REPOSITORY / "launch" / "skypilot.yaml"
@@ -303,7 +303,7 @@ def test_every_shell_in_a_launch_file_parses():
 
 def config(place: Path, steps: int = MOST_STEPS, **sections) -> dict:
     return {
-        "task": f"{Path(__file__).parents[1] / 'proofs' / 'test_stops.py'}:build",
+        "task": TASK,
         "args": {"pause_seconds": 0.004},
         "train": {"steps": steps, "global_batch_size": 6},
         "checkpoint": {"url": str(place / "run"), "every_steps": 10, "keep_last": 2},

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.cluster import newest, path_with_harness, records, train_undisturbed, wait_until
+from tests.support.slow_task import TASK
 from tests.support.slurm import Slurm, slurm, what_is_missing
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.skipif(bool(what_is_missing()), reason=what_is_missing() or "-")]
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "slurm.sbatch"
-TASK = f"{Path(__file__).parents[1] / 'proofs' / 'test_stops.py'}:build"
 STEPS = 900  # some forty seconds: Slurm looks every thirty whether the time of a job is over
 OPTIONS = ("--export=ALL,NPROC_PER_NODE=2", "--cpus-per-task=4")
 

@@ -134,7 +134,7 @@ def test_what_is_given_beside_a_config(make):
         settings_of("runs/b", {}, make(config))
 
 
-def test_it_is_frozen(load):
+def test_a_configuration_is_frozen(load):
     """Nobody changes a configuration while it runs."""
     config = load(GOOD)
     with pytest.raises(ValidationError):

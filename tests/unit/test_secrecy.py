@@ -94,7 +94,7 @@ def test_what_is_none_stays(text):
 @pytest.mark.parametrize(
     "url", ["sftp://u:PA55/W0RD@host:22/r", "s3://KEY:PA55@host:22/r", "sftp://PA55@host:22/r?sig=PA55"]
 )
-def test_urls_are_shown_without_them(url):
+def test_urls_are_shown_without_passwords(url):
     """Whatever stands in a password."""
     assert shown(url) in ("sftp://host:22/r", "s3://host:22/r")
 
@@ -187,7 +187,7 @@ def test_a_configuration_that_is_printed():
     assert "S3CR3T" not in repr(run_config({"checkpoint": {"url": url, "storage_options": options}}))
 
 
-def test_names():
+def test_which_option_names_are_secret():
     """What opens something, and what says where it is."""
     assert all(
         map(is_secret_name, ["secret", "key", "aws_secret_access_key", "sas_token", "X-Amz-Credential", "sig", "passphrase"])
@@ -420,7 +420,7 @@ def test_a_program_of_ones_own(tmp_path, first):
     assert lines[-1] == "RuntimeError: at http://***@host/"
 
 
-def test_who_is_heard(tmp_path):
+def test_which_loggers_harness_train_shows(tmp_path):
     """``harness train`` hears itself and the user's task from INFO on, all others from WARNING on, and leaves no handler."""
     (tmp_path / "task.py").write_text(
         LEAKING.replace("logging.getLogger().setLevel(logging.DEBUG)", "log = logging.getLogger(__name__)").replace(

@@ -227,7 +227,7 @@ def test_names_that_begin_like_those_of_saves(store, tmp_path):
         harness.latest(store.root)
 
 
-def test_directories_of_others(public_path, ordinary_user):
+def test_directories_of_other_programs(public_path, ordinary_user):
     """What is not the run's may be unreadable: nobody looks. What is the run's may not, and is named."""
     os.makedirs(f"{public_path}/run/lost+found")
     os.chmod(f"{public_path}/run", 0o777)
@@ -300,7 +300,7 @@ def test_a_branch_from_a_branch(store):
     assert (1, 20) not in steps(Catalog(store).candidates())
 
 
-def test_falling_back(store):
+def test_candidates_to_fall_back_to(store):
     """The corrupt ones are among the candidates, to be told of; the newest whole one is the first that is not."""
     save(store, 10)
     middle, last = save(store, 20), save(store, 30)

@@ -11,7 +11,7 @@ from harness import Checkpointer
 from harness.checkpoint.catalog import Catalog
 from harness.errors import NoCheckpoint, StoreError, Superseded, Unsupported
 from harness.storage.store import open_store
-from tests.unit.checkpoint.test_staging import held_up
+from tests.support.saving import held_up
 
 
 def parts(value: float) -> dict[str, dict[str, object]]:

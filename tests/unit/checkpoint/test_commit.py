@@ -18,7 +18,7 @@ from harness.checkpoint.format import DTYPES, Ancestor, Attempt, FileInfo, Manif
 from harness.errors import StoreError, Unsupported
 from harness.storage.filesystem import LocalDisk
 from harness.storage.store import Store, open_store
-from tests.support.values import bits
+from tests.support.states import bits
 
 ATTEMPT = Attempt("000003-0000abcd")
 

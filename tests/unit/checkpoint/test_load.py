@@ -16,7 +16,7 @@ from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Attempt, FileInfo, Manifest, Slices, TensorInfo, checksum, digest, encode_header
 from harness.errors import Corrupt, StoreError, UnknownFormat
 from harness.storage.store import Store, open_store
-from tests.support.values import bits
+from tests.support.states import bits
 
 ATTEMPT = Attempt("000001-00000000")
 
@@ -47,7 +47,7 @@ class Written:
 @pytest.fixture(params=["one thread", "several threads"])
 def written(tmp_path, monkeypatch, request):
     if request.param == "several threads":
-        monkeypatch.setattr("harness.runtime.threads._WORTH_THREADS_BYTES", 0)
+        monkeypatch.setattr("harness.runtime.threads.WORTH_THREADS_BYTES", 0)
     store = open_store(str(tmp_path))
     directory, manifest = commit.write(store, parts(), step=1, attempt=ATTEMPT, shard_bytes=200)
     return Written(store, directory, manifest, tmp_path / directory)

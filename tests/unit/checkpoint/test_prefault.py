@@ -1,11 +1,13 @@
 """Fresh memory gets its pages before it is filled, huge ones as long as they come faster than small ones."""
 
 import ctypes
+import itertools
 import mmap
 import re
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,7 +56,7 @@ class Kernel:
         self.at_once = self.most_at_once = 0
         self.is_huge: dict[int, bool] = {}
         self.lock = threading.Lock()
-        monkeypatch.setattr(pages, "_advise", self.advise)
+        monkeypatch.setattr(pages, "advise", self.advise)
 
     def advise(self, start: int, size_bytes: int, advice: int) -> None:
         if advice == pages._MADV_HUGEPAGE:
@@ -141,7 +143,7 @@ def test_threads_ask_side_by_side_for_what_has_proven_fast(monkeypatch):
     """Until then one of them does, and the others take small pages."""
     kernel = Kernel(monkeypatch, small_seconds=0.05, huge_seconds=[0.001])
     with monkeypatch.context() as never_proven:
-        never_proven.setattr(pages, "_PROVEN_BYTES", 1 << 40)
+        never_proven.setattr(pages, "PROVEN_BYTES", 1 << 40)
         give_all(Memory(128 * MIB).view, 4)
     assert kernel.most_at_once == 1
     give_all(Memory(256 * MIB).view, 4)
@@ -155,13 +157,14 @@ def test_a_little_memory_gets_small_pages(monkeypatch):
     assert kernel.asked == []
 
 
-def test_the_kernel_gives_huge_pages():
+def test_the_kernel_gives_huge_pages(monkeypatch):
     """Where small ones seem to take forever, a real kernel gives huge ones, if it has been set to give any."""
     if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
         pytest.skip("this kernel gives no huge pages")
     memory = Memory(128 * MIB)
+    clock = itertools.chain([0, 1] * pages._SAMPLES, itertools.repeat(0))
+    monkeypatch.setattr(pages, "time", SimpleNamespace(perf_counter=clock.__next__))
     of_memory = Pages(128 * MIB)
-    of_memory._small = [1.0] * pages._SAMPLES
     for _, piece in cut(memory.view):
         of_memory.give(piece)
     assert memory.resident_bytes() >= 128 * MIB

@@ -1,56 +1,24 @@
 """Saving in a training run: a failed save is told of, counted and survived; too many of them, or the last one, are not."""
 
-import contextlib
 import errno
-import logging
 import os
-import resource
 
 import pytest
 import torch
 
 from harness.checkpoint import load
 from harness.checkpoint.catalog import Catalog
-from harness.checkpoint.format import Ancestor, Attempt
+from harness.checkpoint.format import Ancestor
 from harness.checkpoint.retention import Retention
 from harness.checkpoint.saver import Saver, SaveRequest
 from harness.errors import StoreError, Superseded, Unsupported
 from harness.storage.store import open_store
 from tests.support.faults import Contents, Life, Objects, Pair
-
-FIRST = Attempt("000001-00000000")
-LIMIT_BYTES = 100_000
-
-
-def parts(step: int, count: int = 10) -> dict[str, dict]:
-    return {"model": {"weight": torch.full((count,), float(step))}, "training": {"step": step}}
-
-
-def saver(url: str, **changes) -> Saver:
-    options = {"attempt": FIRST, "lineage": [], "retention": Retention(), "shard_bytes": 1 << 30, "failures_allowed": 2}
-    return Saver(catalog=Catalog(open_store(url)), **options | changes)
+from tests.support.saving import TOO_LARGE, failed_lines, parts, saver, small_files
 
 
 def save(saver: Saver, step: int, count: int = 10, *, must_succeed: bool = False, best_step: int | None = None):
     return saver.save(parts(step, count), SaveRequest(step, {"epoch": 0}, best_step), must_succeed=must_succeed)
-
-
-@contextlib.contextmanager
-def small_files():
-    """While the block lasts, the kernel refuses files beyond a size: a save of ``TOO_LARGE`` fails with EFBIG."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT_BYTES, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-TOO_LARGE = LIMIT_BYTES
-
-
-def failed_lines(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_a_save_says_what_it_did(tmp_path):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from harness import Task
-from harness.checkpoint import load, staging
+from harness.checkpoint import commit, load, staging
 from harness.checkpoint.commit import streamed as streamed_of
 from harness.checkpoint.format import BlockHasher, checksum
 from harness.checkpoint.plan import SavePlan
@@ -24,7 +24,7 @@ from harness.errors import StoreError, Unsupported
 from harness.runtime.threads import Background
 from harness.storage.store import open_store
 from tests.support.cluster import newest, train_here
-from tests.unit.checkpoint.test_saver import TOO_LARGE, failed_lines, parts, saver, small_files
+from tests.support.saving import TOO_LARGE, failed_lines, held_up, parts, saver, slow_copies, small_files
 
 OPTIMIZERS = {
     "plain": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, foreach=False),
@@ -81,14 +81,7 @@ def train(url, optimizer: str, *, edit: bool = False, **checkpoint):
 @pytest.fixture
 def slow(monkeypatch):
     """Copies that take so long that each optimizer step has to wait for them."""
-    copy = staging._copy
-
-    def slowly(*arguments):
-        if threading.current_thread() is not threading.main_thread():
-            time.sleep(0.005)
-        return copy(*arguments)
-
-    monkeypatch.setattr(staging, "_copy", slowly)
+    slow_copies(monkeypatch, 0.005)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -126,24 +119,6 @@ def test_a_state_beyond_the_limit_is_saved_while_the_training_waits(tmp_path):
 
 
 # --- the saver -------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def held_up(monkeypatch):
-    """While the block lasts, no copy beside the training gets further."""
-    begun, gate, copy = threading.Event(), threading.Event(), staging._copy
-
-    def waiting(*arguments):
-        if threading.current_thread() is not threading.main_thread():
-            begun.set()
-            assert gate.wait(30)
-        return copy(*arguments)
-
-    monkeypatch.setattr(staging, "_copy", waiting)
-    try:
-        yield begun, gate
-    finally:
-        gate.set()
 
 
 def test_begin_does_not_wait_and_the_fence_does(tmp_path, monkeypatch):
@@ -204,7 +179,7 @@ def test_what_could_not_be_copied_is_not_committed(tmp_path, monkeypatch):
     def failing(*_arguments):
         raise RuntimeError("no copy")
 
-    monkeypatch.setattr(staging, "_copy", failing)
+    monkeypatch.setattr(staging, "copy_tensor", failing)
     writer.begin(parts(1), SaveRequest(1, is_steady=lambda tensor: True))
     writer.fence()
     with pytest.raises(RuntimeError, match="no copy"):
@@ -266,7 +241,7 @@ def test_a_snapshot_has_the_same_bytes(dtype):
 
 def test_an_image_is_written_while_it_is_filled(monkeypatch):
     """The writer gets what is there, and waits for the rest; the checksums are there when it has everything."""
-    monkeypatch.setattr(staging, "_WINDOW_BYTES", 1 << 20)
+    monkeypatch.setattr(staging, "WINDOW_BYTES", 1 << 20)
     values = {name: torch.rand(1 << 18) for name in "abc"}
     with held_up(monkeypatch) as (_begun, gate):
         snapshot = snapshot_of(values, HostMemory(pinned=False), lambda tensor: tensor is not values["a"])
@@ -319,7 +294,7 @@ def test_who_waits_copies_too(monkeypatch):
     before = contents(values)
     helped: list[int] = []
     with held_up(monkeypatch) as (begun, gate):
-        copy = staging._copy
+        copy = staging.copy_tensor
 
         def watched(memory, start, tensor):
             if threading.current_thread() is threading.main_thread():
@@ -328,7 +303,7 @@ def test_who_waits_copies_too(monkeypatch):
                     threading.Timer(0.2, gate.set).start()
             return copy(memory, start, tensor)
 
-        monkeypatch.setattr(staging, "_copy", watched)
+        monkeypatch.setattr(staging, "copy_tensor", watched)
         snapshot = snapshot_of(values, HostMemory(pinned=False))
         draining = Background(snapshot.drain)
         assert begun.wait(30)
@@ -344,14 +319,14 @@ def test_who_waits_copies_too(monkeypatch):
 def test_nothing_is_hashed_before_it_is_copied(monkeypatch):
     """What the waiting thread has taken is not there yet when the other one comes to it, which must not take what lies there
     from the save before."""
-    copy, memory = staging._copy, HostMemory(pinned=False)
+    copy, memory = staging.copy_tensor, HostMemory(pinned=False)
 
     def slowly(*arguments):
         if threading.current_thread() is threading.main_thread():
             time.sleep(0.05)
         return copy(*arguments)
 
-    monkeypatch.setattr(staging, "_copy", slowly)
+    monkeypatch.setattr(staging, "copy_tensor", slowly)
     for number in range(3):
         values = {f"layer{index}": torch.full((10,), float(8 * number + index)) for index in range(8)}
         snapshot = snapshot_of(values, memory)
@@ -363,7 +338,7 @@ def test_nothing_is_hashed_before_it_is_copied(monkeypatch):
 
 def test_a_fence_at_any_time(monkeypatch):
     """Whenever it comes, and whoever has copied what: the state before it is what the image has."""
-    monkeypatch.setattr(staging, "_WINDOW_BYTES", 1 << 20)
+    monkeypatch.setattr(staging, "WINDOW_BYTES", 1 << 20)
     memory, draws = HostMemory(pinned=False), random.Random(0)
     for _ in range(100):
         values = {f"layer{index}": torch.rand(draws.choice([0, 1, 1000, 1 << 20])) for index in range(12)}
@@ -384,7 +359,7 @@ def test_a_fence_at_any_time(monkeypatch):
 def test_what_the_fence_could_not_copy_is_not_written(monkeypatch, error):
     """Its error is the save's, and the other thread is not left waiting; who interrupts the training interrupts it, too."""
     with held_up(monkeypatch) as (begun, gate):
-        copy = staging._copy
+        copy = staging.copy_tensor
 
         def failing(*arguments):
             if threading.current_thread() is threading.main_thread():
@@ -392,7 +367,7 @@ def test_what_the_fence_could_not_copy_is_not_written(monkeypatch, error):
                 raise error
             return copy(*arguments)
 
-        monkeypatch.setattr(staging, "_copy", failing)
+        monkeypatch.setattr(staging, "copy_tensor", failing)
         snapshot = snapshot_of({name: torch.rand(10) for name in "abc"}, HostMemory(pinned=False))
         draining = Background(snapshot.drain)
         assert begun.wait(30)
@@ -421,13 +396,13 @@ def test_an_image_on_a_disk(tmp_path, size):
 
 def test_a_busy_saver_makes_the_next_save_wait_or_be_skipped(tmp_path, monkeypatch):
     """``checkpoint.when_busy``: either all are there in the end, or some are not and the log says which."""
-    write = Saver._write
+    write = commit.write_share
 
     def slowly(*arguments):
         time.sleep(0.15)
         return write(*arguments)
 
-    monkeypatch.setattr(Saver, "_write", slowly)
+    monkeypatch.setattr(commit, "write_share", slowly)
     assert [step for step, _ in train(tmp_path / "wait", "plain")] == list(range(STEPS, 0, -1))
     skipping = [step for step, _ in train(tmp_path / "skip", "plain", when_busy="skip")]
     assert STEPS in skipping, "the last one is not skipped"

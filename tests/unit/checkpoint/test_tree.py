@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from harness.checkpoint.format import DTYPES
 from harness.checkpoint.tree import decode, encode, info, raw_bytes
 from harness.errors import ConfigError, Corrupt, Unsupported
-from tests.support.values import bits
+from tests.support.states import bits
 
 MIB = 1 << 20
 
@@ -155,7 +155,7 @@ def test_tensors_survive(dtype):
         small.view(4, 6).t(), small.view(2, 3, 4).permute(2, 0, 1)[1:, :, ::2],
         large, large.t(), large.view(-1)[::2], large.view(2, -1, 2)[:, :, 0], small[:1].expand(large.numel()),
     ):  # fmt: skip
-        assert bits(through_json(tensor)) == ("tensor", str(tensor.dtype), tuple(tensor.shape), bytes_of(tensor))
+        assert bits(through_json(tensor)) == ("tensor", str(tensor.dtype), "cpu", tuple(tensor.shape), bytes_of(tensor))
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
@@ -187,7 +187,7 @@ def test_bytes_come_in_pieces():
     assert np.frombuffer(next(raw_bytes(tensor)), np.int32).ctypes.data == tensor.data_ptr()
 
 
-def test_ties():
+def test_tied_tensors_are_stored_once():
     """The same memory seen in the same way is stored once and comes back as one tensor; anything else is kept apart."""
     weight, empty = torch.arange(6.0), torch.zeros(0)
     value = {

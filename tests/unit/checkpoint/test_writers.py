@@ -1,6 +1,6 @@
 """Several ranks write one checkpoint: who writes what, tensors in pieces, receipts, and what becomes of a writer that fails.
 
-test_crash.py enumerates the crashes of two writers.
+test_crash_points.py enumerates the crashes of two writers.
 """
 
 import errno
@@ -41,11 +41,11 @@ from harness.interchange.export import export_model
 from harness.interchange.files import Place, read_directory
 from harness.storage.filesystem import LocalDisk
 from harness.storage.store import Store, open_store
-from tests.proofs.test_corruption import outcome, sealed
 from tests.support.cluster import committed, launch, newest, play, played, records, returned, train_here
 from tests.support.faults import Objects, silence
-from tests.support.values import bits
-from tests.unit.checkpoint.test_staging import held_up
+from tests.support.forged_manifests import sealed, unexpected_error
+from tests.support.saving import held_up
+from tests.support.states import bits
 
 ATTEMPT = Attempt("000001-00000000")
 BLOCK_BYTES = 256
@@ -387,7 +387,7 @@ def test_a_writer_whose_storage_refuses_says_so(small_blocks, caplog):
 
 def test_a_writer_that_says_nothing_is_not_waited_for_for_ever(small_blocks, caplog, monkeypatch):
     """Not beyond the patience; and when the training is over, no longer than the save has already taken."""
-    monkeypatch.setattr("harness.checkpoint.saver._SHORTEST_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("harness.checkpoint.saver.SHORTEST_PATIENCE_SECONDS", 0.1)
     objects: dict[str, bytes] = {}
     silent = Refusing(objects)
     silent.takes_receipts = False
@@ -468,7 +468,7 @@ def test_an_error_of_the_program_is_told_and_raised(small_blocks, monkeypatch):
 
 
 @pytest.mark.parametrize("text", [b"", b"{}", b"\0" * 100, Receipt(2).encode(), Receipt(1).encode()[:-3]])
-def test_a_receipt_that_is_none(small_blocks, text):
+def test_a_forged_receipt_fails_the_save(small_blocks, text):
     """Another object under its name fails the save, and commits nothing."""
     objects: dict[str, bytes] = {}
     writers = savers(Objects(objects), Objects(objects))
@@ -567,7 +567,7 @@ def test_slices_of_another_kind(cut, slices):
     files, directory = cut
     manifest = json.loads(files[MANIFEST])
     manifest["parts"]["model"]["slices"] = slices
-    assert outcome(lambda: read(files | {MANIFEST: sealed(manifest)}, directory)) is None
+    assert unexpected_error(lambda: read(files | {MANIFEST: sealed(manifest)}, directory)) is None
     if slices is not None:
         with pytest.raises(Corrupt):
             read(files | {MANIFEST: sealed(manifest)}, directory)
@@ -763,7 +763,7 @@ def test_what_several_ranks_write_is_what_one_writes(small_blocks, three, scenar
 
 
 @pytest.mark.torchrun
-def test_they_go_on_and_read_each_byte_once(small_blocks, three):
+def test_ranks_restore_pieces_and_read_each_byte_once(small_blocks, three):
     """A checkpoint in pieces is one that ranks can restore together."""
     directory, found = three
     assert returned(found["they_go_on_and_read_together"]) == [8, 8, 8]

@@ -93,7 +93,7 @@ def test_a_device_that_is_not_there(monkeypatch):
         join_world(WorldConfig(device="cuda"))
 
 
-def test_too_few_devices_are_none(monkeypatch):
+def test_too_few_gpus_mean_the_cpu(monkeypatch):
     """Where one local rank would go without, ``auto`` takes the CPU for all, and NCCL cannot be had."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -343,7 +343,7 @@ def test_bytes_are_exchanged(results):
 
 
 @pytest.mark.torchrun
-def test_only_what_learns_is_wrapped(results):
+def test_ddp_wraps_only_models_with_gradients(results):
     """DDP refuses a model without gradients."""
     assert returned(results["wrapping"]) == [["DistributedDataParallel", "Linear"]] * RANKS
 
@@ -404,7 +404,7 @@ def test_a_name_that_leads_nowhere(monkeypatch, caplog, rank):
     environment = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": port}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("harness.distributed.world._NAME_SECONDS", 0.3)
+    monkeypatch.setattr("harness.distributed.world.NAME_SECONDS", 0.3)
     words = f"MASTER_ADDR is {address}, the machine of rank 0, and this machine does not find it: .*--local-addr"
     with pytest.raises(RankFailure, match=words):
         join_world(WorldConfig(timeout_seconds=1))

@@ -765,7 +765,7 @@ def test_a_device_that_is_not_there(write):
     assert "expected a CUDA device for each of 1 local ranks, found 0" in one(found, "device").found
 
 
-def test_too_few_devices_are_none(write, monkeypatch):
+def test_too_few_gpus_mean_the_cpu(write, monkeypatch):
     """``auto`` takes the CPU for all where one local rank would go without: not what one wants from a machine with GPUs."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

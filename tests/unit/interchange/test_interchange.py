@@ -37,7 +37,7 @@ from harness.interchange import Foreign, export_model, import_run, load_into, re
 from harness.state.capture import State
 from harness.storage.store import open_store
 from harness.tasks import gpt
-from tests.support.values import Training
+from tests.support.states import Training
 
 
 class Net(nn.Module):
@@ -390,7 +390,7 @@ FORMS = {  # what is saved, and the epoch and the loss that are to be found in i
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("form", FORMS)
-def test_forms(tmp_path, trained, form, legacy):
+def test_import_of_every_form_of_pth(tmp_path, trained, form, legacy):
     """Every known form of a .pth gives the weights bit for bit, and what else it has: optimizer, epoch, loss."""
     model, optimizer = trained
     make, epoch, loss = FORMS[form]
@@ -609,7 +609,7 @@ def test_single_file_directory(tmp_path, trained, name):
     assert same(read_foreign(str(tmp_path)).model, state)
 
 
-def test_run(tmp_path, trained):
+def test_import_of_a_run(tmp_path, trained):
     """A run of harness is read from its newest whole checkpoint, or from the one whose directory is named."""
     store, old, _ = checkpoint(f"{tmp_path}/run", *trained)
     train(*trained)
@@ -758,7 +758,7 @@ def test_names_that_leave_the_directory(tmp_path, trained, distributed, monkeypa
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_whole_model(tmp_path, legacy):
+def test_a_pickled_model_is_refused(tmp_path, legacy):
     """A whole pickled model is refused with the sentence that says why and what to do instead."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -772,7 +772,7 @@ def test_whole_model(tmp_path, legacy):
     )
 
 
-def test_program(tmp_path):
+def test_a_torchscript_archive_is_refused(tmp_path):
     """A TorchScript archive is refused: it is a program."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated, and in the world
@@ -821,7 +821,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_cut_anywhere(tmp_path, writer):
+def test_a_file_that_was_cut_is_refused(tmp_path, writer):
     """A file that is cut anywhere is refused, and nothing of it is used."""
     WRITERS[writer]({"a": torch.randn(20), "b": torch.arange(5)}, tmp_path / "whole")
     data = (tmp_path / "whole").read_bytes()
@@ -862,7 +862,7 @@ def test_pth_without_checksums(tmp_path):
     assert same(read_foreign(f"{tmp_path}/saved.pth").model, {"a": torch.ones(3)})
 
 
-def test_garbage(tmp_path):
+def test_garbage_is_refused(tmp_path):
     """Bytes of nobody's format, an archive of something else, and safetensors of an impossible header are refused."""
     generator = random.Random(2)
     for data in (
@@ -1056,7 +1056,7 @@ def test_an_exported_directory_without_a_configuration(tmp_path, caplog):
     assert "config.json" not in caplog.text
 
 
-def test_nothing_there(tmp_path):
+def test_a_missing_import_says_what_is_missing(tmp_path):
     """No file, an empty directory, and a directory without weights are told apart."""
     for source in (f"{tmp_path}/absent.pth", str(tmp_path), f"memory://{uuid.uuid4().hex}"):
         with pytest.raises(ConfigError, match="found nothing"):
@@ -1115,7 +1115,7 @@ def test_options_are_the_configurations(trained):
     assert same(optimizer.state_dict()["state"], trained[1].state_dict()["state"])
 
 
-def test_weights_alone(trained):
+def test_start_with_weights_but_no_optimizer(trained):
     """Without an optimizer on either side the weights are loaded alone."""
     model = Net(1)
     optimizer = adamw(model)
@@ -1125,7 +1125,7 @@ def test_weights_alone(trained):
     assert same(model.state_dict(), trained[0].state_dict())
 
 
-def test_live_wrappers(trained, group):
+def test_start_reaches_the_model_within_its_wrappers(trained, group):
     """The live model may be wrapped; the weights reach the plain one within."""
     model = Net(1)
     load_into(nn.parallel.DistributedDataParallel(model), None, foreign(trained[0]))
@@ -1245,7 +1245,7 @@ def test_named_optimizer_that_does_not_fit(tmp_path, trained):
         ({0: {"exp_avg": torch.ones(4, 3)}}, "loading it raises KeyError: 'step'"),
     ],
 )
-def test_a_state_that_is_none(trained, state, problem):
+def test_an_optimizer_state_that_does_not_fit_is_refused(trained, state, problem):
     """State for parameters that no group has, that is no state at all or lacks entries, is told, and nothing is touched."""
     source = dataclasses.replace(foreign(trained[0]), optimizer={**trained[1].state_dict(), "state": state})
     model = Net(1)

@@ -101,7 +101,7 @@ def test_words_come_before_the_record(tmp_path):
     assert [each.exit_code for each in outcome.read_outcomes(str(tmp_path))] == [2]
 
 
-def test_of_an_error():
+def test_the_outcome_of_an_error():
     """Our errors have their own codes, and only their first line is recorded; others are 1."""
     assert outcome.of(errors.ConfigError("a\nb")) == Outcome(2, "a")
     assert outcome.of(ValueError("what")) == Outcome(1, "ValueError: what")

@@ -94,7 +94,7 @@ def test_the_time_is_divided(report):
     assert report.goodput == 41 / 185
 
 
-def test_the_numbers(report):
+def test_the_numbers_are_those_of_the_docs(report):
     """Each as docs/report.md defines it."""
     assert report.as_json() == {
         "url": "there",
@@ -237,7 +237,7 @@ def test_two_that_overlap_are_told_of():
 # --- what cannot be known --------------------------------------------------------------------------------------------
 
 
-def test_what_a_kill_takes_is_not_known(report):
+def test_the_steps_lost_to_a_kill_are_not_known(report):
     """Of an attempt that said how it ended the lost steps are known; of one that was killed only the least."""
     assert not report.is_lost_exact
     assert "at least 25 steps lost" in words.short(report)
@@ -647,7 +647,7 @@ def test_the_page_needs_its_extra(killed_twice, tmp_path):
 @pytest.mark.soak
 @pytest.mark.torchrun
 @pytest.mark.parametrize("ranks", [None, 2])
-def test_five_deaths(ranks, tmp_path, opened):
+def test_five_deaths_are_in_the_report(ranks, tmp_path, opened):
     """Each is in the report, and goodput agrees with a stopwatch."""
     watched = killed_run(tmp_path / "run", [70, 130, 220, 310, 390], steps=500, every=25, ranks=ranks)
     url, path = str(tmp_path / "run/run"), tmp_path / "report.html"

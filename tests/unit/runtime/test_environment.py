@@ -156,7 +156,7 @@ def test_one_of_several(environ):
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_cannot_be(environ, case):
+def test_an_impossible_environment_is_refused(environ, case):
     """It is named, with what is there and what is missing; and it never keeps harness from being imported."""
     variables, words = WRONG[case]
     environ(variables)

@@ -200,7 +200,7 @@ def test_silence_is_no_notice(server, watch, told, cloud):
     assert told.empty()
 
 
-def test_none_asks_nobody(server, watch):
+def test_without_a_cloud_no_service_is_asked(server, watch):
     """Switched off, there is no thread, no request and no notice."""
     watcher = watch("none")
     assert not threads()
@@ -351,7 +351,7 @@ def test_each_kind_of_fault_is_said(server, watch, told):
     assert told.empty()
 
 
-def test_a_name_that_is_none_is_not_believed(server, watch, told):
+def test_an_impossible_machine_name_is_asked_for_again(server, watch, told):
     """What cannot be the machine's name is asked for again: with a wrong one every event would be somebody else's."""
     server.azure_name, server.azure_events = '{"error": "not yet"}', [azure_event("Preempt")]
     watch("azure")

@@ -99,7 +99,7 @@ def pipes() -> set[str]:
     return {name for name in found if name.startswith(("pipe:", "socket:"))}
 
 
-def test_it_ends_with_whoever_listens():
+def test_handlers_end_with_whoever_listens():
     """What was there before is back, the request is forgotten, and no thread and no pipe is left of it."""
     threads, before = set(threading.enumerate()), pipes()  # others of this process may end and be closed meanwhile
     for _ in range(3):

@@ -56,7 +56,7 @@ def test_several_threads_of_a_worker_take_what_comes():
         assert not thread.is_alive()
 
 
-def test_it_holds_up_nobodys_exit():
+def test_a_call_that_hangs_does_not_hold_up_the_exit():
     """A call that hangs ends with the program."""
     program = "import time; from harness.runtime.threads import Worker; w = Worker('x'); w.begin(lambda: time.sleep(60))"
     began = time.monotonic()
@@ -76,7 +76,7 @@ def test_results_come_in_the_order_of_the_items(count):
     assert list(in_order(count, late, range(20), ahead=5)) == [number * number for number in range(20)]
 
 
-def test_they_do_not_run_too_far_ahead():
+def test_threads_do_not_run_too_far_ahead():
     """So much memory, and no more, holds what nobody has asked for yet."""
     begun, done = [], threading.Semaphore(0)
 

@@ -42,7 +42,7 @@ def test_a_hang_that_keeps_the_interpreter_lock_is_ended_all_the_same():
     assert "in culprit" in ended.stderr
 
 
-def test_steps_keep_it_quiet():
+def test_steps_keep_the_watchdog_quiet():
     """A process that goes on stepping is left alone much longer than the time of a step, and so is one that is done."""
     body = "[(dog.step(), time.sleep(0.05)) for _ in range(20)]; dog.stop(); time.sleep(0.6); print('ALIVE')"
     ended = run(body, timeout=0.4)

@@ -1,6 +1,6 @@
 """Settling DDP's buckets before a resumed run trains is something that nobody else notices.
 
-That it gives the bits of the run that never stopped, on three ranks, is in ``test_exact``.
+That it gives the bits of the run that never stopped, on three ranks, is in ``test_exact_resume``.
 """
 
 import re

@@ -25,7 +25,7 @@ from harness.state.capture import Progress, random_state, restore_random_state
 from harness.state.modules import check_model, model_state, module_versions, restore_model, unwrap
 from harness.state.optimizers import check_optimizer, optimizer_state, restore_optimizer
 from harness.storage.store import open_store
-from tests.support.values import Training
+from tests.support.states import Training
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,6 @@ here until someone says how to make one.
 
 import contextlib
 import inspect
-import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,54 +19,16 @@ from torch import nn, optim
 from torch.optim import lr_scheduler, swa_utils
 from torch.torch_version import TorchVersion
 
-from harness.checkpoint import commit, load
-from harness.checkpoint.format import Attempt
+from harness.checkpoint import commit
 from harness.errors import Mismatch, Unsupported
 from harness.state.capture import sent
 from harness.state.optimizers import check_optimizer, optimizer_state, restore_optimizer
-from harness.storage.store import open_store
-from tests.support.values import Training
+from tests.support.states import Net, Training, bits, through_a_store, train
 
 NEWEST = TorchVersion("2.13")  # the newest torch whose classes were all looked at
 
 
-def through_a_store(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """What a later process would read of what is saved now."""
-    store = open_store(f"memory://{uuid.uuid4()}")
-    directory, manifest = commit.write(store, parts, step=1, attempt=Attempt.after([]))
-    try:
-        return load.read(store, directory, manifest)
-    finally:
-        store.filesystem.fs.rm(store.root, recursive=True)
-
-
-def bits(value: Any) -> Any:
-    """Everything that can be told of a value: equal if and only if types, dtypes, shapes and all bits are."""
-    if isinstance(value, torch.Tensor):
-        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return "tensor", str(value.dtype), tuple(value.shape), str(value.device), raw
-    if isinstance(value, dict):
-        return type(value).__name__, {key: bits(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value).__name__, [bits(item) for item in value]
-    if isinstance(value, np.ndarray):
-        return "array", value.dtype.str, value.shape, value.tobytes()
-    return type(value).__name__, value.hex() if isinstance(value, float) else value
-
-
 # --- optimizers ------------------------------------------------------------------------------------------------------
-
-
-class Net(nn.Module):
-    """Matrices, vectors, and a parameter that never has a gradient, so never a state."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.unused, self.second = nn.Linear(3, 4), nn.Linear(2, 2, bias=False), nn.Linear(4, 2)
-
-    def loss(self, index: int) -> torch.Tensor:
-        inputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(index)).to(self.first.weight)
-        return self.second(self.first(inputs).tanh().to(self.second.weight)).abs().square().mean()
 
 
 class Matrices(Net):
@@ -164,19 +125,6 @@ def make(name: str, options: Mapping[str, Any], dtype: torch.dtype = torch.float
     # Every other parameter, so that the optimizer's order is not the model's.
     groups = [{"params": parameters[::2]}, {"params": parameters[1::2], "lr": 0.005}] if recipe.groups else parameters
     return net, OPTIMIZERS[name](groups, **{"lr": 0.02, **recipe.options, **options})
-
-
-def train(net: nn.Module, optimizer: optim.Optimizer, steps: range) -> None:
-    """Some steps; each depends on its index alone."""
-
-    def closure(index: int) -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = net.loss(index)
-        loss.backward()
-        return loss
-
-    for index in steps:
-        optimizer.step(partial(closure, index))
 
 
 def resumed(net: nn.Module, optimizer: optim.Optimizer, twin: nn.Module, twins: optim.Optimizer) -> None:

@@ -60,16 +60,17 @@ class TestS3(StoreContract):
         return Place(s3.url(name), RawS3(s3, client, name), s3.storage_options)
 
 
-def test_the_parts_of_an_object_travel_together(s3):
+def test_the_parts_of_an_object_travel_together(s3, monkeypatch):
     """Two of them meet on the way."""
     store = open_store(s3.url(uuid.uuid4().hex), s3.storage_options)
-    send, meeting = store.filesystem._send_part, threading.Barrier(2)
+    call, meeting = store.filesystem.fs.call_s3, threading.Barrier(2)
 
-    def send_when_all_are_there(*part):
-        meeting.wait(30)
-        return send(*part)
+    def call_when_both_are_there(name, **request):
+        if name == "upload_part":
+            meeting.wait(30)
+        return call(name, **request)
 
-    store.filesystem._send_part = send_when_all_are_there
+    monkeypatch.setattr(store.filesystem.fs, "call_s3", call_when_both_are_there)
     put(store, "file.bin", content(32 * MIB))
     assert store.get("file.bin", 32 * MIB) == content(32 * MIB)
 

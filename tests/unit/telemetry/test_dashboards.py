@@ -81,7 +81,7 @@ def test_prometheus_reads_the_newest_numbers(tmp_path):
     assert [name.name for name in tmp_path.iterdir() if "partial" in name.name] == []
 
 
-def test_prometheus_is_told_of_what_is_no_number(tmp_path):
+def test_nan_and_infinity_in_prometheus(tmp_path):
     """In its own words."""
     parser = pytest.importorskip("prometheus_client.parser", reason="prometheus_client is not installed")
     Prometheus(str(tmp_path / "x.prom")).write(

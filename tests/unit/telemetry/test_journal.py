@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from harness import Task
-from harness.checkpoint import commit
 from harness.checkpoint.format import Attempt
+from harness.storage.filesystem import LocalDisk
 from harness.storage.store import open_store
 from harness.telemetry import journal
 from harness.telemetry.journal import Journal
@@ -128,16 +129,16 @@ def test_a_fallback_is_told_of_and_replaces_what_it_passes_over(tmp_path):
 def test_no_step_is_committed_before_it_is_told(mode, tmp_path, monkeypatch):
     """When a manifest is put, every step up to its own is in the journal already: a kill after that loses none of them."""
     seen = []
-    put_bytes = commit._put_bytes
+    put = LocalDisk.put
 
-    def look_first(store, name, data):
-        if name.endswith("manifest.json"):
+    def look_first(disk, path, *rest):
+        if path.endswith("manifest.json"):
             told = steps_told(tmp_path)
-            seen.append((int(name.split("-")[1]), told[-1]))
+            seen.append((int(Path(path).parent.name.split("-")[1]), told[-1]))
             assert told == [*range(1, told[-1] + 1)]
-        put_bytes(store, name, data)
+        put(disk, path, *rest)
 
-    monkeypatch.setattr(commit, "_put_bytes", look_first)
+    monkeypatch.setattr(LocalDisk, "put", look_first)
     train(tmp_path, 9, checkpoint={"mode": mode}, metrics={"every_seconds": 3600})
     assert [step for step, _ in seen] == [2, 4, 6, 8, 9]
     assert all(step <= told for step, told in seen)

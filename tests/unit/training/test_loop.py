@@ -166,7 +166,7 @@ def first_step(url: Path, precision: str, clip: float | None) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_clipping_means_the_gradients_themselves(tmp_path, precision):
+def test_clipping_bounds_the_unscaled_gradients(tmp_path, precision):
     """The norm is bounded after a scaler's factor has been taken out, and small gradients are left alone."""
     free = first_step(tmp_path / "free", precision, None)
     assert float(free.norm()) > 0.1

@@ -105,7 +105,7 @@ def test_it_falls_back_over_a_corrupt_one(url, kind, caplog):
     assert (found["step"], found["digests"]["model"]) == (6, straight)
 
 
-def test_it_falls_back_as_far_as_it_must(url, caplog):
+def test_a_resume_falls_back_as_far_as_it_must(url, caplog):
     """Each one that is passed over is told of, with what is wrong with it."""
     DAMAGE["a cut file"](save(url, 6))
     DAMAGE["a flipped bit in the weights"](save(url, 4))

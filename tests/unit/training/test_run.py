@@ -94,7 +94,7 @@ def test_another_batch_size_goes_on_from_the_same_sample(tmp_path):
 # --- intervals and ends ----------------------------------------------------------------------------------------------
 
 
-def test_when_it_saves(tmp_path):
+def test_saves_after_so_many_steps_or_epochs_and_at_the_end(tmp_path):
     """After so many steps or epochs, and at the end."""
     Script(tmp_path / "steps", every_steps=2).train(2)
     assert saved_steps(tmp_path / "steps") == [2, 4, 6]
@@ -267,7 +267,7 @@ def test_an_evaluation_between_the_optimizer_and_the_boundary(tmp_path):
     assert saved_steps(tmp_path) == [2, 4]
 
 
-def test_it_goes_back(tmp_path):
+def test_roll_back_restores_the_newest_checkpoint(tmp_path):
     """All that is in the state is as it was at the newest checkpoint, in an attempt of its own."""
     script = Script(tmp_path, every_steps=2)
     for _ in script.run.steps(5):
@@ -283,7 +283,7 @@ def test_it_goes_back(tmp_path):
             fresh.run.roll_back()
 
 
-def test_what_it_tells(tmp_path):
+def test_each_event_is_a_line_of_the_log(tmp_path):
     """A line for each event, with the metrics of the loop."""
     log = {"log": {"every_steps": 2, "jsonl": str(tmp_path / "log.jsonl")}}
     Script(tmp_path / "run", config=log).train(1)

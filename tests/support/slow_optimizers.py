@@ -1,4 +1,4 @@
-"""``slowly.py SCRIPT``: runs a script whose optimizers take their time, so that it can be killed in the middle."""
+"""``slow_optimizers.py SCRIPT``: runs a script whose optimizers take their time, so that it can be killed in the middle."""
 
 import runpy
 import sys

@@ -19,10 +19,13 @@ accepted. The model of the disk is simple: writes append, directories change nam
 """
 
 import contextlib
+import os
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,7 +39,9 @@ from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import MANIFEST
 from harness.checkpoint.retention import Pruner
 from harness.errors import HarnessError, StoreError, Superseded
+from harness.storage import direct_io
 from harness.storage.store import Store, open_store
+from tests.support import faults
 from tests.support.faults import (
     Call,
     Contents,
@@ -117,11 +122,12 @@ class Recorder(Witness):
         self.trace.append(self.now)
 
 
-def record(root: str) -> list[Call | Mark]:
-    """The whole life of a run: a first save into nothing, another one, a restart, two more; the newest one is kept."""
+def record(root: str, *lives: list[int]) -> list[Call | Mark]:
+    """The whole life of a run: a first save into nothing, another one, a restart, two more; the newest one is kept. Or the
+    saves of other lives."""
     recorder = Recorder(root=root)
     with system_calls_through(recorder):
-        for steps in ([10, 20], [30, 40]):
+        for steps in lives or ([10, 20], [30, 40]):
             life = Life(recorder.store())
             assert life.restored.step in recorder.allowed
             done = recorder.done
@@ -230,6 +236,12 @@ class Judge:
         return f"{self.points.total()} crash points ({verbs}), {self.states} disks, {len(self.seen)} of them different"
 
 
+def assert_found(trace: list[Call | Mark], root: Path) -> None:
+    """The explorer finds a crash point of a trace with a bug at which neither the old nor the new checkpoint is left."""
+    judge = Judge(goes_on=False)
+    assert any(judge.judge(left) or judge.wrong for left in crashes(trace, str(root), judge.points)), "not found"
+
+
 # --- local disks -----------------------------------------------------------------------------------------------------
 
 
@@ -285,6 +297,62 @@ def test_a_crash_and_then_another(tmp_path, tell):
     assert kill_at > 40 and judge.points.total() > 3500
 
 
+# --- shards that are written past the page cache ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def direct(tmp_path, monkeypatch):
+    """Shards, of one to three pages and a bit, go the way of shards of gigabytes."""
+    try:
+        os.close(os.open(tmp_path / "probe", os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
+    except OSError as error:
+        pytest.skip(f"the filesystem of {tmp_path} has no O_DIRECT: {error.strerror}")
+    monkeypatch.setattr(direct_io, "BUFFER_BYTES", 4096)
+    monkeypatch.setattr(faults, "SIDE", 48)
+
+
+def direct_files(trace: list[Call | Mark]) -> set[int]:
+    """The handles of the files that were written past the page cache."""
+    return {call.handle for call in trace if isinstance(call, Call) and call.target == "O_DIRECT"}
+
+
+def test_a_crash_of_direct_writes(direct, tmp_path, tell):
+    """At every point of two saves by O_DIRECT, its being switched on and off among them: the old or the new checkpoint."""
+    judge, trace = Judge(goes_on=False), record(str(tmp_path), [10, 20])
+    for left in crashes(trace, str(tmp_path), judge.points):
+        judge.judge(left)
+    tell(judge.summary())
+    assert not judge.wrong, judge.wrong[:5]
+    for handle in direct_files(trace):
+        calls = [call.target or call.name for call in trace if isinstance(call, Call) and call.handle == handle]
+        assert re.fullmatch("open O_DIRECT( write)+ fcntl( write)? fsync", " ".join(calls))
+    assert len(direct_files(trace)) == 10 and judge.points.total() > 220
+
+
+def without_direct_fsync(trace):
+    files = direct_files(trace)
+    return [call for call in trace if not (isinstance(call, Call) and call.name == "fsync" and call.handle in files)]
+
+
+def without_the_end(trace):
+    files = direct_files(trace)
+    return [call for call in trace if not (isinstance(call, Call) and call.handle in files and len(call.data) % 4096)]
+
+
+@pytest.mark.parametrize("planted", [without_direct_fsync, without_the_end])
+def test_a_call_left_out_of_direct_writes_is_found(direct, tmp_path, planted):
+    """The fsync, which they need as well, or the end of a file, which is not a whole page."""
+    assert_found(planted(record(str(tmp_path), [10, 20])), tmp_path)
+
+
+def test_a_manifest_before_direct_writes_is_found(direct, tmp_path, monkeypatch):
+    """The order matters for them, too."""
+    manifest_first(monkeypatch)
+    trace = record(str(tmp_path), [10, 20])
+    assert direct_files(trace)
+    assert_found(trace, tmp_path)
+
+
 # --- several writers -------------------------------------------------------------------------------------------------
 
 
@@ -322,12 +390,7 @@ def without_the_seconds_fsync(trace):
 
 def test_shares_that_are_not_durable_are_found(small_blocks, tmp_path):
     """Were another writer's files not on the disk before its receipt is, the explorer would find it."""
-    judge = Judge(goes_on=False)
-    for left in crashes(without_the_seconds_fsync(record_two(str(tmp_path))), str(tmp_path), judge.points):
-        judge.judge(left)
-        if judge.wrong:
-            return
-    pytest.fail("not found")
+    assert_found(without_the_seconds_fsync(record_two(str(tmp_path))), tmp_path)
 
 
 @pytest.mark.parametrize("is_deadly", [True, False], ids=["killed", "a failed try"])
@@ -404,8 +467,8 @@ def live_in(contents: Contents, witness: Witness, tries: int) -> None:
 )
 def test_every_request_to_an_object_store_can_fail(monkeypatch, tell, is_served, is_deadly, tries):
     """A kill, a failed request or a lost reply, at each request of a run in a bucket: the old or the new checkpoint."""
-    monkeypatch.setattr(harness.storage.filesystem, "_SMALL_BYTES", 150)  # so that there are uploads in parts
-    monkeypatch.setattr(harness.storage.filesystem, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(harness.storage.filesystem, "SMALL_BYTES", 150)  # so that there are uploads in parts
+    monkeypatch.setattr(harness.storage.filesystem, "BLOCK_BYTES", 64)
     judge = Judge()
     for at in range(1 << 30):
         contents, witness, trouble = Contents(), Witness(), Trouble(at, is_served, is_deadly)
@@ -607,12 +670,7 @@ def without_rename(trace):
 @pytest.mark.parametrize("planted", [without_file_fsync, without_directory_fsync, without_rename])
 def test_a_call_left_out_is_found(tmp_path, planted):
     """Without the fsync of files, without that of directories, or written in place: the explorer finds a third outcome."""
-    judge = Judge(goes_on=False)
-    for left in crashes(planted(record(str(tmp_path))), str(tmp_path), judge.points):
-        judge.judge(left)
-        if judge.wrong:
-            return
-    pytest.fail("not found")
+    assert_found(planted(record(str(tmp_path))), tmp_path)
 
 
 def manifest_first(monkeypatch):
@@ -662,17 +720,7 @@ def manifest_goes_last(monkeypatch):
 def test_a_wrong_order_is_found(tmp_path, monkeypatch, plant):
     """The manifest first, deleting before the commit, deleting the newest, shards before the manifest: all are found."""
     plant(monkeypatch)
-    judge = Judge(goes_on=False)
-    recorder = Recorder(root=str(tmp_path))
-    with system_calls_through(recorder):
-        life = Life(recorder.store())
-        for step in (10, 20):
-            life.save(step)
-    for left in crashes(recorder.trace, str(tmp_path), judge.points):
-        judge.judge(left)
-        if judge.wrong:
-            return
-    pytest.fail("not found")
+    assert_found(record(str(tmp_path), [10, 20]), tmp_path)
 
 
 def by_step_alone(monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 from tests.support.cluster import launch, newest
 
 IDIOMS = Path(__file__).parent / "idioms"
-SLOWLY = Path(__file__).parents[1] / "support" / "slowly.py"
+SLOWLY = Path(__file__).parents[1] / "support" / "slow_optimizers.py"
 RANKS = {"target_network": 2}
 TOLD = {
     "enumerated": "enumerate",
@@ -30,7 +30,7 @@ def digests(url: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in IDIOMS.glob("*.py")))
-def test_killed_it_is_exact_or_told(tmp_path, name):
+def test_a_killed_loop_is_exact_or_the_log_says_why(tmp_path, name):
     """SIGKILL for all of it, each time after one more save than before; then it is left alone until its end."""
     with launch(tmp_path / "straight", None, command=command(name)) as run:
         run.succeed()

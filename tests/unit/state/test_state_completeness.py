@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 from harness import Evaluation, Run, StopRequest, Task
 from harness.errors import ConfigError, Mismatch, Unsupported
 from harness.state.capture import State
+from harness.training.checkpointing import Checkpointing
 from tests.support.cluster import newest, train_here
 
 CPU = torch.device("cpu")
@@ -444,7 +445,7 @@ def identity(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize("wrap", [identity, Wrapper, Proxy, lambda each: Wrapper(Wrapper(each)), Lookahead, Scaling])
-def test_an_optimizer_within_another(tmp_path, wrap):
+def test_an_optimizer_within_another(tmp_path, monkeypatch, wrap):
     """Its state is saved and restored, all that the outer one remembers, too, and a save waits before it steps."""
 
     def train(url: Path, *steps: int) -> dict[str, Any]:
@@ -456,7 +457,7 @@ def test_an_optimizer_within_another(tmp_path, wrap):
             scheduler = StepLR(inner, 2, 0.5)
             fenced: list[int] = []
             run = run_of({"model": model, "optimizer": optimizer, "scheduler": scheduler}, url)
-            run._attempt.saves.fence = lambda fenced=fenced: fenced.append(1)
+            monkeypatch.setattr(Checkpointing, "fence", lambda saves, fenced=fenced: fenced.append(1))
             for _ in run.steps(until):
                 optimizer.zero_grad()
                 model(torch.ones(2)).square().sum().backward()

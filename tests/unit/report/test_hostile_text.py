@@ -177,8 +177,8 @@ def test_a_line_that_cannot_be_read_is_counted(case):
 
 def test_a_line_that_is_too_long_is_not_kept(monkeypatch):
     """It is read in slices, and takes no more memory than they do; what comes after it is there."""
-    monkeypatch.setattr(journal, "_SLICE_BYTES", 1000)
-    monkeypatch.setattr(journal, "_LINE_LIMIT_BYTES", 2000)
+    monkeypatch.setattr(journal, "SLICE_BYTES", 1000)
+    monkeypatch.setattr(journal, "LINE_LIMIT_BYTES", 2000)
     long = json.dumps({**PLAIN, "x": "y" * 50_000}).encode()
     _, records = written("memory://hostile/long", [told("x")[0], long, PLAIN])
     assert (records.unreadable, [each["event"] for each in records[ATTEMPTS[0]]]) == (1, ["start", "train"])

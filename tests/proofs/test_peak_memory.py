@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import torch
 from harness.checkpoint import commit, load
 from harness.checkpoint.format import Attempt
 from harness.storage.store import open_store
+from tests.support.process_memory import forget_the_peak, memory_bytes
 
 STATE_BYTES, EXTRA_BYTES = 1 << 30, 64 << 20
 TINY = 5_000  # as many parameters with a scalar of their own as a large model has
@@ -26,19 +26,6 @@ def state_of(size_bytes: int, tiny_count: int) -> dict[str, dict[str, Any]]:
     steps = {name: {"step": torch.tensor(float(number)), "exp_avg": tiny[name] + 1} for number, name in enumerate(tiny)}
     large = torch.full((7 * eighth // 2,), 1.5, dtype=torch.bfloat16)
     return {"model": {"large": large, "strided": strided, **tiny}, "optimizer": {"state": steps}}
-
-
-def memory_bytes(kind: str) -> int:
-    """``VmRSS`` is what the process has in memory, ``VmHWM`` the most that it had since it was asked to forget."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{kind}:"):
-            return int(line.split()[1]) << 10
-    raise AssertionError(f"no {kind}")
-
-
-def forget_the_peak() -> int:
-    Path("/proc/self/clear_refs").write_text("5")
-    return memory_bytes("VmRSS")
 
 
 def measure(url: str, size_bytes: int) -> dict[str, float]:

@@ -27,7 +27,7 @@ def harness(*arguments: str, env: Mapping[str, str], cwd: Path | None, stdin: st
         streams = [str(Path(place, name)) for name in ("stdin", "stdout", "stderr")]
         Path(streams[0]).write_text(stdin)
         order = {"arguments": arguments, "env": dict(env), "cwd": str(cwd or os.getcwd()), "streams": streams}
-        code = _nursery().start({**order, "seconds": seconds})
+        code = _server().start({**order, "seconds": seconds})
         out, err = (Path(name).read_text() for name in streams[1:])
         return subprocess.CompletedProcess(arguments, code, out, err)
 
@@ -38,7 +38,7 @@ def _environment() -> dict[str, str]:
     return environment()
 
 
-class _Nursery:
+class _ForkServer:
     def __init__(self) -> None:
         command = [sys.executable, __file__]
         self.process = subprocess.Popen(
@@ -61,8 +61,8 @@ class _Nursery:
 
 
 @functools.cache
-def _nursery() -> _Nursery:
-    return _Nursery()
+def _server() -> _ForkServer:
+    return _ForkServer()
 
 
 def _serve() -> dict[str, Any]:

@@ -460,7 +460,7 @@ def test_names_in_a_checkpoint_are_the_plain_ones(on_three_ranks):
 
 
 @pytest.mark.torchrun
-def test_a_run_under_ddp_goes_on_without_it_and_back(tmp_path, on_three_ranks):
+def test_a_run_under_ddp_goes_on_without_ddp_and_back(tmp_path, on_three_ranks):
     """A checkpoint of three ranks fits one plain process, to the last name."""
     branch(on_three_ranks[0] / "awkward" / "straight", tmp_path / "run", 4)
     train = {"global_batch_size": 4, "clip_grad_norm": 0.1}

@@ -439,7 +439,7 @@ def test_a_short_last_batch_is_left_out():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_that_leaves_it_out_goes_on(workers):
+def test_a_loader_that_drops_the_last_batch_goes_on(workers):
     """From each position, the ledger with it; ``len`` is what an epoch gives."""
     straight = [batch for epoch in epochs(loader(drop_last=True), 3) for batch in epoch]
     assert len(straight) == 3 * len(loader(drop_last=True)) == 9
@@ -476,7 +476,7 @@ def test_a_count_that_begins_anew_is_told_of(caplog, walk, is_told):
         assert ("goes on after 2 batches" in caplog.text) == (is_told and bool(offset))
 
 
-def test_a_resume_that_begins_to_leave_it_out(caplog):
+def test_a_resume_that_begins_to_drop_the_last_batch(caplog):
     """Where the rest of the epoch is less than a batch, the epoch is over, and that is told; elsewhere it goes on."""
     first = loader()
     for batches_done, place in ((2, Cursor(0, 12)), (3, Cursor(1, 0))):

@@ -1,7 +1,6 @@
 """Programs that change weights outside of ``optimizer.step()``: each checkpoint is of one step boundary all the same."""
 
 import logging
-import threading
 import time
 from pathlib import Path
 
@@ -12,11 +11,10 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from harness import Loader, Run, StopRequest
-from harness.checkpoint import staging
 from harness.checkpoint.commit import digest_of
 from harness.checkpoint.saver import SaveRequest
 from harness.state.modules import model_state
-from tests.unit.checkpoint.test_saver import saver
+from tests.support.saving import saver, slow_copies
 
 STEPS = 8
 
@@ -24,14 +22,7 @@ STEPS = 8
 @pytest.fixture(autouse=True)
 def slow(monkeypatch):
     """Copies beside the training that take so long that whatever changes the weights comes first."""
-    copy = staging._copy
-
-    def slowly(*arguments):
-        if threading.current_thread() is not threading.main_thread():
-            time.sleep(0.02)
-        return copy(*arguments)
-
-    monkeypatch.setattr(staging, "_copy", slowly)
+    slow_copies(monkeypatch, 0.02)
 
 
 class Renormed(nn.Module):

@@ -130,6 +130,15 @@ def test_exit_codes_are_the_drawn_ones():
     assert drawn == real
 
 
+def test_no_test_file_imports_another():
+    """What several share lies in ``tests/support``, under a name that says what it is."""
+    for path in (PACKAGE.parent / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = f"{getattr(node, 'module', '')}.{'.'.join(each.name for each in node.names)}".split(".")
+                assert not [name for name in names if name.startswith("test_")], f"{path}:{node.lineno}"
+
+
 def test_every_module_says_what_it_is():
     """Its docstring is the map of the project."""
     silent = [name for name, tree in modules().items() if not ast.get_docstring(tree) and name != "checkpoint.__init__"]

@@ -28,11 +28,11 @@ from harness.config import WorldConfig
 from harness.distributed.world import World, has_lost_a_peer, join_world
 from harness.storage.store import open_store
 from harness.training import resume
-from tests.proofs.test_memory import forget_the_peak, memory_bytes
 from tests.support.cluster import environment, play, played, returned, train_here, wait_until
 from tests.support.faults import Flaw, Flawed
+from tests.support.process_memory import forget_the_peak, memory_bytes
 from tests.support.proxy import Proxy
-from tests.support.values import Training
+from tests.support.states import Training
 
 MIB = 1 << 20
 EXTRA_BYTES = 190_000_000  # of pieces that are on their way; another copy of the larger state would be too much
@@ -121,7 +121,7 @@ def resumed(world: World, place: Path, flaw: Flaw | None = None) -> dict[str, An
     """Trains to step 6, then on from there with a flawed storage and in small pieces: from which step, and what was said."""
     train_here(build, world, url=place / "run", train=TRAIN, checkpoint=CHECKPOINT)
     Flawed.flaw = staticmethod(flaw or (lambda path, data: data))
-    load._ROUND_BYTES, load._SMALLEST_PIECE_BYTES = 0, 1000
+    load.ROUND_BYTES, load.SMALLEST_PIECE_BYTES = 0, 1000
     listener = Listener()
     logging.getLogger("harness.training.resume").addHandler(listener)
     try:
@@ -223,7 +223,7 @@ def test_three_ranks_read_each_byte_once(three, capsys):
 
 
 @pytest.mark.torchrun
-def test_in_small_pieces_too(three):
+def test_a_restore_in_small_pieces(three):
     """Many rounds, files that begin and end within one, ranks that go empty-handed in the last."""
     assert returned(three[1]["nothing_fails"]) == [{"step": 6, "said": []}] * 3
 
@@ -270,7 +270,7 @@ def die_in_the_middle(directory: Path, number: int) -> None:
         exchange(own, found)
 
     world.exchange = noted
-    load._ROUND_BYTES, load._SMALLEST_PIECE_BYTES = 0, 1000
+    load.ROUND_BYTES, load.SMALLEST_PIECE_BYTES = 0, 1000
     catalog = Catalog(open_store(str(directory / "run")))
     entry = catalog.newest()
     try:

@@ -22,7 +22,7 @@ from harness.checkpoint.plan import SavePlan, Writers
 from harness.errors import Corrupt
 from harness.state.capture import State, sent
 from harness.storage.store import open_store
-from tests.support.values import Training, bits
+from tests.support.states import Training, bits
 
 ATTEMPT = Attempt("000001-00000000")
 

@@ -15,8 +15,7 @@ from harness.checkpoint import commit, load
 from harness.checkpoint.format import Attempt
 from harness.errors import ConfigError, Mismatch, Unsupported
 from harness.storage.store import open_store
-from tests.support.values import Training
-from tests.unit.state.test_state_optimizers import Net, bits, through_a_store, train
+from tests.support.states import Net, Training, bits, through_a_store, train
 
 
 class Counting(optim.SGD):
