@@ -13,7 +13,8 @@ from torch.utils.data import Dataset, Subset, TensorDataset, random_split
 
 from harness.data import loader as data
 from harness.data.dataset import others, sketch
-from harness.data.loader import Cursor, Loader, MicroBatch, Schedule, SkippedBatch, batches, mix, seed_everything, to_device
+from harness.data.loader import Cursor, Loader, MicroBatch, Schedule, SkippedBatch, batches, to_device
+from harness.data.seeding import mix, seed_everything
 from harness.errors import ConfigError, Corrupt, Mismatch
 
 # Python 3.12 warns of every fork in a process that has threads, and torch has some.

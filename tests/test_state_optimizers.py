@@ -24,8 +24,8 @@ from values import Training
 from harness.checkpoint import commit, load
 from harness.checkpoint.format import Attempt
 from harness.errors import Mismatch, Unsupported
-from harness.state.capture import sent
 from harness.state.optimizers import check_optimizer, optimizer_state, restore_optimizer
+from harness.state.to_device import sent
 from harness.storage.store import open_store
 
 NEWEST = TorchVersion("2.13")  # the newest torch whose classes were all looked at

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cluster import harness, read_json, train_here
 
-from harness.data.loader import seed_everything
+from harness.data.seeding import seed_everything
 from harness.errors import ConfigError
 from harness.tasks import convnet, gpt, linear
 

@@ -20,9 +20,7 @@ import inspect
 import itertools
 import logging
 import multiprocessing
-import random
 import signal
-import struct
 import sys
 import time
 import weakref
@@ -39,6 +37,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from harness import torch_private
 from harness.data.dataset import Attributes, Sketch, others, sketch
+from harness.data.seeding import generators_kept, mix, seed_process
 from harness.distributed.world import rank_and_size
 from harness.errors import ConfigError, Corrupt, Mismatch
 from harness.runtime.signals import STOP_SIGNALS, deaf_children, die_with_parent
@@ -146,19 +145,6 @@ def is_due(step: int, epochs: tuple[int, int], every_steps: int | None, every_ep
     return every_epochs is not None and now // every_epochs > before // every_epochs
 
 
-def mix(*numbers: int) -> int:
-    """A well-spread 63-bit seed from several numbers below 2^63: a hash of them (XXH3; a fifth of a microsecond)."""
-    return xxhash.xxh3_64_intdigest(struct.pack(f"<{len(numbers)}q", *numbers)) >> 1
-
-
-def seed_everything(*numbers: int) -> None:
-    """Seeds Python's, NumPy's and torch's generators, those of all devices included."""
-    seed = mix(*numbers) if len(numbers) > 1 else numbers[0]
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002  # the global generator is the one that users' data sets draw from
-    torch.manual_seed(seed)
-
-
 @dataclass
 class Seeded(Dataset[Any]):
     """A data set whose samples are drawn with random numbers of their own."""
@@ -175,10 +161,7 @@ class Seeded(Dataset[Any]):
             self.epoch = epoch
         if self.seed is None:
             return self.dataset[index]
-        seed = mix(self.seed, epoch, index)
-        random.seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002  # as above
-        torch.default_generator.manual_seed(seed)  # not torch.manual_seed: the devices' generators are not a loader's
+        seed_process(mix(self.seed, epoch, index))
         return self.dataset[index]
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[Any]:
@@ -230,7 +213,7 @@ def batches(
     keeps, is_elsewhere = draws and not workers, torch.get_default_device().type != "cpu"  # asked once: it takes 10 µs
     try:
         while True:
-            with _generators_kept() if keeps else _NO_CARE, _on_cpu() if is_elsewhere else _NO_CARE:
+            with generators_kept() if keeps else _NO_CARE, _on_cpu() if is_elsewhere else _NO_CARE:
                 first = next(fetched)
                 step = announced.pop(0)
                 micro_batches = [(first, step[0].weight)] + [(next(fetched), micro.weight) for micro in step[1:]]
@@ -249,18 +232,6 @@ def _shield_worker(_worker: int) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-
-
-@contextlib.contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Puts the generators back afterwards, after an error, too."""
-    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002  # as above
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002  # as above
-        torch.default_generator.set_state(states[2])
 
 
 _NO_CARE = contextlib.nullcontext()

@@ -5,9 +5,8 @@ one. An optimizer whose ``state_dict()`` has a form of its own keeps it, and goe
 """
 
 import logging
-import random
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from harness import torch_private
 from harness.checkpoint import tree
 from harness.checkpoint.format import row_major
-from harness.errors import Mismatch, Unsupported
+from harness.data.seeding import GENERATORS, set_state, state_of
+from harness.errors import ConfigError, Mismatch, Unsupported
 from harness.state.modules import kind_of, listed, plain_names, unwrap
 
 log = logging.getLogger(__name__)
@@ -359,16 +359,6 @@ def _same(saved: Any, live: Any) -> bool:
 
 # --- what no state_dict has ------------------------------------------------------------------------------------------
 
-# How to ask a generator for its state, and how to set it.
-_GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] = {
-    torch.Generator: (torch.Generator.get_state, lambda live, state: live.set_state(state) and None),
-    random.Random: (random.Random.getstate, random.Random.setstate),
-    np.random.RandomState: (lambda live: live.get_state(legacy=False), np.random.RandomState.set_state),
-    np.random.Generator: (
-        lambda live: live.bit_generator.state,
-        lambda live, state: setattr(live.bit_generator, "state", state),
-    ),
-}
 _ABSENT = object()
 
 
@@ -391,8 +381,8 @@ class Attributes:
         parameters = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
         for name, value in vars(self._optimizer).items():
             is_number = isinstance(value, int | float | complex | np.number) and not isinstance(value, bool)
-            if type(value) in _GENERATORS:
-                yield name, _GENERATORS[type(value)][0](value)
+            if type(value) in GENERATORS:
+                yield name, state_of(value)
             elif name == "_step_count":  # which schedulers of an older torch put there
                 continue
             elif is_number or (isinstance(value, torch.Tensor) and id(value) not in parameters):
@@ -421,8 +411,8 @@ class Attributes:
 
     def _set(self, name: str, value: Any) -> None:
         live = getattr(self._optimizer, name, None)
-        if type(live) in _GENERATORS:
-            _GENERATORS[type(live)][1](live, value)
+        if type(live) in GENERATORS:
+            set_state(live, value)
         elif (
             isinstance(live, torch.Tensor)
             and isinstance(value, torch.Tensor)
@@ -470,10 +460,21 @@ def plain_optimizer(optimizer: Any) -> Any:
     return optimizer
 
 
-def with_step_hooks(optimizer: Any) -> Iterator[Optimizer]:
+def stepping(optimizers: Mapping[str, Optimizer]) -> list[Optimizer]:
+    """The optimizers that call hooks before they step. Raises ``ConfigError`` for one that neither does nor has one that
+    does: nobody could know when it changes the parameters."""
+    found = {name: list(_with_step_hooks(optimizer)) for name, optimizer in optimizers.items()}
+    for name, hooked in found.items():
+        if not hooked:
+            kind = type(optimizers[name]).__name__
+            raise ConfigError(f"{name}: {kind} calls no step hooks; have its __init__ call torch.optim.Optimizer.__init__")
+    return list({id(each): each for hooked in found.values() for each in hooked}.values())
+
+
+def _with_step_hooks(optimizer: Any) -> Iterator[Optimizer]:
     """Those of an optimizer, and of the optimizers within it, whose ``step`` calls hooks."""
     if torch_private.calls_step_hooks(optimizer):
         yield optimizer
     for each in vars(optimizer).values():
         if isinstance(each, Optimizer):
-            yield from with_step_hooks(each)
+            yield from _with_step_hooks(each)

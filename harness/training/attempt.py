@@ -165,7 +165,7 @@ def _log_begin(events: EventLog, number: int, resumed: Resumed, url: str, world:
 
 def _log_differences(config: RunConfig, state: State) -> None:
     """Says what somebody has edited in the program since the checkpoint, and whose word counts."""
-    for each in state.differences:
+    for each in state.edits.differences:
         is_task = isinstance(config, Config)
         how = f"train.reset_options=[{each.name}]" if is_task else f'Run(..., reset_options=["{each.name}"])'
         log.warning("%s%s", each, f". To use the program's: {how}" if each.who_counts == "checkpoint" else "")

@@ -14,10 +14,10 @@ from harness import interchange
 from harness.config import Config
 from harness.data import loader as data
 from harness.data.loader import Cursor, Loader, SkippedBatch, Step
+from harness.data.seeding import random_state, restore_random_state, seed_everything
 from harness.distributed.world import World
 from harness.errors import ConfigError, NonFinite
 from harness.runtime.signals import StopRequest
-from harness.state.capture import random_state, restore_random_state
 from harness.task import Task
 from harness.training import nonfinite, resume
 from harness.training.run import Run
@@ -89,7 +89,7 @@ class _Trainer:
         self.total_steps = train.steps or (train.epochs or 0) * len(self.loader)
         task.model.to(world.device).train()
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=train.precision == "fp16")
-        data.seed_everything(config.seed, world.rank + 1)
+        seed_everything(config.seed, world.rank + 1)
         self.model = world.wrap(task.model)
         self.parameters = list(task.model.parameters())  # walking through the modules takes longer than many a step
         self.loss = torch.zeros(
@@ -161,7 +161,7 @@ class _Trainer:
             if not run.can_roll_back():
                 raise NonFinite(f"{found}; there is no checkpoint yet to go back to")
             skipped = loader.skipped
-            data.seed_everything(self.config.seed, self.world.rank + 1)
+            seed_everything(self.config.seed, self.world.rank + 1)
             run.roll_back()
             loader.leave_out(skipped)
             return True
@@ -290,7 +290,7 @@ def _be_deterministic(wanted: bool) -> None:
 
 def build_task(config: Config, builder: Any) -> Task:
     """Calls the user's function with everything seeded, so that it gives the same on every rank and every time."""
-    data.seed_everything(config.seed)
+    seed_everything(config.seed)
     task = builder(**config.args)
     if not isinstance(task, Task):
         raise ConfigError(f"task: expected {config.task} to return a harness.Task, found {type(task).__name__}")

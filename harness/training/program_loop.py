@@ -13,6 +13,7 @@ from harness.distributed.agreement import Decision
 from harness.distributed.world import World
 from harness.errors import ConfigError
 from harness.state.capture import State
+from harness.state.optimizers import stepping
 from harness.telemetry.events import as_json
 from harness.training.bodies import Bodies
 from harness.training.omissions import Omissions
@@ -75,7 +76,7 @@ class ProgramLoop:
         self._bodies = Bodies(state, loader, fence=self._fence, on_more=more, on_end=end)
         self.end_unseen = self._bodies.end_unseen
         """To be called when the boundary is over: the body ends with it where nobody would see its end."""
-        self._hooks = [each.register_step_pre_hook(self._before_optimizer) for each in state.stepping()]
+        self._hooks = [each.register_step_pre_hook(self._before_optimizer) for each in stepping(state.optimizers)]
         self._length = Length()
         self._boundaries = 0  # that this process has seen
         self._epoch_before = 0  # at the boundary before
