@@ -23,7 +23,7 @@ from test_stops import MOST_STEPS
 from torch import nn
 
 from harness import Task
-from harness.data.loader import Cursor, Schedule
+from harness.data.schedule import Cursor, Schedule
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.skipif(bool(what_is_missing()), reason=what_is_missing() or "-")]
 

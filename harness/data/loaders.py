@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 
 from harness import torch_private
-from harness.data.loader import Loader, nothing, warn_of_counts
+from harness.data.counting import warn_of_counts
+from harness.data.loader import Loader, nothing
 from harness.data.seeding import GENERATORS, PROCESS, set_state, state_of
 from harness.errors import Mismatch
 

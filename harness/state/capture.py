@@ -16,6 +16,7 @@ from harness import torch_private
 from harness.checkpoint import commit
 from harness.checkpoint.format import Manifest
 from harness.data.loader import Loader
+from harness.data.nested import tensors_in
 from harness.data.seeding import random_state, restore_random_state
 from harness.errors import Mismatch
 from harness.runtime.gc_pause import without_collections
@@ -23,7 +24,7 @@ from harness.state.contents import Contents, attributes
 from harness.state.ddp_buckets import bucket_orders
 from harness.state.edits import Edits
 from harness.state.modules import listed, module_versions
-from harness.state.optimizers import plain_optimizer, tensors_in
+from harness.state.optimizers import plain_optimizer
 from harness.state.parts import RANDOM, TRAINING, DataLoaderPart, ModulePart, Progress, SchedulerPart, part_of
 from harness.state.saved_names import SavedNames
 

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from harness import torch_private
 from harness.checkpoint import tree
 from harness.data.loader import Loader
-from harness.state.optimizers import plain_optimizer, tensors_in
+from harness.data.nested import tensors_in
+from harness.state.optimizers import plain_optimizer
 from harness.state.parts import OtherPart, Part
 
 

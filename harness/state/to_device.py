@@ -6,6 +6,7 @@ import torch
 
 from harness.checkpoint.format import span
 from harness.checkpoint.tree import is_composed
+from harness.data.nested import mapped
 
 _LARGE_BYTES = 1 << 20  # smaller tensors go where torch puts them, if anywhere: an optimizer's count of steps stays here
 _STAGE_BYTES = 16 << 20
@@ -13,15 +14,16 @@ _STAGE_BYTES = 16 << 20
 
 def sent(value: Any, device: torch.device) -> Any:
     """A value with its large tensors on a CUDA device. On the CPU they are left where they are."""
-    return value if device.type != "cuda" else _sent(value, _Stage(device))
+    if device.type != "cuda":
+        return value
+    stage = _Stage(device)
 
+    def sent_leaf(leaf: Any) -> Any:
+        is_plain = isinstance(leaf, torch.Tensor) and not is_composed(leaf)
+        is_large = is_plain and leaf.device.type == "cpu" and leaf.nbytes >= _LARGE_BYTES
+        return stage.send(leaf) if is_large else leaf
 
-def _sent(value: Any, stage: "_Stage") -> Any:
-    if isinstance(value, dict):
-        return {key: _sent(item, stage) for key, item in value.items()}
-    is_plain = isinstance(value, torch.Tensor) and not is_composed(value)
-    is_large = is_plain and value.device.type == "cpu" and value.nbytes >= _LARGE_BYTES
-    return stage.send(value) if is_large else value
+    return mapped(sent_leaf, value)
 
 
 class _Stage:

@@ -111,8 +111,9 @@ class ProgramLoop:
 
     def place(self) -> Place:
         """Where this rank is."""
-        samples = self._loader.samples() if self._loader else []
-        return Place(self._world.rank, self._state.progress.step, self._boundaries, samples)
+        loader, rank = self._loader, self._world.rank
+        samples = loader.position.samples(loader.rank, loader.world_size) if loader else []
+        return Place(rank, self._state.progress.step, self._boundaries, samples)
 
     # --- a loop ------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from harness.config import RunConfig
-from harness.data.loader import Loader, is_due
+from harness.data.loader import Loader
+from harness.data.schedule import is_due
 from harness.distributed.world import World
 from harness.errors import ConfigError
 from harness.state.capture import State
@@ -72,7 +73,7 @@ class ProgressLog:
         return list(seconds)
 
     def is_due(self, epochs: tuple[int, int]) -> bool:
-        """Whether the step that was just taken is to be logged; ``epochs`` as for ``is_due`` of ``harness.data.loader``."""
+        """Whether the step that was just taken is to be logged; ``epochs`` as for the function ``is_due``."""
         return is_due(self._state.progress.step, epochs, self._every.every_steps, self._every.every_epochs)
 
     def is_due_after_epoch(self, epochs: tuple[int, int]) -> bool:
