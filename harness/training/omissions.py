@@ -131,7 +131,7 @@ class Omissions:
         for name, each in found:
             is_used = (
                 (issubclass(type(each), LRScheduler) and id(getattr(each, "optimizer", None)) in unnamed)
-                or (issubclass(type(each), torch.amp.GradScaler) and torch_private.is_used(each))
+                or (issubclass(type(each), torch.amp.GradScaler) and torch_private.scale_of(each) is not None)
                 or (issubclass(type(each), DataLoader) and not self._state.contents.may_have_position)
             )
             if is_used and id(each) not in objects:
