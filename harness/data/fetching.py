@@ -5,6 +5,7 @@ of Python, NumPy and torch are seeded from ``(seed, epoch, index)``, and in the 
 """
 
 import contextlib
+import functools
 import logging
 import multiprocessing
 import signal
@@ -42,10 +43,10 @@ class Fetcher:
         speaks: bool,
     ) -> None:
         self.workers = workers
-        self._seed = seed
+        # What a plan says, apart from what is under way.
+        self.batches = functools.partial(batches, seed=seed, collate=collate, tells_epoch=tells_epoch)
         self._collate = collate
         self._pin_memory = pin_memory
-        self._tells_epoch = tells_epoch
         self._speaks = speaks
         self._fetched: Generator[Step] | None = None
         self._dataset: Dataset[Any] | None = None  # from which they come
@@ -56,26 +57,6 @@ class Fetcher:
     def is_idle(self) -> bool:
         """Whether ``begin`` has to come before ``fetch``."""
         return self._fetched is None
-
-    def batches(
-        self,
-        dataset: Dataset[Any],
-        plan: Iterator[list[MicroBatch]],
-        *,
-        workers: int,
-        collate: Callable[[list[Any]], Any] | None = None,
-        pin_memory: bool = False,
-    ) -> Generator[Step]:
-        """What a plan says, apart from what is under way; collated as for the training, if not otherwise."""
-        return batches(
-            dataset,
-            plan,
-            seed=self._seed,
-            workers=workers,
-            collate=collate or self._collate,
-            pin_memory=pin_memory,
-            tells_epoch=self._tells_epoch,
-        )
 
     def begin(self, dataset: Dataset[Any], plan: Iterator[list[MicroBatch]]) -> None:
         """Has what comes next fetched from a data set, by a plan."""

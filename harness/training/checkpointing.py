@@ -1,5 +1,6 @@
 """How a run saves: when what one rank alone decides has to reach the others, and who writes."""
 
+import functools
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -42,23 +43,22 @@ class Checkpointing(Saves):
         self._world, self._config = world, config = context.world, context.config
         self._log = SaveLog(context, resumed, events)
         checkpoint, store, writers = config.checkpoint, catalog.store, _writers(world, config)
-        self._saver: Saver | _Bystander = _Bystander()
-        if world.rank in writers.ranks:
-            self._saver = Saver(
-                catalog=catalog,
-                attempt=attempt,
-                lineage=resumed.lineage,
-                retention=Retention(checkpoint.keep_last, checkpoint.keep_every_steps),
-                shard_bytes=checkpoint.shard_bytes or store.shard_bytes,
-                streams=checkpoint.streams or store.streams,
-                writers=writers,
-                failures_allowed=checkpoint.failures_allowed,
-                memory=memory,
-                memory_limit_bytes=checkpoint.memory_limit_bytes,
-                before_commit=events.flush,
-                on_failure=self._log.failed,
-                proofs=PROOFS,
-            )
+        self._is_writer = world.rank in writers.ranks  # else nothing is ever under way here
+        self._saver = Saver(
+            catalog=catalog,
+            attempt=attempt,
+            lineage=resumed.lineage,
+            retention=Retention(checkpoint.keep_last, checkpoint.keep_every_steps),
+            shard_bytes=checkpoint.shard_bytes or store.shard_bytes,
+            streams=checkpoint.streams or store.streams,
+            writers=writers,
+            failures_allowed=checkpoint.failures_allowed,
+            memory=memory,
+            memory_limit_bytes=checkpoint.memory_limit_bytes,
+            before_commit=events.flush,
+            on_failure=self._log.failed,
+            proofs=PROOFS,
+        )
         self._has_saved = False  # in this attempt
         self._last_time = time.monotonic()
 
@@ -71,7 +71,7 @@ class Checkpointing(Saves):
         self._log.committed(self._saver.poll())
 
     def wait(self) -> None:
-        _on_writers(self._world, self._saver, lambda saver: self._log.committed(saver.wait()))
+        _on_writers(self._world, self._is_writer, lambda: self._log.committed(self._saver.wait()))
 
     def let_end(self, seconds: float) -> None:
         self._saver.let_end(seconds)
@@ -121,21 +121,17 @@ class Checkpointing(Saves):
         directory = self._choose_directory(must_succeed=must_succeed)
         if directory is None:
             return
-
-        def save_share(saver: Saver) -> None:
-            self._save_share(saver, directory, meta, ranks, must_succeed=must_succeed)
-
         if must_succeed:
-            _on_writers(self._world, self._saver, save_share)
-        elif isinstance(self._saver, Saver):
-            save_share(self._saver)
+            share = functools.partial(self._save_share, directory, meta, ranks, must_succeed=True)
+            _on_writers(self._world, self._is_writer, share)
+        elif self._is_writer:
+            self._save_share(directory, meta, ranks, must_succeed=False)
 
     def _choose_directory(self, *, must_succeed: bool) -> str | None:
         """Where to save, as rank 0 says to all that need to know; None where this rank does not, or where the save before is
         still being written, and is not to be waited for."""
 
         def choose() -> str | None:
-            assert isinstance(self._saver, Saver), "rank 0 writes"
             step = self._state.progress.step
             if self._saver.is_busy and self._config.checkpoint.when_busy == "skip" and not must_succeed:
                 self._log.skipped(step)
@@ -147,10 +143,10 @@ class Checkpointing(Saves):
         return choose() if self._world.rank == 0 else None
 
     def _save_share(
-        self, saver: Saver, directory: str, meta: Mapping[str, Any], ranks: Sequence[Any] | None, *, must_succeed: bool
+        self, directory: str, meta: Mapping[str, Any], ranks: Sequence[Any] | None, *, must_succeed: bool
     ) -> None:
         """Saves this rank's share. What is each rank's own, rank 0 has of all ``ranks``."""
-        checkpoint, progress = self._config.checkpoint, self._state.progress
+        checkpoint, progress, saver = self._config.checkpoint, self._state.progress, self._saver
         self._log.committed(saver.wait())
         parts = self._state.capture()
         if ranks is not None:
@@ -172,30 +168,11 @@ class Checkpointing(Saves):
             saver.begin(parts, request, overlap=checkpoint.overlap, check=checkpoint.check_snapshots)
 
 
-class _Bystander:
-    """In place of a saver, on a rank that does not write."""
-
-    must_repeat = False
-
-    def fence(self) -> None:
-        """Nothing is copied here."""
-
-    def poll(self) -> None:
-        """Nothing is written here."""
-
-    wait = poll
-
-    def let_end(self, seconds: float) -> None:
-        """Nothing is under way here."""
-
-    give_up_after = let_end
-
-
-def _on_writers(world: World, saver: "Saver | _Bystander", function: Callable[[Saver], None]) -> None:
+def _on_writers(world: World, is_writer: bool, function: Callable[[], None]) -> None:
     """Calls it on each rank that writes. None goes on before rank 0 is done, nor without knowing its error."""
-    if world.rank != 0 and isinstance(saver, Saver):
-        function(saver)
-    resume.on_first(world, lambda: function(saver) if isinstance(saver, Saver) else None)
+    if world.rank != 0 and is_writer:
+        function()
+    resume.on_first(world, function)
 
 
 def _writers(world: World, config: RunConfig) -> Writers:

@@ -26,7 +26,7 @@ class ProgressLog:
         self._own_work, self._emit = own_work, emit
         self._metrics: Mapping[str, Any] = {}  # of the last step
         self._last_time, self._last_step = time.monotonic(), 0
-        self._slow_ranks: Callable[[int, Sequence[float]], Sequence[Straggler]] = _nobody
+        self._slow_ranks: Callable[[int, Sequence[float]], Sequence[Straggler]] = lambda *_: ()  # nobody looks
 
     def begin_here(self) -> None:
         """The clocks run from now on. All ranks call it."""
@@ -87,8 +87,3 @@ class ProgressLog:
         self._emit("train", f"{self._course}  {metrics_in_words(values)}", step=progress.step, **values)
         for found in self._slow_ranks(progress.step, own_seconds):
             self._emit("straggler", str(found), step=progress.step, **asdict(found))
-
-
-def _nobody(_step: int, _totals: Sequence[float]) -> Sequence[Straggler]:
-    """Who is slow, where nobody looks."""
-    return ()

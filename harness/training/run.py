@@ -15,7 +15,7 @@ import torch
 
 from harness.config import RunConfig, run_config
 from harness.data.loader import Loader, nothing
-from harness.distributed.agreement import Agreement, Decides, NoLoop
+from harness.distributed.agreement import Agreement, NoLoop
 from harness.distributed.world import World, world_of_program
 from harness.errors import ConfigError, NoCheckpoint, Stopped
 from harness.runtime.environment import is_first_of_node
@@ -100,7 +100,7 @@ class Run:
         self._host = program.host() if stop is None else program.Guest(stop)
         self.stop = self._host.stop
         self._watchdog: Watchdog | NoWatchdog = NoWatchdog()
-        self._decisions: Decides = NoLoop()
+        self._decisions: Agreement | NoLoop = NoLoop()
         self._attempt = Attempt(EventLog(self.config, active=False))  # until there is one
         self._error: BaseException | None = None  # that was seen last
         self._closing = contextlib.ExitStack()
