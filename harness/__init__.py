@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # see ``__getattr__``
     from harness.checkpoint.checkpointer import Checkpointer, latest, load, save
-    from harness.data.loader import Loader, Schedule
+    from harness.data.loader import Loader
+    from harness.data.schedule import Schedule
     from harness.distributed.world import join_world
     from harness.errors import HarnessError
     from harness.runtime.signals import StopRequest
@@ -39,7 +40,7 @@ _HOMES = {
     "HarnessError": "errors",
     "Loader": "data.loader",
     "Run": "training.run",
-    "Schedule": "data.loader",
+    "Schedule": "data.schedule",
     "StopRequest": "runtime.signals",
     "Task": "task",
     "join_world": "distributed.world",

@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import itertools
 import logging
+import operator
 import re
 import sys
 import warnings
@@ -90,6 +91,20 @@ def missing() -> list[Part]:
     return [part for part in PARTS if not part.is_there()]
 
 
+def _getter(name: str, default: Any = None) -> Callable[[Any], Any]:
+    """Reads an attribute that another torch, or another class, may not have."""
+    return lambda owner: getattr(owner, name, default)
+
+
+def _setter(name: str) -> Callable[[Any, Any], None]:
+    return lambda owner, value: setattr(owner, name, value)
+
+
+def _wrapper(name: str) -> Callable[[Any, Callable[..., Any]], None]:
+    """Puts what a function makes of a method in its place."""
+    return lambda owner, wrap: setattr(owner, name, wrap(getattr(owner, name)))
+
+
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
 VERSION = Part(
@@ -99,11 +114,7 @@ VERSION = Part(
     lambda: isinstance(torch.zeros(1)._version, int),
     is_needed=True,
 )
-
-
-def version(tensor: torch.Tensor) -> int:
-    """A number that each change in place makes larger."""
-    return tensor._version
+version: Callable[[torch.Tensor], int] = operator.attrgetter("_version")  # each change in place makes it larger
 
 
 # --- modules ---------------------------------------------------------------------------------------------------------
@@ -132,21 +143,13 @@ BATCH_NORM = Part(
     "only torch's own batch norms are warned of, and none that a program has derived from their base",
     lambda: issubclass(nn.BatchNorm1d, batchnorm._BatchNorm),
 )
-
-
-def module_version(module: nn.Module) -> int | None:
-    """The version of a module's state; 1 is torch's default."""
-    return getattr(module, "_version", 1)
+module_version = _getter("_version", 1)  # of a module's state; 1 is torch's default
+versions_of = _getter("_metadata")  # what ``set_versions``, or torch itself, has noted in a state_dict
 
 
 def set_versions(state: Any, versions: Mapping[str, int | None]) -> None:
     """Notes in a state_dict the version of each module, by its name."""
     state._metadata = {name: {"version": version} for name, version in versions.items()}
-
-
-def versions_of(state: Any) -> Any:
-    """What ``set_versions``, or torch itself, has noted in a state_dict; None where there is nothing."""
-    return getattr(state, "_metadata", None)
 
 
 def has_own_state(kind: type[nn.Module]) -> bool:
@@ -203,26 +206,15 @@ SCHEDULES = Part(
     "reset_options cannot move a schedule",
     _has_schedules,
 )
+scale_of = _getter("_scale")  # of a gradient scaler; None until it has scaled a loss
+schedulers_within = _getter("_schedulers", ())  # the schedulers that a scheduler is made of
+milestones = _getter("_milestones", ())  # the steps at which a SequentialLR hands on to the next of those within it
+set_last_rates = _setter("_last_lr")  # what a scheduler's get_last_lr returns from now on
 
 
 def calls_step_hooks(optimizer: Any) -> bool:
     """Whether an optimizer's ``step`` calls the hooks that were registered for it."""
     return hasattr(optimizer, "_optimizer_step_pre_hooks") and getattr(type(optimizer).step, "hooked", False)
-
-
-def is_used(scaler: torch.amp.GradScaler) -> bool:
-    """Whether a gradient scaler has scaled a loss."""
-    return getattr(scaler, "_scale", None) is not None
-
-
-def schedulers_within(scheduler: Any) -> Sequence[Any]:
-    """The schedulers that a scheduler is made of."""
-    return getattr(scheduler, "_schedulers", ())
-
-
-def milestones(scheduler: lr_scheduler.SequentialLR) -> Sequence[int]:
-    """The steps at which a scheduler hands on to the next of those within it."""
-    return getattr(scheduler, "_milestones", ())
 
 
 def rates_at_position(scheduler: Any) -> Sequence[Any] | None:
@@ -240,11 +232,6 @@ def rates_by_get_lr(scheduler: Any) -> Sequence[Any]:
     finally:
         scheduler._get_lr_called_within_step = before
     return rates
-
-
-def set_last_rates(scheduler: Any, rates: Sequence[Any]) -> None:
-    """What ``get_last_lr`` returns from now on."""
-    scheduler._last_lr = list(rates)
 
 
 # --- DDP -------------------------------------------------------------------------------------------------------------
@@ -275,6 +262,8 @@ BUCKETS = Part(
     "with three ranks or more the first step after a restart may differ in its last bits",
     _has_buckets,
 )
+parameters_left_out = _getter("parameters_to_ignore", ())  # whose gradients a DDP module does not add up, by name
+communication_hooks = _getter("_comm_hooks")  # of a DDP module, each with its state
 
 
 def lacking_of_ddp(model: DistributedDataParallel) -> str | None:
@@ -285,16 +274,6 @@ def lacking_of_ddp(model: DistributedDataParallel) -> str | None:
     lacking = [name for name in _OF_REDUCER if not hasattr(model.reducer, name)]
     lacking += [name for name in _OF_PARAMETERS if not hasattr(torch.Tensor, name)]
     return lacking[0] if lacking else None
-
-
-def parameters_left_out(model: DistributedDataParallel) -> Any:
-    """The names of those parameters whose gradients DDP does not add up, because a program said so."""
-    return getattr(model, "parameters_to_ignore", ())
-
-
-def communication_hooks(model: DistributedDataParallel) -> Sequence[tuple[Any, Any]]:
-    """The communication hooks of a DDP module, each with its state."""
-    return model._comm_hooks
 
 
 def begin_backward(model: DistributedDataParallel) -> None:
@@ -355,11 +334,13 @@ WORKERS = Part(
     "loader workers are killed without being asked to end",
     lambda: hasattr(type(_iterator()), "_shutdown_workers") or hasattr(_workers_iterator(), "_shutdown_workers"),
 )
-
-
-def set_maker(loader: Any, make: Callable[[], Any]) -> None:
-    """Has a loader get its iterators from a function."""
-    loader._get_iterator = make
+set_maker = _setter("_get_iterator")  # a loader gets its iterators from this function
+wrap_next = _wrapper("_next_data")  # an iterator gets its batches from what is made of its own function
+wrap_reset = _wrapper("_reset")  # an iterator that is used for several epochs begins a further one with what is made of it
+given_by = _getter("_num_yielded")  # how many batches of the epoch an iterator has given, those before a resume included
+is_finished = _getter("_finished", default=False)  # whether an iterator of torchdata's has come to its end
+index_sampler_of = _getter("_index_sampler")  # the sampler that a loader draws from: of batches, or of single samples
+set_index_sampler = _setter("_index_sampler")  # the one that an iterator says it draws from
 
 
 def make_iterator(loader: Any) -> Any:
@@ -368,36 +349,6 @@ def make_iterator(loader: Any) -> Any:
     if lacking := [name for name in _OF_ITERATOR if not hasattr(iterator, name)]:
         raise ConfigError(f"{type(iterator).__name__} has no {lacking[0]}: {LOADER.without}")
     return iterator
-
-
-def wrap_next(iterator: Any, wrap: Callable[[Callable[[], Any]], Callable[[], Any]]) -> None:
-    """Has an iterator get its batches from a function that is made of its own."""
-    iterator._next_data = wrap(iterator._next_data)
-
-
-def wrap_reset(iterator: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Has an iterator that is used for several epochs begin a further one with a function that is made of its own."""
-    iterator._reset = wrap(iterator._reset)
-
-
-def given_by(iterator: Any) -> int:
-    """How many batches of the epoch an iterator has given, those before a resume included."""
-    return iterator._num_yielded  # type: ignore[no-any-return]
-
-
-def is_finished(iterator: Any) -> bool:
-    """Whether an iterator of torchdata's has come to its end."""
-    return getattr(iterator, "_finished", False)
-
-
-def index_sampler_of(loader: Any) -> Any:
-    """The sampler that a loader draws from: of batches, or of single samples."""
-    return loader._index_sampler
-
-
-def set_index_sampler(iterator: Any, sampler: Any) -> None:
-    """The sampler that an iterator says it draws from."""
-    iterator._index_sampler = sampler
 
 
 def draw_now(iterator: Any, order: Iterator[Any]) -> None:

@@ -8,8 +8,9 @@ from contenders.protocol import Contender
 from harness import Checkpointer
 from harness.checkpoint.catalog import Catalog
 from harness.config import WorldConfig
+from harness.data.seeding import random_state
 from harness.distributed.world import SoloWorld, World, join_world
-from harness.state.capture import State, random_state
+from harness.state.capture import State
 from harness.storage.store import open_store
 from harness.training.resume import conditions, resume
 

@@ -80,15 +80,19 @@ def write(
     lineage: Sequence[Ancestor] = (),
     meta: Mapping[str, Any] | None = None,
     shard_bytes: int = 1 << 30,
+    streams: int = 1,
     directory: str | None = None,
 ) -> tuple[str, Manifest]:
-    """Writes a checkpoint and returns its directory and its manifest.
+    """Writes a checkpoint, with so many shards on their way at once, and returns its directory and its manifest.
 
     ``parts`` are nested values such as state dictionaries; ``meta`` is JSON that goes into the manifest as it is. Raises
     ``Unsupported`` before anything is written, ``StoreError`` when the store fails; in both cases nothing is committed.
     """
     header = Header(check_step(step), attempt, lineage, check_meta(meta or {}))
-    return write_encoded(store, encode(parts), header, shard_bytes=shard_bytes, directory=directory)
+    encoded = encode(parts)
+    directory, plan = directory or new_directory(step, attempt), SavePlan(encoded, shard_bytes)
+    receipt = write_share(store, directory, plan, streamed(plan, encoded), streams)
+    return directory, publish(store, directory, plan, encoded, [receipt], header)
 
 
 def encode(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, tree.Encoded]:
@@ -114,21 +118,6 @@ def _blocks_of(tensor: torch.Tensor) -> Blocks:
     for chunk in tree.raw_bytes(tensor):
         own.update(chunk)
     return own.blocks()
-
-
-def write_encoded(
-    store: Store,
-    encoded: Mapping[str, tree.Encoded],
-    header: Header,
-    *,
-    shard_bytes: int,
-    streams: int = 1,
-    directory: str | None = None,
-) -> tuple[str, Manifest]:
-    """As ``write``, for parts that were taken apart, with so many shards on their way at once."""
-    directory, plan = directory or new_directory(header.step, header.attempt), SavePlan(encoded, shard_bytes)
-    receipt = write_share(store, directory, plan, streamed(plan, encoded), streams)
-    return directory, publish(store, directory, plan, encoded, [receipt], header)
 
 
 # --- one writer, or several ------------------------------------------------------------------------------------------

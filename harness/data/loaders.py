@@ -6,23 +6,22 @@ after a resume.
 """
 
 import logging
-import random
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 
 from harness import torch_private
-from harness.data.loader import Loader, nothing, warn_of_counts
+from harness.data.counting import warn_of_counts
+from harness.data.loader import Loader, nothing
+from harness.data.seeding import GENERATORS, PROCESS, set_state, state_of
 from harness.errors import Mismatch
 
 log = logging.getLogger(__name__)
 
-_KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _KNOWN = ("torch.utils.data", "torchdata.")  # samplers from there draw from their generators only
 
 
@@ -39,30 +38,28 @@ class _Generators:
             device = "cpu" if default == "meta" else default
             loader.generator = torch.Generator(device).manual_seed(torch.initial_seed())
         self._own: dict[str, Any] = {"generator": loader.generator}
-        self._process: dict[str, Any] = {}
+        self._process: Mapping[str, Any] = {}
         self.samplers = dict(_samplers(loader))
         for name, sampler in self.samplers.items():
             if getattr(sampler, "generator", loader.generator) is None:
                 sampler.generator = loader.generator
             for key, value in vars(sampler).items():
-                if isinstance(value, _KINDS) and not any(value is each for each in self._own.values()):
+                if isinstance(value, GENERATORS) and not any(value is each for each in self._own.values()):
                     self._own[f"{name}.{key}"] = value
             if not type(sampler).__module__.startswith(_KNOWN) and not hasattr(sampler, "state_dict"):
-                process = {"python": random.getstate, "numpy": np.random.get_state}
-                self._process = {name: function.__self__ for name, function in process.items()}  # type: ignore[attr-defined]
-                self._process["torch"] = torch.default_generator
+                self._process = PROCESS
 
     def states(self) -> dict[str, Any]:
         """As plain values and tensors."""
-        return {name: _state(each) for name, each in {**self._own, **self._process}.items()}
+        return {name: state_of(each) for name, each in {**self._own, **self._process}.items()}
 
     def set_own(self, states: Mapping[str, Any]) -> None:
         for name, generator in self._own.items():
-            _set_state(generator, states[name])
+            set_state(generator, states[name])
 
     def set_process(self, states: Mapping[str, Any]) -> None:
         for name, generator in self._process.items():
-            _set_state(generator, states[name])
+            set_state(generator, states[name])
 
     def check(self, states: Mapping[str, Any], name: str) -> None:
         """Raises ``Mismatch`` where these are not the generators of this loader."""
@@ -85,24 +82,6 @@ def _samplers(loader: DataLoader[Any]) -> Iterator[tuple[str, Any]]:
         for key, value in vars(sampler).items():
             held = value if isinstance(value, list | tuple) else [value]
             waiting += [(f"{name}.{key}", each) for each in held if isinstance(each, Sampler)]
-
-
-def _state(generator: Any) -> Any:
-    if isinstance(generator, random.Random):
-        version, words, gauss = generator.getstate()
-        return {"version": version, "words": torch.from_numpy(np.array(words, dtype=np.int64)), "gauss": gauss}
-    if isinstance(generator, np.random.Generator):
-        return generator.bit_generator.state
-    return generator.get_state(legacy=False) if isinstance(generator, np.random.RandomState) else generator.get_state()
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, random.Random):
-        generator.setstate((state["version"], tuple(state["words"].tolist()), state["gauss"]))
-    elif isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    else:
-        generator.set_state(state)
 
 
 class _Once:

@@ -1,7 +1,6 @@
 """What all ranks decide together at a step boundary: to stop, or to save."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from harness.distributed.world import Maximum, World
 from harness.errors import ConfigError
@@ -15,16 +14,6 @@ class Decision:
 
     stop: bool = False
     save: bool = False
-
-
-class Decides(Protocol):
-    """Somebody who is asked at each step boundary, on all ranks."""
-
-    def decide(self, *, save_is_wanted: bool) -> Decision:
-        """What is to be done here; this rank's wish counts now or at one of the next boundaries."""
-
-    def finish(self) -> None:
-        """Waits for what is under way, after the last step."""
 
 
 class NoLoop:
@@ -45,6 +34,7 @@ class Agreement:
         self._stop, self._watcher = stop, watcher
 
     def decide(self, *, save_is_wanted: bool) -> Decision:
+        """What is to be done at this step boundary; this rank's wish counts now or at one of the next ones."""
         if (notice := self._watcher.poll()) is not None and notice.kind == "stop":
             self._stop.ask(notice.text)
         stop, save = self._rounds.exchange(bool(self._stop), save_is_wanted)
@@ -53,6 +43,7 @@ class Agreement:
         return _DECISIONS[bool(stop), bool(save)]
 
     def finish(self) -> None:
+        """Waits for what is under way, after the last step."""
         self._rounds.finish()
 
 

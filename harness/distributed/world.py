@@ -14,8 +14,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, NoReturn, Protocol
 
@@ -77,8 +76,8 @@ class World(Protocol):
     def exchange(self, own: torch.Tensor, found: Sequence[torch.Tensor]) -> None:
         """Fills ``found`` with every rank's bytes, by rank: flat tensors of bytes on the CPU, all of the same size."""
 
-    def begin_max(self, values: Sequence[int]) -> "PendingMax":
-        """Begins to find the largest of each value over the ranks, and does not wait."""
+    def begin_max(self, values: Sequence[int]) -> Callable[[], list[int]]:
+        """Begins to find the largest of each value over the ranks, and does not wait: that does what is returned."""
 
     def close(self) -> None:
         """Waits for all ranks and takes the groups down."""
@@ -87,13 +86,6 @@ class World(Protocol):
         """Takes down what was made here for other ranks to be heard, before Python ends: the threads end with it. One that
         lives on, and has something of Python's to give back while Python ends, takes the process down (torch 2.13), at the
         end of a run that went well."""
-
-
-class PendingMax(Protocol):
-    """A maximum on its way."""
-
-    def wait(self) -> list[int]:
-        """The largest values, once every rank has given its own."""
 
 
 class SoloWorld:
@@ -127,22 +119,14 @@ class SoloWorld:
     def exchange(self, own: torch.Tensor, found: Sequence[torch.Tensor]) -> None:
         found[0].copy_(own)
 
-    def begin_max(self, values: Sequence[int]) -> PendingMax:
-        return _Known(list(values))
+    def begin_max(self, values: Sequence[int]) -> Callable[[], list[int]]:
+        return lambda: list(values)
 
     def close(self) -> None:
         pass
 
     def let_go(self) -> None:
         pass
-
-
-@dataclass(frozen=True)
-class _Known:
-    values: list[int]
-
-    def wait(self) -> list[int]:
-        return self.values
 
 
 class TorchrunWorld:
@@ -214,10 +198,15 @@ class TorchrunWorld:
     def exchange(self, own: torch.Tensor, found: Sequence[torch.Tensor]) -> None:
         dist.all_gather(list(found), own, group=self._control)
 
-    def begin_max(self, values: Sequence[int]) -> PendingMax:
+    def begin_max(self, values: Sequence[int]) -> Callable[[], list[int]]:
         tensor = torch.tensor(values, dtype=torch.int64, device="cpu")
-        work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._control, async_op=True)
-        return _Reducing(tensor, work)
+        work: Any = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._control, async_op=True)
+
+        def wait() -> list[int]:
+            work.wait()
+            return [int(value) for value in tensor.tolist()]
+
+        return wait
 
     def close(self) -> None:
         # torchrun keeps the rendezvous open for five minutes after the first rank has gone: nobody leaves before rank 0 has
@@ -231,16 +220,6 @@ class TorchrunWorld:
         if control is not None and dist.is_initialized():  # else the program has taken down all groups itself
             with contextlib.suppress(ValueError):  # and has joined anew since
                 dist.destroy_process_group(control)
-
-
-@dataclass(frozen=True)
-class _Reducing:
-    tensor: torch.Tensor
-    work: Any
-
-    def wait(self) -> list[int]:
-        self.work.wait()
-        return [int(value) for value in self.tensor.tolist()]
 
 
 def join_world(config: WorldConfig | None = None) -> World:
@@ -420,7 +399,7 @@ class Maximum:
         self._world = world
         self._nothing = [0] * wants
         self._interval_seconds = interval_seconds
-        self._pending: PendingMax | None = None
+        self._pending: Callable[[], list[int]] | None = None  # waits for a round that is under way
         self._steps_to_next = 1
         self._steps_since = 0
         self._began = time.monotonic()
@@ -431,7 +410,7 @@ class Maximum:
             return list(wants)
         agreed = self._nothing
         if self._pending is not None:
-            self._steps_to_next, *agreed = self._pending.wait()
+            self._steps_to_next, *agreed = self._pending()
             self._pending = None
         self._steps_since += 1
         if self._steps_since >= self._steps_to_next:  # what was just agreed on is about to happen: nobody wants it again
@@ -448,5 +427,5 @@ class Maximum:
     def finish(self) -> None:
         """Waits for a round that is under way, after the last step."""
         if self._pending is not None:
-            self._pending.wait()
+            self._pending()
             self._pending = None

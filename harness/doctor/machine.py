@@ -11,15 +11,14 @@ from typing import Any
 import torch
 
 from harness.config import Config
-from harness.data import loader as data
-from harness.data.loader import Cursor
+from harness.data.nested import tensors_in
+from harness.data.schedule import Cursor
 from harness.distributed.world import choose_backend, choose_device
 from harness.doctor.bounded import run_bounded
 from harness.doctor.case import Case
 from harness.doctor.findings import Finding, error, ok, warn
 from harness.errors import ConfigError
 from harness.runtime.environment import is_first_of_node, local_size
-from harness.state.optimizers import tensors_in
 
 _BATCH_SECONDS = 120.0  # a loader that takes longer for a few batches does not work
 _PREFETCHED = 2  # batches that torch's loader has in flight for each worker
@@ -66,13 +65,12 @@ def _batches(case: Case, workers: int) -> Generator[list[tuple[Any, float]]]:
     loader = case.loader
     assert loader is not None
     plan = loader.schedule.steps(Cursor(), case.world.rank, case.world.size)
-    about: dict[str, Any] = {"collate": loader._collate, "tells_epoch": loader._tells_epoch}
-    return data.batches(loader.dataset, plan, seed=loader.schedule.seed, workers=workers, **about)
+    return loader.fetcher.batches(loader.dataset, plan, workers=workers)
 
 
 def memory(case: Case) -> list[Finding]:
     """Through the shared memory the loader's workers hand batches over; in a container it is often 64 MB."""
-    workers = case.loader._workers if case.loader else 0
+    workers = case.loader.fetcher.workers if case.loader else 0
     if not workers or case.micro_batch_bytes is None or not os.path.isdir(_SHARED_MEMORY):
         return []
     processes = local_size()
@@ -88,7 +86,7 @@ def memory(case: Case) -> list[Finding]:
 def workers(case: Case) -> list[Finding]:
     """Starts loader workers as the run does, sends them the SIGTERM that torchrun sends to the whole process group, and
     fetches on, beyond what they had fetched before."""
-    count = case.loader._workers if case.loader else 0
+    count = case.loader.fetcher.workers if case.loader else 0
     if case.loader is None or case.micro_batch_bytes is None or not count:
         return []
     tried = f"sent SIGTERM to {count} loader workers and fetched on"

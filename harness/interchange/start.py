@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from harness.checkpoint import commit
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.retention import Pruner
+from harness.data.nested import mapped
 from harness.errors import ConfigError, Mismatch
 from harness.interchange.foreign import Foreign, read_foreign
 from harness.state.modules import check_model, listed, model_state, restore_model
@@ -201,8 +202,4 @@ def _copied(value: Any, parameter: torch.Tensor | None = None) -> Any:
     """
     if isinstance(value, torch.Tensor) and parameter is not None:
         return torch.empty_like(parameter, dtype=value.dtype, device=value.device, requires_grad=False).copy_(value.detach())
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
+    return mapped(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, value)

@@ -377,16 +377,12 @@ def _median(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def curves(
-    records: Mapping[Attempt, Sequence[Record]], name: str | None = None
-) -> tuple[str, dict[Attempt, list[tuple[int, float]]]]:
-    """A metric of the training by attempt, and its name: by default the loss, or whatever the loop logs first."""
+def curves(records: Mapping[Attempt, Sequence[Record]]) -> tuple[str, dict[Attempt, list[tuple[int, float]]]]:
+    """A metric of the training by attempt, and its name: the loss, or whatever the loop logs first."""
     trained = {attempt: [each for each in events if each["event"] == "train"] for attempt, events in records.items()}
-    if name is None:
-        names = [
-            key for events in trained.values() for key in (numbers_of(events[0]) if events else ()) if key not in _NO_CURVE
-        ]
-        name = "loss" if "loss" in names or not names else names[0]
+    firsts = [numbers_of(events[0]) for events in trained.values() if events]
+    names = [key for first in firsts for key in first if key not in _NO_CURVE]
+    name = "loss" if "loss" in names or not names else names[0]
     return name, {
         attempt: [(each["step"], numbers[name]) for each in events if name in (numbers := numbers_of(each))]
         for attempt, events in trained.items()

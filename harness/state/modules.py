@@ -170,11 +170,11 @@ def _buffers(model: nn.Module) -> set[str]:
     return found | {f"{name}{'.' if name else ''}_extra_state" for name, _ in model.named_modules(remove_duplicate=False)}
 
 
-def some(names: Iterable[str], limit: int = 5) -> str:
+def some(names: Iterable[str]) -> str:
     """The first names, and how many more there are."""
     names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{', '.join(names[:limit])}{more}"
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{', '.join(names[:5])}{more}"
 
 
 def frozen(model: nn.Module) -> list[str]:

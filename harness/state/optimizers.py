@@ -5,9 +5,8 @@ one. An optimizer whose ``state_dict()`` has a form of its own keeps it, and goe
 """
 
 import logging
-import random
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from harness import torch_private
 from harness.checkpoint import tree
 from harness.checkpoint.format import row_major
-from harness.errors import Mismatch, Unsupported
+from harness.data.nested import like, mapped, tensors_in
+from harness.data.seeding import GENERATORS, set_state, state_of
+from harness.errors import ConfigError, Mismatch, Unsupported
 from harness.state.modules import kind_of, listed, plain_names, unwrap
 
 log = logging.getLogger(__name__)
@@ -77,15 +78,6 @@ def _left_out(optimizer: Optimizer, state: Mapping[str, Any]) -> Iterator[tuple[
         values = dict(each.state)
         if values and each.state is not optimizer.state and not {id(tensor) for tensor in tensors_in(values)} <= held:
             yield name, each
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors within lists, tuples and dictionaries."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors_in(item)
 
 
 def _has_torchs_form(state: Mapping[str, Any], optimizer: Optimizer) -> bool:
@@ -219,7 +211,8 @@ def _restore(
     parameters = [parameter for group in before for parameter in group["params"]]
     values = {key: _following(each, key, parameters, saved_parameters) for key, each in saved["state"].items()}
     groups = _completed(optimizer, saved["param_groups"], keep_options)
-    castable = {key: _castable(each) for key, each in values.items()}
+    # NumPy's arrays make load_state_dict fail, which calls the type of every iterable anew.
+    castable = mapped(lambda leaf: None if isinstance(leaf, np.ndarray) else leaf, values)
     optimizer.load_state_dict({**saved, "state": castable, "param_groups": groups})
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, each in values.items():
@@ -277,29 +270,13 @@ def _following(
         return values
 
     def laid(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and (value.shape, value.stride()) == (parameter.shape, strides):
-            if tree.is_composed(value):  # only its class knows how its parts belong to the parameter
-                return value
-            return torch.empty_like(parameter, dtype=value.dtype, device=value.device, requires_grad=False).copy_(value)
-        if type(value) is dict:
-            return {key: laid(item) for key, item in value.items()}
-        return _like(value, map(laid, value)) if isinstance(value, list | tuple | deque) else value
+        if not isinstance(value, torch.Tensor) or (value.shape, value.stride()) != (parameter.shape, strides):
+            return value
+        if tree.is_composed(value):  # only its class knows how its parts belong to the parameter
+            return value
+        return torch.empty_like(parameter, dtype=value.dtype, device=value.device, requires_grad=False).copy_(value)
 
-    return laid(values)
-
-
-def _castable(value: Any) -> Any:
-    """A value without NumPy's arrays, at which ``load_state_dict`` fails: it calls the type of every iterable anew."""
-    if isinstance(value, dict):
-        return {key: _castable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | deque):
-        return _like(value, (_castable(item) for item in value))
-    return None if isinstance(value, np.ndarray) else value
-
-
-def _like(sequence: Any, items: Iterator[Any]) -> Any:
-    """A list, tuple or deque like another one, of other items."""
-    return deque(items, sequence.maxlen) if isinstance(sequence, deque) else type(sequence)(items)
+    return mapped(laid, values)
 
 
 def _as_saved(saved: Any, live: Any) -> Any:
@@ -315,7 +292,7 @@ def _as_saved(saved: Any, live: Any) -> Any:
     if isinstance(saved, list | tuple | deque):
         if not isinstance(live, list | tuple | deque) or len(live) != len(saved):
             return live
-        return _like(saved, (_as_saved(*items) for items in zip(saved, live, strict=True)))
+        return like(saved, (_as_saved(*items) for items in zip(saved, live, strict=True)))
     return live if isinstance(live, torch.Tensor) else saved
 
 
@@ -359,16 +336,6 @@ def _same(saved: Any, live: Any) -> bool:
 
 # --- what no state_dict has ------------------------------------------------------------------------------------------
 
-# How to ask a generator for its state, and how to set it.
-_GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] = {
-    torch.Generator: (torch.Generator.get_state, lambda live, state: live.set_state(state) and None),
-    random.Random: (random.Random.getstate, random.Random.setstate),
-    np.random.RandomState: (lambda live: live.get_state(legacy=False), np.random.RandomState.set_state),
-    np.random.Generator: (
-        lambda live: live.bit_generator.state,
-        lambda live, state: setattr(live.bit_generator, "state", state),
-    ),
-}
 _ABSENT = object()
 
 
@@ -391,8 +358,8 @@ class Attributes:
         parameters = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
         for name, value in vars(self._optimizer).items():
             is_number = isinstance(value, int | float | complex | np.number) and not isinstance(value, bool)
-            if type(value) in _GENERATORS:
-                yield name, _GENERATORS[type(value)][0](value)
+            if type(value) in GENERATORS:
+                yield name, state_of(value)
             elif name == "_step_count":  # which schedulers of an older torch put there
                 continue
             elif is_number or (isinstance(value, torch.Tensor) and id(value) not in parameters):
@@ -421,8 +388,8 @@ class Attributes:
 
     def _set(self, name: str, value: Any) -> None:
         live = getattr(self._optimizer, name, None)
-        if type(live) in _GENERATORS:
-            _GENERATORS[type(live)][1](live, value)
+        if type(live) in GENERATORS:
+            set_state(live, value)
         elif (
             isinstance(live, torch.Tensor)
             and isinstance(value, torch.Tensor)
@@ -470,10 +437,21 @@ def plain_optimizer(optimizer: Any) -> Any:
     return optimizer
 
 
-def with_step_hooks(optimizer: Any) -> Iterator[Optimizer]:
+def stepping(optimizers: Mapping[str, Optimizer]) -> list[Optimizer]:
+    """The optimizers that call hooks before they step. Raises ``ConfigError`` for one that neither does nor has one that
+    does: nobody could know when it changes the parameters."""
+    found = {name: list(_with_step_hooks(optimizer)) for name, optimizer in optimizers.items()}
+    for name, hooked in found.items():
+        if not hooked:
+            kind = type(optimizers[name]).__name__
+            raise ConfigError(f"{name}: {kind} calls no step hooks; have its __init__ call torch.optim.Optimizer.__init__")
+    return list({id(each): each for hooked in found.values() for each in hooked}.values())
+
+
+def _with_step_hooks(optimizer: Any) -> Iterator[Optimizer]:
     """Those of an optimizer, and of the optimizers within it, whose ``step`` calls hooks."""
     if torch_private.calls_step_hooks(optimizer):
         yield optimizer
     for each in vars(optimizer).values():
         if isinstance(each, Optimizer):
-            yield from with_step_hooks(each)
+            yield from _with_step_hooks(each)

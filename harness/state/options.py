@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from harness import torch_private
 from harness.errors import ConfigError
+from harness.torch_private import schedulers_within
 
 Built = dict[str, Any]  # options and their plain values; of an optimizer, a list of those of its groups
 
@@ -147,15 +148,10 @@ def _with_others(names: Collection[str]) -> set[str]:
 # --- schedules -------------------------------------------------------------------------------------------------------
 
 
-def inner(scheduler: LRScheduler) -> Sequence[LRScheduler]:
-    """The schedulers that a scheduler is made of."""
-    return torch_private.schedulers_within(scheduler)
-
-
 def built_schedule(scheduler: LRScheduler) -> Built:
     """The settings of a schedule; those of the schedulers within it under their numbers: ``1.T_max``."""
     own = _settings(scheduler.state_dict())
-    for number, each in enumerate(inner(scheduler)):
+    for number, each in enumerate(schedulers_within(scheduler)):
         own |= {f"{number}.{key}": value for key, value in built_schedule(each).items()}
     return own
 
@@ -176,7 +172,7 @@ def _settings(state: Mapping[str, Any]) -> Built:
 def attributes_of(scheduler: LRScheduler) -> list[dict[str, Any]]:
     """The attributes of a schedule, and of each within it, as they are now."""
     own = {key: copy.deepcopy(value) for key, value in scheduler.state_dict().items() if key != "_schedulers"}
-    return [own, *(each for part in inner(scheduler) for each in attributes_of(part))]
+    return [own, *(each for part in schedulers_within(scheduler) for each in attributes_of(part))]
 
 
 def reset_schedule(
@@ -217,14 +213,16 @@ def reset_schedule(
 
 def _all(scheduler: LRScheduler) -> Iterator[LRScheduler]:
     yield scheduler
-    for each in inner(scheduler):
+    for each in schedulers_within(scheduler):
         yield from _all(each)
 
 
 def _rates(scheduler: LRScheduler) -> Sequence[Any] | None:
     """The rates at the position where a schedule is; None where they follow from the rates before."""
     if isinstance(scheduler, lr_scheduler.SequentialLR):
-        return _rates(inner(scheduler)[bisect.bisect_right(torch_private.milestones(scheduler), scheduler.last_epoch)])
+        return _rates(
+            schedulers_within(scheduler)[bisect.bisect_right(torch_private.milestones(scheduler), scheduler.last_epoch)]
+        )
     if isinstance(scheduler, lr_scheduler.CosineAnnealingWarmRestarts):
         scheduler.step(scheduler.last_epoch)  # finds its cycle by the position
         return [group["lr"] for group in scheduler.optimizer.param_groups]
@@ -249,15 +247,15 @@ def check_length(name: str, scheduler: LRScheduler, steps: int) -> None:
             f"{name}: OneCycleLR ends after {scheduler.total_steps} steps, and this run has {steps}; make the schedule as "
             "long as the run. To use the program's length in place of the checkpoint's: reset_options with 'total_steps'"
         )
-    begins = [0] * len(inner(scheduler))
+    begins = [0] * len(schedulers_within(scheduler))
     if isinstance(scheduler, lr_scheduler.SequentialLR):
         begins = [0, *torch_private.milestones(scheduler)]
-    for each, begin in zip(inner(scheduler), begins, strict=False):
+    for each, begin in zip(schedulers_within(scheduler), begins, strict=False):
         check_length(name, each, steps - begin)
 
 
 def position(scheduler: LRScheduler) -> int:
     """How often a scheduler was stepped."""
-    while not hasattr(scheduler, "last_epoch") and (within := inner(scheduler)):
+    while not hasattr(scheduler, "last_epoch") and (within := schedulers_within(scheduler)):
         scheduler = within[0]  # all of them at once
     return getattr(scheduler, "last_epoch", 0)

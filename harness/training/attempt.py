@@ -26,11 +26,10 @@ from harness.telemetry.crashes import Crash
 from harness.telemetry.events import EventLog
 from harness.training import resume
 from harness.training.checkpointing import Checkpointing
+from harness.training.course import Place
 from harness.training.hangs import NoWatchdog
-from harness.training.program_loop import Place
 from harness.training.resume import NEW, Resumed
 from harness.training.run_context import RunContext
-from harness.training.save_policy import SavePolicy
 from harness.training.saves import Saves
 
 log = logging.getLogger(__name__)
@@ -103,7 +102,7 @@ def first_of(context: RunContext, *, fresh: bool) -> Attempt:
         events.emit("start", "no checkpoint.url: this run is not saved", step=state.progress.step)
         _start_anew(context, events)
         resume.check_lockstep(world, state, context.about, resumed=False)
-        return Attempt(events, context.loop.place)
+        return Attempt(events, context.course.place)
     catalog = Catalog(open_store(checkpoint.url, checkpoint.storage_options))
     if fresh and checkpoint.must_exist:
         raise ConfigError("checkpoint.must_exist expects a run in checkpoint.url, fresh an unused one: choose")
@@ -128,7 +127,7 @@ def _begin(context: RunContext, catalog: Catalog, memory: HostMemory, *, skip_ne
     events = EventLog(config, active=world.rank == 0, attempt=claimed.id, store=catalog.store)
     attempt = Attempt(
         events,
-        context.loop.place,
+        context.course.place,
         record_crash=functools.partial(crashes.record_crash, catalog, claimed),
         next=functools.partial(_begin, context, catalog, memory),
     )
@@ -139,7 +138,7 @@ def _begin(context: RunContext, catalog: Catalog, memory: HostMemory, *, skip_ne
         resume.check_lockstep(world, state, context.about, resumed=resumed is not NEW)
         saves = Checkpointing(context, claimed, catalog, resumed, events, memory)
         _log_begin(events, claimed.number, resumed, catalog.store.url, world, state.progress.step)
-    if world.rank == 0 and not SavePolicy(config.checkpoint).has_intervals:
+    if world.rank == 0 and not context.policy.has_intervals:
         log.warning(
             "nothing is saved before the end of the run: a death costs all of it. Give every_steps, every_seconds or "
             "every_epochs (checkpoint.every_… in a configuration)"
@@ -165,7 +164,7 @@ def _log_begin(events: EventLog, number: int, resumed: Resumed, url: str, world:
 
 def _log_differences(config: RunConfig, state: State) -> None:
     """Says what somebody has edited in the program since the checkpoint, and whose word counts."""
-    for each in state.differences:
+    for each in state.edits.differences:
         is_task = isinstance(config, Config)
         how = f"train.reset_options=[{each.name}]" if is_task else f'Run(..., reset_options=["{each.name}"])'
         log.warning("%s%s", each, f". To use the program's: {how}" if each.who_counts == "checkpoint" else "")

@@ -46,7 +46,7 @@ class Bodies:
         """The time of a loop, which shows where it is by what it asks its loader for."""
         self._always_show = self.ends_show = is_by_steps or self._loader is not None
         self._due = Due.NOTHING
-        if self._loader:
+        if self._loader is not None:
             self._loader.on_return, self._loader.on_exit = self._end_of_batch, self._fence
         for each in self._state.epochs if self._loader is None else ():
             each.epoch = self._state.progress.epoch
@@ -55,7 +55,7 @@ class Bodies:
         try:
             yield
         finally:
-            if self._loader:
+            if self._loader is not None:
                 self._loader.on_return = self._loader.on_exit = nothing
             for each in self._state.epochs:
                 each.on_return = each.on_give = nothing

@@ -12,12 +12,15 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from harness import interchange
 from harness.config import Config
-from harness.data import loader as data
-from harness.data.loader import Cursor, Loader, SkippedBatch, Step
+from harness.data.fetching import Step
+from harness.data.loader import Loader
+from harness.data.nested import to_device
+from harness.data.position import SkippedBatch
+from harness.data.schedule import Cursor, is_due
+from harness.data.seeding import random_state, restore_random_state, seed_everything
 from harness.distributed.world import World
 from harness.errors import ConfigError, NonFinite
 from harness.runtime.signals import StopRequest
-from harness.state.capture import random_state, restore_random_state
 from harness.task import Task
 from harness.training import nonfinite, resume
 from harness.training.run import Run
@@ -89,7 +92,7 @@ class _Trainer:
         self.total_steps = train.steps or (train.epochs or 0) * len(self.loader)
         task.model.to(world.device).train()
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=train.precision == "fp16")
-        data.seed_everything(config.seed, world.rank + 1)
+        seed_everything(config.seed, world.rank + 1)
         self.model = world.wrap(task.model)
         self.parameters = list(task.model.parameters())  # walking through the modules takes longer than many a step
         self.loss = torch.zeros(
@@ -156,14 +159,14 @@ class _Trainer:
         if len(loader.skipped) >= config.limit:
             raise NonFinite(f"{found}; {config.limit} batches were passed over before this one (nonfinite.limit)")
         run.tell("nonfinite", f"{found}: {config.policy}", step=run.global_step + 1, samples=samples, policy=config.policy)
-        loader.skip()
+        loader.position.skip()
         if config.policy == "rollback":
             if not run.can_roll_back():
                 raise NonFinite(f"{found}; there is no checkpoint yet to go back to")
             skipped = loader.skipped
-            data.seed_everything(self.config.seed, self.world.rank + 1)
+            seed_everything(self.config.seed, self.world.rank + 1)
             run.roll_back()
-            loader.leave_out(skipped)
+            loader.position.skipped = skipped
             return True
         if spoilt := resume.on_first(self.world, lambda: nonfinite.buffers_with_nan(self.task.model)):
             raise NonFinite(f"{found}; skip does not mend the NaN in {', '.join(spoilt)}: choose nonfinite.policy rollback")
@@ -176,7 +179,7 @@ class _Trainer:
             last = index == len(micro_batches) - 1
             with contextlib.nullcontext() if last else self.without_meeting():
                 with self.autocast():
-                    loss = self.task.loss(self.model, data.to_device(batch, self.world.device))
+                    loss = self.task.loss(self.model, to_device(batch, self.world.device))
                 # DDP divides by the number of ranks, as if their shares were equal; the weights know better.
                 scaled = self.scaler.scale(loss * (weight * self.world.size))
                 torch.autograd.backward(scaled, nonfinite.seed_of(scaled, loss))
@@ -199,8 +202,8 @@ class _Trainer:
     def evaluate_if_due(self, run: Run) -> None:
         """Evaluates where an interval ends with the step that was just trained, or the run does."""
         every, step = self.config.evaluation, run.global_step + 1
-        epochs = (self.loader.trained_epoch, self.loader.epoch)
-        due = step >= self.total_steps or data.is_due(step, epochs, every.every_steps, every.every_epochs)
+        epochs = (self.loader.position.trained_epoch, self.loader.epoch)
+        due = step >= self.total_steps or is_due(step, epochs, every.every_steps, every.every_epochs)
         if self.task.evaluation is not None and due:
             values = self.evaluate()
             run.evaluated(self.task.evaluation.metric, values, higher_is_better=self.task.evaluation.higher_is_better)
@@ -235,7 +238,7 @@ class _Trainer:
             indices = share[start : start + evaluation.batch_size]
             samples = [evaluation.dataset[index] for index in indices]
             batch = (self.task.collate or torch.utils.data.default_collate)(samples)
-            for name, value in evaluation.measure(self.task.model, data.to_device(batch, self.world.device)).items():
+            for name, value in evaluation.measure(self.task.model, to_device(batch, self.world.device)).items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(indices)
         totals: dict[str, float] = {}
         for own in self.world.all_gather(sums):  # a rank without a share knows no names
@@ -290,7 +293,7 @@ def _be_deterministic(wanted: bool) -> None:
 
 def build_task(config: Config, builder: Any) -> Task:
     """Calls the user's function with everything seeded, so that it gives the same on every rank and every time."""
-    data.seed_everything(config.seed)
+    seed_everything(config.seed)
     task = builder(**config.args)
     if not isinstance(task, Task):
         raise ConfigError(f"task: expected {config.task} to return a harness.Task, found {type(task).__name__}")

@@ -47,10 +47,10 @@ def what_is_bad(world: World, loss: torch.Tensor, loader: Loader) -> tuple[str, 
     """What is not finite about the batch that was just trained, in words, and the samples that it comes from. All ranks call
     it."""
     ranks = ranks_with_bad_loss(world, loss)
-    samples = [index for rank in ranks or range(world.size) for index in loader.samples(rank)]
+    samples = [index for rank in ranks or range(world.size) for index in loader.position.samples(rank, world.size)]
     what = f"the loss on rank {', '.join(map(str, ranks))} is" if ranks else "every loss is finite and the gradients are"
     more = f" and {len(samples) - _MOST_SAMPLES} more" if len(samples) > _MOST_SAMPLES else ""
-    return f"{what} not finite; epoch {loader.trained_epoch}, samples {samples[:_MOST_SAMPLES]}{more}", samples
+    return f"{what} not finite; epoch {loader.position.trained_epoch}, samples {samples[:_MOST_SAMPLES]}{more}", samples
 
 
 def buffers_with_nan(model: nn.Module) -> list[str]:

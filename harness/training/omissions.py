@@ -93,12 +93,12 @@ class Omissions:
         """Names what the loop has used so far and the state lacks."""
         if not self._is_active:
             return
-        if any(each.used_at >= self._began for each in Loader.in_use) and not self._state.loaders:
+        if any(each.used_at >= self._began for each in Loader.in_use) and not self._state.contents.loaders:
             self._say(
                 "a harness.Loader hands out batches and is not in the run's state: after a restart its epoch would start "
                 'over. Add it: state={..., "loader": loader}'
             )
-        for name in self._state.without_scheduler():
+        for name in self._state.contents.without_scheduler():
             self._say(
                 f"{name} has a learning rate scheduler, which is not in the run's state: after a restart its schedule would "
                 'start over. Add it: state={..., "scheduler": scheduler}'
@@ -119,28 +119,27 @@ class Omissions:
     def _lacking(self) -> Iterator[tuple[str, Any]]:
         """What the loop has used and the state lacks, each with its name in the program; empty where that is not known."""
         found = _found()
-        objects, _ = self._state.holds()
+        objects = self._state.contents.objects()
         own = {id(parameter) for each in self._state.optimizers.values() for parameter in _parameters_of(each)}
         for optimizer in self._stepped.values():  # one that another has wrapped has the same parameters
             if id(optimizer) not in objects and not own.issuperset(map(id, _parameters_of(optimizer))):
                 yield next((name for name, each in found if each is optimizer), ""), optimizer
         for module in self._modules_that_changed(found):
             yield next(name for name, each in found if each is module), module
-        named = {id(self._state.optimizers[name]) for name in self._state.without_scheduler()}
+        named = {id(self._state.optimizers[name]) for name in self._state.contents.without_scheduler()}
         unnamed = {id(optimizer) for optimizer in self._state.optimizers.values()} - named
-        has_position = bool(self._state.loaders) or self._state.may_have_position
         for name, each in found:
             is_used = (
                 (issubclass(type(each), LRScheduler) and id(getattr(each, "optimizer", None)) in unnamed)
-                or (issubclass(type(each), torch.amp.GradScaler) and torch_private.is_used(each))
-                or (issubclass(type(each), DataLoader) and not has_position)
+                or (issubclass(type(each), torch.amp.GradScaler) and torch_private.scale_of(each) is not None)
+                or (issubclass(type(each), DataLoader) and not self._state.contents.may_have_position)
             )
             if is_used and id(each) not in objects:
                 yield name, each
 
     def _modules_that_changed(self, there: list[tuple[str, Any]]) -> list[nn.Module]:
         """Modules with tensors that the state has not, and that have changed since they were seen first; outermost ones."""
-        _, places = self._state.holds()
+        places = self._state.contents.places()
         found, inner = [], set()
         for _, module in there:
             version = _version(module, places) if issubclass(type(module), nn.Module) else None
@@ -189,8 +188,11 @@ class Omissions:
 
     def at_save(self, epoch: int) -> None:
         """Looks whether a restart would know how far the epoch is."""
-        has_position = bool(self._state.loaders) or self._state.may_have_position
-        if self._boundaries and not has_position and not any("DataLoader" in message for message in self._said):
+        if (
+            self._boundaries
+            and not self._state.contents.may_have_position
+            and not any("DataLoader" in message for message in self._said)
+        ):
             self._say(
                 f"epoch {epoch} is saved in its middle, and nothing in the state says where that is: a restart goes through "
                 f"all of the epoch again; {INTO_THE_STATE}",
@@ -201,14 +203,14 @@ class Omissions:
 
     def after_save(self, step: int) -> None:
         """A save was begun in ``step``, before the end of the loop's body is known."""
-        self._marks = step, self._state.marks()
+        self._marks = step, self._state.contents.marks()
 
     def at_optimizer(self) -> None:
         """The first optimizer's step after a save: what has changed until now is not in that save."""
         if self._marks is None:
             return
         (step, before), self._marks = self._marks, None
-        now = self._state.marks()
+        now = self._state.contents.marks()
         for name in sorted(name for name in before if before[name] != now[name]):
             self._say(
                 f"{name} changed after run.step(): the checkpoint of step {step} is without it, and after a restart it "

@@ -205,9 +205,6 @@ class Guest:
     def __init__(self, stop: StopRequest) -> None:
         self.stop = stop
 
-    def keep(self, run: Hosted) -> None:
-        """Nothing is installed."""
-
     def has_finished(self, run: Hosted) -> None:
         """Nothing was installed."""
 

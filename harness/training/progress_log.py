@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 
-from harness.config import RunConfig
-from harness.data.loader import Loader, is_due
-from harness.distributed.world import World
+from harness.data.schedule import is_due
 from harness.errors import ConfigError
-from harness.state.capture import State
 from harness.telemetry.events import check_metric_names, hash_of, metrics_in_words, number_of
+from harness.training.run_context import RunContext
 from harness.training.stragglers import OwnWork, Straggler, Stragglers
 
 _FLOATS_AT_ONCE = 32
@@ -22,20 +20,13 @@ _FLOATS_AT_ONCE = 32
 class ProgressLog:
     """Keeps the metrics of the newest step, and logs them. ``emit`` takes an event, a message and values; rank 0 speaks."""
 
-    def __init__(
-        self,
-        world: World,
-        config: RunConfig,
-        state: State,
-        loader: Loader | None,
-        own_work: OwnWork,
-        emit: Callable[..., None],
-    ) -> None:
-        self._world, self._state, self._loader, self._own_work = world, state, loader, own_work
-        self._every, self._stragglers, self._emit = config.log, config.stragglers, emit
+    def __init__(self, context: RunContext, own_work: OwnWork, emit: Callable[..., None]) -> None:
+        self._world, self._state, self._loader, self._course = context.world, context.state, context.loader, context.course
+        self._every, self._stragglers = context.config.log, context.config.stragglers
+        self._own_work, self._emit = own_work, emit
         self._metrics: Mapping[str, Any] = {}  # of the last step
         self._last_time, self._last_step = time.monotonic(), 0
-        self._slow_ranks: Callable[[int, Sequence[float]], Sequence[Straggler]] = _nobody
+        self._slow_ranks: Callable[[int, Sequence[float]], Sequence[Straggler]] = lambda *_: ()  # nobody looks
 
     def begin_here(self) -> None:
         """The clocks run from now on. All ranks call it."""
@@ -72,15 +63,15 @@ class ProgressLog:
         return list(seconds)
 
     def is_due(self, epochs: tuple[int, int]) -> bool:
-        """Whether the step that was just taken is to be logged; ``epochs`` as for ``is_due`` of ``harness.data.loader``."""
+        """Whether the step that was just taken is to be logged; ``epochs`` as for the function ``is_due``."""
         return is_due(self._state.progress.step, epochs, self._every.every_steps, self._every.every_epochs)
 
     def is_due_after_epoch(self, epochs: tuple[int, int]) -> bool:
         """Likewise, at the end of an epoch that no step boundary has shown."""
         return is_due(1, epochs, None, self._every.every_epochs)
 
-    def log(self, place: str) -> None:
-        """Logs the step that was just taken; ``place`` says which, for people. All ranks call it."""
+    def log(self) -> None:
+        """Logs the step that was just taken. All ranks call it."""
         own_seconds = self.average()
         progress, now = self._state.progress, time.monotonic()
         steps_per_second = (progress.step - self._last_step) / max(now - self._last_time, 1e-9)
@@ -89,15 +80,10 @@ class ProgressLog:
         for optimizer in list(self._state.optimizers.values())[:1]:
             if "lr" in optimizer.param_groups[0]:  # few optimizers have no such option
                 values["lr"] = float(optimizer.param_groups[0]["lr"])
-        if self._loader:
+        if self._loader is not None:
             values["samples/s"] = self._loader.schedule.global_batch_size * steps_per_second
         else:
             values["steps/s"] = steps_per_second
-        self._emit("train", f"{place}  {metrics_in_words(values)}", step=progress.step, **values)
+        self._emit("train", f"{self._course}  {metrics_in_words(values)}", step=progress.step, **values)
         for found in self._slow_ranks(progress.step, own_seconds):
             self._emit("straggler", str(found), step=progress.step, **asdict(found))
-
-
-def _nobody(_step: int, _totals: Sequence[float]) -> Sequence[Straggler]:
-    """Who is slow, where nobody looks."""
-    return ()

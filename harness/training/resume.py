@@ -27,7 +27,8 @@ from harness.errors import (
     RankFailure,
     StoreError,
 )
-from harness.state.capture import RANDOM, State
+from harness.state.capture import State
+from harness.state.parts import RANDOM
 
 log = logging.getLogger(__name__)
 

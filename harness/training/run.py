@@ -15,7 +15,7 @@ import torch
 
 from harness.config import RunConfig, run_config
 from harness.data.loader import Loader, nothing
-from harness.distributed.agreement import Agreement, Decides, NoLoop
+from harness.distributed.agreement import Agreement, NoLoop
 from harness.distributed.world import World, world_of_program
 from harness.errors import ConfigError, NoCheckpoint, Stopped
 from harness.runtime.environment import is_first_of_node
@@ -27,8 +27,9 @@ from harness.storage.urls import shown
 from harness.telemetry.events import EventLog, metrics_in_words
 from harness.training import attempt, program
 from harness.training.attempt import Attempt
+from harness.training.course import Course, Length
 from harness.training.hangs import NoWatchdog, watching
-from harness.training.program_loop import Length, ProgramLoop
+from harness.training.program_loop import ProgramLoop
 from harness.training.run_context import RunContext
 from harness.training.save_policy import Due
 
@@ -99,7 +100,7 @@ class Run:
         self._host = program.host() if stop is None else program.Guest(stop)
         self.stop = self._host.stop
         self._watchdog: Watchdog | NoWatchdog = NoWatchdog()
-        self._decisions: Decides = NoLoop()
+        self._decisions: Agreement | NoLoop = NoLoop()
         self._attempt = Attempt(EventLog(self.config, active=False))  # until there is one
         self._error: BaseException | None = None  # that was seen last
         self._closing = contextlib.ExitStack()
@@ -111,10 +112,11 @@ class Run:
             speaks = self.world.rank == 0
             self.state = State(state, self.world.device, reset_options=reset_options, adapt=adapt, speaks=speaks)
             self.loader = loader_of(state, self.world)
-            parts = self.world, self.config, self.state
-            self._loop = ProgramLoop(*parts, self.loader, self.tell, self._do)
+            self._course = Course(self.world.rank, self.state, self.loader)
+            parts = self.world, self.config, self.state, self.loader, self._course
+            context = RunContext(*parts, about or {}, initialize or nothing)
+            self._loop = ProgramLoop(context, self.tell, self._do)
             self._closing.callback(self._loop.close)
-            context = RunContext(*parts, self._loop, about or {}, initialize or nothing)
             self._attempt = attempt.first_of(context, fresh=fresh)
             self.stop.before_leaving = lambda: self._attempt.end_soon(self.config.stop.grace_seconds, self._watchdog)
             self._closing.callback(setattr, self.stop, "before_leaving", nothing)
@@ -129,7 +131,7 @@ class Run:
     @property
     def epoch(self) -> int:
         """The epoch of the next batch."""
-        return self._loop.epoch
+        return self._course.epoch
 
     def epochs(self, total: int) -> Iterator[int]:
         """The epochs that are still to be trained, the one that was interrupted first. The end is saved."""
@@ -161,7 +163,7 @@ class Run:
         self._loop.finish()
         self._attempt.saves.wait()
         if not self._attempt.saves.has_end():
-            self._attempt.saves.save(must_succeed=True)
+            self._attempt.saves.save(self._loop.describe_save, must_succeed=True)
         message = f"done: step {self.global_step}  {metrics_in_words(self.state.progress.last)}"
         self.tell("done", message, step=self.global_step)
         self._attempt.events.flush()
@@ -174,7 +176,7 @@ class Run:
         What was judged is the step of the last ``step()``, or, where an optimizer has taken a step since, the one after it.
         """
         judged = self._loop.evaluated(metric, values, higher_is_better=higher_is_better)
-        message = f"step {self._loop.shown(judged)}  evaluation  {metrics_in_words(dict(values))}"
+        message = f"step {self._course.shown(judged)}  evaluation  {metrics_in_words(dict(values))}"
         self.tell("evaluate", message, step=judged, **values)
 
     def tell(self, event: str, message: str, /, **values: Any) -> None:
@@ -208,7 +210,7 @@ class Run:
     def close(self) -> None:
         """Ends the loader's workers, and a save that is under way: one that can be finished soon is worth it."""
         is_at_an_error = self._error is not None or sys.exc_info()[0] is not None
-        is_left = not is_at_an_error and not self.stop.settled and self._loop.is_left
+        is_left = not is_at_an_error and not self.stop.settled and self._course.is_under_way
         self._attempt.close(self.config.stop.grace_seconds, left_at=self.global_step if is_left else None)
         self._closing.close()
 
@@ -233,7 +235,7 @@ class Run:
 
     def _do(self, due: Due) -> None:
         """What is due at the end of a step's body."""
-        self._attempt.saves.save(must_succeed=due is Due.STOP)
+        self._attempt.saves.save(self._loop.describe_save, must_succeed=due is Due.STOP)
         if due is Due.STOP:
             self._decisions.finish()
             saved = "which is saved" if self.config.checkpoint.url else "and nothing is saved: there is no checkpoint.url"

@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.config import RunConfig
+from harness.data.loader import Loader
 from harness.distributed.world import World
 from harness.state.capture import State
-from harness.training.program_loop import ProgramLoop
+from harness.training.course import Course
+from harness.training.save_policy import SavePolicy
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """What each attempt of a run is made of.
+    """What a run, and each attempt of it, is made of.
 
     ``about`` goes into each manifest, and must be the same on all ranks. ``initialize`` gives a new run what it is to begin
     with, and says what that was.
@@ -21,6 +23,12 @@ class RunContext:
     world: World
     config: RunConfig
     state: State
-    loop: ProgramLoop
+    loader: Loader | None
+    course: Course
     about: Mapping[str, Any]
     initialize: Callable[[], str | None]
+
+    @property
+    def policy(self) -> SavePolicy:
+        """When it saves."""
+        return SavePolicy(self.config.checkpoint)

@@ -4,7 +4,7 @@ import enum
 from dataclasses import dataclass
 
 from harness.config import CheckpointConfig
-from harness.data.loader import is_due
+from harness.data.schedule import is_due
 
 
 class Due(enum.IntEnum):

@@ -1,5 +1,8 @@
 """What a run asks of the saves of an attempt."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 
 class Saves:
     """The saves of an attempt; of this very class where the run has no URL, and nothing is saved."""
@@ -18,8 +21,11 @@ class Saves:
         the state change while it was copied."""
         return False
 
-    def save(self, *, must_succeed: bool) -> None:
-        """Saves beside the training, or, where it is the last thing to happen, before that goes on. All ranks call it."""
+    def save(self, describe: Callable[[], Mapping[str, Any]], *, must_succeed: bool) -> None:
+        """Saves beside the training, or, where it is the last thing to happen, before that goes on. All ranks call it.
+
+        ``describe`` says what a manifest is to have of where the loop is; it is called on all ranks.
+        """
 
     def begin_here(self) -> None:
         """The interval runs from now on."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from harness import Evaluation, Run, StopRequest, Task
-from harness.data.loader import Cursor, Schedule
+from harness.data.schedule import Cursor, Schedule
 from harness.state.ddp_buckets import BucketOrder
 from harness.tasks import gpt
 from tests.support.cluster import (

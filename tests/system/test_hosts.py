@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from harness import Task
-from harness.data.loader import Cursor, Schedule
+from harness.data.schedule import Cursor, Schedule
 from tests.support import slow_task
 from tests.support.cluster import Impatient, newest, path_with_harness, records, train_undisturbed, wait_until
 from tests.support.hosts import Host, hosts, what_is_missing

@@ -5,6 +5,7 @@ import json
 import math
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -304,12 +305,12 @@ def test_so_many_shards_are_on_their_way_at_once(tmp_path):
             meeting.wait()
 
     store = Observed.at(tmp_path / "three", meet)
-    encoded = {"model": commit.encode(parts())["model"]}  # six shards
-    header = commit.Header(40, ATTEMPT)
-    directory, manifest = commit.write_encoded(store, encoded, header, shard_bytes=100, streams=3)
+    about: dict[str, Any] = {"step": 40, "attempt": ATTEMPT, "shard_bytes": 100}  # six shards
+    model = {"model": parts()["model"]}
+    directory, manifest = commit.write(store, model, **about, streams=3)
     assert len(manifest.parts["model"].files) == 6
-    assert bits(load.read(store, directory, manifest)) == bits({"model": parts()["model"]})
-    _, alone = commit.write_encoded(open_store(str(tmp_path / "one")), encoded, header, shard_bytes=100)
+    assert bits(load.read(store, directory, manifest)) == bits(model)
+    _, alone = commit.write(open_store(str(tmp_path / "one")), model, **about)
     assert (alone.files, alone.parts) == (manifest.files, manifest.parts)
 
 
@@ -321,8 +322,8 @@ def test_a_shard_that_fails_beside_others_leaves_no_commit(tmp_path):
             raise StoreError("refused")
 
     store = Observed.at(tmp_path, refuse)
-    encoded = {"model": commit.encode(parts())["model"]}
+    model = {"model": parts()["model"]}
     with pytest.raises(StoreError, match="refused"):
-        commit.write_encoded(store, encoded, commit.Header(40, ATTEMPT), shard_bytes=100, streams=2)
+        commit.write(store, model, step=40, attempt=ATTEMPT, shard_bytes=100, streams=2)
     assert {entry.state for entry in Catalog(store).entries()} <= {"unfinished"}
     assert len([name for operation, name in store.noted if operation == "put"]) < 6

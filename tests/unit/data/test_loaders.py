@@ -23,7 +23,8 @@ from torch.utils.data import (
 from harness import Loader, Run, StopRequest
 from harness.data.loaders import with_single_samples
 from harness.errors import Mismatch
-from harness.state.capture import TRAINING, State
+from harness.state.capture import State
+from harness.state.parts import TRAINING
 
 stateful = pytest.importorskip("torchdata.stateful_dataloader")
 

@@ -11,9 +11,14 @@ import pytest
 import torch
 from torch.utils.data import Dataset, Subset, TensorDataset, random_split
 
-from harness.data import loader as data
-from harness.data.dataset import others, sketch
-from harness.data.loader import Cursor, Loader, MicroBatch, Schedule, SkippedBatch, batches, mix, seed_everything, to_device
+from harness.data import schedule as data
+from harness.data.fetching import batches
+from harness.data.fingerprint import others, sketch
+from harness.data.loader import Loader
+from harness.data.nested import to_device
+from harness.data.position import SkippedBatch
+from harness.data.schedule import Cursor, MicroBatch, Schedule
+from harness.data.seeding import mix, seed_everything
 from harness.errors import ConfigError, Corrupt, Mismatch
 
 # Python 3.12 warns of every fork in a process that has threads, and torch has some.
@@ -376,7 +381,7 @@ def test_the_ledger_tells_streams_apart():
     for step in range(3):
         gap.next_step()
         if step == 1:
-            assert gap.skip() == SkippedBatch(0, BATCH, BATCH)
+            assert gap.position.skip() == SkippedBatch(0, BATCH, BATCH)
     assert gap.state_dict()["ledger"] != whole.state_dict()["ledger"]
     loader().load_state_dict(gap.state_dict())
 
@@ -410,7 +415,7 @@ def test_a_loader_that_is_told_what_to_leave_out():
     """Those batches are not fetched; the others come as ever."""
     straight = [plain(loader_step[0][0]) for loader_step in itertools.islice(iter(loader().next_step, None), 6)]
     told = loader()
-    told.leave_out([SkippedBatch(0, BATCH, BATCH), SkippedBatch(1, 0, BATCH)])
+    told.position.skipped = [SkippedBatch(0, BATCH, BATCH), SkippedBatch(1, 0, BATCH)]
     found = [told.next_step() for _ in range(6)]
     assert [[plain(batch) for batch, _ in step] for step in found] == [
         [] if step in (1, 4) else [straight[step]] for step in range(6)
@@ -529,7 +534,7 @@ def test_workers_see_what_the_loop_changes(change, caplog):
             if number in (2, 4, 5):
                 CHANGES[change](current.dataset, number)
             if number < done:  # by another process, which has died
-                current.cursor = current.schedule.after(current.cursor)
+                current.position.cursor = current.schedule.after(current.cursor)
             else:
                 found.append(plain(current.next_step()[0][0]))
         current.close()
@@ -569,7 +574,7 @@ def test_the_epoch_is_told_where_a_sample_is_fetched(workers):
         for _, values in current:
             assert set(values[:, 0].tolist()) == {epoch}
     current.close()
-    assert current._changes == 0
+    assert current.fetcher.changes == 0
 
 
 def test_a_length_that_changes_is_refused():
@@ -614,7 +619,7 @@ def test_a_collate_that_draws(dataset, micro_batch_size):
 
     def walk(workers: int, done: int = 0) -> list:
         current = loader(dataset, workers=workers, collate=mixed, micro_batch_size=micro_batch_size)
-        current.cursor = Cursor(0, done * BATCH)
+        current.position.cursor = Cursor(0, done * BATCH)
         found = [[(values.tolist(), share) for (values, share), _ in current.next_step()] for _ in range(6 - done)]
         current.close()
         return found

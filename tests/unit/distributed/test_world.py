@@ -49,7 +49,7 @@ def test_a_plain_process_agrees_with_itself(solo):
     assert solo.broadcast(value) is value
     assert solo.gather(value) == solo.all_gather(value) == [value]
     assert solo.all_gather_floats([1.5, 2.0]) == [[1.5, 2.0]]
-    assert solo.begin_max([3, 4]).wait() == [3, 4]
+    assert solo.begin_max([3, 4])() == [3, 4]
     model, tensor = nn.Linear(1, 1), torch.ones(2)
     assert solo.wrap(model) is model
     solo.broadcast_tensors([tensor])

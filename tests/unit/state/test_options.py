@@ -139,13 +139,13 @@ def test_a_checkpoint_that_does_not_say_how_it_was_built(tmp_path):
     for key in ("built", "reset_options", "frozen"):
         del parts["training"][key]
     twin = State({name: each.live for name, each in state[0.1]._parts.items()}, CPU)
-    twin._compare(parts, parts["training"])
-    assert [str(each) for each in twin.differences] == [
+    twin.edits.compare(parts, parts["training"])
+    assert [str(each) for each in twin.edits.differences] == [
         "optimizer: lr: 0.1 in this program, 0.2 in the checkpoint; the checkpoint counts"
     ]
     assert twin.capture()["training"]["built"]["optimizer"]["lr"] == [0.1]  # so that it is told once
     state[0.1].restore(parts, 1)
-    assert [str(each) for each in state[0.1].differences] == [
+    assert [str(each) for each in state[0.1].edits.differences] == [
         "optimizer: lr: 0.1 in this program, 0.2 in the checkpoint; the program counts"
     ]
     assert state[0.1].optimizers["optimizer"].param_groups[0]["lr"] == pytest.approx(0.01)

@@ -20,10 +20,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from harness.checkpoint import commit, load
 from harness.checkpoint.format import DATA_ALIGNMENT_BYTES, DTYPES, Attempt, Manifest
+from harness.data.seeding import random_state, restore_random_state
 from harness.errors import Mismatch, Unsupported
-from harness.state.capture import Progress, random_state, restore_random_state
 from harness.state.modules import check_model, model_state, module_versions, restore_model, unwrap
 from harness.state.optimizers import check_optimizer, optimizer_state, restore_optimizer
+from harness.state.parts import Progress
 from harness.storage.store import open_store
 from tests.support.states import Training
 

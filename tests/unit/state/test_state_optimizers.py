@@ -21,8 +21,8 @@ from torch.torch_version import TorchVersion
 
 from harness.checkpoint import commit
 from harness.errors import Mismatch, Unsupported
-from harness.state.capture import sent
 from harness.state.optimizers import check_optimizer, optimizer_state, restore_optimizer
+from harness.state.to_device import sent
 from tests.support.states import Net, Training, bits, through_a_store, train
 
 NEWEST = TorchVersion("2.13")  # the newest torch whose classes were all looked at

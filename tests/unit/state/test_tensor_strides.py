@@ -20,7 +20,8 @@ from harness.checkpoint import commit, load, tree
 from harness.checkpoint.format import DTYPES, Attempt, TensorInfo, decode_header, encode_header
 from harness.checkpoint.plan import SavePlan, Writers
 from harness.errors import Corrupt
-from harness.state.capture import State, sent
+from harness.state.capture import State
+from harness.state.to_device import sent
 from harness.storage.store import open_store
 from tests.support.states import Training, bits
 

@@ -7,7 +7,7 @@ import fsspec
 import pytest
 import torch
 
-from harness.data.loader import seed_everything
+from harness.data.seeding import seed_everything
 from harness.errors import ConfigError
 from harness.tasks import convnet, gpt, linear
 from tests.support.cluster import harness, read_json, train_here

@@ -15,7 +15,8 @@ from torch.utils.data import TensorDataset
 from harness import Task
 from harness.checkpoint.catalog import Catalog
 from harness.config import Config
-from harness.data.loader import Cursor, Schedule, SkippedBatch
+from harness.data.position import SkippedBatch
+from harness.data.schedule import Cursor, Schedule
 from harness.errors import NonFinite
 from harness.launcher import outcome
 from harness.report import numbers

@@ -24,11 +24,19 @@ SAMPLES, BATCH = 10, 4  # three steps an epoch
 class Script:
     """A loop as a program has it: a model, an optimizer, a loader, in a run."""
 
-    def __init__(self, url: Path | None, *, extra: dict[str, Any] | None = None, every_steps: int | None = None, **options):
+    def __init__(
+        self,
+        url: Path | None,
+        *,
+        batch: int = BATCH,
+        extra: dict[str, Any] | None = None,
+        every_steps: int | None = None,
+        **options,
+    ):
         torch.manual_seed(3)
         self.model = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.2), nn.Linear(4, 1))
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.1)
-        self.loader = Loader(TensorDataset(torch.randn(SAMPLES, 2)), BATCH, seed=3)
+        self.loader = Loader(TensorDataset(torch.randn(SAMPLES, 2)), batch, seed=3)
         self.seen: list[int] = []
         self.stop = StopRequest()
         state = {"model": self.model, "optimizer": self.optimizer, "loader": self.loader, **(extra or {})}
@@ -85,8 +93,7 @@ def test_random_numbers_before_the_loop_do_not_count(tmp_path):
 def test_another_batch_size_goes_on_from_the_same_sample(tmp_path):
     """The position is one of samples; the ledger agrees."""
     Script(tmp_path, every_steps=1).train(2, until=1)
-    script = Script(tmp_path)
-    script.loader.schedule = harness.Schedule(SAMPLES, 3, 2, None)
+    script = Script(tmp_path, batch=2)
     script.train(1)
     assert len(script.seen) == 3
 

@@ -1,0 +1,170 @@
+"""The position of a run in its data, and a ledger of what was trained before it.
+
+The position is data, not replay: it says how many samples of which epoch have been trained, at any world size.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from harness.data.schedule import Cursor, MicroBatch, Schedule
+from harness.errors import Corrupt, Mismatch
+
+
+@dataclass(frozen=True)
+class SkippedBatch:
+    """A batch that is not trained: where it begins, and how many samples it has."""
+
+    epoch: int
+    offset: int
+    samples: int
+
+
+class Position:
+    """Where a loader is in its data. What was handed out last counts as trained when ``note`` is called."""
+
+    def __init__(self, schedule: Schedule, cursor: Cursor | None = None) -> None:
+        self.schedule = schedule
+        self.cursor = schedule.settled(cursor or Cursor())  # after the batch that was handed out last
+        self.latest: Cursor | None = None  # the batch that was handed out last
+        self.skipped: list[SkippedBatch] = []  # batches that are not to be trained, here and later on
+        self._handed_out: Cursor | None = None  # the batch that is being trained, and is not in the ledger yet
+        self._ledger = Ledger(schedule)
+
+    @classmethod
+    def restored(cls, schedule: Schedule, state: Mapping[str, Any]) -> "Position":
+        """A saved position. Raises ``Mismatch`` where it is not one in this data, ``Corrupt`` where it is none at all."""
+        for key, live in (("seed", schedule.seed), ("samples", schedule.samples)):
+            if (saved := state.get(key)) != live:
+                raise Mismatch(f"{key}: the checkpoint was written with {saved!r}, the loader has {live!r}")
+        numbers = [state.get("epoch"), state.get("offset")]
+        if not all(type(number) is int and number >= 0 for number in numbers) or state["offset"] >= schedule.samples:
+            raise Corrupt(f"impossible position in the data: epoch {numbers[0]!r}, offset {numbers[1]!r}")
+        cursor = Cursor(state["epoch"], state["offset"])
+        position = cls(schedule, cursor)
+        position._ledger = Ledger.restored(schedule, cursor, state)
+        position.skipped = [SkippedBatch(*each) for each in state["gaps"]]
+        return position
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the batch that was handed out last, as plain numbers and words."""
+        self.note()
+        return {
+            "seed": self.schedule.seed,
+            "samples": self.schedule.samples,
+            "epoch": self.cursor.epoch,
+            "offset": self.cursor.offset,
+            "gaps": [[each.epoch, each.offset, each.samples] for each in self.skipped],
+            **self._ledger.state_dict(self.cursor),
+        }
+
+    @property
+    def batch(self) -> int:
+        """The number of the batch that was handed out last, within its epoch and from 0; -1 before the first one."""
+        if self.latest is not None:
+            return self.latest.offset // self.schedule.global_batch_size
+        return self.cursor.offset // self.schedule.global_batch_size - 1
+
+    @property
+    def trained_epoch(self) -> int:
+        """The epoch of the batch that was handed out last."""
+        return (self._handed_out or self.cursor).epoch
+
+    def samples(self, rank: int, world_size: int) -> list[int]:
+        """The samples in a rank's share of the batch that was handed out last, or is to be next."""
+        share = next(self.schedule.steps(self._handed_out or self.cursor, rank, world_size))
+        return [index for micro_batch in share for index in micro_batch.indices]
+
+    def shares(self, schedule: Schedule, rank: int, world_size: int) -> Iterator[list[MicroBatch]]:
+        """What a rank trains, from here on and without end; batches that are not to be trained are not even fetched."""
+        cursor = self.cursor
+        for share in schedule.steps(cursor, rank, world_size):
+            if not self.is_skipped(cursor):
+                yield share
+            cursor = schedule.after(cursor)
+
+    def hand_out(self) -> None:
+        """The batch that begins here has come."""
+        self._handed_out = self.latest = self.cursor
+        self.cursor = self.schedule.after(self.cursor)
+
+    def note(self) -> None:
+        """Puts the batch that was handed out last into the ledger: it has been trained."""
+        if self._handed_out is not None:
+            here, self._handed_out = self._handed_out, None
+            self._ledger.add(here, self.is_skipped(here))
+
+    def is_skipped(self, cursor: Cursor) -> bool:
+        """Whether the batch that begins here is not to be trained."""
+        return bool(self.skipped) and any((each.epoch, each.offset) == cursor for each in self.skipped)
+
+    def skip(self) -> SkippedBatch:
+        """Notes that the batch that was handed out last is not trained."""
+        assert self._handed_out is not None, "there is a batch to skip"
+        here, self._handed_out = self._handed_out, None
+        skipped = SkippedBatch(here.epoch, here.offset, self.schedule.size(here))
+        self.skipped = [*self.skipped, skipped]
+        self._ledger.skip(here)
+        return skipped
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Goes to the beginning of an epoch; what is left of the one before is not trained."""
+        self.note()
+        self._ledger.go_to(epoch)
+        self.cursor = Cursor(epoch)
+
+
+class Ledger:
+    """A running hash of the samples that were trained, in order: over the epochs before this one, and its samples so far. It
+    can be checked at the cost of one permutation, because it is known as of the beginning of the epoch, too."""
+
+    def __init__(self, schedule: Schedule, epoch: int = 0, before: str = "", left_out: Sequence[Sequence[int]] = ()) -> None:
+        self._schedule = schedule
+        self._epoch = epoch
+        self._before = before  # the ledger at the beginning of the epoch
+        self._left_out = [list(interval) for interval in left_out]  # of the epoch, offsets from and to
+        self._hasher = xxhash.xxh3_128(before.encode())
+
+    @classmethod
+    def restored(cls, schedule: Schedule, cursor: Cursor, state: Mapping[str, Any]) -> "Ledger":
+        """The ledger at a position. Raises ``Mismatch`` where the samples before it are not those that were trained."""
+        ledger = cls(schedule, cursor.epoch, state["ledger_at_epoch"], state["left_out"])
+        done = np.ones(cursor.offset, dtype=bool)
+        for start, stop in ledger._left_out:
+            done[start:stop] = False
+        ledger._hash(schedule.order(cursor.epoch)[: cursor.offset][done])
+        if ledger._hasher.hexdigest() != state["ledger"]:
+            raise Mismatch(
+                f"the samples that were trained in epoch {cursor.epoch} before offset {cursor.offset} are not those that "
+                "this loader would have given: data would be skipped or trained twice"
+            )
+        return ledger
+
+    def state_dict(self, cursor: Cursor) -> dict[str, Any]:
+        self.go_to(cursor.epoch)
+        return {"ledger": self._hasher.hexdigest(), "ledger_at_epoch": self._before, "left_out": self._left_out}
+
+    def add(self, here: Cursor, is_skipped: bool) -> None:
+        """A batch has been trained, or left out."""
+        if is_skipped:
+            self.skip(here)
+            return
+        self.go_to(here.epoch)
+        self._hash(self._schedule.order(here.epoch)[here.offset : here.offset + self._schedule.size(here)])
+
+    def skip(self, here: Cursor) -> None:
+        self.go_to(here.epoch)
+        self._left_out.append([here.offset, here.offset + self._schedule.size(here)])
+
+    def go_to(self, epoch: int) -> None:
+        """What comes next is in this epoch; what is left of the one before is not trained."""
+        if epoch != self._epoch:
+            self._epoch, self._before, self._left_out = epoch, self._hasher.hexdigest(), []
+            self._hasher = xxhash.xxh3_128(self._before.encode())
+
+    def _hash(self, samples: NDArray[np.int64]) -> None:
+        self._hasher.update(samples.data)

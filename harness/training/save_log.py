@@ -1,0 +1,68 @@
+"""What is told of the saves of an attempt, and which one was committed last."""
+
+import logging
+from dataclasses import asdict
+
+from harness.checkpoint.saver import Saved
+from harness.runtime.environment import shutdown_grace_seconds
+from harness.telemetry.events import EventLog
+from harness.training.resume import Resumed
+from harness.training.run_context import RunContext
+
+log = logging.getLogger(__name__)
+
+
+class SaveLog:
+    """Logs what becomes of saves. Before the first of them, the newest checkpoint is the one that was resumed from."""
+
+    def __init__(self, context: RunContext, resumed: Resumed, events: EventLog) -> None:
+        self._course, self._events, self._stop = context.course, events, context.config.stop
+        self._is_first = context.world.rank == 0
+        self.step, self.directory = resumed.step, resumed.directory
+        self.seconds = resumed.save_seconds if self._is_first else None  # what the last save took, on rank 0
+        self._has_warned = False
+        self._warn_if_slow()
+
+    def begun(self, step: int) -> None:
+        """A save of a step begins."""
+        self._events.emit("saving", "", step=step)
+
+    def skipped(self, step: int) -> None:
+        """A step is not saved, because the save before is under way."""
+        message = f"step {self._course.shown(step)}  NOT saved: the save before is still being written"
+        self._events.emit("skip", message, step=step)
+
+    def failed(self, step: int, error: str) -> None:
+        """A save has failed, which was logged where it did."""
+        self._events.emit("save_failed", "", step=step, error=error)
+
+    def committed(self, saved: Saved | None) -> None:
+        """A save has been committed, if any has."""
+        if saved is None:
+            return
+        self.step, self.directory, self.seconds = saved.step, saved.directory, saved.seconds
+        times = f"in {saved.seconds:.2f} s, of which training waited {saved.blocked_seconds:.3f} s"
+        message = f"step {self._course.shown(saved.step)}  saved {saved.directory} {times}"
+        self._events.emit("save", message, **asdict(saved))
+        self._warn_if_slow()
+
+    def warn_of_lost_steps(self, step: int) -> None:
+        """Says so where what came before ``step`` is not saved, and the loop was left."""
+        if self.step < step and self._is_first:
+            log.warning(
+                "the loop was left before its end, at step %d: what came after step %d is not saved. Call run.finish() then",
+                step,
+                self.step,
+            )
+
+    def _warn_if_slow(self) -> None:
+        """Says once, while there is time to act, that a save would not fit between a stop signal and the end."""
+        grace_seconds = min(self._stop.grace_seconds, shutdown_grace_seconds())
+        if self.seconds is None or self.seconds <= grace_seconds or self._has_warned:
+            return
+        self._has_warned = True
+        log.warning(
+            "the last save took %.2f s, and a stop has %g s: it would end before it is saved; raise stop.grace_seconds "
+            "(%g) and what the launcher grants (torchrun: --shutdown-timeout)",
+            *(self.seconds, grace_seconds, self._stop.grace_seconds),
+        )
