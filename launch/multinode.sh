@@ -12,7 +12,7 @@
 set -u
 : "${JOB:?a name that no earlier start of this job has used}" "${NODES:?how many machines}"
 where=(--rdzv-endpoint="${RENDEZVOUS:-${HEAD:?the machine that keeps the rendezvous}:29400}")
-# A machine that falls silent is given up after 3 s instead of 15, and a cut-off one gives itself up; see docs/recovery.md.
+# A machine that falls silent is given up after 3 s instead of 15, and a cut-off one gives itself up; see docs/guides/launching.md.
 timing=keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=3,read_timeout=10,join_timeout=${JOIN_SECONDS:-600}
 exec harness launch --nnodes="$NODES" --nproc-per-node="${NPROC_PER_NODE:-auto}" --rdzv-backend=c10d --rdzv-id="$JOB" \
     "${where[@]}" --rdzv-conf="$timing${RENDEZVOUS:+,is_host=0}" -- train "$@"
