@@ -68,7 +68,7 @@ def test_the_diff_of_the_readme():
     """It is that between the two scripts, which ``test_examples`` runs and kills."""
     examples = REPOSITORY / "docs" / "examples"
     before, after = ((examples / name).read_text().splitlines() for name in ("bare/plain.py", "plain.py"))
-    lines = list(difflib.unified_diff(before, after, n=2, lineterm=""))[2:]
+    lines = list(difflib.unified_diff(before, after, n=3, lineterm=""))[2:]
     (block,) = blocks("README.md", "diff")
     assert block.splitlines() == ["@@" if line.startswith("@@") else line for line in lines]
 

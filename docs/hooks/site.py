@@ -45,7 +45,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             path = REPOSITORY / target
             if page.startswith("source/") and path.is_file() and page not in files.src_uris:
                 language = {".sbatch": "bash", ".sh": "bash"}.get(path.suffix, path.suffix[1:])
-                content = f"---\nsearch: {{exclude: true}}\n---\n# {target}\n\n````{language}\n{path.read_text()}````\n"
+                about = "---\nsearch: {exclude: true}\nhide: [navigation, toc]\n---"
+                content = f"{about}\n# {target}\n\n````{language}\n{path.read_text()}````\n"
                 files.append(File.generated(config, page, content=content))
     return files
 
