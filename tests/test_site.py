@@ -58,6 +58,18 @@ def ids(page: Path) -> set[str]:
     return set(re.findall(r' id="([^"]+)"', page.read_text()))
 
 
+def test_every_link_leads_to_a_page_and_an_anchor(site):
+    """Also those that mkdocs lets pass: to pages that are left out, or made by a hook."""
+    anchors = {page: ids(page) for page in site.rglob("*.html")}
+    for page in anchors:
+        for link in re.findall(r'(?:href|src)="(?!\w+:|/|\?)([^"]*)"', page.read_text()):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path.partition("?")[0]).resolve() if path else page
+            target = target / "index.html" if target.is_dir() else target
+            assert target.is_file(), f"{page.relative_to(site)}: {link}"
+            assert not anchor or anchor in anchors.get(target, {anchor}), f"{page.relative_to(site)}: {link}"
+
+
 # --- what is in it ---------------------------------------------------------------------------------------------------
 
 
