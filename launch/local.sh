@@ -16,7 +16,7 @@
 #     the machine goes down
 #
 # torchrun's exit code is 1 for every failure and for Ctrl-C; `harness launch -- train ...` runs the same torchrun and ends with
-# the codes that the README lists.
+# the codes of docs/reference/exit-codes.md.
 set -euo pipefail
 
 # torch 2.13 lends the workers the launcher's own store, which keeps the addresses of earlier starts: a restarted process may
