@@ -6,7 +6,7 @@
 # What arrives: the SIGTERM or Ctrl-C that you send to the harness launch of any one machine. All ranks stop at one step and save it,
 # and every machine's launch ends with 75, at most stop.grace_seconds (25) later; torchrun kills after --shutdown-timeout (60 s).
 # How it comes back: a rank that dies, or a machine that is lost, has all ranks restarted as soon as NODES machines are there again:
-# the same one, or a spare that runs this line. NODES=2:3 goes on with two (then the bits are others, the samples are the same).
+# the same one, or a spare that runs this line. NODES=2:3 continues with two (other bits, the same samples).
 # HEAD's loss ends the job on all machines with 1; run the line again everywhere with another JOB. To survive that too, run
 # launch/rendezvous.py elsewhere and set RENDEZVOUS=its-host:29400 instead of HEAD.
 set -u
