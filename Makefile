@@ -11,13 +11,15 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python;
 
 BENCH := build/bench-venv
 
-.PHONY: help check test coverage soak demo bench clean
+.PHONY: help check test coverage soak demo docs dist bench clean
 help:
 	@echo 'make demo    train a small GPT on 2 processes, kill one, and compare with the run that was not killed'
 	@echo 'make test    the test suite'
-	@echo 'make check   formatting, lint, types, which package imports which'
+	@echo 'make check   formatting, lint, types, which package imports which, prose'
 	@echo 'make coverage  the test suite, and which lines it has run'
 	@echo 'make soak    the proofs that take long'
+	@echo 'make docs    the documentation site, into build/site'
+	@echo 'make dist    the wheel and the sdist, installed and tried outside of the repository'
 	@echo 'make bench   what checkpoints cost, beside other systems: 45 minutes (BENCH_ARGS=--quick: 3)'
 	@echo 'make clean   delete what these make; runs/ stays'
 
@@ -36,6 +38,15 @@ check: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/python -m pymarkdown --add-plugin docs/hooks/prose_rule.py scan README.md CONTRIBUTING.md SECURITY.md docs
+
+# A broken link, or a missing anchor, is an error. The search needs a server, if only python -m http.server.
+docs: $(VENV)/docs-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo 'the site is in build/site: python -m http.server -d build/site'
+
+dist: $(READY)
+	.ci/dist
 
 soak: $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/optimizer-libraries --requirement tests/proofs/optimizer-libraries.txt
@@ -58,6 +69,10 @@ endef
 $(READY): pyproject.toml constraints.txt
 	$(call environment,$(VENV))
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(VENV)/docs-ready: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
 # What harness is compared with is nothing that it needs, and has an environment of its own.

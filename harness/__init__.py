@@ -1,7 +1,7 @@
 """harness keeps PyTorch training alive.
 
-It runs a model under ``torchrun`` (or in one plain process), writes checkpoints that cannot be half-written to any
-fsspec filesystem, and after any death goes on from the newest whole one, bit for bit.
+It runs a model under ``torchrun`` or in one plain process. It writes checkpoints that are whole or absent to any fsspec
+filesystem. After any death it resumes from the newest whole checkpoint, bit for bit.
 """
 
 import importlib
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # see ``__getattr__``
     from harness.task import Evaluation, Task
     from harness.training.run import Run
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Checkpointer",

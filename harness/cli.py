@@ -36,7 +36,7 @@ Function = Callable[..., Any]
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(harness.__version__)
 def cli() -> None:
-    """Keeps PyTorch training alive: checkpoints that cannot be half-written, and exact resumes."""
+    """Keep PyTorch training alive: checkpoints that are whole or absent, and exact resumes."""
 
 
 def main() -> NoReturn:
@@ -82,13 +82,14 @@ def _run() -> None:
 @click.argument("config_file", metavar="CONFIG.yaml")
 @click.argument("overrides", metavar="[dotted.key=value]...", nargs=-1)
 @click.option("--fresh", is_flag=True, help="Refuse a checkpoint.url that already holds a run, instead of resuming it.")
-@click.option("--resume", is_flag=True, help="Refuse a checkpoint.url that holds no run, instead of beginning one.")
+@click.option("--resume", is_flag=True, help="Refuse a checkpoint.url that holds no run, instead of starting one.")
 def train(config_file: str, overrides: tuple[str, ...], fresh: bool, resume: bool) -> None:
     """Train, from the newest whole checkpoint if the run has one.
 
-    Runs under torchrun and as one plain process, with the same configuration. Exit codes: 0 done, 2 the configuration or
-    the model does not fit, 65 or 66 the run's checkpoints are corrupt, 74 the storage fails, 75 stopped and saved: start it
-    again, 76 a rank failed, 1 anything else, with a traceback.
+    Runs under torchrun or as one plain process, with the same configuration. Exit codes: 0 done; 2 the configuration or
+    the model does not fit; 65 or 66 the run's checkpoints are corrupt; 70 a crash loop, or a loss that is not finite; 74 the
+    storage fails; 75 stopped and saved, start it again; 76 a rank failed; 77 a newer attempt trains this run; 1 anything
+    else, with a traceback.
     """
     from harness.config import load_config  # noqa: PLC0415
     from harness.training import program  # noqa: PLC0415  # see the module's docstring
@@ -144,8 +145,8 @@ def launch(arguments: tuple[str, ...]) -> None:
     """Run `harness train`, `harness doctor` or a script with a harness.Run under torchrun.
 
     harness launch [torchrun options] -- train CONFIG.yaml ... (or doctor CONFIG.yaml, SCRIPT.py, -m MODULE). Sets what
-    torchrun needs to restart well and ends it when starting again cannot help. Exit codes: 0 done, 75 stopped and saved:
-    start it again, 1, 74, 76 failed, starting again may help; 2, 65, 66, 70, 77 as for train: somebody has to act first.
+    torchrun needs to restart well, and ends it when a restart cannot help. Exit codes: 0 done; 75 stopped and saved, start
+    it again; 1, 74, 76 failed, a restart may help; 2, 65, 66, 70, 77 as for train, somebody has to act first.
     """
     from harness.launcher.launch import halves, launch  # noqa: PLC0415  # see the module's docstring
 
@@ -155,19 +156,19 @@ def launch(arguments: tuple[str, ...]) -> None:
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("what", metavar="CONFIG.yaml")
 @click.argument("arguments", metavar="[dotted.key=value]...", nargs=-1, type=click.UNPROCESSED)
-@click.option(
-    "--fresh", is_flag=True, help="Find fault with a checkpoint.url that already holds a run, as train --fresh does."
-)
+@click.option("--fresh", is_flag=True, help="Report a checkpoint.url that already holds a run, as train --fresh does.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(what: str, arguments: tuple[str, ...], fresh: bool, as_json: bool) -> None:
-    """Say what will bite on this machine and with this launcher, before a run is started.
+    """Find what would break a run on this machine and with this launcher, before it starts.
 
-    Start it as the training will be started: harness launch [torchrun options] -- doctor CONFIG.yaml ... It tries what it
-    can, and leaves nothing behind. In place of CONFIG.yaml it takes SCRIPT.py, or -m MODULE, with its arguments (after --,
-    where they are named like the doctor's), and runs that until it makes its harness.Run. Exit codes: 0 nothing would keep
-    the run from working (warnings do not count), else that with which the run would end: 2 the configuration, the task, the
-    script, the machine, or a checkpoint of another model, 66 no checkpoint is whole, 70 a crash loop, 74 the storage fails,
-    76 the ranks do not meet.
+    Start it as you will start the training: harness launch [torchrun options] -- doctor CONFIG.yaml ...
+    It tries what it can, and leaves nothing behind. In place of CONFIG.yaml it takes SCRIPT.py, or -m MODULE, with
+    arguments. It runs the script until that makes its harness.Run. Put the script's arguments after -- if they are named
+    like the doctor's.
+
+    Exit codes: 0 the run would work, perhaps with warnings. Otherwise the code with which the run would end: 2 the
+    configuration, the task, the script, the machine, or a checkpoint of another model; 66 no checkpoint is whole; 70 a crash
+    loop; 74 the storage fails; 76 the ranks do not meet.
     """
     from harness.doctor import examine, examine_script  # noqa: PLC0415
     from harness.runtime.signals import STOP_SIGNALS  # noqa: PLC0415
@@ -241,9 +242,9 @@ def _open_catalog(url: str, storage_options: tuple[str, ...]) -> "Catalog":
 @cli.command()
 @_reads_run
 def ls(url: str, storage_options: tuple[str, ...], as_json: bool) -> None:
-    """List the saves of a run: whole, corrupt, unfinished, and those on a line that the run has abandoned.
+    """List the saves of a run: whole, corrupt, unfinished, or abandoned (on a line that the run has left).
 
-    The latest attempt comes first, the latest step first within it. Exit code 66 where there is no run at all.
+    The latest attempt comes first, and within it the latest step. Exit code 66 if there is no run at all.
     """
     from harness.checkpoint.catalog import line  # noqa: PLC0415  # see the module's docstring
 
@@ -276,7 +277,7 @@ def _refuse_nothing(catalog: "Catalog", entries: "Sequence[Entry]") -> None:
 
 @cli.command()
 @_reads_run
-@click.option("--step", type=int, help="A certain step instead of the newest whole checkpoint.")
+@click.option("--step", type=int, help="Take the checkpoint of this step instead of the newest whole one.")
 def inspect(url: str, storage_options: tuple[str, ...], as_json: bool, step: int | None) -> None:
     """Show what a checkpoint holds, from its manifest alone."""
     catalog = _open_catalog(url, storage_options)
@@ -311,7 +312,7 @@ def inspect(url: str, storage_options: tuple[str, ...], as_json: bool, step: int
 def verify(url: str, storage_options: tuple[str, ...], as_json: bool, step: int | None, deep: bool) -> None:
     """Check the checkpoints of a run: manifests and sizes, with --deep every byte.
 
-    Exit codes: 0 all are whole, 65 some are corrupt, 66 there is none.
+    Exit codes: 0 all are whole; 65 some are corrupt; 66 there is none.
     """
     from harness.checkpoint.catalog import verify_all  # noqa: PLC0415  # see the module's docstring
 
@@ -330,10 +331,16 @@ def verify(url: str, storage_options: tuple[str, ...], as_json: bool, step: int 
 
 @cli.command()
 @_reads_run
-@click.option("--keep-last", type=click.IntRange(min=1), required=True, help="How many of the newest whole ones stay.")
-@click.option("--keep-every-steps", type=click.IntRange(min=1), help="Keep those whose step is a multiple of this, too.")
-@click.option("--unfinished", is_flag=True, help="Delete the last attempt's unfinished saves, too: it is dead.")
-@click.option("--dry-run", is_flag=True, help="Say what would be deleted, and delete nothing.")
+@click.option(
+    "--keep-last", type=click.IntRange(min=1), required=True, help="Number of the newest whole checkpoints to keep."
+)
+@click.option(
+    "--keep-every-steps", type=click.IntRange(min=1), help="Also keep checkpoints whose step is a multiple of this."
+)
+@click.option(
+    "--unfinished", is_flag=True, help="Also delete unfinished saves of the last attempt. Make sure that it is dead."
+)
+@click.option("--dry-run", is_flag=True, help="Print what would be deleted, and delete nothing.")
 def prune(
     url: str,
     storage_options: tuple[str, ...],
@@ -343,9 +350,9 @@ def prune(
     unfinished: bool,
     dry_run: bool,
 ) -> None:
-    """Delete old checkpoints, and what unfinished saves have left behind. The newest whole checkpoint always stays.
+    """Delete old checkpoints and unfinished saves. The newest whole checkpoint always stays.
 
-    For a run that is not training: a run that is does it by itself (checkpoint.keep_last).
+    For a run that is not training. A running one deletes by itself (checkpoint.keep_last).
     """
     from harness.checkpoint.catalog import line  # noqa: PLC0415  # see the module's docstring
     from harness.checkpoint.retention import Pruner, Retention  # noqa: PLC0415
@@ -373,18 +380,16 @@ def prune(
 @cli.command()
 @_reads_run
 @click.argument("out")
-@click.option("--step", type=int, help="A certain step instead of the newest whole checkpoint.")
-@click.option(
-    "--part", default="model", help="What the model is called in the state of a loop of your own.", show_default=True
-)
-@click.option("--overwrite", is_flag=True, help="Replace what lies at OUT.")
+@click.option("--step", type=int, help="Take the checkpoint of this step instead of the newest whole one.")
+@click.option("--part", default="model", help="Name of the model in the state of your own loop.", show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace an existing OUT.")
 def export(
     url: str, out: str, storage_options: tuple[str, ...], as_json: bool, step: int | None, part: str, overwrite: bool
 ) -> None:
     """Write the model of a checkpoint alone, every byte verified.
 
-    OUT is NAME.safetensors, or NAME.pth for model.load_state_dict(torch.load(OUT, weights_only=True)), or a directory
-    (NAME/) for Hugging Face's layout.
+    OUT is NAME.safetensors, or NAME.pth for model.load_state_dict(torch.load(OUT, weights_only=True)), or NAME/ for a
+    directory in Hugging Face's layout.
     """
     from harness.interchange import export_model  # noqa: PLC0415  # see the module's docstring
 
@@ -405,11 +410,11 @@ def export(
 @cli.command()
 @_reads_run
 @click.argument("out", required=False, metavar="[OUT.html]")
-@click.option("--metrics", is_flag=True, help="Print what was logged of each step instead, once, as JSON lines.")
+@click.option("--metrics", is_flag=True, help="Print the metrics of each step instead, once, as JSON lines.")
 def report(url: str, out: str | None, storage_options: tuple[str, ...], as_json: bool, metrics: bool) -> None:
-    """Say what became of a run: goodput, deaths, recoveries, saves, fallbacks, stragglers.
+    """Report what became of a run: goodput, deaths, recoveries, saves, fallbacks, stragglers.
 
-    In short on the terminal; OUT.html is a page with the loss curve and a time line, which needs no network.
+    Prints half a page. OUT.html is a page with the loss curve and a time line, which needs no network.
     """
     from harness.report import numbers, page, words  # noqa: PLC0415
     from harness.telemetry import journal  # noqa: PLC0415  # see the module's docstring
@@ -436,11 +441,11 @@ def report(url: str, out: str | None, storage_options: tuple[str, ...], as_json:
 @cli.command(name="import")
 @click.argument("src")
 @_reads_run
-@click.option("--trust", is_flag=True, help="Read a torch.distributed.checkpoint directory, whose metadata can run code.")
+@click.option("--trust", is_flag=True, help="Read a torch.distributed.checkpoint directory. Its metadata can run code.")
 def import_(src: str, url: str, storage_options: tuple[str, ...], as_json: bool, trust: bool) -> None:
-    """Write what others saved as the first checkpoint of a new run at URL, for init_from to start from.
+    """Write weights of other programs as the first checkpoint of a new run at URL, for init_from.
 
-    SRC is a .pth with a state_dict or with the usual dictionaries around one, safetensors in one or several files, or with
+    SRC is a .pth with a state_dict (alone or in one of the usual dictionaries), safetensors in one or several files, or with
     --trust a directory of torch.distributed.checkpoint.
     """
     from harness.interchange import import_run  # noqa: PLC0415  # see the module's docstring

@@ -55,28 +55,28 @@ class _Section(BaseModel):
 
 
 class TrainConfig(_Section):
-    """How long, in what portions, and how exactly to train."""
+    """How long to train, with what batches, and how exactly."""
 
     steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps in all. Either this or ``epochs``."""
+    """Total number of optimizer steps. Set either this or ``epochs``."""
     epochs: int | None = Field(default=None, ge=1)
-    """Passes over the data set. Either this or ``steps``."""
+    """Number of passes over the data set. Set either this or ``steps``."""
     global_batch_size: int = Field(ge=1)
-    """Samples behind one optimizer step, over all ranks. The same at any world size."""
+    """Samples for one optimizer step, over all ranks. The same at any world size."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Samples that a rank puts through the model at once; more are accumulated. None: a rank's whole share."""
+    """Samples that a rank puts through the model at once; gradients of more are accumulated. None: a rank's whole share."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """fp32, or autocast to bf16, or autocast to fp16 with a gradient scaler."""
+    """``fp32``; ``bf16``: autocast to bf16; ``fp16``: autocast to fp16 with a gradient scaler."""
     drop_last: bool = False
-    """Leave the last batch of an epoch out where it would be shorter; each epoch leaves out other samples."""
+    """Leave out an epoch's last batch if it would be shorter. Each epoch leaves out other samples."""
     clip_grad_norm: float | None = Field(default=None, gt=0)
-    """The largest norm of all gradients together. None: no clipping."""
+    """Clip the norm of all gradients together to this value. None: no clipping."""
     reset_options: list[str] = Field(default_factory=list)
-    """Options of the optimizer and settings of the scheduler (``lr``, ``weight_decay``, ``T_max``) of which the task's
-    values count at a resume."""
+    """Optimizer options and scheduler settings (``lr``, ``weight_decay``, ``T_max``) that a resume takes from the task, not
+    from the checkpoint."""
     deterministic: bool = True
-    """Choose deterministic kernels where torch has them and warn where it has not; off is faster on GPUs, and then a
-    resumed run is not bit-identical."""
+    """Use deterministic kernels if torch has them, and warn if not. Off is faster on GPUs, but a resumed run is then not
+    bit-identical."""
 
     @model_validator(mode="after")
     def _related(self) -> Self:
@@ -92,60 +92,60 @@ class TrainConfig(_Section):
 
 
 class DataConfig(_Section):
-    """How the samples are fetched."""
+    """How samples are fetched."""
 
     workers: int = Field(default=0, ge=0)
-    """Loader processes for each rank; 0 fetches in the training process. The samples are the same."""
+    """Number of loader processes for each rank. 0 fetches in the training process. The samples are the same."""
     fingerprint: bool = True
-    """Compare what three samples look like with the checkpoint, and between the ranks. Off: for data that is another on
-    purpose, or takes long to fetch."""
+    """Compare three samples with the checkpoint, and between the ranks. Switch it off for data that differs on purpose, or
+    that takes long to fetch."""
 
 
 class CheckpointConfig(_Section):
     """Where and when to save."""
 
     url: _Place | None = None
-    """Any fsspec URL or a path; one URL is one run. None: the run is not saved."""
+    """Where to save: any fsspec URL or a path. One URL is one run. None: the run is not saved."""
     must_exist: bool = False
-    """Refuse a ``url`` without a checkpoint (exit code 66): a mistyped one, or a disk that is not mounted, is no new run."""
+    """Refuse a ``url`` without a checkpoint (exit code 66). This finds a mistyped URL or a disk that is not mounted."""
     every_steps: int | None = Field(default=None, ge=1)
-    """Save after so many optimizer steps."""
+    """Save every this many optimizer steps."""
     every_seconds: float | None = Field(default=None, gt=0)
-    """Save after so many seconds, by rank 0's clock."""
+    """Save every this many seconds, by rank 0's clock."""
     every_epochs: int | None = Field(default=None, ge=1)
-    """Save after so many epochs. Whatever the intervals, the end of the run is saved."""
+    """Save every this many epochs. The end of the run is always saved."""
     keep_last: int | None = Field(default=None, ge=1)
-    """How many checkpoints to keep; older ones are deleted after a commit. None: all."""
+    """Number of checkpoints to keep. Older ones are deleted after a commit. None: keep all."""
     keep_every_steps: int | None = Field(default=None, ge=1)
-    """Besides the last ones, keep those whose step is a multiple of this."""
+    """Also keep checkpoints whose step is a multiple of this."""
     keep_best: bool = False
-    """Besides the last ones, keep the one with the best evaluation; each new best is saved."""
+    """Also keep the checkpoint with the best evaluation. Each new best is saved."""
     failures_allowed: int = Field(default=3, ge=0)
-    """How many saves in a row may fail before the run stops. The last save of a run may not."""
+    """Number of saves in a row that may fail before the run stops. The last save of a run must succeed."""
     mode: Literal["async", "sync"] = "async"
-    """``async``: beside the training, from a copy in the host's memory; ``sync``: while the training waits, without one."""
+    """``async``: write beside the training, from a copy in host memory. ``sync``: training waits; no copy."""
     overlap: bool = True
-    """Copy what only the optimizer's step changes beside the next forward and backward pass, once the first two saves of an
-    attempt have shown that nothing else changes it. Off: copy all at the step boundary."""
+    """Copy parameters and optimizer states beside the next forward and backward pass. This begins after two saves of an
+    attempt have shown that only the optimizer changes them. Off: copy everything at the step boundary."""
     when_busy: Literal["wait", "skip"] = "wait"
-    """What a save does that is due while the one before is still being written; either way the log says so."""
+    """What to do if a save is due while the one before is still being written. The log reports both."""
     memory_limit_bytes: int | None = Field(default=None, ge=0)
-    """How large the copy may be; a larger state is saved while the training waits. None: as large as the state."""
+    """Largest size of the copy. A larger state is saved while the training waits. None: no limit."""
     check_snapshots: bool = False
-    """Compare every save with the state at the step boundary, at the cost of a pass over it, and end the run where they
-    differ. Without it the first two saves of an attempt are compared, and the later ones by version counters."""
+    """Compare every save with the state at the step boundary, and end the run if they differ. Costs one pass over the state.
+    Off: the first two saves of an attempt are compared; later saves compare version counters."""
     shard_bytes: int | None = Field(default=None, ge=1 << 10)
-    """The largest size of a shard. None: 1 GiB on a disk, 128 MiB on an object store."""
+    """Largest size of a shard. None: 1 GiB on a disk, 128 MiB on an object store."""
     writers: Literal["rank0", "node", "all"] = "rank0"
-    """Who writes: rank 0 alone, or each its share: the first rank of each machine (``node``), or every rank (``all``). What
-    only the optimizer changes is divided, large tensors too, and must have the same bits on all ranks."""
+    """``rank0``: rank 0 writes everything. ``node``: the first rank of each machine writes a share. ``all``: every rank
+    does. Parameters and optimizer states are divided, and must have the same bits on all ranks."""
     streams: int | None = Field(default=None, ge=1)
-    """So many shards are sent at once. None: 1 to a disk, 8 to an object store."""
+    """Number of shards sent at once. None: 1 to a disk, 8 to an object store."""
     restore: Literal["auto", "each", "shared"] = "auto"
-    """``each``: every rank reads the whole checkpoint; ``shared``: each byte is read once, and handed on between the ranks;
-    ``auto``: shared where the storage is remote."""
+    """``each``: every rank reads the whole checkpoint. ``shared``: each byte is read once, and the ranks pass it on.
+    ``auto``: ``shared`` if the storage is remote."""
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
-    """Passed to the fsspec filesystem. May hold secrets; it is never logged or saved."""
+    """Passed to the fsspec filesystem. May hold secrets; never logged or saved."""
 
     @model_validator(mode="after")
     def _related(self) -> Self:
@@ -159,101 +159,103 @@ class CheckpointConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    """When to evaluate, where the task has an evaluation. The end of the run is always evaluated."""
+    """When to evaluate, if the task has an evaluation. The end of the run is always evaluated."""
 
     every_steps: int | None = Field(default=None, ge=1)
-    """After so many optimizer steps."""
+    """Evaluate every this many optimizer steps."""
     every_epochs: int | None = Field(default=None, ge=1)
-    """After so many epochs."""
+    """Evaluate every this many epochs."""
 
 
 class LogConfig(_Section):
-    """What is told of the progress."""
+    """What to log about the progress."""
 
     every_steps: int | None = Field(default=10, ge=1)
-    """A line after so many optimizer steps."""
+    """Log a line every this many optimizer steps."""
     every_epochs: int | None = Field(default=None, ge=1)
-    """A line after so many epochs."""
+    """Log a line every this many epochs."""
     jsonl: _Place | None = None
-    """A local file to which rank 0 appends the same records as JSON lines."""
+    """Local file to which rank 0 appends all events as JSON lines."""
     format: Literal["text", "json"] = "text"
-    """``text``: lines for people, and on a terminal one live line; ``json``: each line of the console as JSON, with rank,
-    host, attempt and step."""
+    """``text``: lines for people, and one live line on a terminal. ``json``: each console line as JSON, with rank, host,
+    attempt and step."""
 
 
 class MetricsConfig(_Section):
-    """Where what is told of the progress is kept, and who else gets it."""
+    """Where events are kept, and which dashboards get them."""
 
     every_seconds: float | None = Field(default=10, gt=0)
-    """Put what was told beside the checkpoints after so many seconds (in a long attempt, after 1 % of its age), and with
-    each save. None: keep nothing there, and have no report."""
+    """Store new events beside the checkpoints every this many seconds, and with each save. In a long attempt the interval
+    grows to 1 % of its age. None: keep no events, and have no report."""
     tensorboard: bool | _Place = False
-    """Write curves for TensorBoard into this directory, or (``true``) into ``tensorboard`` below a local checkpoint.url."""
+    """Write curves for TensorBoard into this directory. ``true``: into ``tensorboard`` below a local checkpoint.url."""
     prometheus: _Place | None = None
-    """Write the newest numbers into this file (``….prom``), for node_exporter's textfile collector."""
+    """Write the newest numbers into this file (``….prom``) for node_exporter's textfile collector."""
 
 
 class NonFiniteConfig(_Section):
-    """What to do about a step whose loss or gradients are not finite. The optimizer does not take it, unless ignored."""
+    """What to do if the loss or gradients of a step are not finite. The optimizer does not take it, unless ignored."""
 
     policy: Literal["stop", "skip", "rollback", "ignore"] = "stop"
-    """``stop``: with an error that names the samples; ``skip``: train on without the batch; ``rollback``: go back to the
-    newest checkpoint and pass over the batch from there; ``ignore``: do not look."""
+    """``stop``: end with an error that names the samples. ``skip``: continue without the batch. ``rollback``: return to the
+    newest checkpoint, and skip the batch from there. ``ignore``: do not check."""
     limit: int = Field(default=10, ge=1)
-    """So many batches of a run may be passed over; one more stops it."""
+    """Number of batches that a run may skip. One more stops it."""
 
 
 class CrashLoopConfig(_Section):
-    """When a run that dies is not simply started again."""
+    """When a run that keeps dying is stopped."""
 
     same_failures: int = Field(default=3, ge=1)
-    """So many attempts in a row with the same error at the same step: try the checkpoint before, then stop."""
+    """After this many attempts in a row with the same error at the same step, try the checkpoint before, then stop."""
 
 
 class WatchdogConfig(_Section):
-    """When a run counts as hung; then the stacks of all threads are written and the process ends, to be started again."""
+    """When a run counts as hung. Then the stacks of all threads are written, and the process ends, to be restarted."""
 
     timeout_seconds: float | None = Field(default=1800, gt=0)
-    """The longest time from the end of a step to the end of the next, evaluations, saves and rollbacks included.
+    """Longest time from the end of a step to the end of the next, including evaluations, saves and rollbacks.
     None: no watchdog."""
     first_step_seconds: float = Field(default=3600, gt=0)
-    """The same for the first step, with everything that comes before it."""
+    """The same for the first step, including everything before it."""
 
 
 class StragglersConfig(_Section):
-    """When a rank that holds the others up is named."""
+    """When to name a rank that slows the others down."""
 
     factor: float | None = Field(default=1.5, gt=1)
-    """Its own work (batches and forward passes) takes so many times the others' median. None: nobody looks."""
+    """Report a rank whose own time (batches and forward passes) exceeds this multiple of the others' median. None: no
+    check."""
     window_seconds: float = Field(default=60, gt=0)
-    """Over at least so long; it is looked at when a line is logged."""
+    """Measure over at least this long. The check runs when a line is logged."""
 
 
 class PreemptionConfig(_Section):
-    """Whether to ask the cloud if it is about to take the machine away, and stop well before it does."""
+    """Whether to ask the cloud if it will take the machine away, and to stop before that."""
 
     watch: Literal["aws", "gcp", "azure", "none"] = "none"
-    """Whose metadata service to ask; one process of each machine does."""
+    """Cloud whose metadata service is polled, by one process on each machine."""
     base_url: str = "http://169.254.169.254"
-    """Where the metadata service is."""
+    """Address of the metadata service."""
 
 
 class StopConfig(_Section):
-    """What happens between a signal and the end."""
+    """How long a process has between a stop signal and its end."""
 
     grace_seconds: float = Field(default=25, gt=0)
-    """The process is gone so long after a stop signal, saved or not; less than what the launcher grants (torchrun: 30)."""
+    """The process ends this long after a stop signal, saved or not. Must be less than what the launcher allows
+    (torchrun: 30)."""
 
 
 class WorldConfig(_Section):
-    """What to run on; by default what the machine has."""
+    """Which devices and backend to use. By default, what the machine has."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """``auto``: CUDA where there is a device for every local rank, else the CPU."""
+    """``auto``: CUDA if there is a device for every local rank, else the CPU."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """``auto``: NCCL on CUDA, gloo on the CPU."""
     timeout_seconds: float = Field(default=600, gt=0)
-    """How long a collective may wait for another rank; must exceed the longest save."""
+    """Longest wait of a collective for another rank. Must exceed the longest save."""
 
     @model_validator(mode="after")
     def _related(self) -> Self:
@@ -263,7 +265,7 @@ class WorldConfig(_Section):
 
 
 class RunConfig(_Section):
-    """What keeps a training alive, whoever has written its loop."""
+    """What keeps a training alive, with any loop."""
 
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
@@ -280,16 +282,16 @@ class Config(RunConfig):
     """A run of ``harness train``."""
 
     task: str = Field(min_length=1)
-    """``package.module:function`` or ``path/to/file.py:function``: returns a ``harness.Task``."""
+    """Function that returns a ``harness.Task``: ``package.module:function`` or ``path/to/file.py:function``."""
     init_from: _Place | None = None
-    """Where a new run takes its weights from: a file or directory of others (see ``harness import``), or the URL of another
-    run. A run that has a checkpoint goes on from that instead."""
+    """Where a new run takes its weights from: a file or directory (see ``harness import``), or the URL of another run. A run
+    with a checkpoint resumes from that instead."""
     init_optimizer: bool = False
-    """Take the optimizer's state from there, too."""
+    """Also take the optimizer's state from ``init_from``."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Passed to the task as keyword arguments."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
-    """Everything random derives from it."""
+    """Seed of all random numbers."""
     train: TrainConfig
     data: DataConfig = DataConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

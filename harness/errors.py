@@ -11,13 +11,13 @@
     │   └── NoCheckpoint        66   the run has checkpoints, and none of them is whole
     ├── RankFailure             76   another rank failed, or the ranks disagree
     ├── CrashLoop               70   the same error at the same step, again and again
-    ├── NonFinite               70   a loss or a gradient that is not finite, and no leave to pass over it
+    ├── NonFinite               70   a loss or a gradient that is not finite, and the policy does not skip it
     ├── Superseded              77   a newer attempt trains this run
     └── Stopped                 75   asked to stop; everything is saved; start it again
 
-The class says who must act, the message says where, what was expected and what was found. The number is the exit
-code of the process; the numbers above 63 have the meanings of BSD's ``sysexits.h`` (DATAERR, NOINPUT, SOFTWARE, IOERR,
-TEMPFAIL, PROTOCOL, NOPERM). Success is 0; 1 is an error of ours or of the training code, and comes with a traceback.
+The class says who must act. The message says where, what was expected and what was found. The number is the exit code of the
+process. Numbers above 63 have the meanings of BSD's ``sysexits.h`` (DATAERR, NOINPUT, SOFTWARE, IOERR, TEMPFAIL, PROTOCOL,
+NOPERM). Success is 0. Code 1 is an error in the training code, or a bug in harness, and comes with a traceback.
 """
 
 from typing import ClassVar
@@ -26,9 +26,9 @@ from harness.secrecy import without_secrets
 
 
 class HarnessError(Exception):
-    """The base of all errors that harness raises on purpose; ``exit_code`` is what the process ends with.
+    """The base of all errors that harness raises on purpose. The process ends with its ``exit_code``.
 
-    Its message may repeat what a library said, and is without secrets.
+    The message may repeat what a library said, without its secrets.
     """
 
     exit_code: ClassVar[int] = 1
@@ -38,16 +38,16 @@ class HarnessError(Exception):
 
 
 class ConfigError(HarnessError):
-    """The configuration or the command line is wrong: edit it and start again."""
+    """The configuration or the command line is wrong. Edit it and restart."""
 
     exit_code = 2
 
 
 class StoreError(HarnessError):
-    """The filesystem did not do what it was asked.
+    """A storage operation failed.
 
-    ``transient`` is true where the same call may succeed later (a time-out, a refused connection), false where someone
-    must act first (permissions, a full disk, a missing bucket).
+    ``transient`` is true if the same call may succeed later (a timeout, a refused connection). It is false if somebody must
+    act first (permissions, a full disk, a missing bucket).
     """
 
     exit_code = 74
@@ -58,62 +58,62 @@ class StoreError(HarnessError):
 
 
 class CheckpointError(HarnessError):
-    """Something is wrong with what lies in the run's URL."""
+    """Something is wrong with the objects in the run's URL."""
 
     exit_code = 65
 
 
 class Corrupt(CheckpointError):
-    """An object is missing, cut, too long or altered: this checkpoint is never loaded."""
+    """An object is missing, cut, too long or altered. This checkpoint is never loaded."""
 
 
 class UnknownFormat(CheckpointError):
-    """The checkpoint was written in a version of the format that this program does not read."""
+    """The checkpoint has a version of the format that this program cannot read."""
 
 
 class Mismatch(CheckpointError):
-    """The checkpoint is whole, but it is not one of this model, this optimizer or this data."""
+    """The checkpoint is whole, but does not belong to this model, optimizer or data."""
 
     exit_code = 2
 
 
 class Unsupported(CheckpointError):
-    """The state holds a value that cannot be written without pickle; the message has its path."""
+    """The state holds a value that cannot be written without pickle. The message has its path."""
 
     exit_code = 2
 
 
 class NoCheckpoint(CheckpointError):
-    """The run has checkpoints and none of them is whole. Training from scratch over it is not done."""
+    """The run has checkpoints, but none is whole. harness does not train from scratch over them."""
 
     exit_code = 66
 
 
 class RankFailure(HarnessError):
-    """Another rank failed, or the ranks are not in lockstep."""
+    """Another rank failed, or the ranks disagree."""
 
     exit_code = 76
 
 
 class CrashLoop(HarnessError):
-    """The run has failed at the same step with the same error too often, from an older checkpoint, too."""
+    """The run failed at the same step with the same error too often, also from an older checkpoint."""
 
     exit_code = 70
 
 
 class NonFinite(HarnessError):
-    """The loss or the gradients of a step are not finite, and the configuration does not let the run pass over it."""
+    """The loss or the gradients of a step are not finite, and ``nonfinite.policy`` does not skip it."""
 
     exit_code = 70
 
 
 class Superseded(HarnessError):
-    """A newer attempt has taken the run over: this one was believed dead, or the run was started twice."""
+    """A newer attempt trains this run: this one was believed dead, or the run was started twice."""
 
     exit_code = 77
 
 
 class Stopped(HarnessError):
-    """The run was asked to stop, its last step is saved, and it wants to be started again."""
+    """The run was asked to stop, and its last step is saved. Start it again."""
 
     exit_code = 75

@@ -23,10 +23,10 @@ if TYPE_CHECKING:  # torch is imported by the functions that need it: reading a 
 class Evaluation:
     """How a model is judged beside its training loss.
 
-    ``measure(model, batch)`` returns named 0-dim tensors, each the *mean* over the samples of the batch; it is called
-    in ``eval()`` mode without gradients, on every rank for its own share of ``dataset``. harness weighs the means by
-    the samples behind them, so the result does not depend on the number of ranks (but for rounding).
-    The best value of ``metric`` (the lowest, or the highest where ``higher_is_better``) is kept in the checkpoints.
+    ``measure(model, batch)`` returns named 0-dim tensors, each the *mean* over the samples of the batch. It runs in
+    ``eval()`` mode without gradients, on every rank for its own share of ``dataset``. harness weighs the means by their
+    samples, so the result does not depend on the number of ranks (except for rounding). Checkpoints remember the best value
+    of ``metric``: the lowest, or with ``higher_is_better`` the highest.
     """
 
     dataset: "Dataset[Any]"
@@ -40,15 +40,14 @@ class Evaluation:
 class Task:
     """A training task, as returned by the function that the configuration's ``task`` names.
 
-    ``dataset`` is map-style (``len`` and ``[index]``); each sample is drawn exactly once an epoch. What a batch looks
-    like is the data set's own affair: ``collate`` (default: torch's) makes one of a list of samples.
-    ``loss(model, batch)`` returns a 0-dim tensor, the *mean* over the samples of the batch; ``model`` is called in it as
-    ``model(...)``, once, since it is the DDP wrapper when there is more than one rank.
-    ``scheduler`` is stepped once after every optimizer step.
+    ``dataset`` is map-style (``len`` and ``[index]``); each sample is drawn exactly once an epoch. ``collate`` (default:
+    torch's) turns a list of samples into a batch. ``loss(model, batch)`` returns a 0-dim tensor, the *mean* over the samples
+    of the batch. Call ``model(...)`` in it once: with several ranks it is the DDP wrapper. ``scheduler`` is stepped once
+    after every optimizer step.
 
-    The function that builds a task is called on every rank, on the CPU, with the random number generators of Python,
-    NumPy and torch seeded from the configuration's ``seed`` (``torch.initial_seed()`` is that seed): the same call
-    gives the same model and the same split on every rank and after every restart.
+    The function that builds a task is called on every rank, on the CPU. The generators of Python, NumPy and torch are seeded
+    from the configuration's ``seed``, which is also ``torch.initial_seed()``. The same call must give the same model and the
+    same split on every rank and after every restart.
     """
 
     model: "nn.Module"

@@ -1,4 +1,4 @@
-"""Which samples are trained when, and by whom; the loaders that give them.
+"""Which samples are trained when, and by which rank; the loaders that fetch them.
 
-Stands on ``distributed`` for the rank. Where a position is saved never enters: it is plain data.
+Stands on ``distributed`` for the rank. Saving a position never enters: it is plain data.
 """

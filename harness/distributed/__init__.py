@@ -1,4 +1,4 @@
-"""The ranks: who is there, and what they agree on; the same for one plain process.
+"""The ranks: who is there, and what they agree on. One plain process has the same interface.
 
 Stands on ``runtime`` and the configuration. Models, data and storage never enter.
 """

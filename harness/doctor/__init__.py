@@ -1,8 +1,8 @@
-"""``harness doctor``: what will bite on this machine and with this launcher, said before a run is started.
+"""``harness doctor``: finds what would break a run on this machine and with this launcher, before it starts.
 
 It tries what it can: it builds the task, writes below the run's URL and reads that on every rank, starts loader workers and
-sends them the signal that torchrun would, has the ranks meet and compare clocks and versions. What it cannot try (what a
-reboot leaves, how long a scheduler waits) it reads from the machine and from the launcher, and says so.
+sends them torchrun's signal, and lets the ranks meet and compare clocks and versions. What it cannot try (what a reboot
+leaves, how long a scheduler waits) it reads from the machine and the launcher, and says so.
 
 Started as the training is (``harness launch ... -- doctor CONFIG.yaml``, or torchrun), it looks at all ranks; as one plain
 process, at what one process can see. A script with a ``harness.Run`` is run until it makes that. It leaves nothing behind.

@@ -1,7 +1,7 @@
-"""Reading what others wrote, writing what others read.
+"""Reads weights of other programs, and writes weights for them.
 
 ``export_model`` writes the weights of a checkpoint as safetensors or as a ``.pth``. ``read_foreign`` reads the forms in
-which weights are found in the wild; ``load_into`` starts a model from them, ``import_run`` makes a checkpoint of them.
+which weights are found in the wild. ``load_into`` starts a model from them, ``import_run`` writes them as a checkpoint.
 """
 
 from harness.interchange.export import export_model

@@ -1,7 +1,7 @@
 """The numbers of a run, computed from what its attempts have left. Nothing is drawn here, and nothing is read from a clock.
 
 The wall time of a run, from the start of its first launcher to its last sign of life, is divided among ``KINDS`` without
-gaps and overlaps; docs/report.md says what each means. Goodput is the share of ``training``. What cannot be known is a
+gaps and overlaps (see docs/guides/report.md). Goodput is the share of ``training``. What cannot be known is a
 sentence in ``RunReport.doubts``.
 """
 

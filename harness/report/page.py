@@ -34,9 +34,7 @@ def page(report: RunReport, records: Mapping[Attempt, Sequence[Record]]) -> str:
     try:
         from harness.report import figures  # noqa: PLC0415  # an extra
     except ImportError as error:
-        raise ConfigError(
-            f"the page of a report needs the extra 'report': pip install 'harness[report]' ({error})"
-        ) from None
+        raise ConfigError(f"the page of a report needs matplotlib: pip install matplotlib ({error})") from None
     name, curves = numbers.curves(records)
     title = for_html(words.headline(report), _MOST_CHARACTERS)
     parts = [

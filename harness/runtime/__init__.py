@@ -1,4 +1,4 @@
-"""The process itself: its environment, its signals, its threads, its voice.
+"""The process itself: its environment, signals, threads and console.
 
-Imports ``harness.errors``, and no torch but where a module says so. What is trained, and where it is saved, never enters.
+Imports ``harness.errors``, and torch only if a module says so. Training and saving never enter.
 """

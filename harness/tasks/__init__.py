@@ -1,4 +1,4 @@
-"""Small complete examples of what a user brings.
+"""Small, complete examples of tasks.
 
 Each stands on ``harness.task`` alone, as a user's own task does.
 """

@@ -19,7 +19,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  # an extra
         except ImportError as error:
-            raise ConfigError(f"metrics.tensorboard: {error}; pip install 'harness[tensorboard]'") from None
+            raise ConfigError(f"metrics.tensorboard: {error}; pip install tensorboard") from None
         self._open: Any = lambda step: SummaryWriter(directory, purge_step=step)
         self._writer: Any = None
 

@@ -35,7 +35,7 @@ REPOSITORY = Path(__file__).parents[2]
 SKYPILOT = REPOSITORY / "launch" / "skypilot.yaml"
 SKYPILOT_PACKAGE = REPOSITORY / "build" / "skypilot"  # where CI puts it
 TORCHX = REPOSITORY / "build" / "torchx" / "bin" / "torchx"
-PAGE = (REPOSITORY / "docs" / "launching.md").read_text()
+PAGE = (REPOSITORY / "docs" / "guides" / "launching.md").read_text()
 LAUNCHERS = sorted(path for path in (REPOSITORY / "launch").rglob("*.*") if path.suffix in (".yaml", ".sh", ".sbatch"))
 CODES = {*outcome.FINAL_EXIT_CODES, 75, 1, 74, 76, 137}
 
@@ -391,7 +391,7 @@ def test_skypilots_machines_are_taken_away_and_the_run_goes_on(tmp_path):
 @pytest.mark.torchrun
 @pytest.mark.skipif(not TORCHX.exists(), reason="needs TorchX in build/torchx: see .ci/run")
 def test_torchx_runs_the_line_of_the_page(tmp_path):
-    """As it stands in docs/launching.md, with another configuration."""
+    """As it stands in docs/guides/launching.md, with another configuration."""
     (line,) = re.findall(r"^    torchx (.*)$", PAGE, re.MULTILINE)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config(tmp_path, 20)))
@@ -409,10 +409,10 @@ def test_torchx_runs_the_line_of_the_page(tmp_path):
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.name)
 def test_a_launch_file_says_what_arrives_and_how_the_run_comes_back(path):
-    """At its top, with the time; and docs/launching.md has a row for it."""
+    """At its top, with the time; and docs/guides/launching.md has a row for it."""
     lines = path.read_text().removeprefix("#!/usr/bin/env bash\n").splitlines()
     header = " ".join(line for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
     assert re.search(r"[Ww]hat arrives", header)
     assert re.search(r"how (it|the run) comes back", header, re.IGNORECASE)
     assert re.search(r"\d\)? s\b|\(\d+\)|minutes", header)
-    assert f"](../{path.relative_to(REPOSITORY)})" in PAGE
+    assert f"](../../{path.relative_to(REPOSITORY)})" in PAGE

@@ -176,7 +176,7 @@ def test_a_model_that_leaves_its_frozen_base_out_is_told_what_that_means(tmp_pat
 
 
 def test_an_adapter_alone_in_the_state(tmp_path):
-    """The way that docs/loops.md names: the trained parameters as a module of their own."""
+    """The way that docs/guides/your-loop.md names: the trained parameters as a module of their own."""
     for expected in (0, 2):
         torch.manual_seed(0)
         model = Adapted()
