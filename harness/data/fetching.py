@@ -53,11 +53,6 @@ class Fetcher:
         self._watched: Attributes | None = None
         self.changes = 0  # of the data set, that workers had to be started anew for
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether ``begin`` has to come before ``fetch``."""
-        return self._fetched is None
-
     def begin(self, dataset: Dataset[Any], plan: Iterator[list[MicroBatch]]) -> None:
         """Has what comes next fetched from a data set, by a plan."""
         self._dataset = dataset
@@ -73,14 +68,15 @@ class Fetcher:
             self.close()
             raise
 
-    def follow_changes(self, dataset: Dataset[Any]) -> None:
-        """Ends what is under way where it is not from the data set as it is now."""
-        if self._fetched is None:
-            return
-        changed = "dataset" if dataset is not self._dataset else self._watched and self._watched.changed()
-        if changed:
-            self.close()
-            self._warn_of_change(changed)
+    def follow_changes(self, dataset: Dataset[Any]) -> bool:
+        """Ends what is under way where it is not from the data set as it is now. Returns whether nothing is under way, so
+        that ``begin`` has to come before ``fetch``."""
+        if self._fetched is not None:
+            changed = "dataset" if dataset is not self._dataset else self._watched and self._watched.changed()
+            if changed:
+                self.close()
+                self._warn_of_change(changed)
+        return self._fetched is None
 
     def close(self) -> None:
         """Ends the workers."""
@@ -125,7 +121,8 @@ class Seeded(Dataset[Any]):
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[Any]:
         """Several samples, as a loader of torch's asks for them."""
         if self.seed is None and self.set_epoch is None:
-            return [self.dataset[index] for _epoch, index in keys]
+            dataset = self.dataset
+            return [dataset[index] for _epoch, index in keys]
         return [self[key] for key in keys]
 
 

@@ -119,12 +119,12 @@ class Loader:
         return batches
 
     def _walk(self) -> Generator[Any]:
-        epoch = self.epoch
+        epoch = self.position.cursor.epoch
         if self._goes_on and self.rank == 0:
             warn_of_counts(self._walking(), epoch, self.batch + 1)
         self._goes_on = False
         try:
-            while self.epoch == epoch:
+            while self.position.cursor.epoch == epoch:
                 step = self.next_step(whole=True)
                 if step:
                     (batch, share), *_ = step
@@ -142,13 +142,13 @@ class Loader:
         position, fetcher = self.position, self.fetcher
         position.note()
         self._has_failed = True  # until it has come
-        fetcher.follow_changes(self.dataset)
-        if fetcher.is_idle or position.cursor.offset == 0:
+        is_idle = fetcher.follow_changes(self.dataset)
+        if is_idle or position.cursor.offset == 0:
             self.schedule.check_length(self.dataset, position.cursor.epoch)
         if position.is_skipped(position.cursor):
             step: Step = []
         else:
-            if fetcher.is_idle:
+            if is_idle:
                 Loader.in_use.add(self)
                 self._fingerprint.stop_looking()
                 schedule = replace(self.schedule, micro_batch_size=None) if whole else self.schedule

@@ -96,7 +96,7 @@ class Position:
         """Puts the batch that was handed out last into the ledger: it has been trained."""
         if self._handed_out is not None:
             here, self._handed_out = self._handed_out, None
-            self._ledger.add(here, self.is_skipped(here))
+            (self._ledger.skip if self.is_skipped(here) else self._ledger.add)(here)
 
     def is_skipped(self, cursor: Cursor) -> bool:
         """Whether the batch that begins here is not to be trained."""
@@ -148,15 +148,13 @@ class Ledger:
         self.go_to(cursor.epoch)
         return {"ledger": self._hasher.hexdigest(), "ledger_at_epoch": self._before, "left_out": self._left_out}
 
-    def add(self, here: Cursor, is_skipped: bool) -> None:
-        """A batch has been trained, or left out."""
-        if is_skipped:
-            self.skip(here)
-            return
+    def add(self, here: Cursor) -> None:
+        """A batch has been trained."""
         self.go_to(here.epoch)
         self._hash(self._schedule.order(here.epoch)[here.offset : here.offset + self._schedule.size(here)])
 
     def skip(self, here: Cursor) -> None:
+        """A batch has been left out."""
         self.go_to(here.epoch)
         self._left_out.append([here.offset, here.offset + self._schedule.size(here)])
 

@@ -120,6 +120,7 @@ class _Heard(logging.Handler):
     def __init__(self, name: str) -> None:
         super().__init__(logging.ERROR)
         self._logger = logging.getLogger(name)
+        self._propagates = self._logger.propagate
         self.errors: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -127,7 +128,7 @@ class _Heard(logging.Handler):
 
     def __enter__(self) -> Self:
         self._logger.addHandler(self)
-        self._propagates, self._logger.propagate = self._logger.propagate, False
+        self._logger.propagate = False
         return self
 
     def __exit__(self, *_: object) -> None:

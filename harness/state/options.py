@@ -150,10 +150,7 @@ def _with_others(names: Collection[str]) -> set[str]:
 
 def built_schedule(scheduler: LRScheduler) -> Built:
     """The settings of a schedule; those of the schedulers within it under their numbers: ``1.T_max``."""
-    own = _settings(scheduler.state_dict())
-    for number, each in enumerate(schedulers_within(scheduler)):
-        own |= {f"{number}.{key}": value for key, value in built_schedule(each).items()}
-    return own
+    return saved_schedule(scheduler.state_dict())
 
 
 def saved_schedule(state: Mapping[str, Any]) -> Built:

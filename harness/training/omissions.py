@@ -46,6 +46,7 @@ class Omissions:
         self._loader = loader
         self._is_active = is_active
         self._said: set[str] = set()
+        self._seeing = contextlib.ExitStack()  # has the optimizers' steps seen until it is closed
         self._stepped: dict[int, Optimizer] = {}  # those that have taken a step
         self._versions: dict[int, int] = {}  # of the modules that the state has not, when they were seen first
         self._has_ended_epoch = False
@@ -65,12 +66,12 @@ class Omissions:
         if not self._is_active:
             yield
             return
-        self._hook = register_optimizer_step_pre_hook(self._note)
+        self._seeing.callback(register_optimizer_step_pre_hook(self._note).remove)
         self._modules_that_changed(_found())  # none yet
         try:
             yield
         finally:
-            self._hook.remove()
+            self._seeing.close()
             self._stepped.clear()
 
     def _note(self, optimizer: Optimizer, *_: object) -> None:
@@ -157,7 +158,7 @@ class Omissions:
         self._forwards = self._own_work.forwards
         self._looked += 1
         if self._looked == _MOST_STEPS:
-            self._hook.remove()
+            self._seeing.close()
         if self._boundaries is not None:
             self._boundaries += 1
         if (loader := self._loader) is None:
