@@ -427,20 +427,9 @@ def test_arbitrary_shard(data, changes):
 
 
 tags = [
-    "$tensor",
-    "$array",
-    "$tuple",
-    "$set",
-    "$frozenset",
-    "$counter",
-    "$bytes",
-    "$float",
-    "$complex",
-    "$numpy",
-    "$",
-    "$x",
+    "$tensor", "$array", "$tuple", "$set", "$frozenset", "$counter", "$bytes", "$float", "$complex", "$numpy", "$", "$x",
     "$:",
-]
+]  # fmt: skip
 bodies = st.sampled_from(
     ["<f4", "O", "V100000000", "<U100000000", "f4,f4", "(9", "3ff0000000000000", "YWI=", ["<f8", "00" * 8], True]
 )

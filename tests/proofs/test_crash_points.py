@@ -61,8 +61,6 @@ from tests.support.faults import (
     write_tree,
 )
 
-pytestmark = pytest.mark.usefixtures("quiet")
-
 
 @pytest.fixture(autouse=True)
 def quiet():
@@ -236,6 +234,16 @@ class Judge:
         return f"{self.points.total()} crash points ({verbs}), {self.states} disks, {len(self.seen)} of them different"
 
 
+def explore(trace: list[Call | Mark], root: Path, tell: Callable[[str], None], *, goes_on: bool = True) -> Judge:
+    """Whatever a crash may leave at any point of a trace, the old or the new checkpoint is found on it."""
+    judge = Judge(goes_on=goes_on)
+    for left in crashes(trace, str(root), judge.points):
+        judge.judge(left)
+    tell(judge.summary())
+    assert not judge.wrong, judge.wrong[:5]
+    return judge
+
+
 def assert_found(trace: list[Call | Mark], root: Path) -> None:
     """The explorer finds a crash point of a trace with a bug at which neither the old nor the new checkpoint is left."""
     judge = Judge(goes_on=False)
@@ -247,11 +255,7 @@ def assert_found(trace: list[Call | Mark], root: Path) -> None:
 
 def test_every_crash_leaves_the_old_or_the_new_checkpoint(tmp_path, tell):
     """At every point of claim, save, commit and prune, whatever of the unsynced data survives, a run resumes and goes on."""
-    judge = Judge()
-    for left in crashes(record(str(tmp_path)), str(tmp_path), judge.points):
-        judge.judge(left)
-    tell(judge.summary())
-    assert not judge.wrong, judge.wrong[:5]
+    judge = explore(record(str(tmp_path)), tmp_path, tell)
     assert judge.points.total() > 270 and len(judge.seen) > 700, "a save makes fewer calls than it did: is one not seen?"
 
 
@@ -318,11 +322,8 @@ def direct_files(trace: list[Call | Mark]) -> set[int]:
 
 def test_a_crash_of_direct_writes(direct, tmp_path, tell):
     """At every point of two saves by O_DIRECT, its being switched on and off among them: the old or the new checkpoint."""
-    judge, trace = Judge(goes_on=False), record(str(tmp_path), [10, 20])
-    for left in crashes(trace, str(tmp_path), judge.points):
-        judge.judge(left)
-    tell(judge.summary())
-    assert not judge.wrong, judge.wrong[:5]
+    trace = record(str(tmp_path), [10, 20])
+    judge = explore(trace, tmp_path, tell, goes_on=False)
     for handle in direct_files(trace):
         calls = [call.target or call.name for call in trace if isinstance(call, Call) and call.handle == handle]
         assert re.fullmatch("open O_DIRECT( write)+ fcntl( write)? fsync", " ".join(calls))
@@ -373,12 +374,8 @@ def record_two(root: str) -> list[Call | Mark]:
 
 def test_a_crash_of_two_writers(small_blocks, tmp_path, tell):
     """At every point of two shares, a receipt and a commit: the old or the new checkpoint; a receipt is none."""
-    judge = Judge()
     trace = record_two(str(tmp_path))
-    for left in crashes(trace, str(tmp_path), judge.points):
-        judge.judge(left)
-    tell(judge.summary())
-    assert not judge.wrong, judge.wrong[:5]
+    judge = explore(trace, tmp_path, tell)
     assert sum("receipt" in call.target for call in trace if isinstance(call, Call)) == 2
     assert judge.points.total() > 150
 

@@ -66,7 +66,7 @@ def in_one_thread() -> None:
     threading.Thread.is_alive = lambda thread: False
 
 
-def nursery() -> None:
+def serve() -> None:
     """Imports torch once; then bears a saver for each line of its input. A saver waits for a second line."""
     in_one_thread()
     for line in sys.stdin:
@@ -89,7 +89,7 @@ def nursery() -> None:
 
 
 @dataclass
-class Nursery:
+class ForkServer:
     process: subprocess.Popen[str]
 
     def ask(self, line: str) -> int:
@@ -99,7 +99,7 @@ class Nursery:
 
 
 @pytest.fixture(scope="module")
-def nursery_process():
+def fork_server():
     if os.geteuid() != 0:
         pytest.skip("only root mounts filesystems")
     for program in ("strace", "losetup"):
@@ -109,7 +109,7 @@ def nursery_process():
     if tried.returncode:
         pytest.skip(f"strace may not trace here: {tried.stderr.strip()}")
     with subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        yield Nursery(process)
+        yield ForkServer(process)
         process.stdin.close()
 
 
@@ -143,7 +143,7 @@ class Bench:
     """A filesystem on which step 10 was saved by an earlier start; each trial has a copy of it."""
 
     folder: Path
-    nursery: Nursery
+    server: ForkServer
     clean: Path
     trials: int = 0
 
@@ -173,13 +173,13 @@ class Bench:
         return None
 
     def save(self, remarks: Path, point: tuple[str, int] | None, bug: str) -> None:
-        child = self.nursery.ask(json.dumps([str(self.mount / "run"), str(remarks), 20, bug]))
+        child = self.server.ask(json.dumps([str(self.mount / "run"), str(remarks), 20, bug]))
         inject = ["-e", f"inject={point[0]}:signal=KILL:when={point[1]}"] if point else []
         options = ["-f", "-y", "-s", "0", "-o", str(self.folder / "trace"), "-e", f"trace={CALLS.replace(' ', ',')}"]
         with subprocess.Popen(["strace", *options, *inject, "-p", str(child)], stderr=subprocess.PIPE, text=True) as strace:
             first = strace.stderr.readline()
             assert "attached" in first, first
-            status = self.nursery.ask("go")
+            status = self.server.ask("go")
         assert bool(status) == bool(point), f"the saver ended with {status} at {point}"
 
     def points(self) -> list[tuple[str, int]]:
@@ -197,12 +197,12 @@ class Bench:
 
 
 @pytest.fixture(scope="module", params=FILESYSTEMS)
-def bench(request, nursery_process, tmp_path_factory):
+def bench(request, fork_server, tmp_path_factory):
     size, mkfs, *options = FILESYSTEMS[request.param]
     if shutil.which(mkfs) is None:
         pytest.skip(f"{mkfs} is not installed")
     folder = tmp_path_factory.mktemp(request.param)
-    bench = Bench(folder, nursery_process, folder / "clean")
+    bench = Bench(folder, fork_server, folder / "clean")
     bench.mount.mkdir()
     run("truncate", "-s", size, bench.clean)
     run(mkfs, *options, bench.clean)
@@ -241,4 +241,4 @@ def test_a_missing_fsync_is_found(bench, bug):
 
 
 if __name__ == "__main__":
-    nursery()
+    serve()

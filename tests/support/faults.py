@@ -245,17 +245,8 @@ class SystemCalls:
     """What ``os`` and ``open`` are for the modules that touch a local disk; each call goes through ``hook``."""
 
     _HARMLESS: ClassVar = {
-        "path",
-        "sep",
-        "fspath",
-        "close",
-        "getpid",
-        "getcwd",
-        "stat_result",
-        "DirEntry",
-        "PathLike",
-        "SEEK_SET",
-    }
+        "path", "sep", "fspath", "close", "getpid", "getcwd", "stat_result", "DirEntry", "PathLike", "SEEK_SET",
+    }  # fmt: skip
 
     def __init__(self, hook: Hook) -> None:
         self.hook = hook

@@ -55,22 +55,8 @@ def nothing_known(monkeypatch):
 def test_what_looks_like_a_secret(text, expected):
     """Nobody has told of it, and it is hidden; what stands beside it is not."""
     found = without_secrets(text)
-    for secret in (
-        "alice",
-        "pa55",
-        "PA55",
-        "W0RD",
-        "w?rd",
-        "abcd12",
-        "efgh34",
-        "aBc",
-        "aGVsbG8",
-        "AK/1",
-        "YWxp",
-        "IQoJ",
-        "wJalr",
-    ):
-        assert secret not in found
+    hidden = ["alice", "pa55", "PA55", "W0RD", "w?rd", "abcd12", "efgh34", "aBc", "aGVsbG8", "AK/1", "YWxp", "IQoJ", "wJalr"]
+    assert not [secret for secret in hidden if secret in found]
     assert expected in found
 
 

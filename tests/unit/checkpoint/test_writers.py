@@ -748,8 +748,7 @@ def ranks_that_wrote(url: Path) -> set[int]:
 
 @pytest.mark.torchrun
 @pytest.mark.parametrize(
-    ("scenario", "ranks"),
-    [("all_write", {0, 1, 2}), ("one_of_each_node_writes_while_the_training_waits", {0, 2})],
+    ("scenario", "ranks"), [("all_write", {0, 1, 2}), ("one_of_each_node_writes_while_the_training_waits", {0, 2})]
 )
 def test_what_several_ranks_write_is_what_one_writes(small_blocks, three, scenario, ranks):
     """The same digests at the end, in shards of each writer's own, and no receipts."""

@@ -26,21 +26,10 @@ from harness.telemetry.events import EventLog
 ATTEMPTS = [Attempt(f"{number:06}-aaaaaaaa") for number in (1, 2, 3)]
 SCRIPT = "\"><script>alert(1)</script><x y='"
 NASTY = [
-    SCRIPT,
-    "R$^2_$_",
-    "\x1b]0;PWNED\x07",
-    "\u202egnp",
-    "a\nb\r\tc\0",
-    "\ud800",
-    "</style></svg><img src=x onerror=alert(1)>",
-    "损失 🦆",
-    "x" * 5000,
-    "]]>--><!--",
-    "{x:g} %s %(a)s",
-    "",
-    "&lt;",
+    SCRIPT, "R$^2_$_", "\x1b]0;PWNED\x07", "\u202egnp", "a\nb\r\tc\0", "\ud800",
+    "</style></svg><img src=x onerror=alert(1)>", "损失 🦆", "x" * 5000, "]]>--><!--", "{x:g} %s %(a)s", "", "&lt;",
     "\x85\u2028",
-]
+]  # fmt: skip
 
 
 class Elements(HTMLParser):
@@ -198,18 +187,8 @@ VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
 )
 FIELDS = (
-    "step",
-    "time",
-    "event",
-    "attempt",
-    "lineage",
-    "bytes",
-    "seconds",
-    "blocked_seconds",
-    "retries",
-    "error",
-    "directory",
-)
+    "step", "time", "event", "attempt", "lineage", "bytes", "seconds", "blocked_seconds", "retries", "error", "directory",
+)  # fmt: skip
 FIELDS = (*FIELDS, "why", "policy", "samples", "rank", "host", "median_seconds", "loss", "lr", "uptime_seconds")
 
 
@@ -232,10 +211,7 @@ CLAIMS = st.dictionaries(
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-@given(
-    lines=st.lists(st.lists(mutated(), max_size=12), max_size=3),
-    claims=st.lists(VALUES | CLAIMS, max_size=3),
-)
+@given(lines=st.lists(st.lists(mutated(), max_size=12), max_size=3), claims=st.lists(VALUES | CLAIMS, max_size=3))
 def test_whatever_lies_in_the_url_makes_a_report(lines, claims):
     """Journals and claims with anything in them: numbers that add up, lines for a terminal, a page."""
     catalog, records = written(f"memory://hostile/{uuid.uuid4().hex}", *lines)
@@ -252,8 +228,7 @@ def test_whatever_lies_in_the_url_makes_a_report(lines, claims):
 
 
 @pytest.mark.parametrize(
-    "text",
-    [b"{", b"[]", b"null", b"[" * 200_000, b'{"began": 1e999, "started": "x", "host": {}, "restarts": -1}', b"\xff"],
+    "text", [b"{", b"[]", b"null", b"[" * 200_000, b'{"began": 1e999, "started": "x", "host": {}, "restarts": -1}', b"\xff"]
 )
 def test_records_of_attempts_and_crashes_may_hold_anything(text):
     """What cannot be read says nothing."""

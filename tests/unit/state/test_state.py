@@ -70,19 +70,8 @@ def assert_resumed(model: nn.Module, twin: nn.Module) -> None:
 # --- wrappers and names ------------------------------------------------------------------------------------------------
 
 ODD_NAMES = [
-    "a/b",
-    "a~1b",
-    "ü €",
-    "$tuple",
-    "$:1",
-    "x" * 150,
-    "0",
-    "weight:0",
-    'quote"\\',
-    "line\nbreak",
-    "module",
-    "_orig_mod",
-]
+    "a/b", "a~1b", "ü €", "$tuple", "$:1", "x" * 150, "0", "weight:0", 'quote"\\', "line\nbreak", "module", "_orig_mod",
+]  # fmt: skip
 
 
 class Odd(nn.Module):

@@ -136,24 +136,11 @@ def test_other_programs_read_the_same_values(tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "1",
-        "3,1,1",
-        "1,1",
-        "0,1",
-        "-1,3",
-        "1,x",
-        "1,2.0",
-        "1, 3",
-        "1,30",
-        "99999999999999999999,1",
-        3,
-        None,
-        [1, 3],
+        "", "1", "3,1,1", "1,1", "0,1", "-1,3", "1,x", "1,2.0", "1, 3", "1,30", "99999999999999999999,1", 3, None, [1, 3],
         "٣,1",
     ],
     ids=repr,
-)
+)  # fmt: skip
 def test_strides_that_cannot_be_are_corrupt(text):
     """A file cannot ask for memory out of proportion to its bytes, nor for items that share a place."""
     entry = {"dtype": "F32", "shape": [3, 2], "data_offsets": [0, 24]}

@@ -18,23 +18,10 @@ def place(url: str, **options) -> tuple[str, str]:
 @pytest.mark.parametrize(
     "path",
     [
-        "runs/lr::0.1",
-        "lr::0.1",
-        "lr::0.01",
-        "a::b::c",
-        "mem::x",
-        "runs/http://x",
-        "runs/s3::x",
-        "./s3:x",
-        "./s3://x",
-        "./C:\\runs",
-        " spaces ",
-        "a%20b",
-        "what?#",
-        "~nobody-of-this-name/run",
-        "ends in space ",
+        "runs/lr::0.1", "lr::0.1", "lr::0.01", "a::b::c", "mem::x", "runs/http://x", "runs/s3::x", "./s3:x", "./s3://x",
+        "./C:\\runs", " spaces ", "a%20b", "what?#", "~nobody-of-this-name/run", "ends in space ",
     ],
-)
+)  # fmt: skip
 def test_a_path_is_taken_as_it_stands(tmp_path, monkeypatch, path):
     """Whatever is in it: two paths that differ are two places."""
     monkeypatch.chdir(tmp_path)
@@ -44,14 +31,7 @@ def test_a_path_is_taken_as_it_stands(tmp_path, monkeypatch, path):
 
 @pytest.mark.parametrize(
     ("url", "expected"),
-    [
-        (".", ""),
-        ("./", ""),
-        ("run/", "/run"),
-        ("./run//", "/run"),
-        ("file://run", "/run"),
-        ("..", "/.."),
-    ],
+    [(".", ""), ("./", ""), ("run/", "/run"), ("./run//", "/run"), ("file://run", "/run"), ("..", "/..")],
 )
 def test_a_path_is_relative_to_the_current_directory(tmp_path, monkeypatch, url, expected):
     """Also the one in a file URL."""
