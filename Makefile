@@ -13,7 +13,7 @@ BENCH := build/bench-venv
 
 .PHONY: help check test coverage soak demo docs dist bench clean
 help:
-	@echo 'make demo    train a small GPT on 2 processes, kill one, and compare with the run that was not killed'
+	@echo 'make demo    train a small GPT on 2 processes, kill it in ten ways, and compare with the run that was not killed'
 	@echo 'make test    the test suite'
 	@echo 'make check   formatting, lint, types, which package imports which, prose'
 	@echo 'make coverage  the test suite, and which lines it has run'
@@ -24,7 +24,7 @@ help:
 	@echo 'make clean   delete what these make; runs/ stays'
 
 demo: $(READY)
-	$(BIN)/python launch/demo.py
+	$(BIN)/harness drill configs/gpt.yaml
 
 test: $(READY)
 	$(BIN)/python -m pytest -m 'not soak' -n 4 --dist loadfile --no-loadscope-reorder

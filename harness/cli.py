@@ -139,6 +139,14 @@ class _Halves(click.Command):
         return super().parse_args(ctx, ["--", *args] if "--" in args else args)
 
 
+class _OwnOptionsFirst(click.Command):
+    """Likewise, for a command with options of its own before it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        start = args.index("--") if "--" in args else len(args)
+        return super().parse_args(ctx, [*args[:start], *(["--"] if start < len(args) else []), *args[start:]])
+
+
 @cli.command(cls=_Halves, context_settings={"ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def launch(arguments: tuple[str, ...]) -> None:
@@ -187,6 +195,57 @@ def doctor(what: str, arguments: tuple[str, ...], fresh: bool, as_json: bool) ->
     if what == "-m" or what.endswith(".py"):
         _leave_doctor(examine_script((what, *arguments), emit, _leave_doctor, fresh=fresh), at_once=is_under_torchrun())
     _leave_doctor(examine(what, arguments, emit, fresh=fresh), at_once=is_under_torchrun())
+
+
+@cli.command(cls=_OwnOptionsFirst, context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.option("--quick", is_flag=True, help="Three deaths instead of all.")
+@click.option("--soak", "soak_minutes", type=float, default=0.0, help="Go on with random deaths for some MINUTES.")
+@click.option("--seed", type=int, help="Which random deaths those are; by default another seed each time, which is printed.")
+@click.option("--steps", type=click.IntRange(min=8), default=20, show_default=True, help="Steps of each run.")
+@click.option("--every-steps", type=click.IntRange(min=2), default=5, show_default=True, help="Steps between two saves.")
+@click.option("--url", help="Where the runs are saved; by default in a temporary folder, which is deleted.")
+@click.option("--page", "page_path", metavar="OUT.html", help="Write a page with the same, and the curves of the losses.")
+@click.option("--between-deaths", "hours", type=float, default=8.0, show_default=True, help="HOURS that the job lives.")
+@click.option("--patience", type=float, default=300.0, show_default=True, help="SECONDS without a step: the job hangs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def drill(
+    arguments: tuple[str, ...],
+    quick: bool,
+    soak_minutes: float,
+    seed: int | None,
+    steps: int,
+    every_steps: int,
+    url: str | None,
+    page_path: str | None,
+    hours: float,
+    patience: float,
+    as_json: bool,
+) -> None:
+    """Kill your own job in every way that we know, and say whether it survives and is exact.
+
+    harness drill CONFIG.yaml [dotted.key=value]..., or harness drill [torchrun options] -- SCRIPT.py [arguments]. It runs
+    the unchanged job for some dozen steps, again and again, in a folder of its own, and compares each step with a run that
+    nobody killed. Exit codes: 0 the job survives and is exact, 79 it survives and is not exact, 1 it does not survive, or
+    fails by itself.
+    """
+    from harness.drill.command import run_drill  # noqa: PLC0415  # see the module's docstring
+
+    sys.exit(
+        run_drill(
+            arguments,
+            quick=quick,
+            soak_seconds=60 * soak_minutes,
+            seed=seed,
+            steps=steps,
+            every_steps=every_steps,
+            url=url,
+            page_path=page_path,
+            between_deaths_seconds=3600 * hours,
+            patience_seconds=patience,
+            as_json=as_json,
+        )
+    )
 
 
 def _leave_doctor(code: int, *, at_once: bool = True) -> NoReturn:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +55,36 @@ def _or_skip(start, folder):
             yield server
     except servers.Missing as missing:
         pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A real browser, where one is installed: playwright brings none of its own here."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    programs = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+    program = next(filter(None, map(shutil.which, programs)), None)
+    if program is None:
+        pytest.skip("no browser is installed: apt-get install chromium-headless-shell")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])  # which root may not have
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser):
+    """A function that opens a file and returns its page, and what that asked for or complained of."""
+
+    def opened(path: Path):
+        page = browser.new_page(viewport={"width": 1000, "height": 800})
+        heard = []
+        page.on("console", lambda message: heard.append(message.text))
+        page.on("pageerror", lambda error: heard.append(str(error)))
+        page.on("request", lambda request: heard.append(request.url))
+        page.goto(path.as_uri())
+        return page, heard
+
+    return opened
 
 
 @pytest.fixture

@@ -160,6 +160,10 @@ class Loader:
         self.waited_seconds += time.perf_counter() - began
         return step
 
+    def samples(self) -> list[int]:
+        """The samples in this rank's share of the batch that was handed out last, or is to be next."""
+        return self.position.samples(self.rank, self.world_size)
+
     def end_epoch(self, epoch: int) -> None:
         """Goes to the beginning of the next epoch, if the loader is still within this one.
 

@@ -3,8 +3,6 @@
 What a script does before (reading its arguments, opening its data, joining the ranks) it does for real; it trains nothing.
 """
 
-import os
-import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +15,8 @@ from harness.doctor.findings import Finding, describe_error, error, exit_code, n
 from harness.doctor.recipe import place_of
 from harness.errors import HarnessError
 from harness.runtime.environment import rank
-from harness.training import run
+from harness.runtime.scripts import run_program
+from harness.training import observer
 from harness.training.run import device_of
 
 
@@ -26,28 +25,29 @@ def examine_script(command: Sequence[str], emit: Emit, leave: Callable[[int], No
     Run, which must end the program. Returns the exit code where it does not come so far."""
     tried = f"ran {' '.join(command[:2] if command[0] == '-m' else command[:1])} until it makes its Run"
 
-    def on_run(config: RunConfig, state: Mapping[str, Any], world: World | None, is_fresh: bool) -> None:
-        run.examiner = None
-        device = device_of(state)
-        try:
-            world = world or world_of_program(device, config.world.timeout_seconds)
-        except HarnessError as problem:
-            found = named("ranks", [ranks.not_met(problem)])
-            emit(found)
-            return leave(exit_code(found))
-        found = named("configuration", [ok(tried, f"a state of {', '.join(state)}")])
-        return leave(examine_run(world, config, state, device, found, emit, fresh=fresh or is_fresh))
+    class Examiner(observer.Observer):
+        def making(self, config: RunConfig, state: Mapping[str, Any], world: World | None, is_fresh: bool) -> None:
+            observer.current = observer.Observer()
+            device = device_of(state)
+            try:
+                world = world or world_of_program(device, config.world.timeout_seconds)
+            except HarnessError as problem:
+                found = named("ranks", [ranks.not_met(problem)])
+                emit(found)
+                return leave(exit_code(found))
+            found = named("configuration", [ok(tried, f"a state of {', '.join(state)}")])
+            return leave(examine_run(world, config, state, device, found, emit, fresh=fresh or is_fresh))
 
-    run.examiner = on_run
+    observer.current = Examiner()
     try:
-        _run(command)
+        run_program(command)
     except KeyboardInterrupt:
         emit(named("ranks", [ranks.interrupted()]))
         return INTERRUPTED
     except (Exception, SystemExit) as problem:  # the user's own code
         return _emit_failure(tried, problem, emit)
     finally:
-        run.examiner = None
+        observer.current = observer.Observer()
     advice = "see that its arguments let it train; harness.save, load and Loader alone are not looked at"
     found = named("configuration", [error(tried, "it has ended, and made none", advice)])
     emit(found)
@@ -67,15 +67,3 @@ def _emit_failure(tried: str, problem: BaseException, emit: Emit) -> int:
         print(f"harness: rank {rank()}: {found[0].found}", file=sys.stderr, flush=True)
     emit(found)
     return exit_code(found)
-
-
-def _run(command: Sequence[str]) -> None:
-    """As Python runs a script, or a module."""
-    if command[0] == "-m":
-        sys.argv[:] = command[1:]
-        sys.path.insert(0, "")
-        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
-        return
-    sys.argv[:] = command
-    sys.path.insert(0, os.path.dirname(os.path.abspath(command[0])))
-    runpy.run_path(command[0], run_name="__main__")

@@ -200,7 +200,7 @@ def run(case: Case) -> list[Finding]:
         advice = "see that it is the right place, and that it is mounted, or start without checkpoint.must_exist"
         return [error(tried, "there is none, and checkpoint.must_exist asks for one", advice, NoCheckpoint)]
     if not entries:
-        return trains or [ok(tried, "there is none: a run would start from nothing")]
+        return trains or [ok(tried, "there is none: a run would start from nothing; harness drill tries its deaths")]
     if not whole:
         advice = "restore one of them, or choose another checkpoint.url"
         return [error(tried, f"none of {len(entries)} is whole: {entries[0].problem}", advice, NoCheckpoint)]

@@ -44,7 +44,7 @@ def losses(report: RunReport, name: str, curves: Mapping[Attempt, Curve]) -> str
     """A metric over the steps, of all attempts, with each death and each resume."""
 
     def draw(axes: Axes) -> None:
-        by_id = {attempt.id: _drawable(points) for attempt, points in curves.items()}
+        by_id = {attempt.id: drawable(points) for attempt, points in curves.items()}
         values = [value for points in by_id.values() for _, value in points if math.isfinite(value)]
         if values and min(values) > 0 and max(values) > 50 * min(values):
             axes.set_yscale("log")
@@ -55,16 +55,16 @@ def losses(report: RunReport, name: str, curves: Mapping[Attempt, Curve]) -> str
                 points = [*_before(by_id, life), *points]  # from where it resumed
             kept = [(step, value) for step, value in points if step <= (life.kept_step or 0)]
             lost = [*kept[-1:], *((step, value) for step, value in points if step > (life.kept_step or 0))]
-            _line(axes, lost, color=COLOURS["lost"], **_HALO, gid=f"lost-{life.number}")
-            _line(axes, kept, color=COLOURS["training"], linewidth=1.4, gid=f"kept-{life.number}")
+            line(axes, lost, color=COLOURS["lost"], **_HALO, gid=f"lost-{life.number}")
+            line(axes, kept, color=COLOURS["training"], linewidth=1.4, gid=f"kept-{life.number}")
         for life in report.lives:
             _mark_on_curve(axes, life, by_id)
         axes.set_xlabel("step")
         axes.set_ylabel(for_terminal(name, _LONGEST_NAME), parse_math=False)  # a dollar is a dollar
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _legend(axes, {"counts": ("-", COLOURS["training"]), "lost": ("-", COLOURS["lost"]), **_MARKS})
+        legend(axes, {"counts": ("-", COLOURS["training"]), "lost": ("-", COLOURS["lost"]), **_MARKS})
 
-    return _svg(f"{for_terminal(name, _LONGEST_NAME)} over the steps, with deaths and resumes", 3.4, draw)
+    return svg(f"{for_terminal(name, _LONGEST_NAME)} over the steps, with deaths and resumes", 3.4, draw)
 
 
 def timeline(report: RunReport) -> str:
@@ -88,10 +88,10 @@ def timeline(report: RunReport) -> str:
         rows = range(0, len(lives), math.ceil(len(lives) / 30))
         axes.set_yticks(rows, [str(lives[row].number) for row in rows])
         axes.grid(visible=False, axis="y")
-        legend: dict[str, tuple[str, str]] = {kind: ("s", colour) for kind, colour in COLOURS.items() if kind != "down"}
-        _legend(axes, {**legend, "death": _MARKS["death"]})
+        entries: dict[str, tuple[str, str]] = {kind: ("s", colour) for kind, colour in COLOURS.items() if kind != "down"}
+        legend(axes, {**entries, "death": _MARKS["death"]})
 
-    return _svg("what each attempt did when", min(1.3 + 0.24 * len(lives), 9), draw)
+    return svg("what each attempt did when", min(1.3 + 0.24 * len(lives), 9), draw)
 
 
 def saves(report: RunReport) -> str:
@@ -109,9 +109,9 @@ def saves(report: RunReport) -> str:
         axes.set_xlabel("step")
         axes.set_ylabel("time (seconds)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _legend(axes, {"until durable": ("o", COLOURS["training"]), "training waited": ("v", COLOURS["saving"])})
+        legend(axes, {"until durable": ("o", COLOURS["training"]), "training waited": ("v", COLOURS["saving"])})
 
-    return _svg("seconds until each save was durable, and seconds that the training waited", 2.6, draw)
+    return svg("seconds until each save was durable, and seconds that the training waited", 2.6, draw)
 
 
 _HALO: dict[str, Any] = {"linewidth": 4, "alpha": 0.4}  # seen below a curve that was trained again with the same bits
@@ -148,7 +148,7 @@ def _mark(axes: Axes, x: float, y: float | None, what: str, gid: str) -> None:
     axes.plot([x], [y], shape, markersize=6, clip_on=False, gid=gid, **style)
 
 
-def _line(axes: Axes, points: Curve, **style: Any) -> None:
+def line(axes: Axes, points: Curve, **style: Any) -> None:
     """A line through points; so many that nobody sees them are thinned out, with the highest and the lowest kept."""
     if len(points) > _MOST_POINTS:
         size = math.ceil(len(points) / (_MOST_POINTS / 2))
@@ -162,7 +162,7 @@ def _value(point: tuple[int, float]) -> float:
     return point[1]
 
 
-def _drawable(points: Curve) -> Curve:
+def drawable(points: Curve) -> Curve:
     """The points, with a gap in the line where a value is none, or none that an axis can have."""
     return [(step, value if abs(value) < _LARGEST else math.nan) for step, value in points]
 
@@ -182,7 +182,7 @@ def _bars(life: Life, thinnest_seconds: float) -> dict[Kind, list[tuple[float, f
     return found
 
 
-def _legend(axes: Axes, entries: Mapping[str, tuple[str, str]]) -> None:
+def legend(axes: Axes, entries: Mapping[str, tuple[str, str]]) -> None:
     """Above the drawing, where it covers nothing."""
     handles = []
     for name, (shape, colour) in entries.items():
@@ -203,7 +203,7 @@ def _unit(seconds: float) -> tuple[str, float]:
     return "seconds", 1.0
 
 
-def _svg(what: str, height_inches: float, draw: Callable[[Axes], None]) -> str:
+def svg(what: str, height_inches: float, draw: Callable[[Axes], None]) -> str:
     """An SVG element with what is drawn, as wide as its place."""
     # It warns of letters that its own font has not: the browser draws the text, and has others.
     with warnings.catch_warnings(action="ignore"), rc_context({**_STYLE, "svg.hashsalt": what}):

@@ -47,6 +47,11 @@ def page(report: RunReport, records: Mapping[Attempt, Sequence[Record]]) -> str:
         f"<h2>Saves</h2>{figures.saves(report) if report.saves else ''}{_saves(report)}",
         *_notes(report),
     ]
+    return document(title, parts)
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """A whole page of HTML that stands by itself."""
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
     head += f"<style>{_STYLE}</style>"
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
@@ -74,9 +79,9 @@ def _attempts(report: RunReport) -> str:
         (life.number, life.host, life.ranks or "", words.steps(life), duration(life.ended - life.began), life.ending)
         for life in report.lives
     )
-    table = _table(("attempt", "host", "ranks", "trained", "#lived", "ended"), rows, "attempts")
+    found = table(("attempt", "host", "ranks", "trained", "#lived", "ended"), rows, "attempts")
     many = len(report.lives) > words.MOST_LINES
-    return f"<details><summary>All {len(report.lives)} attempts</summary>{table}</details>" if many else table
+    return f"<details><summary>All {len(report.lives)} attempts</summary>{found}</details>" if many else found
 
 
 def _times(report: RunReport, colours: Mapping[numbers.Kind, str]) -> str:
@@ -97,10 +102,10 @@ def _notes(report: RunReport) -> Iterable[str]:
     for event, title in numbers.NOTES.items():
         if records := report.notes.get(event):
             rows = ((int(str(record["attempt"])[:6]), words.note(record)) for record in records)
-            yield f"<h2>{for_html(title.replace('_', ' ').capitalize())}</h2>{_table(('attempt', 'what'), rows, event)}"
+            yield f"<h2>{for_html(title.replace('_', ' ').capitalize())}</h2>{table(('attempt', 'what'), rows, event)}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]], name: str) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[object]], name: str) -> str:
     """A table; columns whose head begins with # hold numbers."""
     kinds = ["n" if title.startswith("#") else "w" for title in head]
     top = "".join(

@@ -17,7 +17,7 @@ from harness.config import RunConfig
 from harness.distributed.world import World
 from harness.runtime.environment import is_first_of_node
 from harness.telemetry.events import EventLog
-from harness.training import resume
+from harness.training import observer, resume
 from harness.training.resume import Resumed
 from harness.training.run_context import RunContext
 from harness.training.save_log import SaveLog
@@ -162,6 +162,7 @@ class Checkpointing(Saves):
         }
         request = SaveRequest(progress.step, whole, best, directory, self._state.is_steady())
         self._log.begun(progress.step)
+        observer.current.saving(directory)
         if must_succeed or checkpoint.mode == "sync":
             self._log.committed(saver.save(parts, request, must_succeed=must_succeed))
         else:

@@ -56,7 +56,7 @@ class Course:
     def place(self) -> Place:
         """Where this rank is."""
         loader = self._loader
-        samples = loader.position.samples(loader.rank, loader.world_size) if loader is not None else []
+        samples = loader.samples() if loader is not None else []
         return Place(self._rank, self._state.progress.step, self.boundaries, samples)
 
     def shown(self, step: int) -> str:

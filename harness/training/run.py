@@ -25,7 +25,7 @@ from harness.runtime.watchdog import Watchdog
 from harness.state.capture import Adapt, State
 from harness.storage.urls import shown
 from harness.telemetry.events import EventLog, metrics_in_words
-from harness.training import attempt, program
+from harness.training import attempt, observer, program
 from harness.training.attempt import Attempt
 from harness.training.course import Course, Length
 from harness.training.hangs import NoWatchdog, watching
@@ -34,9 +34,6 @@ from harness.training.run_context import RunContext
 from harness.training.save_policy import Due
 
 log = logging.getLogger(__name__)
-
-# The doctor's, while it runs a script: it is given what a Run is made of, looks at that, and ends the program.
-examiner: Callable[[RunConfig, Mapping[str, Any], World | None, bool], None] | None = None
 
 
 class Run:
@@ -94,9 +91,8 @@ class Run:
     ) -> None:
         given = {"every_steps": every_steps, "every_seconds": every_seconds, "every_epochs": every_epochs}
         given |= {"keep_last": keep_last, "must_exist": must_exist or None}
-        self.config = settings_of(url, given, config)
-        if examiner is not None:
-            examiner(self.config, state, world, fresh)
+        self.config = observer.current.settings(settings_of(url, given, config))
+        observer.current.making(self.config, state, world, fresh)
         self._host = program.host() if stop is None else program.Guest(stop)
         self.stop = self._host.stop
         self._watchdog: Watchdog | NoWatchdog = NoWatchdog()
@@ -122,6 +118,7 @@ class Run:
             self._closing.callback(setattr, self.stop, "before_leaving", nothing)
         if reopen:
             self.state.progress.finished_loops = 0
+        observer.current.begun(self)
 
     @property
     def global_step(self) -> int:
@@ -155,6 +152,7 @@ class Run:
         self._attempt.events.reached(step, epoch)
         self._attempt.saves.poll()
         self._watchdog.step()
+        observer.current.reached(self, metrics)
         self._loop.end_unseen()
 
     def finish(self) -> None:
@@ -227,6 +225,7 @@ class Run:
             try:
                 with self._loop.under_way(length):
                     self._attempt.begin_here(self.global_step, self._loop.begin_here(self._attempt.saves))
+                    observer.current.looping(self)
                     yield
                 self._decisions.finish()
                 self.finish()
