@@ -14,7 +14,7 @@ from harness.drill.drill import Drill, scratch_folder
 from harness.drill.launches import Job
 from harness.drill.results import Findings, Result
 from harness.drill.trials import QUICK
-from harness.errors import ConfigError
+from harness.errors import ConfigError, StoreError
 from harness.launcher.launch import halves
 from harness.runtime.console import printable
 from harness.runtime.signals import STOP_SIGNALS
@@ -78,7 +78,10 @@ def run_drill(
             url=url,
             emit=emit,
         )
-        findings = drill.run(QUICK if quick else None, soak_seconds=soak_seconds, seed=seed)
+        try:
+            findings = drill.run(QUICK if quick else None, soak_seconds=soak_seconds, seed=seed)
+        except OSError as error:
+            raise StoreError(f"harness drill: {error.strerror}: {error.filename}; let TMPDIR name another folder") from None
         _live("")
         if page_path is not None:
             _write_page(page_path, findings, between_deaths_seconds)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,12 @@ from pathlib import Path
 
 from harness.drill.plan import VARIABLE, Plan
 from harness.drill.record import Record
-from harness.errors import HarnessError, Stopped
+from harness.errors import HarnessError, Stopped, StoreError
 from harness.runtime.signals import die_with_parent
 
 _POLL_SECONDS = 0.05
 _MOST_LAUNCHES = 6  # of one trial: each fault takes one
+_LEAST_FREE_BYTES = 1 << 20
 _MOST_LINES = 12  # of a job's last words
 
 
@@ -51,7 +53,7 @@ class Job:
 def see_through(job: Job, plan: Plan, *, patience_seconds: float, ranks: int = 0) -> int:
     """Launches a job, again after each death that the plan has for it, until it has come to its end. Returns how often.
 
-    Raises ``JobFailure`` where it ends otherwise, or hangs; its output stays in the plan's folder.
+    Raises ``JobFailure`` where it ends otherwise, or hangs, and ``StoreError`` where the drill's own folder is full.
     """
     for count in range(1, _MOST_LAUNCHES + 1):
         deaths = len(Record.of(plan).deadly)
@@ -59,6 +61,10 @@ def see_through(job: Job, plan: Plan, *, patience_seconds: float, ranks: int = 0
         record = Record.of(plan)
         if code == 0 or (code == Stopped.exit_code and record.last_step >= (plan.stop_at or plan.steps)):
             return count
+        if shutil.disk_usage(plan.folder).free < _LEAST_FREE_BYTES:
+            raise StoreError(
+                f"harness drill: no room left in {plan.folder}; let TMPDIR name a folder with more, or use --url"
+            )
         if len(record.deadly) == deaths:
             raise JobFailure(f"the job ended with exit code {code} at step {record.last_step}:\n{last_words(plan)}")
     raise JobFailure(f"the job has not come to its end in {_MOST_LAUNCHES} launches:\n{last_words(plan)}")

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -22,6 +23,7 @@ class Contents:
     def __init__(self, parts: Mapping[str, Part]) -> None:
         self._parts = parts
         self.loaders = [part.live for part in parts.values() if isinstance(part.live, Loader | DataLoader)]
+        self.has_scaler = any(isinstance(part.live, torch.amp.GradScaler) for part in parts.values())
         # An object of the program's own may keep a position in the data, too.
         self.may_have_position = bool(self.loaders) or any(type(part) is OtherPart for part in parts.values())
 

@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from types import FrameType, ModuleType
 from typing import Any
@@ -55,6 +55,7 @@ class Omissions:
         self._fetched = [0]  # batches in all: before the loop, at its first boundary, and at the newest one
         self._forwards = 0  # at the last boundary
         self._looked = 0  # at so many boundaries of this loop
+        self._still = Stillness([] if state.contents.has_scaler or not state.optimizers else [*state.modules.values()])
         self._marks: tuple[int, Mapping[str, Any]] | None = None  # of the save that was begun in ``step``, and its step
 
     @contextlib.contextmanager
@@ -157,6 +158,11 @@ class Omissions:
             return
         self._forwards = self._own_work.forwards
         self._looked += 1
+        if self._still.is_found(self._looked):
+            self._say(
+                f"no parameter of {', '.join(self._state.modules)} has changed in {Stillness.STEPS} steps. See that "
+                "optimizer.step() is called before run.step(), and that the optimizer has the model's parameters"
+            )
         if self._looked == _MOST_STEPS:
             self._seeing.close()
         if self._boundaries is not None:
@@ -225,6 +231,33 @@ class Omissions:
         if not self._has_ended_epoch:
             self._has_ended_epoch = True
             self.warn()
+
+
+class Stillness:
+    """Looks whether the first steps of a loop change any parameter at all, by the first numbers of each.
+
+    A scaler of gradients may pass over these steps, so nobody looks then.
+    """
+
+    STEPS = 2
+    _NUMBERS = 1024
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
+        self._before: list[torch.Tensor] = []
+
+    def is_found(self, boundary: int) -> bool:
+        """Whether nothing has changed from the first boundary of a loop to this one, which is the last to be looked at."""
+        if boundary == 1:
+            self._before = self._some()
+        if boundary != 1 + self.STEPS or not self._before:
+            return False
+        before, self._before = self._before, []
+        return all(torch.equal(*pair) for pair in zip(before, self._some(), strict=False))
+
+    def _some(self) -> list[torch.Tensor]:
+        trained = [each for module in self._modules for each in module.parameters() if each.requires_grad and each.numel()]
+        return [each.detach().flatten()[: self._NUMBERS].clone() for each in trained]
 
 
 def _parameters_of(optimizer: Optimizer) -> list[torch.Tensor]:

@@ -105,6 +105,36 @@ def test_a_job_that_hangs(tmp_path):
     assert "the job hangs: nothing has happened for 3 s (--patience) after step 0" in done.stderr
 
 
+@pytest.mark.soak
+def test_a_full_disk(tmp_path):
+    """A real one, of a megabyte: that is not the job's fault, and it is said so in a line."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(small)], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("needs leave to mount a tmpfs")
+    try:
+        done = drill(tmp_path, "--quick", "--", MISTAKES, "none", TMPDIR=str(small))
+        left = [*small.iterdir()]
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+    assert done.returncode == 74
+    assert "no room left in" in done.stderr or "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert left == []
+
+
+def test_what_a_killed_drill_has_left_goes_with_the_next(tmp_path):
+    """A folder of a process that is no more; not one of a process that is alive."""
+    gone, alive = tmp_path / "harness-drill-999999999-a", tmp_path / f"harness-drill-{os.getpid()}-a"
+    for folder in (gone, alive):
+        folder.mkdir()
+    (tmp_path / "job.py").write_text("raise SystemExit(1)")
+    drill(tmp_path, "--", "job.py")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [alive.name, "job.py"]
+
+
 def test_an_interrupt_leaves_neither_processes_nor_files(tmp_path):
     """In the middle of a launch."""
     command = [sys.executable, "-m", "harness", "drill", "--", str(MISTAKES), "none"]

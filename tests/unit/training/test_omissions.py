@@ -171,3 +171,14 @@ def test_what_follows_a_boundary_in_somebody_elses_loop(tmp_path, caplog):
     position, change = warnings_of(caplog)
     assert position.startswith("epoch 0 is saved in its middle, and nothing in the state says where that is")
     assert change.startswith("scheduler changed after run.step(): the checkpoint of step 2 is without it")
+
+
+def test_a_loop_that_changes_nothing(caplog):
+    """Its optimizer has the parameters of another model, or none of its steps is taken."""
+    parts = Parts("loader")
+    for _ in parts.run.epochs(1):
+        for (x,) in parts.loader:
+            parts.model(x).square().mean().backward()
+            parts.run.step()
+    (message,) = warnings_of(caplog)
+    assert message.startswith("no parameter of model has changed in 2 steps. See that optimizer.step() is called")
