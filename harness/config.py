@@ -379,7 +379,7 @@ def _describe_mistake(error: ErrorDetails) -> str:
             return f"{path}: unknown key (found {_shown(error['input'], path)}){hint}"
         case "missing":
             return f"{path}: expected a value, found none"
-    expected = error["msg"].removeprefix("Input should be ")
+    expected = re.sub(r"^(Input should be|\w+ should have) ", "", error["msg"])
     return f"{path}: expected {expected}, found {_shown(error['input'], path)}"
 
 

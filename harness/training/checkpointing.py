@@ -153,8 +153,8 @@ class Checkpointing(Saves):
             parts |= {name: {str(rank): each[name] for rank, each in enumerate(ranks)} for name in ranks[0]}
         best = int(progress.best["step"]) if checkpoint.keep_best and progress.best else None
         whole = {
-            **meta,
             **self._about,
+            **meta,
             **resume.conditions(self._world),
             "save_seconds": self._log.seconds,  # the save before this one; None at the first
             "python": platform.python_version(),
