@@ -199,6 +199,16 @@ class Hosted(Protocol):
         """The program ends. Called once more, perhaps."""
 
 
+class Nobody:
+    """In place of a run that is not there yet."""
+
+    def remember_crash(self, _error: BaseException) -> None:
+        """There is no attempt that could remember it."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 class Guest:
     """In place of a host, where whoever calls has a stop request of their own, and owns the process."""
 
@@ -210,6 +220,9 @@ class Guest:
 
     def let_go(self, run: Hosted) -> None:
         """Nothing was installed."""
+
+    def preparing(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def start(self, _run: Hosted) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -264,6 +277,14 @@ class Host(Program):
         self._runs = [each for each in self._runs if each is not run]
         if not self._runs and self._last_word is None:
             atexit.unregister(self._leave)
+
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        """The time before there is a run: a setting that is wrong ends the program as an error in the loop does."""
+        nobody = Nobody()
+        with self.start(nobody):
+            yield
+        self.let_go(nobody)
 
     @contextlib.contextmanager
     def start(self, run: Hosted) -> Iterator[None]:

@@ -91,10 +91,11 @@ class Run:
     ) -> None:
         given = {"every_steps": every_steps, "every_seconds": every_seconds, "every_epochs": every_epochs}
         given |= {"keep_last": keep_last, "must_exist": must_exist or None}
-        self.config = observer.current.settings(settings_of(url, given, config))
-        observer.current.making(self.config, state, world, fresh)
         self._host = program.host() if stop is None else program.Guest(stop)
         self.stop = self._host.stop
+        with self._host.preparing():
+            self.config = observer.current.settings(settings_of(url, given, config))
+        observer.current.making(self.config, state, world, fresh)
         self._watchdog: Watchdog | NoWatchdog = NoWatchdog()
         self._decisions: Agreement | NoLoop = NoLoop()
         self._attempt = Attempt(EventLog(self.config, active=False))  # until there is one

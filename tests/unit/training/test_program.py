@@ -213,3 +213,11 @@ def test_children_in_a_loop(tmp_path):
     assert done.stdout.splitlines() == ["child ended with 0", f"helper ended with {-signal.SIGTERM}", "parent is done"]
     assert newest(tmp_path / "run")["step"] == 4
     assert crashes(tmp_path / "run") == []
+
+
+def test_a_setting_that_is_wrong_ends_a_script_in_one_line(tmp_path):
+    """With the exit code that says that starting again would not help."""
+    script = "import torch, harness; m = torch.nn.Linear(1, 1); harness.Run(None, {'m': m}, config={'log': {'jsnol': 'a'}})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
+    words = "harness: config: log.jsnol: unknown key (found 'a'); the nearest known key is log.jsonl\n"
+    assert (done.returncode, done.stderr) == (2, words)
