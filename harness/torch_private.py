@@ -10,17 +10,19 @@ program asks for it (``init_process_group(enable_reconfigure=True)``), and it is
 it: a group keeps its ranks from its beginning to its end.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import itertools
 import logging
 import operator
+import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import distributed, nn
@@ -376,13 +378,29 @@ RANKS_END = Part(
 )
 RESTARTS = Part(
     "torch.distributed.elastic.agent.server.local_elastic_agent.LocalElasticAgent._monitor_workers, ._remaining_restarts",
-    "tells of a restart, and counts restarts anew when the ranks have come further",
-    "restarts are not told of, and --max-restarts counts all of them, also those with progress between them",
+    "reports restarts, and counts again from zero when the ranks have come further",
+    "restarts are not reported, and --max-restarts counts all of them, also those with progress in between",
     lambda: (
         "_monitor_workers" in vars(_agent())
         and any("_remaining_restarts" in _names_in(kind.__init__) for kind in _agent().__mro__ if kind is not object)
     ),
 )
+
+
+RANKS_STDERR = Part(
+    "SubprocessHandler._popen and ._stderr, PContext._tail_logs",
+    "keeps torchrun's own output in a file, and the ranks' output on the screen",
+    "torchrun's own output is shown, as with --verbose",
+    lambda: (
+        "_popen" in vars(_subprocess())
+        and "_stderr" in _names_in(_subprocess().__init__)
+        and "_tail_logs" in _names_in(_elastic().PContext.__init__)
+    ),
+)
+
+
+def _subprocess() -> Any:
+    return importlib.import_module("torch.distributed.elastic.multiprocessing.subprocess_handler").SubprocessHandler
 
 
 def _elastic() -> Any:
@@ -409,9 +427,9 @@ def before_ranks_are_ended(note: Callable[[Sequence[int]], None]) -> None:
     context.close = note_and_close
 
 
-def when_ranks_fail(left: Callable[[int, int], int]) -> None:
-    """Has torchrun, in this process, call ``left`` when ranks have failed, with the number of restarts that it allows and of
-    those that are left. What it returns is left from then on."""
+def when_ranks_fail(left: Callable[[int, int, Mapping[int, int]], int]) -> None:
+    """Has torchrun, in this process, call ``left`` when ranks have failed: with the number of restarts that it allows, of
+    those that are left, and the exit codes of the ranks that failed here. What it returns is left from then on."""
     if not has(RESTARTS):
         return
     kind = _agent()
@@ -420,10 +438,32 @@ def when_ranks_fail(left: Callable[[int, int], int]) -> None:
     def monitor_and_count(self: Any, group: Any) -> Any:
         result = monitor(self, group)
         if result.state.name in ("FAILED", "UNHEALTHY"):
-            self._remaining_restarts = left(group.spec.max_restarts, self._remaining_restarts)
+            codes = {rank: failure.exitcode for rank, failure in (getattr(result, "failures", None) or {}).items()}
+            self._remaining_restarts = left(group.spec.max_restarts, self._remaining_restarts, codes)
         return result
 
     kind._monitor_workers = monitor_and_count
+
+
+def give_ranks(stderr: TextIO) -> bool:
+    """Has torchrun, in this process, give its ranks a stderr that is not its own, also for what it copies there (``--tee``).
+    Returns whether it does."""
+    if not has(RANKS_STDERR):
+        return False
+    handler, context = _subprocess(), _elastic().PContext
+    popen, init = handler._popen, context.__init__
+
+    def popen_with(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._stderr is None:  # else it goes to a file
+            self._stderr = open(os.dup(stderr.fileno()), "w")  # noqa: SIM115  # the handler closes it
+        return popen(self, *args, **kwargs)
+
+    def init_with(self: Any, *args: Any, **kwargs: Any) -> None:
+        with contextlib.redirect_stderr(stderr):
+            init(self, *args, **kwargs)
+
+    handler._popen, context.__init__ = popen_with, init_with
+    return True
 
 
 DYNAMO = Part(
@@ -435,5 +475,5 @@ DYNAMO = Part(
 
 PARTS = (
     *(VERSION, MODULE_VERSIONS, OWN_STATE, COMPILED, BATCH_NORM, STEP_HOOKS, SCALER, SCHEDULES, BUCKETS, LOADER, WORKERS),
-    *(RANKS_END, RESTARTS, DYNAMO),
+    *(RANKS_END, RESTARTS, RANKS_STDERR, DYNAMO),
 )

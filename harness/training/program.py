@@ -156,8 +156,10 @@ def end_stopped(stopped: Stopped) -> NoReturn:
 def fail(error: BaseException) -> NoReturn:
     """Ends a rank at once, after an error. The others may wait for it in a collective for minutes; torchrun frees them once
     this one is gone."""
-    error = _meant(error)
-    console.report_error(error)
+    meant = _meant(error)
+    if meant is error or not outcome.is_wanted() or is_first_of_node() or _is_timeout(str(meant)):
+        console.report_error(meant)  # of the ranks that a death leaves behind one for each machine: harness launch names it
+    error = meant
     outcome.record_outcome(outcome.of(error))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -180,10 +182,14 @@ def where_this_rank_was(reason: str) -> str:
     place = (
         "this rank was before its first step boundary" if step is None else f"this rank was at the boundary of step {step}"
     )
-    if not re.search(r"time.?out|timed out", reason, re.IGNORECASE):
+    if not _is_timeout(reason):
         return place
     advice = "compare with the other ranks (every rank has to call run.step() equally often), or raise world.timeout_seconds"
     return f"{place}; {advice}"
+
+
+def _is_timeout(reason: str) -> bool:
+    return re.search(r"time.?out|timed out", reason, re.IGNORECASE) is not None
 
 
 # --- a program that has a loop of its own ------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from harness.data.loader import Loader, nothing
 from harness.distributed.agreement import Agreement, NoLoop
 from harness.distributed.world import World, world_of_program
 from harness.errors import ConfigError, NoCheckpoint, Stopped
+from harness.launcher import outcome
 from harness.runtime.environment import is_first_of_node
 from harness.runtime.preemption import Watcher
 from harness.runtime.signals import StopRequest
@@ -153,6 +154,7 @@ class Run:
         decision = self._decisions.decide(save_is_wanted=self._attempt.saves.is_wanted())
         step, epoch = self._loop.reach_boundary(metrics, decision)
         self._attempt.events.reached(step, epoch)
+        outcome.reached(step)
         self._attempt.saves.poll()
         self._watchdog.step()
         self._loop.end_unseen()

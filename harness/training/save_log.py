@@ -4,6 +4,7 @@ import logging
 from dataclasses import asdict
 
 from harness.checkpoint.saver import Saved
+from harness.launcher import outcome
 from harness.runtime.environment import shutdown_grace_seconds
 from harness.telemetry.events import EventLog
 from harness.training.resume import Resumed
@@ -41,6 +42,7 @@ class SaveLog:
         if saved is None:
             return
         self.step, self.directory, self.seconds = saved.step, saved.directory, saved.seconds
+        outcome.saved(saved.step)
         times = f"in {saved.seconds:.2f} s, of which training waited {saved.blocked_seconds:.3f} s"
         message = f"step {self._course.shown(saved.step)}  saved {saved.directory} {times}"
         self._events.emit("save", message, **asdict(saved))
