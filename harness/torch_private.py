@@ -112,7 +112,7 @@ def _wrapper(name: str) -> Callable[[Any, Callable[..., Any]], None]:
 VERSION = Part(
     "Tensor._version",
     "tells whether a tensor was changed in place: while a save copies it, and after a step was saved",
-    "a copy that is made beside the training could be torn, and nobody would notice",
+    "a copy made during training could be torn without anyone noticing",
     lambda: isinstance(torch.zeros(1)._version, int),
     is_needed=True,
 )
@@ -124,7 +124,7 @@ version: Callable[[torch.Tensor], int] = operator.attrgetter("_version")  # each
 MODULE_VERSIONS = Part(
     "Module._version and state_dict()._metadata",
     "saves the versions of a model's modules, by which they convert an older state when it is loaded",
-    "a checkpoint does not tell the versions of its modules, and they take its state for one of their oldest version",
+    "checkpoints lack the versions of their modules, which then read their state as that of their oldest version",
     lambda: nn.BatchNorm1d(1).state_dict()._metadata[""]["version"] == nn.BatchNorm1d._version,  # type: ignore[attr-defined]
 )
 OWN_STATE = Part(
@@ -142,7 +142,7 @@ COMPILED = Part(
 BATCH_NORM = Part(
     "torch.nn.modules.batchnorm._BatchNorm",
     "warns where a batch norm may be given a single sample",
-    "only torch's own batch norms are warned of, and none that a program has derived from their base",
+    "there is no warning for batch norms that a program derives from torch's base class",
     lambda: issubclass(nn.BatchNorm1d, batchnorm._BatchNorm),
 )
 module_version = _getter("_version", 1)  # of a module's state; 1 is torch's default
@@ -192,14 +192,14 @@ def _has_schedules() -> bool:
 STEP_HOOKS = Part(
     "Optimizer._optimizer_step_pre_hooks and step.hooked",
     "waits, before an optimizer changes the parameters, for the copy that a save makes of them",
-    "nobody could tell when an optimizer is about to change the parameters",
+    "harness could not tell when an optimizer is about to change the parameters",
     lambda: calls_step_hooks(SGD([torch.zeros(1)], lr=0.1)),
     is_needed=True,
 )
 SCALER = Part(
     "GradScaler._scale",
     "finds gradient scalers that a loop uses and the state lacks",
-    "a gradient scaler that is not in the state is not warned of",
+    "there is no warning if a gradient scaler is missing from the state",
     lambda: hasattr(torch.amp.GradScaler("cpu"), "_scale"),
 )
 SCHEDULES = Part(
@@ -333,7 +333,7 @@ LOADER = Part(
 WORKERS = Part(
     "_shutdown_workers of a DataLoader's iterator",
     "ends the loader's workers before they are killed, so that they leave no files behind",
-    "loader workers are killed without being asked to end",
+    "loader workers are killed without a request to end",
     lambda: hasattr(type(_iterator()), "_shutdown_workers") or hasattr(_workers_iterator(), "_shutdown_workers"),
 )
 set_maker = _setter("_get_iterator")  # a loader gets its iterators from this function

@@ -3,7 +3,7 @@
 It adds to torchrun's command line only what is not there, and to the environment:
 
 * ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``: otherwise (torch 2.13) a node that joins a running job hangs it;
-* three restarts (torchrun's default is none), counted anew when the ranks start from a newer checkpoint (see
+* three restarts (torchrun's default is none), counted again from zero when the ranks start from a newer checkpoint (see
   ``harness.launcher.agent``), and a time to save after a signal;
 * on one machine the address ``localhost``: the machine's own name need not lead anywhere;
 * a death signal, so that a killed launcher leaves no orphans: launcher → agent → workers;
@@ -11,11 +11,11 @@ It adds to torchrun's command line only what is not there, and to the environmen
 * a file for what torchrun prints about itself. It is kept, and named in the last line, where the ranks have failed.
   ``--verbose`` shows it instead. The ranks' own output is never touched.
 
-torchrun restarts workers whatever made them fail. When the records of the ranks say that starting again cannot help, the
-agent is ended at once. And when they say that the ranks have stopped, the agent is not waited for: on several machines it
-would wait five minutes for that of the machine which was asked to stop, and which has left without a word.
+torchrun restarts workers whatever made them fail. If the records of the ranks say that a restart cannot help, the agent
+is ended at once. If they say that the ranks have stopped, the launcher does not wait for the agent: on several machines
+it would wait five minutes for the agent of the machine that was asked to stop, which has left already.
 
-A stop that somebody asks for is noted before the signal goes on: a SIGTERM alone may also mean that another rank has died.
+A stop request is noted before the signal is passed on: a SIGTERM alone may also mean that another rank has died.
 """
 
 import contextlib

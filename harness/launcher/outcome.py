@@ -167,7 +167,7 @@ def _write(path: Path, text: str) -> bool:
 
 
 def say_stop(directory: str) -> None:
-    """Says that a stop was asked for, before the signal goes on."""
+    """Notes a stop request, before the signal is passed on."""
     _write(Path(directory, "stop"), "")
 
 

@@ -1,8 +1,8 @@
 """What a run says where it was started: plain lines, JSON where asked, and on a terminal one live line below them.
 
-Every line of a process's log carries its rank, host, attempt and step: as JSON in so many words; in text the lines of other
-ranks than 0 begin with them. The live line is tqdm's, which is imported only when there is a terminal. What is logged while
-it is there goes above it.
+Every line of a process's log carries its rank, host, attempt and step. JSON lines have all of them; in text the lines of
+other ranks than 0 begin with rank and host. On a terminal warnings, errors, saves and resumes have colours. The live line is
+tqdm's, which is imported only when there is a terminal. What is logged while it is there goes above it.
 
 No line has a secret (see ``harness.secrecy``), whichever library it comes from, nor anything that a terminal would obey. The
 loggers of other libraries are as the program has set them: only harness and the user's task are heard below warnings.
@@ -136,7 +136,7 @@ def printable(text: str) -> str:
 
 
 def number(value: float, digits: int) -> str:
-    """A number with so many significant digits: ``0.5123``, ``41,140``, ``1e+20``."""
+    """A number with ``digits`` significant digits: ``0.5123``, ``41,140``, ``1e+20``."""
     short = f"{value:.{digits}g}"
     if not 1000 <= abs(value) < 1e15:
         return short
@@ -190,7 +190,8 @@ def speak(form: Literal["text", "json"]) -> None:
 
 
 def level() -> int:
-    """What this rank says: rank 0 all; of the others one of each machine warnings, so that its troubles are told once."""
+    """The level of this rank's log: rank 0 logs everything; of the others, one on each machine logs warnings, so that
+    they appear once."""
     if here.rank == 0:
         return logging.INFO
     return logging.WARNING if is_first_of_node() else logging.ERROR

@@ -109,7 +109,7 @@ def test_a_manifest_in_a_strange_place(store, tmp_path):
         os.rename(tmp_path / directory, tmp_path / name)
         (entry,) = Catalog(store).entries()
         assert entry.state == "corrupt"
-        assert "is that of step 10, attempt 000001-00000001" in entry.problem
+        assert "found step 10, attempt 000001-00000001" in entry.problem
         os.rename(tmp_path / name, tmp_path / directory)
 
 
@@ -209,7 +209,7 @@ def test_a_link_that_leads_nowhere(store, tmp_path):
     os.rename(tmp_path / directory, tmp_path / "moved")
     os.symlink(tmp_path / "nowhere", tmp_path / directory)
     for look in (Catalog(store).newest, Catalog(store).entries, lambda: harness.latest(store.root)):
-        with pytest.raises(StoreError, match=f"list .*{directory}: it is a link, and what it leads to is not there"):
+        with pytest.raises(StoreError, match=f"list .*{directory}: it is a link whose target is missing"):
             look()
 
 
