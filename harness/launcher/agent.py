@@ -54,7 +54,8 @@ class Restarts:
         if left:
             return f"restart {self._allowed - left + 1} of at most {self._allowed} {kind}{_continues(saved_step)}"
         kept = f"; the newest checkpoint is of step {saved_step} or later" if saved_step else ""
-        return f"no restart is left of the {self._allowed} allowed {kind}{kept}"
+        spent = f"no restart is left of the {self._allowed} allowed" if self._allowed else "no restart is allowed"
+        return f"{spent} {kind}{kept}"
 
 
 def _continues(step: int | None) -> str:

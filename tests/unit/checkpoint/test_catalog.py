@@ -218,7 +218,7 @@ def test_names_that_begin_like_those_of_saves(store, tmp_path):
     (tmp_path / "step-1200").mkdir()
     (tmp_path / "step-000000001300-000002-00000000-00000000.bak").mkdir()
     for look in (lambda: [*Catalog(store).candidates()], Catalog(store).newest, lambda: harness.latest(store.root)):
-        with pytest.raises(UnknownFormat, match=r"expected checkpoints, found step-000000001300-.*\.bak, a name that"):
+        with pytest.raises(UnknownFormat, match=r"expected checkpoints, found step-000000001300-.*\.bak, which is no name"):
             look()
     directory = save(store, 10)
     assert harness.latest(store.root) == 10

@@ -393,7 +393,7 @@ def test_a_writer_that_says_nothing_is_not_waited_for_for_ever(small_blocks, cap
     silent.takes_receipts = False
     writers = savers(Objects(objects), silent, patience_seconds=0.3)
     assert save(writers) is None
-    assert "the ranks [1] have not written theirs" in failed(caplog)[-1]
+    assert "ranks [1] have not written theirs" in failed(caplog)[-1]
     writers = savers(Objects(objects), silent, patience_seconds=600)
     request = SaveRequest(2, directory=writers[0].new_directory(2), is_steady=everything)
     writers[0].begin(parts(), request)

@@ -186,7 +186,7 @@ def test_a_sampler_that_nobody_tells_the_epoch(caplog, is_called):
             walk.loader.sampler.set_epoch(epoch)
         for _ in walk.loader:
             pass
-    assert ("sampler has the order of the epoch before; call its set_epoch(epoch)" in caplog.text) != is_called
+    assert ("sampler repeats the order of the epoch before; call its set_epoch(epoch)" in caplog.text) != is_called
 
 
 # --- what is not in the state ----------------------------------------------------------------------------------------

@@ -159,6 +159,7 @@ def test_restarts_count_while_nothing_is_gained():
     assert restarts.describe(3, 0) == f"restart 1 of at most 3 {kind}; no checkpoint has been reported yet"
     assert restarts.describe(1, 40) == f"restart 3 of at most 3 {kind}; training continues from step 40 or later"
     assert restarts.describe(0, None) == f"no restart is left of the 3 allowed {kind}"
+    assert Restarts(0, renewed=False).describe(0, 0) == "no restart is allowed (--max-restarts)"
     kept = "the newest checkpoint is of step 40 or later"
     assert restarts.describe(0, 40) == f"no restart is left of the 3 allowed {kind}; {kept}"
 

@@ -76,7 +76,7 @@ def test_an_edited_rate_does_not_count_and_is_told_of(tmp_path, caplog):
     assert again.rates == [0.1]
     lines = [("lr", "0.001", "0.1"), ("momentum", "0", "0.5"), ("weight_decay", "0.2", "0")]
     assert told(caplog) == [
-        f"optimizer: {option}: {here} in this program, {there} in the checkpoint; the checkpoint counts. To use the "
+        f"optimizer: {option}: {here} in this program, {there} in the checkpoint; using the checkpoint's. To use the "
         f'program\'s: Run(..., reset_options=["{option}"])'
         for option, here, there in lines
     ]
@@ -112,7 +112,7 @@ def test_settings_of_a_schedule_are_told_of(tmp_path, caplog):
         Program(tmp_path, build(8))
     (line,) = told(caplog)
     assert line.startswith(
-        "scheduler: 1.T_max: 8 in this program, 4 in the checkpoint; the checkpoint counts, and its learning rate rises "
+        "scheduler: 1.T_max: 8 in this program, 4 in the checkpoint; using the checkpoint's, and its learning rate rises "
         "again after 4 of the scheduler's steps. To use the program's: Run(..., reset_options=[\"T_max\"])"
     )
 
@@ -141,7 +141,7 @@ def test_a_checkpoint_that_does_not_say_how_it_was_built(tmp_path):
     twin = State({name: each.live for name, each in state[0.1]._parts.items()}, CPU)
     twin.edits.compare(parts, parts["training"])
     assert [str(each) for each in twin.edits.differences] == [
-        "optimizer: lr: 0.1 in this program, 0.2 in the checkpoint; the checkpoint counts"
+        "optimizer: lr: 0.1 in this program, 0.2 in the checkpoint; using the checkpoint's"
     ]
     assert twin.capture()["training"]["built"]["optimizer"]["lr"] == [0.1]  # so that it is told once
     state[0.1].restore(parts, 1)
@@ -315,7 +315,7 @@ def test_a_gradient_scalers_settings(tmp_path, caplog):
     extra = build(7)
     Program(tmp_path, extra=extra)
     assert extra["scaler"].get_growth_interval() == 5
-    assert told(caplog)[0].startswith("scaler: growth_interval: 7 in this program, 5 in the checkpoint; the checkpoint")
+    assert told(caplog)[0].startswith("scaler: growth_interval: 7 in this program, 5 in the checkpoint; using the checkpoint")
     extra = build(7)
     Program(tmp_path, extra=extra, reset=["growth_interval"])
     assert extra["scaler"].get_growth_interval() == 7

@@ -424,7 +424,7 @@ def test_a_parameter_that_is_not_the_models_is_refused():
     net = Net()
     optimizer = optim.SGD([{"params": net.parameters()}, {"params": [torch.zeros(2, 3, requires_grad=True)]}])
     with pytest.raises(
-        Unsupported, match=r"^optimizer: parameter 0 of group 1 \(float32\[2, 3\]\) is not one of the model's"
+        Unsupported, match=r"^optimizer: parameter 0 of group 1 \(float32\[2, 3\]\) does not belong to the model"
     ):
         optimizer_state(optimizer, net)
 

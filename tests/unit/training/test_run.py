@@ -535,7 +535,7 @@ def test_a_run_that_must_be_there(tmp_path):
             run.step()
         run.close()
     assert harness.latest(tmp_path / "run") == 2
-    with pytest.raises(ConfigError, match="choose"):
+    with pytest.raises(ConfigError, match="set only one of them"):
         harness.Run(tmp_path / "run", model, must_exist=True, fresh=True, stop=harness.StopRequest())
 
 
