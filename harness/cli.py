@@ -152,9 +152,11 @@ class _OwnOptionsFirst(click.Command):
 def launch(arguments: tuple[str, ...]) -> None:
     """Run `harness train`, `harness doctor` or a script with a harness.Run under torchrun.
 
-    harness launch [torchrun options] -- train CONFIG.yaml ... (or doctor CONFIG.yaml, SCRIPT.py, -m MODULE). Sets what
-    torchrun needs to restart well, and ends it when a restart cannot help. Exit codes: 0 done; 75 stopped and saved, start
-    it again; 1, 74, 76 failed, a restart may help; 2, 65, 66, 70, 77 as for train, somebody has to act first.
+    harness launch [torchrun options, --verbose] -- train CONFIG.yaml ... (or doctor CONFIG.yaml, SCRIPT.py, -m MODULE).
+    Sets what torchrun needs to restart well, and ends it when a restart cannot help. What torchrun prints about itself goes
+    to a file, which the last line names where the ranks have failed; --verbose prints it. Exit codes: 0 done; 75 stopped
+    and saved, start it again; 1, 74, 76 failed, a restart may help; 2, 65, 66, 70, 77 as for train, somebody has to act
+    first.
     """
     from harness.launcher.launch import halves, launch  # noqa: PLC0415  # see the module's docstring
 
@@ -183,7 +185,9 @@ def doctor(what: str, arguments: tuple[str, ...], fresh: bool, as_json: bool) ->
     from harness.training import program  # noqa: PLC0415  # see the module's docstring
 
     if restarts():
-        raise RankFailure("the doctor has spoken, and torchrun starts it again: see above, or use harness launch")
+        raise RankFailure(
+            "the doctor has reported already (see above), and torchrun started it again; use harness launch, which does not"
+        )
     for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)  # each ends it as ^C does, with everything cleaned up
     program.begin()
@@ -331,7 +335,7 @@ def _print(line: str) -> None:
 def _refuse_nothing(catalog: "Catalog", entries: "Sequence[Entry]") -> None:
     """Raises ``NoCheckpoint`` for a URL where no run has ever begun: it is mistyped, more often than not."""
     if not entries and not catalog.attempts.all():
-        raise NoCheckpoint(f"{catalog.store.url}: there is no run here, not even an empty one; look at the URL for a typo")
+        raise NoCheckpoint(f"{catalog.store.url}: no run has ever started here; check the URL for a typo")
 
 
 @cli.command()
@@ -433,7 +437,7 @@ def prune(
             what = "the last attempt may still be writing it; if it is dead, --unfinished deletes it"
             _print(f"stays  unfinished  {entry.directory}  {what}")
         elif entry.state == "whole" and entry.directory not in in_line:
-            _print(f"stays  abandoned  {entry.directory}  it goes further than the line that the run is on")
+            _print(f"stays  abandoned  {entry.directory}  it is newer than the checkpoints that the run continues")
 
 
 @cli.command()

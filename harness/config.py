@@ -1,7 +1,7 @@
 """The configuration: YAML and ``dotted.key=value`` to a frozen, typed, strict tree.
 
-Everything that is wrong with it is found before a process group is made, and told in one line each: the dotted path, what
-was expected, what was found, and the nearest known key where a key is unknown.
+Every mistake is found before a process group is made. One line reports each: the dotted path, what was expected, what was
+found, and for an unknown key the nearest known one.
 """
 
 import difflib
@@ -154,7 +154,9 @@ class CheckpointConfig(_Section):
                 if getattr(self, key) is not None:
                     raise PydanticCustomError("relation", f"expected checkpoint.url beside checkpoint.{key}, found none")
         if self.keep_last is None and (self.keep_every_steps is not None or self.keep_best):
-            raise PydanticCustomError("relation", "expected checkpoint.keep_last beside what else is to be kept, found none")
+            raise PydanticCustomError(
+                "relation", "expected checkpoint.keep_last together with keep_every_steps or keep_best, found none"
+            )
         return self
 
 
@@ -409,7 +411,7 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if (key.tag, key.value) in seen and key.value != "<<":
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
             seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
 

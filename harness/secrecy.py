@@ -1,8 +1,9 @@
 """The secrets that this process was given, and texts without them. No torch.
 
 Libraries repeat in their errors, and at lower levels in their logs, what they were given: URLs with a password, signed
-queries, headers. Whoever opens a storage says here what it was given (``learn``). Everything that harness prints or keeps
-goes through ``without_secrets``: it hides what is known, and what looks like it (the user of a URL, a signature, a login).
+queries, headers. The code that opens a storage registers here what it was given (``learn``). Everything that harness prints
+or keeps goes through ``without_secrets``: it hides what is known, and what looks like it (the user of a URL, a signature, a
+login).
 """
 
 import base64

@@ -10,17 +10,19 @@ program asks for it (``init_process_group(enable_reconfigure=True)``), and it is
 it: a group keeps its ranks from its beginning to its end.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import itertools
 import logging
 import operator
+import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import distributed, nn
@@ -110,7 +112,7 @@ def _wrapper(name: str) -> Callable[[Any, Callable[..., Any]], None]:
 VERSION = Part(
     "Tensor._version",
     "tells whether a tensor was changed in place: while a save copies it, and after a step was saved",
-    "a copy that is made beside the training could be torn, and nobody would notice",
+    "a copy made during training could be torn without anyone noticing",
     lambda: isinstance(torch.zeros(1)._version, int),
     is_needed=True,
 )
@@ -119,10 +121,23 @@ version: Callable[[torch.Tensor], int] = operator.attrgetter("_version")  # each
 
 # --- modules ---------------------------------------------------------------------------------------------------------
 
+MODULE_HOOKS = Part(
+    "Module._forward_hooks, _forward_pre_hooks and _backward_hooks",
+    "counts the hooks of a module, which a drill compares between two runs",
+    "a drill does not name a hook that only some starts register",
+    lambda: hooks_in(nn.Linear(1, 1)) == 0,
+)
+
+
+def hooks_in(module: nn.Module) -> int:
+    """How many hooks a module has."""
+    return len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
+
+
 MODULE_VERSIONS = Part(
     "Module._version and state_dict()._metadata",
     "saves the versions of a model's modules, by which they convert an older state when it is loaded",
-    "a checkpoint does not tell the versions of its modules, and they take its state for one of their oldest version",
+    "checkpoints lack the versions of their modules, which then read their state as that of their oldest version",
     lambda: nn.BatchNorm1d(1).state_dict()._metadata[""]["version"] == nn.BatchNorm1d._version,  # type: ignore[attr-defined]
 )
 OWN_STATE = Part(
@@ -140,7 +155,7 @@ COMPILED = Part(
 BATCH_NORM = Part(
     "torch.nn.modules.batchnorm._BatchNorm",
     "warns where a batch norm may be given a single sample",
-    "only torch's own batch norms are warned of, and none that a program has derived from their base",
+    "there is no warning for batch norms that a program derives from torch's base class",
     lambda: issubclass(nn.BatchNorm1d, batchnorm._BatchNorm),
 )
 module_version = _getter("_version", 1)  # of a module's state; 1 is torch's default
@@ -190,14 +205,14 @@ def _has_schedules() -> bool:
 STEP_HOOKS = Part(
     "Optimizer._optimizer_step_pre_hooks and step.hooked",
     "waits, before an optimizer changes the parameters, for the copy that a save makes of them",
-    "nobody could tell when an optimizer is about to change the parameters",
+    "harness could not tell when an optimizer is about to change the parameters",
     lambda: calls_step_hooks(SGD([torch.zeros(1)], lr=0.1)),
     is_needed=True,
 )
 SCALER = Part(
     "GradScaler._scale",
     "finds gradient scalers that a loop uses and the state lacks",
-    "a gradient scaler that is not in the state is not warned of",
+    "there is no warning if a gradient scaler is missing from the state",
     lambda: hasattr(torch.amp.GradScaler("cpu"), "_scale"),
 )
 SCHEDULES = Part(
@@ -331,7 +346,7 @@ LOADER = Part(
 WORKERS = Part(
     "_shutdown_workers of a DataLoader's iterator",
     "ends the loader's workers before they are killed, so that they leave no files behind",
-    "loader workers are killed without being asked to end",
+    "loader workers are killed without a request to end",
     lambda: hasattr(type(_iterator()), "_shutdown_workers") or hasattr(_workers_iterator(), "_shutdown_workers"),
 )
 set_maker = _setter("_get_iterator")  # a loader gets its iterators from this function
@@ -376,13 +391,29 @@ RANKS_END = Part(
 )
 RESTARTS = Part(
     "torch.distributed.elastic.agent.server.local_elastic_agent.LocalElasticAgent._monitor_workers, ._remaining_restarts",
-    "tells of a restart, and counts restarts anew when the ranks have come further",
-    "restarts are not told of, and --max-restarts counts all of them, also those with progress between them",
+    "reports restarts, and counts again from zero when the ranks have come further",
+    "restarts are not reported, and --max-restarts counts all of them, also those with progress in between",
     lambda: (
         "_monitor_workers" in vars(_agent())
         and any("_remaining_restarts" in _names_in(kind.__init__) for kind in _agent().__mro__ if kind is not object)
     ),
 )
+
+
+RANKS_STDERR = Part(
+    "SubprocessHandler._popen and ._stderr, PContext._tail_logs",
+    "keeps torchrun's own output in a file, and the ranks' output on the screen",
+    "torchrun's own output is shown, as with --verbose",
+    lambda: (
+        "_popen" in vars(_subprocess())
+        and "_stderr" in _names_in(_subprocess().__init__)
+        and "_tail_logs" in _names_in(_elastic().PContext.__init__)
+    ),
+)
+
+
+def _subprocess() -> Any:
+    return importlib.import_module("torch.distributed.elastic.multiprocessing.subprocess_handler").SubprocessHandler
 
 
 def _elastic() -> Any:
@@ -409,9 +440,9 @@ def before_ranks_are_ended(note: Callable[[Sequence[int]], None]) -> None:
     context.close = note_and_close
 
 
-def when_ranks_fail(left: Callable[[int, int], int]) -> None:
-    """Has torchrun, in this process, call ``left`` when ranks have failed, with the number of restarts that it allows and of
-    those that are left. What it returns is left from then on."""
+def when_ranks_fail(left: Callable[[int, int, Mapping[int, int]], int]) -> None:
+    """Has torchrun, in this process, call ``left`` when ranks have failed: with the number of restarts that it allows, of
+    those that are left, and the exit codes of the ranks that failed here. What it returns is left from then on."""
     if not has(RESTARTS):
         return
     kind = _agent()
@@ -420,10 +451,32 @@ def when_ranks_fail(left: Callable[[int, int], int]) -> None:
     def monitor_and_count(self: Any, group: Any) -> Any:
         result = monitor(self, group)
         if result.state.name in ("FAILED", "UNHEALTHY"):
-            self._remaining_restarts = left(group.spec.max_restarts, self._remaining_restarts)
+            codes = {rank: failure.exitcode for rank, failure in (getattr(result, "failures", None) or {}).items()}
+            self._remaining_restarts = left(group.spec.max_restarts, self._remaining_restarts, codes)
         return result
 
     kind._monitor_workers = monitor_and_count
+
+
+def give_ranks(stderr: TextIO) -> bool:
+    """Has torchrun, in this process, give its ranks a stderr that is not its own, also for what it copies there (``--tee``).
+    Returns whether it does."""
+    if not has(RANKS_STDERR):
+        return False
+    handler, context = _subprocess(), _elastic().PContext
+    popen, init = handler._popen, context.__init__
+
+    def popen_with(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._stderr is None:  # else it goes to a file
+            self._stderr = open(os.dup(stderr.fileno()), "w")  # noqa: SIM115  # the handler closes it
+        return popen(self, *args, **kwargs)
+
+    def init_with(self: Any, *args: Any, **kwargs: Any) -> None:
+        with contextlib.redirect_stderr(stderr):
+            init(self, *args, **kwargs)
+
+    handler._popen, context.__init__ = popen_with, init_with
+    return True
 
 
 DYNAMO = Part(
@@ -434,6 +487,19 @@ DYNAMO = Part(
 )
 
 PARTS = (
-    *(VERSION, MODULE_VERSIONS, OWN_STATE, COMPILED, BATCH_NORM, STEP_HOOKS, SCALER, SCHEDULES, BUCKETS, LOADER, WORKERS),
-    *(RANKS_END, RESTARTS, DYNAMO),
+    *(
+        VERSION,
+        MODULE_HOOKS,
+        MODULE_VERSIONS,
+        OWN_STATE,
+        COMPILED,
+        BATCH_NORM,
+        STEP_HOOKS,
+        SCALER,
+        SCHEDULES,
+        BUCKETS,
+        LOADER,
+        WORKERS,
+    ),
+    *(RANKS_END, RESTARTS, RANKS_STDERR, DYNAMO),
 )

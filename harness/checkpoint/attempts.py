@@ -49,4 +49,7 @@ class Attempts:
         if newest > attempt:
             about = self.about(newest)
             who = f"started {about.get('started')} on {about.get('host')}"
-            raise Superseded(f"{self._store.url}: attempt {newest.number} trains this run now ({who})")
+            raise Superseded(
+                f"{self._store.url}: attempt {newest.number} ({who}) has taken over this run; this process "
+                "stops without saving"
+            )

@@ -51,8 +51,8 @@ class Catalog:
     Names are listed, and directories looked into one by one, the latest first: what comes after the newest whole checkpoint
     costs a reader nothing, and what is not the run's is never looked into.
 
-    A run goes on, and deletes, while others read it. What vanishes in between is no damage. A deletion begins with the
-    manifest: whoever misses an object asks for that again, and lists the names anew where it is gone.
+    A run continues, and deletes, while others read it. What vanishes in between is no damage. A deletion begins with the
+    manifest: a reader that misses an object asks for the manifest again, and lists the names again if that is gone.
     """
 
     def __init__(self, store: Store) -> None:
@@ -138,7 +138,10 @@ class Catalog:
         except CheckpointError as error:
             raise type(error)(f"{directory}/{error}") from None
         if parse_directory(directory) != (manifest.step, Attempt(manifest.attempt)):
-            raise Corrupt(f"{directory}/{MANIFEST}: is that of step {manifest.step}, attempt {manifest.attempt}")
+            raise Corrupt(
+                f"{directory}/{MANIFEST}: expected the step and the attempt in the directory's name, found "
+                f"step {manifest.step}, attempt {manifest.attempt}"
+            )
         return manifest
 
     def add(self, directory: str, manifest: Manifest) -> None:
@@ -148,7 +151,7 @@ class Catalog:
     # --- what to go on from ------------------------------------------------------------------------------------------
 
     def candidates(self, seen: Seen | None = None) -> Iterator[Entry]:
-        """What a run may resume from, best first; corrupt ones are among them, so that they can be told of.
+        """What a run may resume from, best first; corrupt ones are among them, so that they can be reported.
 
         Each is looked at when it is asked for; the names of its objects go to ``seen``. Raises ``UnknownFormat``
         when it has given none and there are names that begin as those of saves do: they are not taken for nothing.
@@ -161,8 +164,8 @@ class Catalog:
         strange = sorted(name for name in names if name.startswith("step-") and not parse_directory(name))
         if is_empty and strange:
             raise UnknownFormat(
-                f"{self.store.url}: expected checkpoints, found {strange[0]}, a name that this version gives to none; "
-                "give the directory its own name back, or choose another URL"
+                f"{self.store.url}: expected checkpoints, found {strange[0]}, which is no name of this version's; "
+                "rename the directory back, or choose another URL"
             )
 
     def newest(self, step: int | None = None) -> Entry:
@@ -180,7 +183,7 @@ class Catalog:
         if found is not None:
             return found
         if seen != before:  # though it was tried often
-            raise StoreError(f"list {self.store.url}: it changes faster than it can be looked at", transient=True)
+            raise StoreError(f"list {self.store.url}: the contents changed during every try to list them", transient=True)
         words = "whole checkpoint" if step is None else f"whole checkpoint of step {step}"
         others = [save.attempt.number for save in saves_among(self.store.names()) if save.step == step]
         hint = f"; that of attempt {others[0]} is corrupt, unfinished, or on an abandoned line" if others else ""
@@ -198,7 +201,11 @@ class Catalog:
             except CheckpointError:
                 if self.is_committed(entry.directory):
                     raise
-        raise StoreError(f"read {self.store.url}: checkpoints are deleted faster than they can be read", transient=True)
+        raise StoreError(
+            f"read {self.store.url}: each checkpoint was deleted while it was being read; stop whatever "
+            "deletes them, and try again",
+            transient=True,
+        )
 
     def further(self, newest: Entry) -> list[Entry]:
         """What goes further than the newest checkpoint of the line, and is not on it: the last whole one of each other

@@ -21,18 +21,18 @@ Parts = Mapping[str, Mapping[str, Any]]
 
 
 class Checkpointer:
-    """Checkpoints at a URL (any of fsspec's, or a path), beside a program that goes on::
+    """Saves checkpoints at a URL (any fsspec URL, or a path), while the program continues::
 
         with Checkpointer("s3://bucket/run", keep_last=3) as checkpoints:
             ...
             checkpoints.begin({"model": model.state_dict()}, step=100)   # copies, and returns
-            ...                                                          # the program goes on
+            ...                                                          # the program continues
             checkpoints.wait()                                           # durable, or the error
 
-    Parts are dictionaries of tensors of any shape and dtype on any device, numbers, strings, lists and dictionaries. The
-    checkpoint that was saved last is the newest, whatever its step. With ``keep_last`` older ones are deleted, and the URL
-    has one writer: what an earlier one has left unfinished goes, and where a later one has begun ``Superseded`` is raised.
-    ``shard_bytes`` and ``streams`` are as in ``checkpoint.*`` of the configuration; None takes what suits the storage.
+    Parts are dictionaries of tensors (of any shape, dtype and device), numbers, strings, lists and dictionaries. The
+    checkpoint saved last is the newest, whatever its step. ``keep_last`` deletes older ones, and makes this the URL's only
+    writer: it deletes what an earlier writer left unfinished, and raises ``Superseded`` once a later writer has begun.
+    ``shard_bytes`` and ``streams`` are those of ``checkpoint`` in the configuration; None chooses by the storage.
     """
 
     def __init__(
@@ -53,11 +53,12 @@ class Checkpointer:
         self._last_step = 0  # that it has saved
 
     def save(self, parts: Parts, *, step: int = 0, meta: Mapping[str, Any] | None = None) -> str:
-        """Commits a checkpoint, without a copy, and returns its directory in the URL. ``meta`` is JSON for the manifest.
+        """Commits a checkpoint without copying it first, and returns its directory in the URL. ``meta`` is JSON for the
+        manifest.
 
-        Raises ``Unsupported`` for a value that cannot be written without pickle, for a step that is no number from 0 to
-        999,999,999,999, and for a ``meta`` that is not JSON; ``StoreError`` where the storage fails. Nothing is committed
-        then.
+        Raises ``Unsupported`` for a value that cannot be written without pickle, for a step that is not a number from 0 to
+        999,999,999,999, and for a ``meta`` that is not JSON. Raises ``StoreError`` if the storage fails. Then nothing is
+        committed.
         """
         request = _checked(parts, step, meta)
         self.wait()
@@ -73,31 +74,33 @@ class Checkpointer:
         meta: Mapping[str, Any] | None = None,
         is_steady: IsSteady = nothing_is_steady,
     ) -> None:
-        """Begins to save ``parts`` as they are now, in other threads; a save that is under way is waited for first.
+        """Begins to save ``parts`` as they are now, in other threads. Waits first for a save in progress.
 
-        All is copied before it returns, but for tensors for which ``is_steady`` is true. These are copied beside the
-        program, and whoever changes one calls ``fence`` first. Raises ``Unsupported`` as ``save`` does; what fails later is
-        raised by the next call of ``begin``, ``save`` or ``wait``.
+        It copies everything before it returns, except tensors for which ``is_steady`` is true. Those are copied while the
+        program continues; call ``fence`` before you change one. Raises ``Unsupported`` as ``save`` does. The next call of
+        ``begin``, ``save`` or ``wait`` raises what fails later.
         """
         request = _checked(parts, step, meta, is_steady)
         self.wait()
         self._saver_for(request.step).begin(parts, request)
 
     def fence(self) -> None:
-        """Waits until every tensor that is being copied may change."""
+        """Waits until no tensor is being copied, so that all of them may change."""
         if self._saver is not None:
             self._saver.fence()
 
     def wait(self) -> Saved | None:
-        """Waits until the save that is under way is durable, and says what it took; None where there is none, or where a
-        steady tensor has changed before ``fence``, so that nothing was committed. Raises what has failed."""
+        """Waits until the save in progress is durable, and returns what it took. Raises its error if it failed.
+
+        Returns None if there is none, and if nothing was committed because a steady tensor changed before ``fence``."""
         return self._saver.wait() if self._saver is not None else None
 
     def load(self, step: int | None = None) -> dict[str, Any]:
-        """The parts of the newest whole checkpoint (or of a certain step), every byte verified; tensors on the CPU. What is
-        saved from now on follows it.
+        """Returns the parts of the newest whole checkpoint, or of the one at ``step``.
 
-        Raises ``NoCheckpoint`` where there is none, ``Corrupt`` where bytes are not those that were written.
+        Every byte is verified; tensors are on the CPU. Later saves continue from it.
+
+        Raises ``NoCheckpoint`` if there is none, and ``Corrupt`` if bytes differ from those that were written.
         """
 
         def read(entry: Entry) -> tuple[Entry, dict[str, Any]]:
@@ -112,9 +115,9 @@ class Checkpointer:
         return parts
 
     def latest(self) -> int | None:
-        """The step of the newest whole checkpoint; None where there is none. Reads no tensors.
+        """Returns the step of the newest whole checkpoint, or None if there is none. Reads no tensors.
 
-        Raises ``UnknownFormat`` where there is none and something is called like one: that is not nothing.
+        Raises ``UnknownFormat`` if there is none, but something has a name like one.
         """
         try:
             return self._catalog.newest().step
@@ -182,10 +185,10 @@ def save(
 def load(
     url: str | os.PathLike[str], *, step: int | None = None, storage_options: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """``Checkpointer(url).load(…)``: the parts of the newest whole checkpoint, or of that of a certain step."""
+    """``Checkpointer(url).load(…)``: returns the parts of the newest whole checkpoint, or of the one at ``step``."""
     return Checkpointer(url, storage_options=storage_options).load(step)
 
 
 def latest(url: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> int | None:
-    """``Checkpointer(url).latest()``: the step of the newest whole checkpoint of a run; None where there is none."""
+    """``Checkpointer(url).latest()``: returns the step of the newest whole checkpoint, or None if there is none."""
     return Checkpointer(url, storage_options=storage_options).latest()

@@ -175,8 +175,8 @@ def collect(store: Store, directory: str, plan: SavePlan, latest: Callable[[], f
         found |= {rank: _receipt(store, directory, plan, rank) for rank in there}
         missing -= {*there}
         if missing and is_late:
-            what = f"after {time.monotonic() - began:.0f} s the ranks {sorted(missing)} have not written theirs"
-            raise StoreError(f"put {store.url}/{directory}: this share is there; {what}", transient=True)
+            what = f"after {time.monotonic() - began:.0f} s ranks {sorted(missing)} have not written theirs"
+            raise StoreError(f"put {store.url}/{directory}: this rank's share is written; {what}", transient=True)
         if missing:
             time.sleep(pause_seconds)
             pause_seconds = min(1.5 * pause_seconds, 0.5)
@@ -194,8 +194,10 @@ def _receipt(store: Store, directory: str, plan: SavePlan, rank: int) -> Receipt
     if receipt.problem:
         raise (StoreError if receipt.is_of_storage else Unsupported)(f"rank {rank}: {receipt.problem}")
     if receipt.rank != rank or not plan.fits(receipt):
-        advice = "they must be the same for checkpoint.writers to be anything but rank0"
-        raise Unsupported(f"rank {rank} has other parameters or optimizer states than rank 0, or other settings; {advice}")
+        advice = "make them equal on all ranks, or set checkpoint.writers to rank0"
+        raise Unsupported(
+            f"the parameters, the optimizer states or the settings of rank {rank} differ from those of rank 0; {advice}"
+        )
     return receipt
 
 

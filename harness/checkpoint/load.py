@@ -105,17 +105,17 @@ def _assemble(directory: str, name: str, part: Part, shards: dict[str, Shard], w
         blocks |= found_blocks
     for path, slices in part.slices.items():
         if path in tensors:
-            raise Corrupt(f"{directory}: {name}: {path} lies in pieces, and is a tensor of its own")
+            raise Corrupt(f"{directory}: {name}: {path} is stored in pieces and as a tensor of its own")
         tensors[path], blocks[path] = wholes[path], _joined_blocks(directory, name, path, slices, blocks)
     try:
         for further, stored in part.aliases.items():
             if further in tensors:
                 raise Corrupt(
-                    f"{directory}: {name}: {further!r} is to be the same as {stored!r}, and is a tensor of its own"
+                    f"{directory}: {name}: {further!r} is an alias of {stored!r}, but is stored as a tensor of its own"
                 )
             tensors[further], blocks[further] = tensors[stored], blocks[stored]
     except (KeyError, TypeError):
-        raise Corrupt(f"{directory}: {name}: {further!r} is to be the same as {stored!r}, which is not there") from None
+        raise Corrupt(f"{directory}: {name}: {further!r} is an alias of {stored!r}, which is missing") from None
     try:
         infos = {tree.info(path, tensor): checksum_of_blocks(blocks[path]) for path, tensor in tensors.items()}
         computed = digest(infos, part.tree)
@@ -131,7 +131,7 @@ def _joined_blocks(directory: str, name: str, path: str, slices: Slices, blocks:
     found: list[str] = []
     for piece, start, stop in slices.pieces(path):
         if piece not in blocks:
-            raise Corrupt(f"{directory}: {name}: bytes {start} to {stop} of {path} are not there")
+            raise Corrupt(f"{directory}: {name}: bytes {start} to {stop} of {path} are missing")
         found += blocks.pop(piece)
     return tuple(found)
 
@@ -176,7 +176,7 @@ class _Target:
     def put(self, reader: object, place: memoryview, data: memoryview) -> None:
         with self._lock:
             if self._reader is not reader:
-                raise TimeoutError("nobody waits for this any more")
+                raise TimeoutError("cancelled: nothing waits for the result")
             np.copyto(np.frombuffer(place, np.uint8), np.frombuffer(data, np.uint8))
 
 
@@ -303,7 +303,7 @@ def _empty(path: str, shape: Sequence[int], dtype: str) -> torch.Tensor:
         return torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
     except RuntimeError:
         size_bytes = TensorInfo(path, dtype, tuple(shape)).nbytes
-        raise Corrupt(f"{path}: expected a tensor for which this machine has the memory, found {size_bytes} bytes") from None
+        raise Corrupt(f"{path}: expected a tensor that fits into this machine's memory, found {size_bytes} bytes") from None
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -403,7 +403,9 @@ class _Relay:
             if self.problem is not None:
                 raise self.problem
             if failed := found[:, 0].nonzero().flatten().tolist():
-                raise RankFailure(f"ranks {failed} could not read their share, or found damage")
+                raise RankFailure(
+                    f"ranks {failed} could not read their share of the checkpoint, or found it corrupt; see their messages"
+                )
             for piece, row in zip(pieces, found, strict=False):
                 yield row[1 : 1 + piece.size_bytes].numpy().data
 

@@ -35,7 +35,7 @@ def cut(place: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 class Pages:
-    """Gives memory of so many bytes in all its pages, several threads at a time."""
+    """Backs the pages of a piece of memory, in several threads at a time."""
 
     def __init__(self, size_bytes: int) -> None:
         self._is_worth_trying = size_bytes >= _WORTH_TRYING_BYTES

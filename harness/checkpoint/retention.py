@@ -16,7 +16,8 @@ _TIDYING_SAVES = 16  # if they are more than so many
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints to keep: the last so many (None: all), and those whose step is a multiple of another number."""
+    """Which checkpoints to keep: the last ``keep_last`` (None: all), and those whose step is a multiple of another
+    number."""
 
     keep_last: int | None = None
     keep_every_steps: int | None = None

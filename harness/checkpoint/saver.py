@@ -102,7 +102,7 @@ class _Housekeeper:
                 pruner.discard(self._failed[-1])
                 self._failed.pop()
         except StoreError as error:
-            log.warning("could not delete what unfinished saves have left: %s", error)
+            log.warning("could not delete the files of unfinished saves: %s", error)
 
     @contextlib.contextmanager
     def discarding(self, directory: str, pruner: Pruner, owner: Attempt | None, *, at_once: bool) -> Iterator[None]:
@@ -124,7 +124,7 @@ class _Housekeeper:
         try:
             pruner.tidy(retention, best_step, owner)
         except StoreError as error:  # the commit stands; what is left over goes after the next one
-            log.warning("could not delete old checkpoints: %s", error)
+            log.warning("could not delete old checkpoints; training continues, and the next save tries again: %s", error)
 
 
 @dataclass
@@ -291,7 +291,12 @@ class Saver:
             return None
         self.let_end(seconds)
         if not writing.is_over:
-            log.warning("save of step %s given up after another %.0f s", writing.order.request.step, seconds)
+            log.warning(
+                "gave up the save of step %s, which was not done after another %.0f s; the last committed "
+                "checkpoint is kept",
+                writing.order.request.step,
+                seconds,
+            )
             self._under_way, self._worker = None, Worker(_THREAD)
             return None
         with contextlib.suppress(HarnessError):  # what ends the training matters more

@@ -242,7 +242,7 @@ class _Encoder:
         if type(value) not in torch.serialization.get_safe_globals():
             advice = f"torch.serialization.add_safe_globals([{type(value).__qualname__}])"
             raise Unsupported(
-                f"{_join((self.name, *path))}: {what} {_type_name(value)} can only be written where it may be loaded again; "
+                f"{_join((self.name, *path))}: {what} {_type_name(value)} could not be loaded after a restart; "
                 f"declare its class safe before Run is made: {advice}"
             )
 
@@ -443,8 +443,10 @@ def _as_array(array: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[A
 def _declared_class(path: tuple[str, ...], name: str) -> Any:
     known = {_class_name(each): each for each in torch.serialization.get_safe_globals() if isinstance(each, type)}
     if name not in known:
-        advice = "import its library before, or declare it safe with torch.serialization.add_safe_globals"
-        raise ConfigError(f"{_join(path)}: a value of the class {name}, which this program does not know; {advice}")
+        advice = "import its library first, or declare it safe with torch.serialization.add_safe_globals"
+        raise ConfigError(
+            f"{_join(path)}: the checkpoint holds a value of the class {name}, which this program does not know; {advice}"
+        )
     return known[name]
 
 

@@ -1,4 +1,4 @@
-"""Whether a program counts the batches of an epoch by itself: such a count begins anew after a restart."""
+"""Whether a program counts the batches of an epoch by itself: such a count starts again at 0 after a restart."""
 
 import gc
 import inspect
@@ -15,15 +15,16 @@ _COUNTS = (itertools.count, type(iter(range(0))))
 
 
 def warn_of_counts(iterator: Any, epoch: int, batches: int) -> None:
-    """Says so where ``enumerate``, or a ``zip`` with numbers, counts what an iterator gives, which goes on within an epoch
-    after so many ``batches``. Called by the iterator itself. Nobody but Python's garbage collector knows who holds it."""
+    """Says so where ``enumerate``, or a ``zip`` with numbers, counts what an iterator gives, which continues within an
+    epoch after ``batches``. Called by the iterator itself. Nobody but Python's garbage collector knows who holds it."""
     held = [iterator, *_generators_around(sys._getframe(1))]
     for _ in range(3):
         holders = [each for each in gc.get_referrers(*held) if type(each) in _AROUND]
         if any(type(each) is enumerate or any(type(one) in _COUNTS for one in gc.get_referents(each)) for each in holders):
             log.warning(
-                "enumerate(loader) begins at 0, and epoch %d goes on after %d batches: what depends on that number is not "
-                "as without the restart. Use loader.batch, which goes on, or a number that is in the state",
+                "enumerate(loader) starts at 0, but epoch %d resumes after %d batches: values computed from that "
+                "number differ from those of a run without a restart. Use loader.batch, which continues, or keep "
+                "a counter in the state",
                 epoch,
                 batches,
             )

@@ -30,7 +30,7 @@ _MANY_CHANGES = 20
 
 
 class Fetcher:
-    """Fetches the batches of a loader. Where there are workers, they are started anew when the data set was changed."""
+    """Fetches the batches of a loader. If there are workers, they are restarted when the data set was changed."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Fetcher:
         self._fetched = self.batches(dataset, plan, workers=self.workers, pin_memory=self._pin_memory)
 
     def fetch(self) -> Step:
-        """The next step of the plan. After an error it is to begin anew."""
+        """The next step of the plan. After an error it must start again."""
         assert self._fetched is not None, "it has begun"
         try:
             return next(self._fetched)
@@ -89,11 +89,11 @@ class Fetcher:
         if not self._speaks or not self.workers:
             return
         if self.changes == 1:
-            log.info("%s was changed: the loader's workers are started anew, now and whenever it is", changed)
+            log.info("%s has changed: the loader's workers are restarted, now and after each further change", changed)
         if self.changes == _MANY_CHANGES:
             log.warning(
-                "the loader's workers were started anew %d times because %s was changed, which takes time; change it less "
-                "often, or use workers=0 (data.workers=0)",
+                "the loader's workers were restarted %d times because %s changed, and each restart takes time; "
+                "change it less often, or set workers=0 (data.workers=0)",
                 self.changes,
                 changed,
             )

@@ -31,14 +31,14 @@ Sketch = list[Any]  # of each leaf of a sample a word, which must be equal, or t
 _MANY_TIMES = 20
 _FINGERS = 3  # samples that are looked at; more than half of them must be others before anything is refused
 _ADVICE = (
-    "give random_split a generator with a seed, and sort what a directory listing gives; if other data is meant, start with "
-    "Loader(fingerprint=False) (data.fingerprint=false)"
+    "give random_split a seeded generator, and sort directory listings; if the data changed on purpose, start "
+    "with Loader(fingerprint=False) (data.fingerprint=false)"
 )
 
 
 class Fingerprint:
-    """What three samples look like, as pairs of an index and a sketch: as the checkpoint has it that was loaded, or as they
-    were before the first batch.
+    """What three samples look like, as pairs of an index and a sketch: as they were in the loaded checkpoint, or before
+    the first batch.
 
     There is none where nobody has asked then, where the samples cannot be fetched, or where they are others each time.
     """
@@ -71,7 +71,7 @@ class Fingerprint:
         found = all_gather(self.value(dataset))
         differ = [rank for rank, each in enumerate(found) if found[0] and each and _are_others(found[0], each)]
         if differ and all(all_gather(self._is_repeatable(dataset))):
-            raise ConfigError(f"the samples are not the same on ranks 0 and {differ[0]}: {_ADVICE}")
+            raise ConfigError(f"rank {differ[0]} has other samples than rank 0: {_ADVICE}")
         self._value = found[0]
 
     def refuse_others(self, dataset: Dataset[Any], saved: Any) -> None:
@@ -79,7 +79,7 @@ class Fingerprint:
         own = self.value(dataset)
         if saved and own and _are_others(saved, own) and self._is_repeatable(dataset):
             which = f"(sample {', '.join(map(str, others(saved, own)))} of the data set)"
-            raise Mismatch(f"the samples are not those that were trained {which}: {_ADVICE}")
+            raise Mismatch(f"the data set has changed since the checkpoint {which}: {_ADVICE}")
 
     def _is_repeatable(self, dataset: Dataset[Any]) -> bool:
         """Whether the fingerprint is the same whenever it is taken; one that chance seldom changes may just look so."""
@@ -103,8 +103,9 @@ class Fingerprint:
                 if self._speaks:
                     self._speaks = False  # once
                     log.warning(
-                        "sample %d of the data set is another one each time: a resume trains on others than the run that "
-                        "never stopped; draw its random numbers from Python's, NumPy's or torch's own generators",
+                        "sample %d of the data set differs each time it is fetched, so a resumed run trains on other "
+                        "samples than an uninterrupted one; draw its random numbers from the global generators of "
+                        "Python, NumPy or torch",
                         index,
                     )
                 return None

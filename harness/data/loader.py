@@ -21,28 +21,27 @@ log = logging.getLogger(__name__)
 
 
 class Loader:
-    """Batches of a map-style data set: of every global batch, this rank's share, from a position that can be saved.
+    """Gives this rank its share of every global batch of a map-style data set, from a position that can be saved.
 
-    ``for batch in loader`` gives the rest of the current epoch, collated; afterwards the loader is at the beginning of the
-    next one. The order of an epoch depends on ``seed`` and its number alone, and the random numbers that a sample draws
-    (Python's, NumPy's, torch's) on ``seed``, the epoch and the sample: the batches are the same with any number of
-    ``workers``, and the global batches at any world size. The last batch of an epoch may be shorter, or is left out with
-    ``drop_last``; ``weight`` is what this rank's mean loss counts in the mean over all ranks, and 1 where the shares are
-    equal.
+    ``for batch in loader`` yields the rest of the current epoch, collated. Then the loader is at the beginning of the next
+    epoch. The order of an epoch depends only on ``seed`` and the epoch. The random numbers that a sample draws (from Python,
+    NumPy and torch) depend only on ``seed``, the epoch and the sample. So the batches are the same with any number of
+    ``workers``, and the global batches at any world size. The last batch of an epoch may be shorter; ``drop_last`` leaves it
+    out. ``weight`` is the weight of this rank's mean loss in the mean over all ranks: 1 if all shares are equal.
 
-    Workers have a copy of the data set. They are started anew when an attribute of it was changed between two batches, so
-    that they see the change as the process of the training does. With ``tells_epoch`` its ``set_epoch(epoch)`` is called in
-    the process that fetches, before the first sample of each epoch.
+    Workers hold a copy of the data set. If one of its attributes changes between two batches, they are restarted, so that
+    they see the change. ``tells_epoch`` calls its ``set_epoch(epoch)`` before the first sample of each epoch, in the process
+    that fetches.
 
-    ``state_dict()`` is the position after the batch that was handed out last, the same on every rank, with a ledger: a
-    running hash of the samples that were trained; and, where it is asked for before the first batch, with a ``fingerprint``:
-    what three samples look like. Raises ``ConfigError`` for an empty data set or one whose length has changed, and
-    ``Mismatch`` from ``load_state_dict`` where seed, size, order or samples are not those of the saved position.
+    ``state_dict()`` is the position after the last batch that the loader gave; it is the same on every rank. It holds a
+    ledger, a running hash of the trained samples. If you ask for it before the first batch, it also holds a ``fingerprint``
+    of three samples. Raises ``ConfigError`` if the data set is empty or its length has changed. ``load_state_dict`` raises
+    ``Mismatch`` if seed, size, order or samples differ from those of the saved position.
 
-    ``rank`` and ``world_size`` are by default those of ``init_process_group``, or that torchrun has given this process.
+    ``rank`` and ``world_size`` default to those of ``init_process_group``, or else to those that torchrun gave this process.
 
-    A loop that asks for a batch has done with the one before. ``on_return`` is called then, before anything else; and
-    ``on_exit`` when the loop over an epoch's batches has ended, however it did.
+    A loop that asks for a batch has finished the one before. ``on_return`` is called then, before anything else. ``on_exit``
+    is called when the loop over an epoch's batches ends, in whatever way.
     """
 
     in_use: ClassVar[weakref.WeakSet["Loader"]] = weakref.WeakSet()  # those of this process that have handed out a batch
@@ -90,7 +89,7 @@ class Loader:
 
     @property
     def cursor(self) -> Cursor:
-        """The position after the batch that was handed out last."""
+        """The position after the last batch that the loader gave."""
         return self.position.cursor
 
     @property
@@ -100,8 +99,8 @@ class Loader:
 
     @property
     def batch(self) -> int:
-        """The number of the batch that was handed out last, within its epoch and from 0; -1 before the first one. It goes on
-        after a restart, where ``enumerate`` would begin anew."""
+        """The number of the last batch within its epoch, from 0; -1 before the first one. It continues after a restart,
+        where ``enumerate`` would start again at 0."""
         return self.position.batch
 
     @property
@@ -172,14 +171,14 @@ class Loader:
         """
         if self._has_failed:
             raise ConfigError(
-                f"epoch {epoch}: a batch could not be fetched, and the loop went on without the rest of the epoch; let the "
-                "error end the program, or have the data set give another sample in place of a bad one"
+                f"epoch {epoch}: a batch could not be fetched, and the loop continued without the rest of the "
+                "epoch; let the error end the program, or let the data set replace a bad sample"
             )
         if self.epoch > epoch + 1:
             times = self.epoch - epoch
             raise ConfigError(
-                f"epoch {epoch}: the loop went through the loader {times} times, and each time is an epoch; go through it "
-                "once, or make a second Loader"
+                f"epoch {epoch}: the loop iterated over the loader {times} times, but each pass is an epoch; "
+                "iterate once, or make a second Loader"
             )
         if self.epoch == epoch:
             self.close()
@@ -217,7 +216,9 @@ class Loader:
         self._fingerprint.restore(state.get("fingerprint"))
         saved = Cursor(state["epoch"], state["offset"])
         if position.cursor != saved and self.rank == 0:
-            log.warning("epoch %d ends at sample %d: what is left of it is less than a batch, and drop_last is new", *saved)
+            log.warning(
+                "epoch %d ends at sample %d: the rest is smaller than a batch, and drop_last was not set before", *saved
+            )
 
 
 def nothing() -> None:

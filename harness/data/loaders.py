@@ -109,7 +109,7 @@ def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*args: Any, **options: Any) -> Any:
         found = weak()
-        assert found is not None, "whoever calls it has the object"
+        assert found is not None, "the caller has the object"
         return found(*args, **options)
 
     return call
@@ -212,7 +212,11 @@ class Epochs:
         for name, sampler in self._generators.samplers.items():
             if isinstance(sampler, DistributedSampler) and sampler.shuffle:
                 if sampler.epoch == self._number:
-                    log.warning("%s: %s has the order of the epoch before; call its set_epoch(epoch)", self._name, name)
+                    log.warning(
+                        "%s: %s repeats the order of the epoch before; call its set_epoch(epoch) in each epoch",
+                        self._name,
+                        name,
+                    )
                 self._number = sampler.epoch
 
     def _redrawn(self) -> tuple[Any, bool]:
@@ -263,8 +267,8 @@ INTO_THE_STATE = "put the loader into the state (harness.Loader, or torchdata's 
 def warn_of_single_samples(loader: Loader, modules: Iterable[tuple[str, nn.Module]]) -> None:
     """Says so where a module with a batch norm may be given a single sample at once."""
     if (name := with_single_samples(loader, modules)) is not None:
-        what = "gives a rank a single sample in some batch of an epoch, and a batch norm cannot train on one"
-        log.warning("the division of the data %s (%s): choose drop_last (train.drop_last)", what, name)
+        what = "in some batch of an epoch a rank gets a single sample, on which a batch norm cannot train"
+        log.warning("%s (%s): set drop_last (train.drop_last)", what, name)
 
 
 def with_single_samples(loader: Loader, modules: Iterable[tuple[str, nn.Module]]) -> str | None:

@@ -139,8 +139,8 @@ class Ledger:
         ledger._hash(schedule.order(cursor.epoch)[: cursor.offset][done])
         if ledger._hasher.hexdigest() != state["ledger"]:
             raise Mismatch(
-                f"the samples that were trained in epoch {cursor.epoch} before offset {cursor.offset} are not those that "
-                "this loader would have given: data would be skipped or trained twice"
+                f"the samples trained in epoch {cursor.epoch} before offset {cursor.offset} differ from those of "
+                "this loader: data would be skipped or trained twice"
             )
         return ledger
 

@@ -58,8 +58,8 @@ class Schedule:
         """Raises ``ConfigError`` where a data set has not as many samples as when the schedule was made."""
         if len(dataset) != self.samples:
             raise ConfigError(
-                f"epoch {epoch}: the data set has {len(dataset)} samples, and had {self.samples} when its Loader was made; "
-                "keep its length, and let indices stand for other samples where it should change"
+                f"epoch {epoch}: the data set has {len(dataset)} samples, but had {self.samples} when its Loader "
+                "was made; keep its length constant, and map indices to other samples if the data should change"
             )
 
     def order(self, epoch: int) -> NDArray[np.int64]:

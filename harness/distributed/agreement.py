@@ -20,7 +20,7 @@ class NoLoop:
     """Between two loops."""
 
     def decide(self, *, save_is_wanted: bool) -> Decision:  # noqa: ARG002
-        raise ConfigError("run.step() belongs into a loop over run.epochs() or run.steps()")
+        raise ConfigError("run.step() was called outside of a loop over run.epochs() or run.steps(); call it inside")
 
     def finish(self) -> None:
         """Nothing is under way."""

@@ -150,8 +150,8 @@ class TorchrunWorld:
             TorchrunWorld.has_joined = True
         elif not TorchrunWorld.has_joined and dist.get_rank() == 0 and lends_its_store() and max_restarts():
             log.warning(
-                "torchrun may need several restarts for one (torch 2.13 lends its workers a store with old addresses): use "
-                "harness launch, or export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+                "a restart under this torchrun may fail several times (torch 2.13 gives its workers a store with "
+                "old addresses): use harness launch, or export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
             )
         self.rank, self.size = here.rank, here.ranks = dist.get_rank(), dist.get_world_size()
         self.device = device
@@ -223,10 +223,10 @@ class TorchrunWorld:
 
 
 def join_world(config: WorldConfig | None = None) -> World:
-    """The world that this process was started into: torchrun's, or one plain process.
+    """Returns the world of this process: torchrun's ranks, or one plain process.
 
-    Joins the other ranks, where the program has not done so itself. Raises ``ConfigError`` where the configuration asks for
-    what the machine has not, before any group is made.
+    Joins the other ranks if the program has not done so. Before that, raises ``ConfigError`` if the configuration asks for
+    something that the machine does not have.
     """
     config = config or WorldConfig()
     is_alone = not dist.is_initialized() and ranks() is None
@@ -234,7 +234,9 @@ def join_world(config: WorldConfig | None = None) -> World:
     if is_alone:
         return _alone(device)
     if is_under_torchrun() and rank() == 0 and nodes() == 1 and (others := strangers()):
-        log.warning("%s, and this torchrun knows of no other: give them one --rdzv-endpoint to train together", others)
+        log.warning(
+            "%s, but this torchrun knows of no other: start each with the same --rdzv-endpoint to train together", others
+        )
     return TorchrunWorld(device, choose_backend(config, device), config.timeout_seconds)
 
 
@@ -256,7 +258,9 @@ def rank_and_size() -> tuple[int, int]:
 
 def _alone(device: torch.device) -> SoloWorld:
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        log.warning("MASTER_ADDR is set, RANK and WORLD_SIZE are not: this is one plain process; for several, use torchrun")
+        log.warning(
+            "MASTER_ADDR is set, but RANK and WORLD_SIZE are not: this is one plain process; for several ranks, use torchrun"
+        )
     return SoloWorld(device)
 
 
@@ -325,14 +329,16 @@ def _resolve(address: str, timeout: timedelta) -> None:
             socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
             return
         except socket.gaierror as error:
-            what = f"MASTER_ADDR is {address}, the machine of rank 0, and this machine does not find it: {error.strerror}"
+            what = f"this machine cannot resolve MASTER_ADDR={address}, the machine of rank 0: {error.strerror}"
         waited_seconds = time.monotonic() - began
         if waited_seconds >= patience_seconds:
-            advice = "name one that all machines find: torchrun --local-addr (on one machine localhost), or MASTER_ADDR"
+            advice = (
+                "use a name that all machines can resolve: torchrun --local-addr (localhost on one machine), or MASTER_ADDR"
+            )
             raise RankFailure(f"{what} (tried for {waited_seconds:.0f} s); {advice}")
         if waited_seconds >= NAME_SECONDS and not warned:
             warned = True
-            log.warning("%s; tried again for up to %.0f s", what, patience_seconds)
+            log.warning("%s; trying again for up to %.0f s", what, patience_seconds)
         time.sleep(0.2)
 
 
@@ -351,7 +357,7 @@ def _wait_for_listener(address: str, port: int, timeout: timedelta) -> None:
         retrying(socket.create_connection, (address, port), timeout=5).close()
     except tenacity.RetryError as error:
         seconds = timeout.total_seconds()
-        raise RankFailure(f"nobody listens at {address}:{port} for {seconds:.0f} s: rank 0 did not come") from error
+        raise RankFailure(f"no answer from {address}:{port} within {seconds:.0f} s: rank 0 has not started") from error
 
 
 def _answer_greetings(store: Store, size: int, timeout: timedelta) -> str:
@@ -370,7 +376,7 @@ def _answer_greetings(store: Store, size: int, timeout: timedelta) -> str:
             if store.check([f"harness/thanks/{prefix}/{other}"]):
                 waiting.discard(other)
         if time.monotonic() > deadline:
-            raise RankFailure(f"ranks {sorted(waiting)} did not come within {timeout.total_seconds():.0f} s")
+            raise RankFailure(f"ranks {sorted(waiting)} did not join within {timeout.total_seconds():.0f} s")
         time.sleep(0.005)
     return prefix
 

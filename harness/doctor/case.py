@@ -57,7 +57,7 @@ class Case:
 
     @property
     def save_seconds(self) -> float | None:
-        """What a save will take, as far as can be told: what the last one took, or else by the measured speed."""
+        """An estimate of what a save will take: what the last one took, or else by the measured speed."""
         if self.last_save_seconds is not None:
             return self.last_save_seconds
         if self.state_bytes is None or self.put_bytes_per_second is None:

@@ -55,9 +55,8 @@ def exit_code(found: Sequence[Finding]) -> int:
 
 
 def merge(found: Sequence[Sequence[Finding]], hosts: Sequence[str]) -> list[Finding]:
-    """The findings of all ranks, each told once, with the ranks that have it where it is not all of them.
-
-    What is well is told once for all ranks, and not at all where the same check found something on another one.
+    """The findings of all ranks, each once, with the ranks that have it if they are not all. What is well appears once
+    for all ranks, and not at all if the same check found something on another rank.
     """
     holders: dict[Finding, list[int]] = {}
     for rank, own in enumerate(found):

@@ -37,8 +37,10 @@ def nodes(_case: Case) -> list[Finding]:
     come, least = environment.nodes(), environment.least_nodes()
     tried = "compared torchrun's --nnodes with the machines that have come"
     if come < least:
-        advice = "set the clocks by NTP: torchrun's c10d rendezvous takes a machine for dead whose clock is 15 s behind"
-        return [error(tried, f"{come} of {least}, and it has begun without the others", advice, RankFailure)]
+        advice = (
+            "synchronize the clocks (NTP): torchrun's c10d rendezvous considers a machine dead if its clock is 15 s behind"
+        )
+        return [error(tried, f"{come} of {least} came, and torchrun started without the others", advice, RankFailure)]
     return [ok(tried, f"{come}")]
 
 
@@ -48,7 +50,7 @@ def rendezvous(_case: Case) -> list[Finding]:
         return []
     tried = "looked whose store the ranks were given"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        what = "torchrun's own: a machine that comes back finds old addresses in it, and the job hangs (torch 2.13)"
+        what = "torchrun's own, which keeps old addresses: when a machine comes back, the job hangs (torch 2.13)"
         return [warn(tried, what, "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every machine, as harness launch does")]
     return [ok(tried, "their own")]
 
@@ -61,11 +63,14 @@ def grace(case: Case) -> list[Finding]:
     found = []
     for name, seconds in limits.items():
         if own_seconds >= seconds:
-            what = f"stop.grace_seconds is {own_seconds:g}, {name} {seconds:g}: the kill comes first"
+            what = f"stop.grace_seconds is {own_seconds:g}, but {name} is {seconds:g}; the process would be killed first"
             found.append(warn(tried, what, f"lower the one below {seconds:g}, or raise the other"))
     least_seconds = min(own_seconds, *limits.values())
     if case.save_seconds is not None and case.save_seconds > least_seconds:
-        what = f"{_save_in_words(case)}, and a stop has {least_seconds:g} s: it would end before it is saved"
+        what = (
+            f"{_save_in_words(case)}, but only {least_seconds:g} s are allowed after a stop signal; the "
+            "process would be killed before the checkpoint commits"
+        )
         found.append(warn(tried, what, "raise stop.grace_seconds and what the launcher grants, or save to something faster"))
     granted = [f"{name} {seconds:g}" for name, seconds in limits.items() if seconds < math.inf]
     save = [_save_in_words(case)] if case.save_seconds is not None else []
@@ -106,13 +111,13 @@ def timeouts(case: Case) -> list[Finding]:
     seconds, watchdog_seconds = config.world.timeout_seconds, config.watchdog.timeout_seconds
     found = []
     if case.save_seconds is not None and case.save_seconds > seconds:
-        what = f"{_save_in_words(case)}, and the other ranks wait {seconds:g} s for rank 0"
+        what = f"{_save_in_words(case)}, but the other ranks wait only {seconds:g} s for rank 0"
         found.append(error(tried, what, "raise world.timeout_seconds well above a save"))
     if watchdog_seconds is not None and seconds >= watchdog_seconds:
-        what = f"{seconds:g} s, the watchdog's are {watchdog_seconds:g}: a lost rank is not named before all are ended"
+        what = f"{seconds:g} s, but the watchdog ends all ranks after {watchdog_seconds:g} s, before the lost rank is named"
         found.append(warn(tried, what, "lower world.timeout_seconds below watchdog.timeout_seconds"))
     elif seconds > _SENSIBLE_TIMEOUT_SECONDS:
-        what = f"{seconds:g} s: so long do all wait for a machine whose cable was cut"
+        what = f"{seconds:g} s: all ranks wait this long for a machine that has lost its network"
         found.append(warn(tried, what, f"lower world.timeout_seconds to {_SENSIBLE_TIMEOUT_SECONDS:g} or less"))
     return found or [ok(tried, f"{seconds:g} s")]
 
@@ -124,7 +129,8 @@ def threads(case: Case) -> list[Finding]:
     tried = "read OMP_NUM_THREADS"
     if not (value := os.environ.get("OMP_NUM_THREADS")):
         what = (
-            "it is not set: torchrun sets 1 where it starts several processes and not where it starts one; the bits differ"
+            "it is not set: torchrun sets it to 1 for several processes but not for one, and the results differ "
+            "in their last bits"
         )
         return [warn(tried, what, "export OMP_NUM_THREADS=1, or what suits the machine")]
     return [ok(tried, f"it is {value}")]

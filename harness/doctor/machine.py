@@ -55,7 +55,7 @@ def batch(case: Case) -> list[Finding]:
     fetched = _batches(case, workers=0)
     found, problem = run_bounded(lambda: next(fetched), _BATCH_SECONDS)
     if found is None:
-        return [error(tried, problem, "mend the data set or its collate: no run would come further")]
+        return [error(tried, problem, "fix the data set or its collate function; a run would fail here, too")]
     case.micro_batch_bytes = max(sum(tensor.nbytes for tensor in tensors_in(values)) for values, _ in found)
     return [ok(tried, f"{case.micro_batch_bytes / 1e6:.1f} MB at once")]
 
@@ -130,9 +130,9 @@ def processes(case: Case) -> list[Finding]:
         if not heeded >> (signal.SIGTERM - 1) & 1 and _group(pid) == os.getpgrp():
             doomed.append(f"{pid} ({' '.join(_read(f'/proc/{pid}/cmdline').split(chr(0)))[:60].strip()})")
     if doomed:
-        what = f"{', '.join(doomed)} will die of the signal that asks for a stop, before the last step is saved"
+        what = f"{', '.join(doomed)} would be killed by the stop signal, before the last step is saved"
         return [warn(tried, what, "have them ignore SIGTERM, or start them in a session of their own")]
-    return [ok(tried, "none will die of the signal that asks for a stop")]
+    return [ok(tried, "none would be killed by the stop signal")]
 
 
 def _descendants(pid: int) -> Iterator[int]:

@@ -33,7 +33,7 @@ _MUST_AGREE = {
     "harness": "install the same everywhere",
     "torch": "install the same everywhere",
     "device": "give every rank the same kind",
-    "model": "the task must build the same on every rank: nothing random but from the generators that harness seeds",
+    "model": "the task must build the same on every rank; draw random numbers only from the generators that harness seeds",
     "samples": "every rank must see the same data",
 }
 _SHOULD_AGREE = ("python", "cuda", "threads")
@@ -51,7 +51,7 @@ def met(world: World, hosts: Sequence[str]) -> Finding:
     """Said when all have come."""
     count = len(set(hosts))
     if not is_under_torchrun():
-        what = "there is none: start the doctor as the training will be started, and it looks at all ranks"
+        what = "there is none; start the doctor as you will start the training, so that it checks all ranks"
         return ok("looked for torchrun", what)
     return ok("met over gloo", f"{world.size} rank{'s' * (world.size > 1)} on {count} machine{'s' * (count > 1)}")
 
@@ -60,21 +60,19 @@ def not_met(problem: Exception) -> Finding:
     """Said by each rank for itself."""
     if isinstance(problem, HarnessError):  # one that says itself what to do
         return error(f"looked for the ranks on rank {rank()}", str(problem), "", type(problem))
-    advice = "see what the others say; if it is the network, GLOO_SOCKET_IFNAME names the interface to use"
+    advice = "see what the other ranks report; if it is the network, GLOO_SOCKET_IFNAME names the interface to use"
     return error(f"waited on rank {rank()} for the others", describe_error(problem), advice, RankFailure)
 
 
 def lost(problem: Exception) -> Finding:
     """Said by those that are left."""
     found = f"one is gone ({describe_error(problem)})"
-    return error(
-        "talked to the other ranks", found, "see what became of it: the doctor has not come to its end", RankFailure
-    )
+    return error("talked to the other ranks", found, "find out why it ended; the doctor could not finish", RankFailure)
 
 
 def interrupted() -> Finding:
     """Said when a signal came: a person's, or torchrun's, which ends all ranks when one has died."""
-    advice = "see which rank ended first, and of what: the doctor has not come to its end"
+    advice = "find the rank that ended first, and why; the doctor could not finish"
     return error("looked at the ranks", "a signal came", advice, RankFailure)
 
 
@@ -135,7 +133,7 @@ def _code() -> str:
 
 
 def _model(case: Case) -> str | None:
-    """The digest of a new model; None where there is none, or where it cannot be written, which is told elsewhere."""
+    """The digest of a new model; None where there is none, or where it cannot be written, which another check reports."""
     models = [each for each in (case.objects or {}).values() if isinstance(each, torch.nn.Module)]
     if not models:
         return None
@@ -194,12 +192,12 @@ def _untried() -> list[Finding]:
     versions, advice = ", ".join(torch_private.TRIED), f"install torch {torch_private.TRIED[-1]}"
     found = []
     if not torch_private.is_tried(torch.__version__):
-        what = f"it is none of {versions}, nor between them"
+        what = f"harness was not tested with it, but with {versions}"
         found.append(warn(tried, what, f"try a resume before a long run, or {advice}"))
     for part in torch_private.missing():
         say = error if part.is_needed else warn
         found.append(
-            say("looked for what torch does not promise to keep", f"it has no {part.names}: {part.without}", advice)
+            say("looked for the private parts of torch that harness uses", f"it has no {part.names}: {part.without}", advice)
         )
     return found
 
@@ -252,10 +250,12 @@ def _judge_clocks(best: Sequence[tuple[float, float]], hosts: Sequence[str]) -> 
         by = f"{abs(offset_seconds):.3f} s (± {uncertain_seconds:.3f})"
         what = f"that of {places([number], hosts)} is {by} {which} that of {places([0], hosts)}"
         if off_seconds < _BURIED_SECONDS:
-            found[hosts[number]] = warn(tried, what, "set both by NTP: times in logs and manifests do not compare")
+            found[hosts[number]] = warn(
+                tried, what, "synchronize both clocks (NTP); times in logs and manifests cannot be compared"
+            )
         else:
-            why = "torchrun's c10d rendezvous takes a machine for dead whose clock is 15 s behind, and starts without it"
-            found[hosts[number]] = error(tried, what, f"set both by NTP: {why}")
+            why = "torchrun's c10d rendezvous considers a machine dead if its clock is 15 s behind, and starts without it"
+            found[hosts[number]] = error(tried, what, f"synchronize both clocks (NTP): {why}")
     if found:
         return list(found.values())
     within = max(abs(offset) + uncertain for uncertain, offset in best)

@@ -51,7 +51,7 @@ def task(case: Case) -> list[Finding]:
     except HarnessError as mistake:
         return [error(tried, line) for line in str(mistake).splitlines()]
     except (Exception, SystemExit) as problem:  # the user's own code
-        return [error(tried, describe_error(problem) + place_of(problem), "mend it: no run would come further")]
+        return [error(tried, describe_error(problem) + place_of(problem), "fix it; a run would fail here, too")]
     case.task = built
     scaler = torch.amp.GradScaler("cpu", enabled=config.train.precision == "fp16")
     case.objects = {**state_of(built, built.model, scaler), "loader": loader}
@@ -156,7 +156,7 @@ def saving(case: Case) -> list[Finding]:
     tried = "read checkpoint.url and the intervals"
     if checkpoint.url is None:
         advice = "set it" if isinstance(case.config, Config) else "give harness.Run a URL"
-        return [warn(tried, "there is no checkpoint.url: nothing is saved, and every start is from nothing", advice)]
+        return [warn(tried, "checkpoint.url is not set: nothing is saved, and every start begins at step 0", advice)]
     intervals = {
         "steps": checkpoint.every_steps,
         "seconds": checkpoint.every_seconds,
@@ -166,7 +166,7 @@ def saving(case: Case) -> list[Finding]:
     if not given:
         place = "set checkpoint." if isinstance(case.config, Config) else "give harness.Run "
         advice = f"{place}every_steps, every_seconds or every_epochs"
-        return [warn(tried, "there is no interval: only the end is saved, and a death before it costs all", advice)]
+        return [warn(tried, "no interval is set: only the end is saved, and a death before it loses all progress", advice)]
     return [ok(tried, f"saved {' and '.join(given)}")]
 
 

@@ -48,8 +48,8 @@ def examine_script(command: Sequence[str], emit: Emit, leave: Callable[[int], No
         return _emit_failure(tried, problem, emit)
     finally:
         observer.current = observer.Observer()
-    advice = "see that its arguments let it train; harness.save, load and Loader alone are not looked at"
-    found = named("configuration", [error(tried, "it has ended, and made none", advice)])
+    advice = "give it the arguments with which it trains; harness.save, load and Loader alone are not checked"
+    found = named("configuration", [error(tried, "it ended without making a Run", advice)])
     emit(found)
     return exit_code(found)
 
@@ -59,9 +59,7 @@ def _emit_failure(tried: str, problem: BaseException, emit: Emit) -> int:
     if isinstance(problem, HarnessError):
         found: list[Finding] = [error(tried, line, "", type(problem)) for line in str(problem).splitlines()]
     else:
-        found = [
-            error(tried, describe_error(problem) + place_of(problem), "mend it: it would not come further in a training")
-        ]
+        found = [error(tried, describe_error(problem) + place_of(problem), "fix it; a training would fail here, too")]
     found = named("configuration", found)
     if rank():  # rank 0 may be well, and wait
         print(f"harness: rank {rank()}: {found[0].found}", file=sys.stderr, flush=True)

@@ -80,7 +80,7 @@ def storage(case: Case) -> list[Finding]:
     get_seconds = max(answer.seconds for answer in answers)
     out, back = _PROBE_BYTES / 1e6 / put_seconds, _PROBE_BYTES / 1e6 / get_seconds
     if left:
-        return [warn(tried, left, "have deleting allowed, or old checkpoints pile up (and the probe is still there)")]
+        return [warn(tried, left, "allow deletes, or old checkpoints pile up (the probe was not deleted either)")]
     times = f"written in {put_seconds:.2f} s ({out:.0f} MB/s), read in {get_seconds:.2f} s ({back:.0f} MB/s)"
     return [ok(tried, times)]
 
@@ -132,7 +132,7 @@ def _list_and_delete(store: Store | None, probe: _Probe) -> str:
     assert store is not None, "rank 0 has written"
     directory = os.path.dirname(probe.name)
     if store.list(directory) != {probe.name: _PROBE_BYTES}:
-        raise StoreError(f"list {store.url}/{directory}: does not show what has just been written there")
+        raise StoreError(f"list {store.url}/{directory}: the object that was just written is not in the listing")
     try:
         store.delete(probe.name)
     except StoreError as problem:
@@ -198,7 +198,7 @@ def run(case: Case) -> list[Finding]:
     whole = [entry for entry in entries if entry.state == "whole"]
     if not entries and case.config.checkpoint.must_exist:
         advice = "see that it is the right place, and that it is mounted, or start without checkpoint.must_exist"
-        return [error(tried, "there is none, and checkpoint.must_exist asks for one", advice, NoCheckpoint)]
+        return [error(tried, "there is none, but checkpoint.must_exist requires one", advice, NoCheckpoint)]
     if not entries:
         return trains or [ok(tried, "there is none: a run would start from nothing; harness drill tries its deaths")]
     if not whole:
@@ -212,10 +212,13 @@ def run(case: Case) -> list[Finding]:
     found = trains
     if entries[0] is not whole[0]:
         what = f"{newest}; a newer one is not: {entries[0].problem}"
-        found = [*found, warn(tried, what, "know that a run goes back to that step")]
+        found = [*found, warn(tried, what, "expect the run to resume from that step")]
     if case.skips_newest and len(whole) > 1:
-        what = f"the last attempts all failed in the same way: the next start takes that of step {whole[1].step}"
-        found = [*found, warn(tried, what, "mend first what they died of: harness report says it")]
+        what = (
+            "the last attempts all failed in the same way; the next start resumes from the checkpoint before, "
+            f"of step {whole[1].step}"
+        )
+        found = [*found, warn(tried, what, "fix the cause of these failures first; harness report names it")]
     return found or [ok(tried, newest)]
 
 
@@ -228,9 +231,12 @@ def _trains_now(catalog: Catalog) -> list[Finding]:
     silent_seconds = time.time() - records[-1]["time"]
     if not -_ALIVE_SECONDS < silent_seconds < _ALIVE_SECONDS:
         return []
-    what = f"attempt {newest.number} told of itself {max(silent_seconds, 0):.0f} s ago, and has not said that it ended"
-    advice = "see that it is dead: a start takes the run over, and one that still trains ends with exit code 77"
-    return [warn("looked for a training that goes on", what, advice)]
+    what = f"attempt {newest.number} was active {max(silent_seconds, 0):.0f} s ago, and has not reported its end"
+    advice = (
+        "make sure that it is dead; a new start takes the run over, and an attempt that is still training "
+        "ends with exit code 77"
+    )
+    return [warn("looked for a training that is still running", what, advice)]
 
 
 def _looked_at(case: Case) -> list[Entry]:
@@ -253,7 +259,13 @@ def place(case: Case) -> list[Finding]:
     if case.store is None:
         return []
     if isinstance(case.store.filesystem.fs, MemoryFileSystem):
-        return [warn("looked at checkpoint.url", "it is this process's memory, and ends with it", "choose another one")]
+        return [
+            warn(
+                "looked at checkpoint.url",
+                "it is this process's memory, which is lost when the process ends",
+                "choose another one",
+            )
+        ]
     if not case.store.is_local:
         return []
     kind = _kind_of_filesystem(case.store.root)
@@ -264,14 +276,18 @@ def place(case: Case) -> list[Finding]:
     elif f"{case.store.root}/".startswith("/tmp/"):  # noqa: S108  # where it lies is the question
         found.append(warn(tried, "it is below /tmp, which a reboot empties", "choose a checkpoint.url that is kept"))
     if nodes() > 1 and len(set(case.hosts)) == 1 and kind in _OF_ONE_MACHINE:
-        what = f"{kind}, which each machine has for itself, and the launcher speaks of {nodes()} machines"
-        advice = "choose one that all see; to try it, start the doctor on all of them as the training is started"
+        what = f"{kind}, which is local to each machine, but the launcher starts {nodes()} machines"
+        advice = "choose one that all machines share; to test it, start the doctor on all of them as you start the training"
         found.append(warn(tried, what, advice))
     if not case.store.filesystem.keeps_names:
-        what = (
-            f"{kind or 'it'} cannot make names durable (fsync of a directory): a power cut may take the newest checkpoints"
+        what = f"{kind or 'it'} cannot flush a directory (fsync): a power cut may lose the newest checkpoints"
+        found.append(
+            warn(
+                tried,
+                what,
+                "choose another file system, or save so often that the loss of a checkpoint or two is acceptable",
+            )
         )
-        found.append(warn(tried, what, "choose another file system, or save often enough to go back a checkpoint or two"))
     return found or [ok(tried, kind)]
 
 

@@ -98,7 +98,7 @@ def _write_page(path: str, findings: Findings, between_deaths_seconds: float) ->
     try:
         from harness.drill.page import page  # noqa: PLC0415  # an extra draws it
     except ImportError as error:
-        raise ConfigError(f"the page of a drill needs the extra 'report': pip install 'harness[report]' ({error})") from None
+        raise ConfigError(f"the page of a drill needs matplotlib: pip install matplotlib ({error})") from None
     try:
         Path(path).write_text(page(findings, between_deaths_seconds), encoding="utf-8")
     except OSError as error:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from harness import torch_private
 from harness.drill.hashes import hash_of, hash_of_tensor
 from harness.state.modules import unwrap
 
@@ -59,8 +60,7 @@ class Reachable:
                 for key, value in module.__dict__.items():
                     if isinstance(value, _PLAIN) and not key.startswith("_") and key != "training":
                         yield f"{where}.{key}", value
-                hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-                yield f"{where}'s hooks", sum(map(len, hooks))
+                yield f"{where}'s hooks", torch_private.hooks_in(module)
 
     def _note(self, found: dict[str, str], name: str, value: Any, level: int, above: set[int]) -> None:
         if id(value) in self._known or id(value) in above or len(found) > _MOST_VALUES:
@@ -94,7 +94,7 @@ class Reachable:
     def _tensor(self, tensor: torch.Tensor) -> str | None:
         if tensor.nbytes > _LARGEST_BYTES or tensor.layout != torch.strided or tensor.device.type == "meta":
             return None
-        mark = tensor._version, tensor.data_ptr()
+        mark = torch_private.version(tensor), tensor.data_ptr()
         seen = self._tensors.get(id(tensor))
         if seen is None or seen[:2] != mark or tensor.nbytes < 4096:
             self._tensors[id(tensor)] = seen = (*mark, hash_of_tensor(tensor))

@@ -58,8 +58,8 @@ def export_model(
     ``out`` is a path or URL: ``NAME.safetensors``; ``NAME.pth`` (or ``.pt``, ``.bin``), for
     ``model.load_state_dict(torch.load(out, weights_only=True))``; or a directory (``NAME/``, or a local one that exists),
     which gets Hugging Face's layout with shards of at most ``shard_bytes``. ``overwrite`` replaces a file in one step; in a
-    directory, the model that is there goes first, and a missing ``config.json`` is told of: weights do not say what model
-    they are of. ``storage_options`` are those of ``out``.
+    directory, the model that is there goes first, and a missing ``config.json`` is reported: weights do not say what
+    model they belong to. ``storage_options`` are those of ``out``.
     """
     if part not in manifest.parts:
         found = ", ".join(manifest.parts) or "none"

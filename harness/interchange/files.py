@@ -369,8 +369,8 @@ def read_distributed(place: Place, *, trust: bool) -> Any:
     """The value in a directory of torch.distributed.checkpoint, put together from the parts of all ranks."""
     if not trust:
         raise ConfigError(
-            f"{place.url}: a directory of torch.distributed.checkpoint; its {DCP_METADATA} is a pickle, and reading it runs "
-            "whatever code it names: pass --trust if you trust whoever wrote it"
+            f"{place.url}: a directory of torch.distributed.checkpoint; its {DCP_METADATA} is a pickle, and "
+            "reading it can run any code: pass --trust if you trust its author"
         )
     from torch.distributed.checkpoint.api import CheckpointException  # noqa: PLC0415  # takes a second
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa: PLC0415

@@ -1,25 +1,33 @@
-"""``python -m harness.launcher.agent``: torchrun as it is, but that it tells ``harness launch`` and the ranks what it does.
+"""``python -m harness.launcher.agent``: torchrun, which tells ``harness launch`` and the ranks what it does.
 
 ``harness launch`` starts it. Python's garbage collector does not look through its imports: its ranks start after 1.2 s
 instead of 1.7 s. Where the launcher gives a directory (``harness.launcher.outcome``):
 
-* before torchrun ends ranks because another one has failed, here or elsewhere, it is noted there. A rank cannot tell that
+* before torchrun ends ranks because another one has failed, here or elsewhere, it notes that there. A rank cannot tell it
   from a stop: both are SIGTERM;
-* a restart is told of in one line, and the restarts before it are forgotten when the ranks have come further since.
+* two lines report a failure: who died of what, and the restart. Where the ranks have come further since the last one, the
+  restarts before it are forgotten;
+* what torchrun prints about itself goes to a file, where the launcher has made one. The ranks keep the real stderr.
 
 On a terminal it takes the live line of its ranks away before it writes.
 
-Both hang on methods of torchrun that are not public (``harness.torch_private``). Where a torch does not have them,
+All of it hangs on parts of torchrun that are not public (``harness.torch_private``). Where a torch does not have them,
 one line says what is missing.
 """
 
+import contextlib
 import functools
 import os
+import platform
+import signal
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TextIO, cast
 
+from harness.errors import RankFailure
 from harness.launcher import outcome
-from harness.runtime.console import Clearing
+from harness.runtime.console import Clearing, painted, printable
 from harness.runtime.torch_import import import_torch
 
 COUNTS_PROGRESS_VARIABLE = "HARNESS_RESTARTS_WITHOUT_PROGRESS"  # set where --max-restarts is harness's own
@@ -34,53 +42,118 @@ class Restarts:
         self._furthest: int | None = None
 
     def left(self, left: int, step: int | None) -> int:
-        """As ``left``, of which ranks that went on from ``step`` have come to their end."""
+        """As ``left``, after the end of ranks that had continued from ``step``."""
         if step is None or (self._furthest is not None and step <= self._furthest):
             return left
         is_first, self._furthest = self._furthest is None, step
         return left if is_first or not self._renewed else self._allowed
 
-    def describe(self, left: int) -> str:
+    def describe(self, left: int, saved_step: int | None) -> str:
         """What follows the failure of a rank."""
         kind = "in a row without a newer checkpoint" if self._renewed else "(--max-restarts)"
         if left:
-            return f"a rank failed: restart {self._allowed - left + 1} of at most {self._allowed} {kind}"
-        return f"a rank failed after {self._allowed} restarts {kind}: the launch ends"
+            return f"restart {self._allowed - left + 1} of at most {self._allowed} {kind}{_continues(saved_step)}"
+        kept = f"; the newest checkpoint is of step {saved_step} or later" if saved_step else ""
+        spent = f"no restart is left of the {self._allowed} allowed" if self._allowed else "no restart is allowed"
+        return f"{spent} {kind}{kept}"
 
 
-def _watch(directory: str, *, renewed: bool) -> None:
-    """Has torchrun note in the directory why it ends ranks, and count its restarts."""
+def _continues(step: int | None) -> str:
+    """From where; a save may have committed since rank 0 noted the last one."""
+    if step is None:
+        return ""
+    return f"; training continues from step {step} or later" if step else "; no checkpoint has been reported yet"
+
+
+def describe_death(directory: str, codes: Mapping[int, int]) -> str:
+    """Which rank died of what, and where. ``codes`` are those of all that failed here: of these, the one that did not
+    fail because of another one is meant."""
+    if not codes:
+        return "a rank failed"
+    culprits = [rank for rank, code in codes.items() if code not in (RankFailure.exit_code, -signal.SIGTERM)]
+    rank = min(culprits or codes)
+    code, step, record = codes[rank], outcome.reached_step(directory, rank), outcome.record_of(directory, rank)
+    died = f"was killed by {_name_of(-code)}" if code < 0 else f"ended with exit code {code}"
+    place = (
+        "" if outcome.resumed_step(directory) is None else " before its first step"
+    )  # of a program without a Run, no word
+    place = place if step is None else f" after step {step}"
+    why = f": {record.message}" if record is not None and record.message and code > 0 else ""
+    return f"rank {rank} on {platform.node()} {died}{place}{why}"
+
+
+def _name_of(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _watch(directory: str, stderr: TextIO, *, renewed: bool) -> None:
+    """Has torchrun note in the directory why it ends ranks, report their deaths, and count its restarts."""
     from harness import torch_private  # noqa: PLC0415  # imports torch
 
     restarts: Restarts | None = None
 
-    def left(allowed: int, now: int) -> int:
+    def say(text: str, colour: str) -> None:
+        print(painted(printable(f"harness launch: {text}"), colour, stderr), file=stderr, flush=True)
+
+    def left(allowed: int, now: int, codes: Mapping[int, int]) -> int:
         nonlocal restarts
         restarts = restarts or Restarts(allowed, renewed=renewed)
         now = restarts.left(now, outcome.resumed_step(directory))
-        print(f"harness launch: {restarts.describe(now)}", file=sys.stderr, flush=True)
+        death, follows = describe_death(directory, codes), restarts.describe(now, outcome.saved_step(directory))
+        outcome.say_death(directory, f"{death}; {follows}")
+        say(death, "red")
+        if now:  # else the launcher's last line says it
+            say(follows, "yellow")
         return now
 
     torch_private.before_ranks_are_ended(functools.partial(outcome.say_ended, directory))
     torch_private.when_ranks_fail(left)
 
 
+def _fold(directory: str) -> TextIO | None:
+    """Sends what this process prints to the launcher's file; returns the real stderr. None where there is no such file."""
+    try:
+        log = os.open(Path(directory, outcome.TORCHRUN_LOG), os.O_WRONLY | os.O_APPEND)
+    except FileNotFoundError:
+        return None
+    stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+    os.dup2(log, 2)  # what torch prints from C++ as well
+    os.close(log)
+    return stderr
+
+
 def main() -> None:
     """torchrun's own command line and exit code."""
+    directory = os.environ.get(outcome.DIRECTORY_VARIABLE)
+    folded = _fold(directory) if directory is not None else None
+    sys.argv[0] = "torchrun"  # in its messages
     import_torch("torch.distributed.run")
     from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: PLC0415
     from torch.distributed.run import main as torchrun  # noqa: PLC0415
 
-    if (directory := os.environ.get(outcome.DIRECTORY_VARIABLE)) is not None:
+    if directory is not None:
+        from harness import torch_private  # noqa: PLC0415  # imports torch
+
         renewed = os.environ.pop(COUNTS_PROGRESS_VARIABLE, "") == "1"
-        _watch(directory, renewed=renewed)
+        stderr = _without_live_line(folded or sys.stderr)
+        with contextlib.redirect_stderr(stderr):  # for a warning that torch lacks something
+            _watch(directory, stderr, renewed=renewed)
+            if folded is not None and not torch_private.give_ranks(folded):
+                os.dup2(folded.fileno(), 2)
     try:
         torchrun()
     except SignalException:  # it has said which one
         sys.exit(1)
 
 
+def _without_live_line(stream: TextIO) -> TextIO:
+    """A terminal without the live line of the ranks, when something is written to it."""
+    return cast("TextIO", Clearing(stream)) if stream.isatty() else stream
+
+
 if __name__ == "__main__":
-    if sys.stderr.isatty():
-        sys.stderr = cast("TextIO", Clearing(sys.stderr))
+    sys.stderr = _without_live_line(sys.stderr)
     main()

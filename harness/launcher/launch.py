@@ -3,17 +3,19 @@
 It adds to torchrun's command line only what is not there, and to the environment:
 
 * ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``: otherwise (torch 2.13) a node that joins a running job hangs it;
-* three restarts (torchrun's default is none), counted anew when the ranks start from a newer checkpoint (see
+* three restarts (torchrun's default is none), counted again from zero when the ranks start from a newer checkpoint (see
   ``harness.launcher.agent``), and a time to save after a signal;
 * on one machine the address ``localhost``: the machine's own name need not lead anywhere;
 * a death signal, so that a killed launcher leaves no orphans: launcher → agent → workers;
-* deaf ears for SIGUSR1 and SIGUSR2, of which torchrun would die.
+* SIGUSR1 and SIGUSR2 ignored, which would end torchrun;
+* a file for what torchrun prints about itself. It is kept, and named in the last line, where the ranks have failed.
+  ``--verbose`` shows it instead. The ranks' own output is never touched.
 
-torchrun restarts workers whatever made them fail. When the records of the ranks say that starting again cannot help, the
-agent is ended at once. And when they say that the ranks have stopped, the agent is not waited for: on several machines it
-would wait five minutes for that of the machine which was asked to stop, and which has left without a word.
+torchrun restarts workers whatever made them fail. If the records of the ranks say that a restart cannot help, the agent
+is ended at once. If they say that the ranks have stopped, the launcher does not wait for the agent: on several machines
+it would wait five minutes for the agent of the machine that was asked to stop, which has left already.
 
-A stop that somebody asks for is noted before the signal goes on: a SIGTERM alone may also mean that another rank has died.
+A stop request is noted before the signal is passed on: a SIGTERM alone may also mean that another rank has died.
 """
 
 import contextlib
@@ -27,17 +29,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
+from typing import NamedTuple, Self
 
 from harness.errors import ConfigError, Stopped
 from harness.launcher import outcome
 from harness.launcher.agent import COUNTS_PROGRESS_VARIABLE
 from harness.launcher.outcome import Outcome
+from harness.runtime.console import print_error
 from harness.runtime.signals import STOP_SIGNALS, die_with_parent, ignore_stop_signals
 
 _LEAVING_SECONDS = 5.0  # that a rank which has stopped well may take to be gone
 _DEFAULTS = {"--max-restarts": "3", "--shutdown-timeout": "60"}
-_FLAGS = frozenset({"--standalone", "--no-python", "--run-path", "--virtual-local-rank", "--module"})  # take no value
+VERBOSE = "--verbose"
+_FLAGS = frozenset({"--standalone", "--no-python", "--run-path", "--virtual-local-rank", "--module", VERBOSE})  # no value
 _PROGRAM = "train CONFIG.yaml, doctor CONFIG.yaml, SCRIPT.py or -m MODULE"
 _Process = subprocess.Popen[bytes]
 
@@ -103,13 +109,18 @@ def command(torchrun_options: Sequence[str], arguments: Sequence[str]) -> list[s
     return [sys.executable, "-m", "harness.launcher.agent", *options, *torchrun_options, *program]
 
 
-def launch(torchrun_options: Sequence[str], arguments: Sequence[str]) -> int:
+def launch(options: Sequence[str], arguments: Sequence[str]) -> int:
     """Runs ``harness``, or a script, under torchrun and returns the exit code of the launch."""
+    torchrun_options = [option for option in options if option != VERBOSE]
     with contextlib.ExitStack() as stack:
         try:
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="harness-"))
+            if VERBOSE not in options:
+                Path(directory, outcome.TORCHRUN_LOG).touch()
         except OSError as error:
-            raise ConfigError(f"harness launch: needs a folder for temporary files ({error}); let TMPDIR name one") from None
+            raise ConfigError(
+                f"harness launch: cannot create temporary files ({error}); set TMPDIR to a folder that can be written"
+            ) from None
         environment = {
             **os.environ,
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
@@ -131,8 +142,10 @@ def launch(torchrun_options: Sequence[str], arguments: Sequence[str]) -> int:
         code = outcome.exit_code(agent.returncode, outcomes, asked_to_stop=asked_to_stop)
         code = 130 if interrupted and code == 1 else code
         is_verdict = any(each.verdict and each.exit_code == code for each in outcomes)
-        if code and not is_verdict:  # torchrun has its say after the ranks, and at length; the doctor's are all well
-            print(f"harness launch: exit code {code}: {_describe_end(code, agent.returncode, outcomes)}", file=sys.stderr)
+        if code and not is_verdict:  # where it is the doctor's, it has been printed
+            end = _describe_end(code, agent.returncode, outcomes, directory)
+            colour = "cyan" if code == Stopped.exit_code else "red"
+            print_error(f"harness launch: exit code {code}: {end}", for_all=True, colour=colour)
         return code
 
 
@@ -153,15 +166,42 @@ def _wait(agent: _Process, directory: str) -> bool:
     return stopped_time < math.inf
 
 
-def _describe_end(code: int, torchrun: int, outcomes: Sequence[Outcome]) -> str:
-    """What the launch ended with, for people: the ranks' own word, where one has left any."""
+def _describe_end(code: int, torchrun: int, outcomes: Sequence[Outcome], directory: str) -> str:
+    """Why the launch ended, for people: what the ranks have reported, else what is known of their deaths, or of torchrun."""
     if code == Stopped.exit_code:
-        return "stopped, as was asked; start the same command again to go on"
-    if message := outcome.message(code, outcomes):
+        return "stopped as requested; start the same command again to continue"
+    message = outcome.message(code, outcomes)
+    if message and code in outcome.FINAL_EXIT_CODES:
         return message
     if code == 130:
-        return "interrupted twice, and ended at once: what was trained since the last checkpoint is trained again"
-    return f"no rank has said why; torchrun ended with {torchrun}, and says above what it knows"
+        return "interrupted twice and ended at once; the steps since the last checkpoint will be trained again"
+    log = _TorchrunLog.keep(directory)
+    reason = outcome.death(directory) or message or f"no rank reported an error; torchrun ended with {torchrun}{log.last}"
+    return reason + log.where
+
+
+class _TorchrunLog(NamedTuple):
+    """What torchrun has printed about itself, for the last line: its own last line, and the file that holds all of it."""
+
+    last: str = ""
+    where: str = ""
+
+    @classmethod
+    def keep(cls, directory: str) -> Self:
+        """Moves it to where it outlives the launch."""
+        try:
+            text = Path(directory, outcome.TORCHRUN_LOG).read_text(errors="replace").rstrip()
+        except OSError:  # it was shown
+            return cls()
+        if not text:
+            return cls()
+        last = f": {text.splitlines()[-1]}"
+        try:
+            with tempfile.NamedTemporaryFile("w", prefix="harness-launch-", suffix=".log", delete=False) as kept:
+                kept.write(text + "\n")
+        except OSError as error:
+            return cls(last, f" (torchrun's output was lost: {error})")
+        return cls(last, f" (torchrun's output: {kept.name})")
 
 
 def _prepare_agent(launcher: int) -> None:

@@ -2,12 +2,15 @@
 
 ``harness launch`` gives its ranks a directory. Each leaves a record there of how it ended, since torchrun turns every exit
 code into 1; the launcher makes an exit code of them that Slurm, Kubernetes and SkyPilot can act on. torchrun also has one
-signal for two things, a stop and the death of another rank, so the launcher and the agent say there which one it is. And a
-rank says from which step it goes on: restarts that lead further are not counted.
+signal for two things, a stop and the death of another rank, so the launcher and the agent say there which one it is. A rank
+notes from which step it continues, since restarts that lead further are not counted. It also notes its step and the newest
+checkpoint: a killed rank can report neither. And what torchrun prints about itself is kept there, out of sight.
 """
 
 import json
+import mmap
 import os
+import struct
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -21,6 +24,8 @@ from harness.secrecy import without_secrets
 DIRECTORY_VARIABLE = "HARNESS_OUTCOME_DIRECTORY"
 POLL_SECONDS = 0.2  # the launcher looks as often as that
 EVERY_RANK = "all"
+TORCHRUN_LOG = "torchrun.log"  # in the directory, where what torchrun prints is folded away
+_STEP = struct.Struct("<q")
 _USAGE = 2  # torchrun's exit code where it does not understand its options; a failure of the ranks is 1
 
 # Starting again would end in the same way: somebody has to act first.
@@ -61,6 +66,7 @@ class Outcome:
 
 _directory: Path | None = None  # that of the launcher which has started this process as a rank
 _owner = 0  # the process that it was given to: a forked child is not the rank
+_steps: dict[str, mmap.mmap] = {}  # the last step boundary of this rank, where the launcher can read it
 
 
 def claim() -> None:
@@ -72,6 +78,8 @@ def claim() -> None:
     if (name := os.environ.pop(DIRECTORY_VARIABLE, None)) is not None:
         _directory, _owner = Path(name), os.getpid()
         _in_own(f"ended-{_owner}").unlink(missing_ok=True)  # of an earlier process with this id
+        _in_own(f"step-{rank()}").unlink(missing_ok=True)
+        _steps.clear()
     forget()
 
 
@@ -108,9 +116,31 @@ def is_ended_for_another() -> bool:
 
 
 def resumed(step: int) -> None:
-    """Says from which step this start trains on."""
+    """Notes from which step this start continues."""
     if is_wanted() and is_first_of_node():
         _write(_in_own("resumed"), str(step))
+    saved(step)
+
+
+def saved(step: int) -> None:
+    """Notes the step of the newest checkpoint, which rank 0 knows."""
+    if is_wanted() and rank() == 0:
+        _write(_in_own("saved"), str(step))
+
+
+def reached(step: int) -> None:
+    """Notes a step boundary. It costs no system call but the first time, and outlives this process."""
+    if not is_wanted():
+        return
+    name = f"step-{rank()}"
+    if name not in _steps:
+        try:
+            with _in_own(name).open("w+b") as file:
+                file.truncate(_STEP.size)
+                _steps[name] = mmap.mmap(file.fileno(), _STEP.size)
+        except OSError:  # a death is then reported without its step
+            return
+    _STEP.pack_into(_steps[name], 0, step)
 
 
 def _own_record() -> Path:
@@ -137,7 +167,7 @@ def _write(path: Path, text: str) -> bool:
 
 
 def say_stop(directory: str) -> None:
-    """Says that a stop was asked for, before the signal goes on."""
+    """Notes a stop request, before the signal is passed on."""
     _write(Path(directory, "stop"), "")
 
 
@@ -148,10 +178,48 @@ def say_ended(directory: str, whom: Iterable[int | str]) -> None:
 
 
 def resumed_step(directory: str) -> int | None:
-    """From which step the newest start of this machine's ranks went on; None where none has come so far."""
+    """From which step the newest start of this machine's ranks continued; None where none has come so far."""
+    return _number_in(Path(directory, "resumed"))
+
+
+def saved_step(directory: str) -> int | None:
+    """The step of the newest checkpoint that rank 0 has noted; 0 before the first one. None where rank 0 is elsewhere."""
+    return _number_in(Path(directory, "saved"))
+
+
+def reached_step(directory: str, rank: int) -> int | None:
+    """The last step boundary of a rank; None before its first one."""
     try:
-        return int(Path(directory, "resumed").read_text())
+        return int(_STEP.unpack(Path(directory, f"step-{rank}").read_bytes())[0])
+    except (OSError, struct.error):
+        return None
+
+
+def say_death(directory: str, what: str) -> None:
+    """Notes how the ranks failed, for the last line of the launch."""
+    _write(Path(directory, "death"), what)
+
+
+def death(directory: str) -> str:
+    """How the ranks failed most recently; empty where they have not."""
+    try:
+        return Path(directory, "death").read_text()
+    except OSError:
+        return ""
+
+
+def _number_in(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
     except (OSError, ValueError):
+        return None
+
+
+def record_of(directory: str, rank: int) -> Outcome | None:
+    """The record that a rank has left."""
+    try:
+        return Outcome(**json.loads(Path(directory, f"rank-{rank}.json").read_text()))
+    except OSError:
         return None
 
 

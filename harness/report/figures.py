@@ -149,7 +149,7 @@ def _mark(axes: Axes, x: float, y: float | None, what: str, gid: str) -> None:
 
 
 def line(axes: Axes, points: Curve, **style: Any) -> None:
-    """A line through points; so many that nobody sees them are thinned out, with the highest and the lowest kept."""
+    """A line through points. More points than a line can show are thinned out; the highest and the lowest stay."""
     if len(points) > _MOST_POINTS:
         size = math.ceil(len(points) / (_MOST_POINTS / 2))
         chunks = (points[start : start + size] for start in range(0, len(points), size))

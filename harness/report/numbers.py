@@ -183,8 +183,8 @@ def read_report(catalog: Catalog, records: Records, now: float) -> RunReport:
     if not any(records.values()):
         unread = f" ({_lines(records.unreadable)} could not be read)" if records.unreadable else ""
         raise NoCheckpoint(
-            f"{catalog.store.url}: there is nothing in {journal.DIRECTORY}/ to report on{unread}: nothing was trained here "
-            "yet, or metrics.every_seconds is null"
+            f"{catalog.store.url}: {journal.DIRECTORY}/ holds no events to report on{unread}: nothing was trained "
+            "here yet, or metrics.every_seconds is null"
         )
     attempts = sorted({*catalog.attempts.all(), *records})
     claims = {attempt: _about(catalog, attempt) for attempt in attempts}
@@ -239,7 +239,7 @@ def of(
     events = {attempt: timed.events for attempt, timed in times.items()}
     silent = [str(attempt.number) for attempt in kept if not records.get(attempt)]
     if silent:
-        more_doubts.append(f"the run stands on what attempt {', '.join(silent)} trained, which told nothing that is here")
+        more_doubts.append(f"the run continues attempt {', '.join(silent)}, whose events are missing")
     launcher_began = known[attempts[0]].launcher_began
     began = lives[0].began if launcher_began is None else min(launcher_began, lives[0].began)
     return RunReport(

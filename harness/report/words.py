@@ -13,7 +13,7 @@ MEANINGS = {
     "loading": "from the attempt's claim to its first step: reading the checkpoint",
     "starting": "from the process's start to the claim: imports, the ranks meet",
     "lost": "steps that were trained again, or not at all",
-    "down": "no process that is known of",
+    "down": "no known process",
 }
 MOST_LINES = 20  # of a list, on the terminal
 _MOST_CHARACTERS = 400  # of a line
@@ -54,7 +54,7 @@ def _times(report: RunReport) -> Iterable[str]:
         yield f"  {kind:<9}{share:7.1%}  {duration(report.seconds(kind)):>10}  {MEANINGS[kind]}"
     if (mean := found["mean_time_to_recovery_seconds"]) is not None:
         count = len(report.recoveries_seconds)
-        yield f"recovery   {duration(mean):>8}  from a death until training went on, mean of {count}"
+        yield f"recovery   {duration(mean):>8}  from a death until training continued, mean of {count}"
 
 
 def _save_lines(report: RunReport) -> Iterable[str]:
@@ -91,7 +91,7 @@ def note(record: Record) -> str:
         case "save_failed":
             return f"step {record['step']}: {record['error']}"
         case "skip":
-            return f"step {record['step']}: the save before was still being written"
+            return f"step {record['step']}: the previous save was still being written"
         case "fallback":
             return f"{record['directory']}: {record['why']}"
         case "nonfinite":
@@ -110,7 +110,7 @@ def _attempts(lives: Sequence[Life]) -> Iterable[str]:
 def steps(life: Life) -> str:
     """Which steps an attempt trained."""
     if life.from_step is None:
-        return "no step" if life.is_complete else "no step that is known"
+        return "no step" if life.is_complete else "no known step"
     abandoned = "" if life.is_in_line else ", abandoned"
     missing = f", {lost(life.lost_steps, is_exact=life.is_complete)} lost" if life.lost_steps or not life.is_complete else ""
     return f"steps {life.from_step} to {life.last_step}{missing}{abandoned}"

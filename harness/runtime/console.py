@@ -1,8 +1,8 @@
 """What a run says where it was started: plain lines, JSON where asked, and on a terminal one live line below them.
 
-Every line of a process's log carries its rank, host, attempt and step: as JSON in so many words; in text the lines of other
-ranks than 0 begin with them. The live line is tqdm's, which is imported only when there is a terminal. What is logged while
-it is there goes above it.
+Every line of a process's log carries its rank, host, attempt and step. JSON lines have all of them; in text the lines of
+other ranks than 0 begin with rank and host. On a terminal warnings, errors, saves and resumes have colours. The live line is
+tqdm's, which is imported only when there is a terminal. What is logged while it is there goes above it.
 
 No line has a secret (see ``harness.secrecy``), whichever library it comes from, nor anything that a terminal would obey. The
 loggers of other libraries are as the program has set them: only harness and the user's task are heard below warnings.
@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TextIO
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, Stopped
 from harness.runtime.environment import is_first_of_node, rank, size
 from harness.runtime.escapes import for_terminal
 from harness.secrecy import learn, scrubbed, without_secrets
@@ -43,6 +43,8 @@ class Here:
 here = Here(rank(), platform.node(), size())  # a process has one; a program may join others by itself
 
 Line = tuple[str, Mapping[str, Any]]  # what an event says to people, and its values
+_COLOURS = {"red": 31, "green": 32, "yellow": 33, "cyan": 36}
+_COLOUR_OF_EVENT = {"save": "green", "done": "green", "resume": "cyan"}
 _SECONDS_BETWEEN_LINES = 60.0  # of those that the live line makes superfluous, so that a terminal keeps some
 
 
@@ -56,8 +58,8 @@ class Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         if self.form == "json":
             return self._json(record)
-        text = printable(super().format(record))
-        return text if here.rank == 0 else _clear() + _of_rank(text)
+        text, colour = printable(super().format(record)), _colour_of(record)
+        return painted(text, colour) if here.rank == 0 else _clear() + painted(_of_rank(text), colour)
 
     def _json(self, record: logging.LogRecord) -> str:
         about = {"time": record.created, "level": record.levelname.lower(), "rank": here.rank, "host": here.host}
@@ -110,18 +112,20 @@ def hear(name: str) -> Callable[[], None]:
     return lambda: logger.setLevel(logging.NOTSET)
 
 
-def print_error(text: str, *, for_all: bool = False) -> None:
+def print_error(text: str, *, for_all: bool = False, colour: str | None = None) -> None:
     """Writes to stderr what is no line of the log, in one piece. Where there are several ranks, each line has its rank,
-    unless it is said once ``for_all``."""
+    unless one rank speaks ``for_all``."""
     text = printable(text).rstrip("\n")
-    sys.stderr.write(f"{_clear()}{text if for_all or here.ranks == 1 else _of_rank(text)}\n")
+    text = text if for_all or here.ranks == 1 else _of_rank(text)
+    sys.stderr.write(f"{_clear()}{painted(text, colour)}\n")
     sys.stderr.flush()
 
 
 def report_error(error: BaseException, *, for_all: bool = False) -> None:
-    """Tells of an error: one of harness in its own words, any other with its traceback."""
+    """Reports an error: one of harness in its own words, any other with its traceback."""
     if isinstance(error, HarnessError):
-        print_error("\n".join(f"harness: {line}" for line in str(error).splitlines()), for_all=for_all)
+        colour = None if isinstance(error, Stopped) else "red"
+        print_error("\n".join(f"harness: {line}" for line in str(error).splitlines()), for_all=for_all, colour=colour)
     else:
         print_error("".join(traceback.format_exception(error)))
 
@@ -132,20 +136,35 @@ def printable(text: str) -> str:
 
 
 def number(value: float, digits: int) -> str:
-    """A number with so many significant digits: ``0.5123``, ``41,140``, ``1e+20``."""
+    """A number with ``digits`` significant digits: ``0.5123``, ``41,140``, ``1e+20``."""
     short = f"{value:.{digits}g}"
     if not 1000 <= abs(value) < 1e15:
         return short
     return f"{float(short):,.{max(digits - len(str(int(abs(value)))), 0)}f}"
 
 
+def painted(text: str, colour: str | None, stream: TextIO | None = None) -> str:
+    """A text in a colour, where the stream (stderr) is a terminal and ``NO_COLOR`` is not set."""
+    if colour is None or os.environ.get("NO_COLOR") or not (stream or sys.stderr).isatty():
+        return text
+    return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
+
+
+def _colour_of(record: logging.LogRecord) -> str | None:
+    """What deserves attention stands out: errors, warnings, saves and resumes."""
+    if record.levelno >= logging.WARNING:
+        return "red" if record.levelno >= logging.ERROR else "yellow"
+    values: Mapping[str, Any] = getattr(record, "values", {})
+    return _COLOUR_OF_EVENT.get(values.get("event", ""))
+
+
 def _of_rank(text: str) -> str:
     return "\n".join(f"rank {here.rank} on {here.host}: {line}" for line in text.split("\n"))
 
 
-def _clear() -> str:
+def _clear(stream: TextIO | None = None) -> str:
     """What takes the live line away that may stand on the terminal, also that of a rank which is dead."""
-    return "\r\x1b[K" if sys.stderr.isatty() else ""
+    return "\r\x1b[K" if (stream or sys.stderr).isatty() else ""
 
 
 class Clearing:
@@ -158,7 +177,7 @@ class Clearing:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        self._stream.write(_clear() + text if self._is_new and text else text)
+        self._stream.write(_clear(self._stream) + text if self._is_new and text else text)
         self._is_new = text.endswith("\n") if text else self._is_new
         return len(text)
 
@@ -171,7 +190,8 @@ def speak(form: Literal["text", "json"]) -> None:
 
 
 def level() -> int:
-    """What this rank says: rank 0 all; of the others one of each machine warnings, so that its troubles are told once."""
+    """The level of this rank's log: rank 0 logs everything; of the others, one on each machine logs warnings, so that
+    they appear once."""
     if here.rank == 0:
         return logging.INFO
     return logging.WARNING if is_first_of_node() else logging.ERROR

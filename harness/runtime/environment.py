@@ -77,8 +77,9 @@ def _refuse_strangers() -> None:
     """Raises ``ConfigError`` where a launcher that is not torchrun has started several processes of this kind."""
     if found := strangers():
         raise ConfigError(
-            f"environment: {found}, and none knows its rank: each would train alone; start harness launch (torchrun) once "
-            "on each machine, as launch/slurm.sbatch does; where each is to train a run of its own, set WORLD_SIZE=1"
+            f"environment: {found}, but none has a rank, so each would train alone; start harness launch "
+            "(torchrun) once on each machine, as launch/slurm.sbatch does, or set WORLD_SIZE=1 if each is to "
+            "train a run of its own"
         )
 
 
@@ -154,7 +155,7 @@ def shutdown_grace_seconds() -> float:
 
 
 def max_restarts() -> int | None:
-    """How often torchrun starts the ranks anew; None where nobody has said."""
+    """How often torchrun restarts the ranks; None where it is not known."""
     word = os.environ.get("TORCHELASTIC_MAX_RESTARTS") or os.environ.get("PET_MAX_RESTARTS") or ""
     return int(word) if word.isdecimal() else None
 
@@ -165,7 +166,7 @@ def lends_its_store() -> bool:
 
 
 def restarts() -> int:
-    """How often torchrun has started this process's rank anew in this launch, as this machine counts."""
+    """How often torchrun has restarted this process's rank in this launch, as this machine counts."""
     return _number("TORCHELASTIC_RESTART_COUNT", 0)
 
 
@@ -203,7 +204,7 @@ def nodes() -> int:
 
 
 def least_nodes() -> int:
-    """How many machines torchrun was told to wait for at least."""
+    """The least number of machines that torchrun waits for."""
     word = _torchrun_option("--nnodes", "PET_NNODES").partition(":")[0]
     return int(word) if is_under_torchrun() and word.isdecimal() else 1
 

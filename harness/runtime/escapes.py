@@ -1,6 +1,6 @@
 """Text of strangers, as each place that shows it takes it: names, messages, hosts, errors, whatever lies in a run's URL.
 
-Whoever can write a run's URL can put anything there. One function for each place; all of them take any value.
+Anyone who can write a run's URL can put anything there. One function for each place; all of them take any value.
 """
 
 import re

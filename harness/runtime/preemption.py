@@ -13,7 +13,7 @@ After *stop* the machine is lost whatever the process does. After *advice* it ma
 goes down, the system's shutdown sends SIGTERM), while a run that stopped for it would meet the same advice when it starts
 again on the same machine.
 
-Nothing here reaches the training: what goes wrong is logged, once for each kind, and the asking goes on. ``http.client``
+Nothing here reaches the training: what goes wrong is logged, once for each kind, and polling continues. ``http.client``
 does the talking, because it knows no proxies: a link-local address means the machine that asks, and behind an
 ``HTTP_PROXY`` it would mean another. Its timeouts, like those of every library above it, begin anew with each byte. So each
 request is made in a thread of its own, and after a single deadline, or at a stop, its connection is cut.
@@ -152,7 +152,7 @@ class Watcher:
     def _warn_once(self, fault: "_Fault", defect: Exception | None = None) -> None:
         if fault.kind not in self._warned and not self._service.is_over.is_set():
             self._warned.add(fault.kind)
-            log.warning("preemption.watch %s: %s (said once; the asking goes on)", self._cloud, fault, exc_info=defect)
+            log.warning("preemption.watch %s: %s (logged once; polling continues)", self._cloud, fault, exc_info=defect)
 
 
 # --- the clouds ------------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ class _Aws:
         since = answer.object().get("noticeTime")
         if not isinstance(since, str):
             raise answer.malformed()
-        return Notice("aws", "advice", None, f"EC2 recommends to leave this spot instance, since {since:.40}")
+        return Notice("aws", "advice", None, f"EC2 recommends leaving this spot instance, since {since}")
 
     def _get(self, path: str) -> "_Answer":
         if not self._token:
@@ -383,7 +383,7 @@ class _Service:
                 with connection.getresponse() as response:
                     text = response.read(_ANSWER_BYTES).decode(errors="replace").strip()
                     if response.length:  # read() with a limit does not mind an answer that ends early
-                        raise _Fault(where, "malformed", f"{response.length} bytes more were promised")
+                        raise _Fault(where, "malformed", f"{response.length} bytes are missing at its end")
                     return _Answer(where, response.status, text, response.getheader("ETag", ""))
 
         def cut() -> None:

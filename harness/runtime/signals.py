@@ -31,7 +31,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class StopRequest:
-    """Whether somebody has asked for a stop: a signal, by its name, or the cloud. A second SIGINT interrupts at once."""
+    """Whether a signal or the cloud has asked for a stop; ``reason`` names it. A second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.reason = ""
@@ -134,7 +134,7 @@ class _Bell:
         os.close(self._receiver)
 
     def close(self) -> None:
-        """Wakes whoever waits. Our end stays open where somebody has replaced it, and may put it back."""
+        """Wakes the thread that waits. Our end stays open where somebody has replaced it, and may put it back."""
         if self.over.is_set():
             return
         self.over.set()
@@ -209,7 +209,7 @@ def die_with_parent(parent: int = 0) -> None:
     """Has the kernel SIGKILL this process when its parent ends (Linux): a launcher that is killed leaves no orphans.
 
     Without it the workers of a killed torchrun train on, and nobody knows of them. ``parent`` is the parent's process id,
-    where the caller knows it: one that ended before it could be watched is told by it.
+    where the caller knows it: this finds a parent that ended before it could be watched.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -89,8 +89,8 @@ def _serve(calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]) -> 
 class InTurn(Generic[Item]):
     """Calls a function with numbered items in the order of their numbers, from 0, in the threads that bring them.
 
-    No thread waits for its turn: whoever brings the next item also takes those that came early. So an item is most often
-    taken by the thread that has made it, while it is still in the cache of that thread's core.
+    No thread waits for its turn: the thread that brings the next item also takes those that came early. So an item is most
+    often taken by the thread that has made it, while it is still in the cache of that thread's core.
     """
 
     def __init__(self, function: Callable[[Item], object]) -> None:
@@ -118,7 +118,8 @@ def threads_for(size_bytes: int) -> int:
 
 
 def in_threads(count: int, function: Callable[[Item], T], items: Iterable[Item]) -> list[T]:
-    """What a function makes of each item, in order, by so many threads. After an error no further item is begun."""
+    """Calls a function on each item in several threads, and returns the results in order. After an error it begins no
+    further item."""
     return list(in_order(count, function, items))
 
 
@@ -130,7 +131,7 @@ def in_order(
     ahead: int | None = None,
     waits: bool = False,
 ) -> Iterator[T]:
-    """What a function makes of each item, each as soon as those before it have been given, by so many threads.
+    """Calls a function on each item in several threads, and yields the results in order, each as soon as it is next.
 
     At most ``ahead`` calls (by default, all) are begun or done and not given yet. None is begun after an error, or when
     nobody asks for more; those that are under way then are left behind, or with ``waits`` waited for. A single thread is

@@ -197,8 +197,8 @@ class State:
         for name, part in self._parts.items():
             saved = parts[name]
             if part.per_rank and str(rank) not in saved:
-                count = f"the checkpoint has it for {len(saved)} ranks, and none for rank {rank}"
-                raise Mismatch(f"{name}: its state is each rank's own; {count}; start with as many ranks as before")
+                count = f"the checkpoint has {len(saved)}, none of them for rank {rank}"
+                raise Mismatch(f"{name}: each rank has a state of its own, and {count}; start with as many ranks as before")
             found[name] = saved[str(rank)] if part.per_rank else saved
         return found
 

@@ -48,14 +48,16 @@ class BucketOrder:
         if self._lacking:
             return f"torch {torch.__version__} has no {self._lacking}"
         if self.is_static:
-            return "static_graph=True has DDP order its gradients anew" if self._model.process_group.size() > 2 else None
+            return "static_graph=True makes DDP reorder its gradients" if self._model.process_group.size() > 2 else None
         if not self._hooks or self.order or len(order) != len(self._parameters):
             return None
         for hook, state in torch_private.communication_hooks(self._model):
             memories = [each for each in (state, getattr(hook, "__self__", None)) if each is not None]
             if not (_forgets(hook) or any(id(each) in restored for each in memories)):
                 name = getattr(hook, "__qualname__", type(hook).__name__)
-                return f"the communication hook {name} keeps a state that nobody restores; give Run an object that has it"
+                return (
+                    f"the communication hook {name} has a state that is not saved; add an object that holds it to the state"
+                )
         self._remove_hooks()
         self.order = order
         before = [parameter.grad for parameter in self._parameters]

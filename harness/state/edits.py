@@ -85,8 +85,8 @@ class Edits:
             lines = [f"{some(sorted(now - before))}: trained then, frozen now"] if now - before else []
             lines += [f"{some(sorted(before - now))}: frozen then, trained now"] if before - now else []
             if lines:
-                advice = "requires_grad is not restored; set it before Run as the training has it at this step"
-                warn(f"{name}: other parameters are trained than in the checkpoint: {'; '.join(lines)}. {advice}")
+                advice = "requires_grad is not restored; before Run, set it as it is at this step of the training"
+                warn(f"{name}: the trained parameters differ from those of the checkpoint: {'; '.join(lines)}. {advice}")
 
     def _frozen(self) -> dict[str, list[str]]:
         return {name: frozen(part.live) for name, part in self._parts.items() if isinstance(part.live, nn.Module)}

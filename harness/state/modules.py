@@ -204,7 +204,7 @@ def restore_model(model: nn.Module, saved: Mapping[str, Any], versions: Mapping[
         if not str(error).startswith("Error(s) in loading state_dict"):
             raise
         reason = "; ".join(line.strip() for line in str(error).splitlines()[:4])
-        raise Mismatch(f"the model does not take its saved state: {reason}") from None
+        raise Mismatch(f"the model's load_state_dict() rejected the checkpoint: {reason}") from None
 
 
 def _is_extra(name: str) -> bool:

@@ -41,7 +41,9 @@ def _parameter_names(optimizer: Optimizer, model: nn.Module) -> list[str]:
         for index, parameter in enumerate(group["params"]):
             if id(parameter) not in names:
                 where = f"optimizer: parameter {index} of group {group_index} ({kind_of('', parameter)})"
-                raise Unsupported(f"{where} is not one of the model's, so that its value would be lost; make it one")
+                raise Unsupported(
+                    f"{where} does not belong to the model, so its value would be lost; register it in the model"
+                )
             found.append(names[id(parameter)])
     return found
 
@@ -110,7 +112,7 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, saved: Mapping[str, 
     old_groups, new_groups = names_by_group(saved), names_by_group(live)
     if len(old_groups) != len(new_groups):
         counts = f"the checkpoint has {len(old_groups)}, the optimizer has {len(new_groups)}"
-        advice = "what add_param_group has added in training must be added before Run is made, or in Run(..., adapt=...)"
+        advice = "add the groups of add_param_group before Run is made, or in Run(..., adapt=...)"
         lines.append(f"parameter groups: {counts}; {advice}")
     for index, (old, new) in enumerate(zip(old_groups, new_groups, strict=False)):
         for name in sorted({*old} ^ {*new}):
@@ -250,7 +252,7 @@ def _completed(
         found.append({**more, **old})
     if missing:
         what = f"the checkpoint has no option {', '.join(sorted(missing))}"
-        log.warning("%s: %s; the value of this program counts", type(optimizer).__name__, what)
+        log.warning("%s: %s; using the value of this program", type(optimizer).__name__, what)
     return found
 
 
@@ -300,8 +302,8 @@ def _warn_of_changes(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Tells what an optimizer has made something else of, when it was given its state back."""
     if changed := sorted(_changes(saved, optimizer.state_dict())):
         what = f"{', '.join(changed[:5])}{f' and {len(changed) - 5} more' if len(changed) > 5 else ''}"
-        advice = "what follows may not have the bits of the run that never stopped"
-        log.warning("%s: its load_state_dict has changed what was saved (%s); %s", type(optimizer).__name__, what, advice)
+        advice = "the resumed run may differ from an uninterrupted one in its last bits"
+        log.warning("%s: its load_state_dict changed the saved values (%s); %s", type(optimizer).__name__, what, advice)
 
 
 def _changes(saved: Any, live: Any, path: str = "") -> Iterator[str]:

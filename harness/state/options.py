@@ -52,7 +52,7 @@ class Difference:
 
     def __str__(self) -> str:
         values = f"{_shown(self.here)} in this program, {_shown(self.there)} in the checkpoint"
-        return f"{self.part}: {self.option}: {values}; the {self.who_counts} counts{self.scheduled}"
+        return f"{self.part}: {self.option}: {values}; using the {self.who_counts}'s{self.scheduled}"
 
     @property
     def name(self) -> str:

@@ -324,7 +324,8 @@ class ScalerPart(OtherPart):
     def check(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         if bool(saved["state"]) != self.live.is_enabled():
             raise Mismatch(
-                f"{self.name}: one of the checkpoint and the run has a gradient scaler that is enabled (train.precision)"
+                f"{self.name}: either the checkpoint or the run has an enabled gradient scaler, not both; restore "
+                "train.precision"
             )
         return saved
 
@@ -374,5 +375,5 @@ def owner_of(name: str, optimizer: Optimizer, modules: Mapping[str, nn.Module]) 
         if wanted <= {id(parameter) for parameter in module.parameters()}:
             return module
     if not having:
-        raise Unsupported(f"{name}: none of its parameters is one of a module in the state; put its model there, too")
+        raise Unsupported(f"{name}: none of its parameters belongs to a module in the state; add its model to the state")
     return nn.ModuleDict(having)

@@ -28,7 +28,7 @@ class SavedNames:
         lines += [f"{key}: {before[key]} before, now {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
         self._names, self._sizes = now, sizes
         if lines:
-            what = "what is saved has other names and shapes than when Run was made"
+            what = "the names or shapes in the state have changed since Run was made"
             warn(
                 f"{listed(what, lines, 10)}\nA program that builds what this one has built cannot be resumed from it: build "
                 "it like this before Run, or in a function that Run(..., adapt=...) calls with the checkpoint's names"

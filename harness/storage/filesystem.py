@@ -72,7 +72,7 @@ class Filesystem:
         return self.fs.open(path, "rb", block_size=BLOCK_BYTES)
 
     def read_range(self, path: str, start: int, size_bytes: int) -> bytes:
-        """So many bytes from ``start`` on, fewer where the file ends."""
+        """Reads ``size_bytes`` from ``start`` on; fewer at the end of the file."""
         with self.open(path) as file:
             file.seek(start)
             return bytes(file.read(size_bytes))
@@ -105,7 +105,7 @@ class Filesystem:
         """The size of a file that was listed: some listings have none, and the file itself has to be asked."""
         size = info.get("size")
         if size is None and (size := self.fs.info(info["name"]).get("size")) is None:
-            raise OSError(errno.ENOTSUP, "the storage does not say how large it is")
+            raise OSError(errno.ENOTSUP, "the storage does not report its size")
         return int(size)
 
     def is_link(self, path: str) -> bool:  # noqa: ARG002  # an object store has none
@@ -243,7 +243,7 @@ class LocalDisk(Filesystem):
     def _make_directory(self, path: str) -> None:
         """Makes a directory and those above it, each with its name on the disk.
 
-        Who made one that is there already may have died, or been told of an error, before its name was: the first time that
+        The process that made an existing one may have died, or seen an error, before its name was: the first time that
         a store meets a directory it sees to that itself.
         """
         exists = os.path.isdir(path)
@@ -447,8 +447,8 @@ def _write_pipelined(file: Any, chunk: Buffer) -> None:
 @functools.cache
 def _warn_of_names(root: str) -> None:
     log.warning(
-        "%s: this file system cannot make names durable (fsync of a directory); a power cut, or a crash of its server, may "
-        "take the newest checkpoints with it",
+        "%s: this file system cannot flush a directory (fsync); a power cut, or a crash of its server, may lose "
+        "the newest checkpoints",
         root,
     )
 

@@ -1,4 +1,5 @@
-"""Calls to a storage: each ends within a deadline, is tried again where that may help, and fails in words of ours.
+"""Calls to a storage: each ends within a deadline, is tried again where that may help, and fails with a message of
+harness's.
 
 A call runs in a thread of its own, or in one that several share (``SerialCalls``). When it hangs, its thread is left
 behind; when that wakes up later, it finds that nobody waits for it any more (``check_awaited``) and does no harm.
@@ -139,7 +140,7 @@ def check_awaited() -> None:
     """Raises ``TimeoutError`` in a call that was given up."""
     this = threading.current_thread()
     if isinstance(this, Background) and this.left_behind:
-        raise TimeoutError("nobody waits for this any more")
+        raise TimeoutError("cancelled: nothing waits for the result")
 
 
 # --- what an error means ---------------------------------------------------------------------------------------------
@@ -231,6 +232,6 @@ def _is_permanent(error: BaseException) -> bool:
 
 
 def in_words(error: Exception) -> str:
-    """An error as it is told to people. A library's own text may have the URL with all that is secret in it."""
+    """An error in words. A library's own text may have the URL with all that is secret in it."""
     told = error.strerror if isinstance(error, OSError) else None
     return with_shown_urls(told or f"{type(error).__name__}: {error}".rstrip(": "))

@@ -53,8 +53,8 @@ _RENEWED_EVERY_SECONDS = 1.0  # so often at most are credentials read anew: dele
 class Store:
     """The objects under one URL. Made by ``open_store``.
 
-    ``tries`` and ``deadline_seconds`` bound each call: so many tries, and so many seconds for each try besides the
-    time that its bytes may take. ``streams`` and ``shard_bytes`` are what suits it: how many shards to send at once, and how
+    ``tries`` and ``deadline_seconds`` bound each call: the number of tries, and the seconds of each try besides the time
+    that its bytes may take. ``streams`` and ``shard_bytes`` are what suits it: how many shards to send at once, and how
     large they should be. One connection to an object store is far slower than the store.
     """
 
@@ -71,7 +71,7 @@ class Store:
         return self.calls.retries
 
     def within(self, tries: int, deadline_seconds: float) -> Self:
-        """The same store, for whoever has less time."""
+        """The same store, with tighter limits."""
         return type(self)(self.filesystem.at(self.root, self.url), tries, deadline_seconds)
 
     def together(self, function: Callable[[], T]) -> Background[T]:
@@ -111,7 +111,7 @@ class Store:
         return self.calls.read(name, read, size_bytes)
 
     def read_range(self, name: str, start: int, size_bytes: int) -> bytes:
-        """So many bytes of an object from ``start`` on, fewer where it ends; ``FileNotFoundError`` when there is none."""
+        """Reads ``size_bytes`` of an object from ``start`` on; fewer at its end. ``FileNotFoundError`` if there is none."""
         if not size_bytes:
             return b""
         path = self.filesystem.path(name)
@@ -149,7 +149,7 @@ class Store:
             infos = files_below(self.filesystem.fs, place, beginning, follow=follow)
             found = {info["name"][start:]: self.filesystem.size_of(info) for info in infos}
             if not found and self.filesystem.is_link(place) and not self.filesystem.fs.exists(place):
-                what = "it is a link, and what it leads to is not there; mount that, or delete the link"
+                what = "it is a link whose target is missing; mount the target, or delete the link"
                 raise StoreError(f"list {self.url}/{prefix}: {what}")
             return found
 

@@ -3,7 +3,7 @@
 What begins with the name of a filesystem that fsspec knows and ``://`` is a URL; what does not is a path of this machine, as
 it stands. fsspec's own parser takes every ``::`` for the seam of a chain and drops what it does not understand: of the paths
 ``lr::0.1`` and ``lr::0.01`` it would make one run. Here a ``::`` is a seam only behind a filesystem that lies over another
-one (``dir::s3://bucket/run``), and what cannot be told apart is refused. So is what a URL loses on its way, and what is
+one (``dir::s3://bucket/run``), and an ambiguous URL is refused. So is what a URL loses on its way, and what is
 written so that it would silently become a directory on this machine: ``s3:/bucket``, ``C:\\runs``, spaces around a URL.
 """
 
@@ -92,15 +92,13 @@ def _refuse_losses(url: str, root: str) -> None:
     for mark in "?#":
         _, found, rest = url.partition(mark)
         if found and mark + rest.rstrip("/") not in root:
-            raise ConfigError(
-                f"{shown(url)}: expected a path alone, found one with '{mark}', what follows which would be lost"
-            )
+            raise ConfigError(f"{shown(url)}: expected a path without '{mark}'; what follows it would be ignored")
     if re.search(r"\?versionid=", root, re.IGNORECASE):
         raise ConfigError(f"{shown(url)}: expected a place for objects, found a version of one")
     bucket = root.partition("/")[0]
     if protocol_of(url) in _BUCKETS and re.match(r"(?!arn:)[^@:]*[@:]", bucket):
         raise ConfigError(
-            f"{shown(url)}: expected a bucket, found a login; it belongs into storage_options, or the environment"
+            f"{shown(url)}: expected a bucket, found a login; put the login into storage_options or the environment"
         )
 
 

@@ -63,9 +63,9 @@ def is_looping(catalog: Catalog, same_failures: int) -> bool:
         alike += 1
     if alike > same_failures:
         raise CrashLoop(
-            f"{catalog.store.url}: step {last.step} failed {alike} times in a row with {last.error!r} on rank {last.rank}, "
-            f"the last time from an older checkpoint; its samples there: {list(last.samples)}; once that is mended, start "
-            f"with crash_loop.same_failures={alike + 1}"
+            f"{catalog.store.url}: step {last.step} failed {alike} times in a row with {last.error!r} on rank "
+            f"{last.rank}, the last time from an older checkpoint; its samples there: {list(last.samples)}; fix "
+            f"the cause, then start with crash_loop.same_failures={alike + 1}"
         )
     return alike == same_failures
 

@@ -49,7 +49,8 @@ class Prometheus:
         self._values: dict[str, dict[str, float]] = {}  # by metric, by labels
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Takes an event; a metric's name is ``harness_<event>_<name>``. A name that cannot be told from it is a label."""
+        """Takes an event; a metric's name is ``harness_<event>_<name>``. If that loses part of a name, the name becomes a
+        label."""
         event, used = record["event"], set()
         own = {"time_seconds": record["time"], "step": record.get("step")}
         numbers = [(name, value) for name, value in own.items() if isinstance(value, int | float)]

@@ -1,5 +1,4 @@
-"""What a run tells about itself: each event one line on the console and one record for everything that keeps or draws it.
-Rank 0 only."""
+"""The events of a run: each is one line on the console, and one record in everything that keeps or draws it. Rank 0 only."""
 
 import json
 import logging
@@ -37,7 +36,9 @@ def check_metric_names(names: Iterable[str]) -> None:
         try:
             name.encode()
         except UnicodeEncodeError:
-            raise ConfigError(f"run.step: the name {name!r} holds half of a character, and cannot be written") from None
+            raise ConfigError(
+                f"run.step: the name {name!r} is not valid Unicode and cannot be written; rename the metric"
+            ) from None
 
 
 def _is_number(value: Any) -> bool:
@@ -52,7 +53,7 @@ class EventLog:
     """Writes the events of one attempt, into its ``store``, too, where it has one. On other ranks than 0 it is made with
     ``active=False`` and writes nothing.
 
-    Where a place that is to keep them cannot, training goes on; that is told of once.
+    If an event cannot be written somewhere, training continues; that is logged once.
     """
 
     def __init__(self, config: RunConfig, *, active: bool, attempt: str = "", store: Store | None = None) -> None:
@@ -79,8 +80,8 @@ class EventLog:
             self._sinks.append(self._journal)
 
     def emit(self, name: str, message: str, /, **values: Any) -> None:
-        """Tells of one event: ``message`` to the console (none where it is empty), the values to all others. A value never
-        takes the place of what the record says itself."""
+        """Logs one event: ``message`` goes to the console (unless it is empty), the values go to all sinks. A value never
+        replaces a key of the record itself."""
         if not self._active:
             return
         own = {"event": name, "time": time.time(), "attempt": self._attempt}
@@ -111,12 +112,12 @@ class EventLog:
             self._sinks.append(self._live)
 
     def flush(self) -> None:
-        """Puts what was told until now beside the checkpoints."""
+        """Writes the events so far beside the checkpoints."""
         if self._journal is not None:
             self._journal.flush()
 
     def close(self) -> None:
-        """Ends what keeps and draws, when everything has been told."""
+        """Closes all sinks, after the last event."""
         sinks, self._sinks, self._live = self._sinks, [], None
         for sink in reversed(sinks):  # the live line first: others may have to say something
             sink.close()
@@ -152,7 +153,7 @@ def _directory(wanted: bool | str, url: str | None) -> str:
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as JSON has them: a number that is none (``nan``, ``inf``) is told in a word, and so is what is no JSON."""
+    """Values as JSON has them: ``nan`` and ``inf`` become strings, and so does what JSON cannot hold."""
     return {str(key): _as_json(value) for key, value in values.items()}
 
 

@@ -1,11 +1,11 @@
 """What a run tells, kept beside its checkpoints: ``metrics/<attempt>-<number>.jsonl``. No torch.
 
 A store can put an object and list objects; it cannot append. So each attempt owns segments, small objects of JSON lines
-that are put whole and never touched again. A thread puts what was told since the last one at intervals (after the first
+that are put whole and never touched again. A thread writes the events since the last one at intervals (after the first
 quarter of an hour, when the attempt has become 1 % older), and a save does before it commits. A kill loses at most the lines
 of the last interval, and none of a step that a checkpoint stands on.
 
-Whoever reads merges: the line of the newest attempt, which says at its start from which steps of which attempts it goes on.
+A reader merges them: the line of the newest attempt, which says at its start from which steps of which attempts it goes on.
 What those told of later steps was trained again, and is passed over.
 
 Anyone who can write the run's URL can write these lines. ``read_records`` gives only records whose fields have the types and
@@ -42,7 +42,7 @@ _YEAR_10000 = 253_402_300_800.0  # in seconds since the epoch: no clock says tha
 
 
 class Journal:
-    """Writes the segments of one attempt. Nothing that happens to them stops a training: it is told of once."""
+    """Writes the segments of one attempt. An error with them never stops a training; it is logged once."""
 
     def __init__(self, store: Store, attempt: str, every_seconds: float) -> None:
         self._store = store
@@ -72,7 +72,7 @@ class Journal:
         self._step = step
 
     def flush(self) -> None:
-        """Puts what was told until now."""
+        """Writes the events so far."""
         with self._putting:
             lines = self._waiting[:]
             if not lines:
@@ -83,7 +83,11 @@ class Journal:
                 self._store.put(name, lambda: [data], len(data))
             except HarnessError as error:
                 if not self._warned:
-                    log.warning("could not keep what the run tells, training goes on and it is tried again: %s", error)
+                    log.warning(
+                        "could not write events beside the checkpoints; training continues, and the write will be "
+                        "retried: %s",
+                        error,
+                    )
                 self._warned = True
                 return
             del self._waiting[: len(lines)]

@@ -53,8 +53,8 @@ class Attempt:
         self.events.emit("error", "", step=place.step, error=what)
         if has_lost and is_timeout(error):
             log.error(
-                "rank %d waited in vain for another rank, after %d calls of run.step() in this process (step %d): every "
-                "rank has to call it equally often",
+                "rank %d timed out waiting for another rank, after %d calls of run.step() in this process (step "
+                "%d); every rank must call run.step() equally often",
                 *(place.rank, place.boundaries, place.step),
             )
         if isinstance(error, Exception) and not isinstance(error, HarnessError) and not has_lost:
@@ -73,7 +73,7 @@ class Attempt:
             raise
 
     def begin_here(self, step: int, steps_in_all: int | None) -> None:
-        """A loop begins, or goes on after a rollback."""
+        """A loop begins, or continues after a rollback."""
         self.saves.begin_here()
         self.events.show(step, steps_in_all)
 
@@ -105,7 +105,9 @@ def first_of(context: RunContext, *, fresh: bool) -> Attempt:
         return Attempt(events, context.course.place)
     catalog = Catalog(open_store(checkpoint.url, checkpoint.storage_options))
     if fresh and checkpoint.must_exist:
-        raise ConfigError("checkpoint.must_exist expects a run in checkpoint.url, fresh an unused one: choose")
+        raise ConfigError(
+            "checkpoint.must_exist requires a run in checkpoint.url, and fresh an unused URL; set only one of them"
+        )
     if fresh:
         resume.on_first(world, lambda: resume.refuse_to_reuse(catalog, launch_id()))
     if checkpoint.must_exist:
@@ -140,8 +142,8 @@ def _begin(context: RunContext, catalog: Catalog, memory: HostMemory, *, skip_ne
         _log_begin(events, claimed.number, resumed, catalog.store.url, world, state.progress.step)
     if world.rank == 0 and not context.policy.has_intervals:
         log.warning(
-            "nothing is saved before the end of the run: a death costs all of it. Give every_steps, every_seconds or "
-            "every_epochs (checkpoint.every_… in a configuration)"
+            "nothing is saved before the end of the run, so a death loses all progress. Set every_steps, "
+            "every_seconds or every_epochs (checkpoint.every_… in a configuration)"
         )
     return replace(attempt, saves=saves)
 

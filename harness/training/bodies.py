@@ -91,7 +91,7 @@ class Bodies:
         self._due = Due.NOTHING
 
     def _end_of_batch(self, asked: Epochs | None = None) -> None:
-        """The loop asks for another batch, of ours or of the loader that is ``asked``."""
+        """The loop asks for another batch, from the Loader in the state or from the loader that is ``asked``."""
         if self._is_open and asked is self._trained_from:
             self._on_more()
             self._is_open = False

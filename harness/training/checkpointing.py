@@ -170,7 +170,7 @@ class Checkpointing(Saves):
 
 
 def _on_writers(world: World, is_writer: bool, function: Callable[[], None]) -> None:
-    """Calls it on each rank that writes. None goes on before rank 0 is done, nor without knowing its error."""
+    """Calls it on each rank that writes. None continues before rank 0 is done, nor without knowing its error."""
     if world.rank != 0 and is_writer:
         function()
     resume.on_first(world, function)

@@ -74,15 +74,15 @@ class Course:
         self.is_under_way = True
         if self.has_finished():
             log.warning(
-                "run.finish() has ended this run early, at step %s: there is nothing left to train. To train on, give "
-                "Run reopen=True",
+                "run.finish() ended this run early, at step %s; nothing is left to train. To train on, pass "
+                "reopen=True to Run",
                 self._state.progress.step,
             )
         yield
         self.is_under_way = False
 
     def begin_here(self) -> int | None:
-        """The loop goes on from where the state is. Returns how many steps the run has in all, where that is known."""
+        """The loop continues from the position of the state. Returns the total of steps, if it is known."""
         self._epoch_before = self.epoch
         length = self.length
         by_epochs = length.epochs * len(self._loader) if length.epochs and self._loader is not None else None

@@ -155,21 +155,25 @@ class _Trainer:
         what, samples = nonfinite.what_is_bad(self.world, self.loss, loader)
         found = f"step {run.global_step + 1}: {what}"
         if config.policy == "stop":
-            raise NonFinite(f"{found}; mend the data or the training, or choose nonfinite.policy skip or rollback")
+            raise NonFinite(f"{found}; fix the data or the training, or set nonfinite.policy to skip or rollback")
         if len(loader.skipped) >= config.limit:
-            raise NonFinite(f"{found}; {config.limit} batches were passed over before this one (nonfinite.limit)")
+            raise NonFinite(
+                f"{found}; {config.limit} batches were skipped before this one, as many as nonfinite.limit allows"
+            )
         run.tell("nonfinite", f"{found}: {config.policy}", step=run.global_step + 1, samples=samples, policy=config.policy)
         loader.position.skip()
         if config.policy == "rollback":
             if not run.can_roll_back():
-                raise NonFinite(f"{found}; there is no checkpoint yet to go back to")
+                raise NonFinite(f"{found}; there is no checkpoint to return to yet")
             skipped = loader.skipped
             seed_everything(self.config.seed, self.world.rank + 1)
             run.roll_back()
             loader.position.skipped = skipped
             return True
         if spoilt := resume.on_first(self.world, lambda: nonfinite.buffers_with_nan(self.task.model)):
-            raise NonFinite(f"{found}; skip does not mend the NaN in {', '.join(spoilt)}: choose nonfinite.policy rollback")
+            raise NonFinite(
+                f"{found}; skipping does not repair the NaN in {', '.join(spoilt)}: set nonfinite.policy to rollback"
+            )
         return False
 
     def accumulate(self, micro_batches: Step) -> torch.Tensor:
@@ -263,13 +267,13 @@ def _check_steps(config: Config, task: Task) -> None:
     if (closure := inspect.signature(task.optimizer.step).parameters.get("closure")) and closure.default is closure.empty:
         kind = type(task.optimizer).__name__
         raise ConfigError(
-            f"task: {kind} asks for a closure, and harness train has none; use it in a loop of your own with Run"
+            f"task: {kind} needs a closure, which harness train does not pass; use it in a loop of your own with harness.Run"
         )
     if _waits_for_evaluations(task.scheduler):
         every = config.evaluation
         if task.evaluation is None or every.every_steps is every.every_epochs is None:
             raise ConfigError(
-                "task: ReduceLROnPlateau waits for evaluations; expected Task(evaluation=...) and an interval "
+                "task: ReduceLROnPlateau needs evaluations; expected Task(evaluation=...) and an interval "
                 "(evaluation.every_steps or evaluation.every_epochs), found none"
             )
     elif task.scheduler is not None:
@@ -277,7 +281,9 @@ def _check_steps(config: Config, task: Task) -> None:
             inspect.signature(task.scheduler.step).bind()
         except TypeError:
             kind = type(task.scheduler).__name__
-            raise ConfigError(f"task: expected a scheduler with step(), found {kind}, whose step wants arguments") from None
+            raise ConfigError(
+                f"task: expected a scheduler with step(), found {kind}, whose step() requires arguments"
+            ) from None
 
 
 def _be_deterministic(wanted: bool) -> None:

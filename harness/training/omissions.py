@@ -1,6 +1,6 @@
 """Finds what a loop does that no checkpoint would show, while there is time to mend it.
 
-A restart begins anew what is not in the state, and skips what was fetched too early. Neither raises an error, and the run
+A restart starts over what is not in the state, and skips what was fetched too early. Neither raises an error, and the run
 ends with other weights. So rank 0 looks at the first step, and at the end of the first epoch, for optimizers, modules,
 schedulers, gradient scalers and loaders that the loop uses and the state lacks. It looks through the variables of the
 functions that are under way, and through what these hold, some thousand objects at most. What hides elsewhere is not found.
@@ -97,8 +97,8 @@ class Omissions:
             return
         if any(each.used_at >= self._began for each in Loader.in_use) and not self._state.contents.loaders:
             self._say(
-                "a harness.Loader hands out batches and is not in the run's state: after a restart its epoch would start "
-                'over. Add it: state={..., "loader": loader}'
+                "the Loader is not in the run's state; after a restart its epoch would start over. "
+                'Add it: state={..., "loader": loader}'
             )
         for name in self._state.contents.without_scheduler():
             self._say(
@@ -172,9 +172,9 @@ class Omissions:
         fetched, now = self._fetched, loader.taken
         if now == fetched[-1] > 0:
             self._say(
-                "run.step() was called again before another batch was fetched: a step has no batch of its own, or batches "
-                "are fetched ahead. A restart goes on after the batch that was fetched last. Fetch each batch in the step "
-                "that trains it"
+                "run.step() was called again before another batch was fetched: a step has no batch of its own, "
+                "or batches are fetched ahead. A restart continues after the batch that was fetched last. Fetch "
+                "each batch in the step that trains it"
             )
         if len(fetched) == 3:
             fetched[-1] = now
@@ -201,8 +201,8 @@ class Omissions:
             and not any("DataLoader" in message for message in self._said)
         ):
             self._say(
-                f"epoch {epoch} is saved in its middle, and nothing in the state says where that is: a restart goes through "
-                f"all of the epoch again; {INTO_THE_STATE}",
+                f"epoch {epoch} was saved midway, but the state holds no position in the data: a restart would "
+                f"repeat the whole epoch; {INTO_THE_STATE}",
                 about="position",
             )
 
@@ -220,8 +220,8 @@ class Omissions:
         now = self._state.contents.marks()
         for name in sorted(name for name in before if before[name] != now[name]):
             self._say(
-                f"{name} changed after run.step(): the checkpoint of step {step} is without it, and after a restart it "
-                "would be lost. Call run.step() last in a step",
+                f"{name} changed after run.step(): the checkpoint of step {step} lacks the change, and a restart "
+                "would lose it. Call run.step() at the end of each step",
                 about=name,
             )
 

@@ -4,7 +4,7 @@
 loop is under way. How a rank ends is said here, too: in words, in a record for the launcher, in an exit code.
 
 torchrun has one signal for two things. SIGTERM may be a stop, which all ranks agree on at a step boundary. Or another rank
-has died, and torchrun is about to start all of them anew: then nothing can be agreed on any more, and a rank that waited for
+has died, and torchrun is about to restart all of them: then nothing can be agreed on any more, and a rank that waited for
 its step boundary would hold up the others. ``harness launch`` lets its ranks know which one it is, through
 ``harness.launcher.outcome``. Under plain torchrun a rank looks whether all ranks of its machine are still there.
 """
@@ -72,7 +72,7 @@ class Program:
             if not self.stop.settled and another_has_failed():
                 with contextlib.suppress(Exception):  # leaving comes first
                     self.stop.before_leaving()
-                _leave(RankFailure("another rank has failed; this one ends with it"), speaks=is_first_of_node())
+                _leave(RankFailure("another rank has failed; this rank exits, too"), speaks=is_first_of_node())
             deadline = min(deadline, time.monotonic() + self.grace_seconds)
             if time.monotonic() > deadline:
                 _leave(self._late(), speaks=True)
@@ -81,13 +81,15 @@ class Program:
 
     def _late(self) -> HarnessError:
         """What it means that the grace is over."""
-        late = f"no step boundary within {self.grace_seconds:.0f} s of the signal; the last committed checkpoint is kept"
+        late = (
+            f"no step boundary within {self.grace_seconds:.0f} s of the stop signal; the last committed checkpoint is kept"
+        )
         if self.stop.settled == "error":
-            return HarnessError(f"the end after an error took more than {self.grace_seconds:.0f} s")
+            return HarnessError(f"the shutdown after an error took more than {self.grace_seconds:.0f} s")
         if self.stop.settled == "stop" or not outcome.is_wanted() or outcome.stop_was_asked():
             return Stopped(late)
         # Only this rank was signalled, and the others know of nothing: they start again, with it.
-        return RankFailure(f"{late}, and all ranks start again from it; to stop the run, signal harness launch")
+        return RankFailure(f"{late}, and all ranks restart from it; to stop the run, send the signal to harness launch")
 
 
 def _leave(error: HarnessError, *, speaks: bool) -> NoReturn:
@@ -124,7 +126,7 @@ def _has_lost_a_sibling() -> bool:
 @contextlib.contextmanager
 def ending(world: "World") -> Iterator[None]:
     """The time of a training. The process ends in step with the other ranks of ``world`` after a success and after a stop,
-    at once after a failure; where it is the only one, whoever called tells of the error."""
+    at once after a failure. If it is the only rank, the caller reports the error."""
     stopped: Stopped | None = None
     try:
         try:
@@ -156,8 +158,10 @@ def end_stopped(stopped: Stopped) -> NoReturn:
 def fail(error: BaseException) -> NoReturn:
     """Ends a rank at once, after an error. The others may wait for it in a collective for minutes; torchrun frees them once
     this one is gone."""
-    error = _meant(error)
-    console.report_error(error)
+    meant = _meant(error)
+    if meant is error or not outcome.is_wanted() or is_first_of_node() or _is_timeout(str(meant)):
+        console.report_error(meant)  # of the ranks that a death leaves behind one for each machine: harness launch names it
+    error = meant
     outcome.record_outcome(outcome.of(error))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -180,10 +184,14 @@ def where_this_rank_was(reason: str) -> str:
     place = (
         "this rank was before its first step boundary" if step is None else f"this rank was at the boundary of step {step}"
     )
-    if not re.search(r"time.?out|timed out", reason, re.IGNORECASE):
+    if not _is_timeout(reason):
         return place
-    advice = "compare with the other ranks (every rank has to call run.step() equally often), or raise world.timeout_seconds"
+    advice = "compare with the other ranks (every rank must call run.step() equally often), or raise world.timeout_seconds"
     return f"{place}; {advice}"
+
+
+def _is_timeout(reason: str) -> bool:
+    return re.search(r"time.?out|timed out", reason, re.IGNORECASE) is not None
 
 
 # --- a program that has a loop of its own ------------------------------------------------------------------------------
@@ -210,7 +218,7 @@ class Nobody:
 
 
 class Guest:
-    """In place of a host, where whoever calls has a stop request of their own, and owns the process."""
+    """In place of a host, if the caller passes a stop request, and so owns the process."""
 
     def __init__(self, stop: StopRequest) -> None:
         self.stop = stop
@@ -231,7 +239,7 @@ class Guest:
         return contextlib.nullcontext()
 
     def end(self, _run: Hosted, stopped: Stopped) -> NoReturn:
-        """Raises it: whoever calls knows how the program ends."""
+        """Raises it: the caller decides how the program ends."""
         raise stopped
 
 
@@ -300,7 +308,7 @@ class Host(Program):
     def loop(self, run: Hosted, grace_seconds: float) -> Iterator[None]:
         """The time of a loop. The process is as before afterwards, and a stop that was asked for is forgotten.
 
-        The run hears of the error that ends it, whoever catches that.
+        The run hears of the error that ends it, even if the program catches it.
         """
         self.keep(run)
         self.grace_seconds = grace_seconds

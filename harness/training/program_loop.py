@@ -63,7 +63,7 @@ class ProgramLoop:
             yield
 
     def begin_here(self, saves: Saves) -> int | None:
-        """The loop goes on from where the state is, and the clocks run from now on. All ranks call it.
+        """The loop continues from the position of the state, and the clocks run from now on. All ranks call it.
 
         ``saves`` are those of the attempt. Returns how many steps the run has in all, where that is known.
         """
@@ -133,7 +133,7 @@ class ProgramLoop:
         self._fence()  # weights may be put in another place for an evaluation, and back after it
         progress = self._state.progress
         if metric not in values:
-            raise ConfigError(f"evaluation.metric is {metric!r}, but measured were: {', '.join(values)}")
+            raise ConfigError(f"evaluation.metric is {metric!r}, but the evaluation returned: {', '.join(values)}")
         judged = progress.step + self._has_stepped
         progress.last |= values
         if _is_better(values[metric], progress.best.get(metric), higher_is_better=higher_is_better):

@@ -51,8 +51,8 @@ class ProgressLog:
         rows = self._world.all_gather_floats([*first, *[0.0] * (_FLOATS_AT_ONCE - len(first))])  # all agree on a length
         if any(row[1] != rows[0][1] for row in rows):
             names = self._world.all_gather([*self._metrics])
-            found = "; ".join(f"rank {rank} tells {', '.join(each)}" for rank, each in enumerate(names))
-            raise ConfigError(f"run.step: all ranks must tell the same metrics, in the same order; {found}")
+            found = "; ".join(f"rank {rank} reports {', '.join(each)}" for rank, each in enumerate(names))
+            raise ConfigError(f"run.step: all ranks must report the same metrics, in the same order; {found}")
         more = self._world.all_gather_floats(rest) if rest else [[] for _ in rows]
         seconds, _, *metrics = zip(
             *([*row[: len(first)], *others] for row, others in zip(rows, more, strict=True)), strict=True

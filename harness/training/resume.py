@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where a run goes on from."""
+    """The position from which a run continues."""
 
     directory: str
     step: int
@@ -79,13 +79,15 @@ def resume(
         assert entry.manifest is not None
         meta = entry.manifest.meta
         if RANDOM not in parts:
-            raise Mismatch(f"{entry.directory}: was not written by a run; start a run elsewhere with init_from it")
+            raise Mismatch(
+                f"{entry.directory}: was not written by a run; to start from its weights, give a new run init_from"
+            )
         try:
             state.restore(parts, entry.step, world.rank, int(meta.get("epoch") or 0))
         except Mismatch as error:
             where = f"{catalog.store.url}/{entry.directory}"
-            advice = "if that is meant, it is another run, and belongs to another URL"
-            grown = "what has grown while it was trained, Run(..., adapt=...) can give the program before it is compared"
+            advice = "if the change is intended, this is a new run; give it another URL"
+            grown = "if the training itself has added something, add it in Run(..., adapt=...)"
             raise Mismatch(f"{where}: {error}\n{advice}; {grown}") from None
         _warn_if_inexact(meta, conditions(world))
         # With other ranks the random streams start anew, from the seed and the rank.
@@ -132,8 +134,9 @@ def _log_other_lines(catalog: Catalog, newest: Entry, skipped: Mapping[str, str]
         if entry.directory in skipped:
             continue
         log.warning(
-            "also there: step %s of attempt %s, not on this line, and further than it: %s. It stays until this line has "
-            "passed it. To go on from it instead, stop, and move what later attempts have saved out of the URL",
+            "a newer checkpoint exists that this run does not continue: step %s of attempt %s, %s. It is kept "
+            "until this run has passed its step. To continue from it instead, stop, and move the checkpoints of "
+            "later attempts out of the URL",
             entry.step,
             entry.attempt.number,
             entry.directory,
@@ -156,14 +159,18 @@ def check_lockstep(world: World, state: State, about: Mapping[str, Any], *, resu
         what = f"the ranks are not in lockstep: ranks {different} differ from rank 0 ({values})"
         if resumed:
             raise RankFailure(what)
-        hint = "; DistributedDataParallel, which makes models equal, comes before Run" if state.modules.keys() & keys else ""
+        hint = (
+            "; wrap the models in DistributedDataParallel, which makes them equal, before Run is made"
+            if state.modules.keys() & keys
+            else ""
+        )
         raise ConfigError(f"{what}{hint}")
 
 
 def check_alike(world: World, state: State) -> None:
     """Raises ``ConfigError`` unless all ranks hold the same parameters and optimizer states, bit for bit. Called before an
-    attempt saves for the first time: a checkpoint has rank 0's, or pieces of each, and gives them to all. Of parameters that
-    no optimizer moves, as ``Embedding(max_norm=…)`` does, a difference is told."""
+    attempt saves for the first time: a checkpoint has rank 0's, or pieces of each, and gives them to all. For parameters
+    that no optimizer updates, such as those of ``Embedding(max_norm=…)``, it logs a difference."""
     if world.size == 1:
         return
     gathered = world.all_gather(state.steady_digests())
@@ -178,8 +185,8 @@ def check_alike(world: World, state: State) -> None:
     different = [rank for rank in range(world.size) if apart[rank] != apart[0]]
     if different and world.rank == 0:
         log.warning(
-            "parameters that no optimizer moves (frozen ones, or those of an Embedding with max_norm) differ between rank 0 "
-            "and ranks %s: the checkpoint has rank 0's, and a restart gives them to all",
+            "parameters that no optimizer updates (frozen ones, or those of an Embedding with max_norm) differ "
+            "between rank 0 and ranks %s: the checkpoint holds rank 0's, which all ranks get after a restart",
             different,
         )
 
@@ -235,8 +242,8 @@ def _warn_if_inexact(meta: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     differences = [f"{key} {meta.get(key)} → {value}" for key, value in here.items() if meta.get(key) != value]
     if differences:
         log.warning(
-            "resuming under other conditions (%s): every global batch has the same samples, but the results will not "
-            "have the same bits",
+            "resuming under different conditions (%s): every global batch has the same samples, but the results "
+            "will differ in their last bits",
             ", ".join(differences),
         )
 
@@ -254,6 +261,6 @@ def refuse_to_begin(catalog: Catalog) -> None:
     """For ``must_exist``: raises ``NoCheckpoint`` where there is nothing to resume from."""
     if next(catalog.candidates(), None) is None:
         raise NoCheckpoint(
-            f"{catalog.store.url}: expected a run to go on with (checkpoint.must_exist), found no checkpoint; "
-            "see that the URL is right, and the disk mounted"
+            f"{catalog.store.url}: expected a run to continue (checkpoint.must_exist), found no checkpoint; check "
+            "the URL, and that the disk is mounted"
         )

@@ -1,7 +1,7 @@
-"""Everything around a training loop that keeps it alive, whoever has written the loop.
+"""Keeps a training loop alive: that of ``harness train``, or one of a program's own.
 
-A ``Run`` claims an attempt at a URL, restores the newest whole checkpoint on all ranks, and then goes along with the loop:
-at each step boundary it agrees with the other ranks, logs, saves, and stops when it was asked to.
+A ``Run`` claims an attempt at a URL and restores the newest whole checkpoint on all ranks. At each step boundary it agrees
+with the other ranks, logs, saves, and stops on request.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from harness.data.loader import Loader, nothing
 from harness.distributed.agreement import Agreement, NoLoop
 from harness.distributed.world import World, world_of_program
 from harness.errors import ConfigError, NoCheckpoint, Stopped
+from harness.launcher import outcome
 from harness.runtime.environment import is_first_of_node
 from harness.runtime.preemption import Watcher
 from harness.runtime.signals import StopRequest
@@ -40,33 +41,33 @@ class Run:
     """A training that survives the death of its processes.
 
     ``state`` names what is saved and restored: modules (plain, in DDP, compiled), optimizers, schedulers, scalers, a
-    ``Loader``, whatever else has ``state_dict`` and ``load_state_dict``. When the run is made, the newest whole checkpoint
-    at ``url`` (any fsspec URL, or a path; None saves nothing) is in them, on every rank. Then::
+    ``Loader``, and anything else with ``state_dict`` and ``load_state_dict``. Making the run loads the newest whole
+    checkpoint at ``url`` into them, on every rank. ``url`` is any fsspec URL, or a path; None saves nothing. Then::
 
         for epoch in run.epochs(10):      # or: for step in run.steps(10_000)
             for batch in loader:
                 ...                       # forward, backward, optimizer.step()
                 run.step(loss=loss)
 
-    Every rank makes it with the same arguments, after ``init_process_group`` and after the model was wrapped. A checkpoint
-    is written every ``every_steps`` steps, ``every_seconds`` seconds and ``every_epochs`` epochs, and at the end; the last
-    ``keep_last`` are kept (None: all). It has all that the loop does before it asks for the next batch, or, after an
-    epoch's last one, for the next epoch: a save that is due waits for that, and so does a stop. ``config`` has further
-    sections as for ``harness train``: ``{"checkpoint": {…}, "watchdog": {…}}``.
+    Every rank makes the run with the same arguments, after ``init_process_group`` and after it has wrapped the model. The
+    run saves every ``every_steps`` steps, ``every_seconds`` seconds and ``every_epochs`` epochs, and at the end. It keeps
+    the last ``keep_last`` checkpoints (None: all). A save, or a stop, waits until the loop asks for its next batch, or for
+    the next epoch after the last batch. So a checkpoint holds everything that the body of the loop has done. ``config``
+    takes the sections of ``harness train``: ``{"checkpoint": {…}, "watchdog": {…}}``.
 
-    ``initialize`` is called where there is nothing to resume from (to load weights, say); what it returns is logged.
-    ``about`` goes into each manifest and must be the same on all ranks. At a resume the checkpoint's learning rates and
-    schedules count; of the ``reset_options`` that are named (``["lr"]``) the program's. ``adapt(step, epoch, names)`` is
-    called before a checkpoint is compared, with dtype and shape of its tensors by part and name, to give a model or an
-    optimizer that grows what it had then.
+    If there is no checkpoint, ``initialize`` is called, for example to load weights; what it returns is logged. ``about``
+    goes into each manifest, and must be the same on all ranks. A resume takes learning rates and schedules from the
+    checkpoint, except those named in ``reset_options`` (``["lr"]``), which it takes from the program. If the model or the
+    optimizer grows during training, ``adapt(step, epoch, names)`` rebuilds what they had at that step. ``names`` gives the
+    dtype and the shape of each tensor in the checkpoint, by part and name.
 
-    A stop signal, or a cloud's notice, ends the program after the step, saved, with exit code 75 (0 under torchrun); given a
-    ``stop`` request of its own, the loop raises ``Stopped`` instead. ``fresh`` refuses a URL that holds a run,
-    ``must_exist`` one that holds none. A loop that ``finish`` has ended early has nothing left to do when the program is
-    started again; ``reopen`` trains on.
+    A stop signal, or a cloud's notice, ends the program after the step: the run saves, and the exit code is 75 (0 under
+    torchrun). If you pass a ``stop`` request, the loop raises ``Stopped`` instead. ``fresh`` refuses a URL that holds a run;
+    ``must_exist`` refuses one that holds none. After ``finish`` has ended a loop early, a new start has nothing to train,
+    unless ``reopen`` is true.
 
-    Raises ``ConfigError`` for a bad setting, ``Mismatch`` where the newest checkpoint does not fit, ``NoCheckpoint`` where
-    none is whole, ``StoreError`` where the storage fails, ``CrashLoop`` where attempts die of the same error repeatedly.
+    Raises ``ConfigError`` for a bad setting, ``Mismatch`` if the newest checkpoint does not fit, ``NoCheckpoint`` if none is
+    whole, ``StoreError`` if the storage fails, and ``CrashLoop`` if attempts repeatedly die of the same error.
     """
 
     def __init__(
@@ -132,33 +133,37 @@ class Run:
         return self._course.epoch
 
     def epochs(self, total: int) -> Iterator[int]:
-        """The epochs that are still to be trained, the one that was interrupted first. The end is saved."""
+        """Yields the epochs that remain to be trained, an interrupted one first. Saves at the end."""
         with self._training(Length(epochs=total)):
             yield from self._loop.epochs()
 
     def steps(self, total: int) -> Iterator[int]:
-        """The steps that are still to be trained, by their number from 0; each must call ``step``. The end is saved."""
+        """Yields the numbers of the steps that remain to be trained, from 0; each must call ``step``. Saves at the end."""
         with self._training(Length(steps=total)):
             yield from self._loop.steps()
 
     def step(self, /, **metrics: Any) -> None:
-        """A step boundary: the optimizer has taken its step, and every rank is here. Metrics (numbers or 0-dim tensors) are
-        averaged over the ranks where they are logged; all ranks tell the same. Raises ``StoreError`` after too many failed
-        saves in a row, ``Superseded`` where a newer attempt trains this run, ``Stopped`` (see the class), ``ConfigError``
-        where the ranks tell different metrics. In a loop over a ``Loader``, or over ``steps``, what is due happens when the
-        loop asks for more, and raises there.
+        """Marks a step boundary: the optimizer has taken its step on every rank.
+
+        Metrics are numbers or 0-dim tensors. The log shows their mean over the ranks, so all ranks must pass the same names.
+        In a loop over a ``Loader``, or over ``steps``, saves and stops happen when the loop asks for more, and raise there.
+
+        Raises ``StoreError`` after too many failed saves in a row, ``Superseded`` if a newer attempt trains this run,
+        ``Stopped`` (see the class), and ``ConfigError`` if the ranks pass different metrics.
         """
         decision = self._decisions.decide(save_is_wanted=self._attempt.saves.is_wanted())
         step, epoch = self._loop.reach_boundary(metrics, decision)
         self._attempt.events.reached(step, epoch)
+        outcome.reached(step)
         self._attempt.saves.poll()
         self._watchdog.step()
         observer.current.reached(self, metrics)
         self._loop.end_unseen()
 
     def finish(self) -> None:
-        """Saves the end, and waits for it: for a loop that is left early, which is over then: when the program is started
-        again, it has nothing left to do. ``epochs`` and ``steps`` save at their own end."""
+        """Ends the run early: saves, and waits for the save. A new start of the program then has nothing left to train.
+
+        Call it after you leave the loop by ``break``. ``epochs`` and ``steps`` save at their own end."""
         self._loop.finish()
         self._attempt.saves.wait()
         if not self._attempt.saves.has_end():
@@ -169,28 +174,29 @@ class Run:
         self._host.has_finished(self)
 
     def evaluated(self, metric: str, values: Mapping[str, float], *, higher_is_better: bool = False) -> None:
-        """Tells what an evaluation found; the best ``metric`` is remembered, and its checkpoint kept where
-        ``checkpoint.keep_best`` says so. NaN is never the best. Every rank calls it with the same values.
+        """Records an evaluation. Every rank calls it with the same values.
 
-        What was judged is the step of the last ``step()``, or, where an optimizer has taken a step since, the one after it.
+        The best ``metric`` is remembered; ``checkpoint.keep_best`` keeps its checkpoint. NaN is never the best. The values
+        belong to the step of the last ``step()``, or to the next one if an optimizer has taken a step since.
         """
         judged = self._loop.evaluated(metric, values, higher_is_better=higher_is_better)
         message = f"step {self._course.shown(judged)}  evaluation  {metrics_in_words(dict(values))}"
         self.tell("evaluate", message, step=judged, **values)
 
     def tell(self, event: str, message: str, /, **values: Any) -> None:
-        """Logs an event: ``message`` for people, the values for programs. Rank 0 speaks."""
+        """Logs an event on rank 0: ``message`` for people, the values for programs."""
         self._attempt.events.emit(event, message, **values)
 
     def can_roll_back(self) -> bool:
-        """Whether there is a checkpoint to go back to. All ranks call it."""
+        """Whether there is a checkpoint to return to. All ranks call it."""
         return self._attempt.saves.can_roll_back()
 
     def roll_back(self) -> None:
-        """Returns all ranks to the newest checkpoint; what follows is an attempt of its own, as after a restart. All ranks
-        call it. Raises ``NoCheckpoint`` where there is none."""
+        """Returns all ranks to the newest checkpoint and begins a new attempt, as after a restart. All ranks call it.
+
+        Raises ``NoCheckpoint`` if there is none."""
         if not self.can_roll_back():
-            raise NoCheckpoint(f"{self.config.checkpoint.url}: there is no checkpoint yet to go back to")
+            raise NoCheckpoint(f"{self.config.checkpoint.url}: there is no checkpoint to return to yet")
         self._loop.roll_back()
         self._attempt.saves.refuse_superseded()
         self.tell("rollback", "", step=self.global_step)
@@ -200,14 +206,14 @@ class Run:
         self._attempt.begin_here(self.global_step, self._loop.begin_here(self._attempt.saves))
 
     def remember_crash(self, error: BaseException) -> None:
-        """Leaves a record of an error in the training code, or in a sample, for the attempts to come."""
+        """Records an error in the training code, or in a sample, for later attempts."""
         if error is not self._error and not isinstance(error, Stopped):
             self._error = error
             self.stop.settled = "error"
             self._attempt.remember(error)
 
     def close(self) -> None:
-        """Ends the loader's workers, and a save that is under way: one that can be finished soon is worth it."""
+        """Ends the loader's workers, and finishes a save in progress if that is soon possible."""
         is_at_an_error = self._error is not None or sys.exc_info()[0] is not None
         is_left = not is_at_an_error and not self.stop.settled and self._course.is_under_way
         self._attempt.close(self.config.stop.grace_seconds, left_at=self.global_step if is_left else None)
@@ -279,8 +285,8 @@ def loader_of(state: Mapping[str, Any], world: World) -> Loader | None:
         return loader
     made_for = f"rank {loader.rank} of {loader.world_size}"
     raise ConfigError(
-        f"the Loader is for {made_for}, and this process is rank {world.rank} of {world.size}: make the Loader after "
-        "init_process_group, or give it rank= and world_size="
+        f"the Loader is for {made_for}, but this process is rank {world.rank} of {world.size}: make the Loader "
+        "after init_process_group, or give it rank= and world_size="
     )
 
 

@@ -1,9 +1,10 @@
-"""What is told of the saves of an attempt, and which one was committed last."""
+"""Logs the saves of an attempt, and knows which one was committed last."""
 
 import logging
 from dataclasses import asdict
 
 from harness.checkpoint.saver import Saved
+from harness.launcher import outcome
 from harness.runtime.environment import shutdown_grace_seconds
 from harness.telemetry.events import EventLog
 from harness.training.resume import Resumed
@@ -29,7 +30,7 @@ class SaveLog:
 
     def skipped(self, step: int) -> None:
         """A step is not saved, because the save before is under way."""
-        message = f"step {self._course.shown(step)}  NOT saved: the save before is still being written"
+        message = f"step {self._course.shown(step)}  NOT saved: the previous save is still being written"
         self._events.emit("skip", message, step=step)
 
     def failed(self, step: int, error: str) -> None:
@@ -41,6 +42,7 @@ class SaveLog:
         if saved is None:
             return
         self.step, self.directory, self.seconds = saved.step, saved.directory, saved.seconds
+        outcome.saved(saved.step)
         times = f"in {saved.seconds:.2f} s, of which training waited {saved.blocked_seconds:.3f} s"
         message = f"step {self._course.shown(saved.step)}  saved {saved.directory} {times}"
         self._events.emit("save", message, **asdict(saved))
@@ -50,7 +52,7 @@ class SaveLog:
         """Says so where what came before ``step`` is not saved, and the loop was left."""
         if self.step < step and self._is_first:
             log.warning(
-                "the loop was left before its end, at step %d: what came after step %d is not saved. Call run.finish() then",
+                "the loop was left early, at step %d; nothing after step %d is saved. Call run.finish() after such a loop",
                 step,
                 self.step,
             )
@@ -62,7 +64,8 @@ class SaveLog:
             return
         self._has_warned = True
         log.warning(
-            "the last save took %.2f s, and a stop has %g s: it would end before it is saved; raise stop.grace_seconds "
-            "(%g) and what the launcher grants (torchrun: --shutdown-timeout)",
+            "the last save took %.2f s, but only %g s are allowed after a stop signal; the process would be "
+            "killed before the checkpoint commits. Raise stop.grace_seconds (%g) and what the launcher grants "
+            "(torchrun: --shutdown-timeout)",
             *(self.seconds, grace_seconds, self._stop.grace_seconds),
         )

@@ -22,7 +22,7 @@ class SavePolicy:
     config: CheckpointConfig
 
     def is_overdue(self, seconds: float) -> bool:
-        """Whether so many seconds since the last save are enough for another one."""
+        """Whether another save is due, ``seconds`` after the last one."""
         return self.config.every_seconds is not None and seconds >= self.config.every_seconds
 
     def due(self, step: int, epochs: tuple[int, int], *, is_asked: bool, is_best: bool, is_stop: bool) -> Due:

@@ -14,7 +14,7 @@ class Saves:
         """Tells of a save that has been committed since."""
 
     def wait(self) -> None:
-        """Waits for a save that is under way. All ranks call it; none goes on without knowing the error of rank 0."""
+        """Waits for a save that is under way. All ranks call it; none continues without knowing the error of rank 0."""
 
     def is_wanted(self) -> bool:
         """Whether this rank asks for a save: ``checkpoint.every_seconds`` have passed by rank 0's clock, or the last one saw

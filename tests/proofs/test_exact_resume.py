@@ -445,8 +445,8 @@ def test_resumed_on_three_ranks(on_three_ranks, scenario):
 @pytest.mark.torchrun
 def test_a_static_graph_is_told_of(on_three_ranks):
     """DDP keeps more of it than an order. One rank says that a resume may differ."""
-    words = "model: with three ranks or more the next step may differ in its last bits: static_graph=True has DDP order its "
-    assert returned(on_three_ranks[1]["static"]) == [[f"{words}gradients anew"], [], []]
+    words = "model: with three ranks or more the next step may differ in its last bits: static_graph=True makes DDP "
+    assert returned(on_three_ranks[1]["static"]) == [[f"{words}reorder its gradients"], [], []]
 
 
 @pytest.mark.torchrun

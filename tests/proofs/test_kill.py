@@ -2,7 +2,9 @@
 
 import json
 import os
+import platform
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -233,7 +235,8 @@ def test_short_kill_storm(tmp_path):
 @pytest.mark.parametrize("launcher", ["harness launch", pytest.param("torchrun", marks=pytest.mark.soak)])
 def test_a_death_while_the_ranks_start_does_not_hold_up_the_others(tmp_path, straight, launcher):
     """A rank is killed while another builds its task, then while that is in a long step of its own: the survivor knows that
-    torchrun's SIGTERM is no stop, and leaves at once, though it had a grace of minutes. The run goes on and completes."""
+    torchrun's SIGTERM is no stop, and leaves at once, though it had a grace of minutes. The run continues and completes.
+    ``harness launch`` reports the death in two lines, and torchrun's own output is not on the screen."""
     (tmp_path / "paused").touch()
     settings = config("run", place=".", hold_at=10, alone=True) | {"stop": {"grace_seconds": 200}}
     command = ("-m", "harness", *(["launch", "--nproc-per-node=2", "--"] if launcher == "harness launch" else []), "train")
@@ -249,7 +252,24 @@ def test_a_death_while_the_ranks_start_does_not_hold_up_the_others(tmp_path, str
         assert run.wait_for("resume", attempt=2)["step"] == 9
         run.succeed()
         assert "another rank has failed" in run.output()
+        if launcher == "harness launch":
+            between = lines_of_a_restart(run.output(), attempt=2)
+            assert len(between) <= 8, between
+            assert f"harness launch: rank 1 on {platform.node()} was killed by SIGKILL after step 10" in between
+            kind = "restart 2 of at most 3 in a row without a newer checkpoint"
+            follows = rf"harness launch: {kind}; training continues from step [69] or later"  # 9: if rank 0 knew of it
+            assert any(re.fullmatch(follows, line) for line in between), between
+            assert not re.search(r"Traceback|torch/distributed|closing signal", run.output())
     assert digests(str(tmp_path / "run")) == straight
+
+
+def lines_of_a_restart(output: str, attempt: int) -> list[str]:
+    """What is on the screen between the last line of training before a restart and the first one after it."""
+    lines = output.splitlines()
+    restart = next(index for index, line in enumerate(lines) if f"attempt {attempt}: resuming" in line)
+    training = [index for index, line in enumerate(lines) if re.search(r"step \d+/\d+  epoch", line)]
+    last, first = max(each for each in training if each < restart), min(each for each in training if each > restart)
+    return lines[last + 1 : first]
 
 
 def survives(run: Run) -> None:

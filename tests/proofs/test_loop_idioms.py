@@ -11,7 +11,7 @@ SLOWLY = Path(__file__).parents[1] / "support" / "slow_optimizers.py"
 RANKS = {"target_network": 2}
 TOLD = {
     "enumerated": "enumerate",
-    "target_network": "no optimizer moves",
+    "target_network": "no optimizer updates",
 }  # what the log says where a resume cannot be exact
 KILLS = 3
 

@@ -91,7 +91,7 @@ def test_a_script_that_is_asked_to_stop(plain):
     assert plain.codes == [75, 0], plain.outputs
     assert f"asked to stop (SIGTERM) at step {plain.stopped_at}, which is saved" in plain.outputs[0]
     last = plain.outputs[0].splitlines()[-1]
-    assert last == "harness launch: exit code 75: stopped, as was asked; start the same command again to go on"
+    assert last == "harness launch: exit code 75: stopped as requested; start the same command again to continue"
     assert "Traceback" not in plain.outputs[0].partition("resuming from step-")[2]
     assert f"step {plain.stopped_at}" in plain.outputs[1]
     assert newest(plain.directory / "disturbed" / "runs" / URLS["plain"])["step"] == 500

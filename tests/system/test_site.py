@@ -149,7 +149,7 @@ def test_every_environment_variable_is_in_the_reference():
     """Those of launchers, of torch, and harness's own."""
     text = (REPOSITORY / "docs" / "reference" / "environment.md").read_text()
     of_launchers = "RANK|WORLD_SIZE|LOCAL_|MASTER_|GROUP_|TORCHELASTIC_|PET_|SLURM_|SKYPILOT_|OMPI_|MV2_|PMI_"
-    name = re.compile(rf"({of_launchers}|TORCH_|OMP_|GLOO_|CUBLAS_|HARNESS_)[A-Z0-9_]*")
+    name = re.compile(rf"({of_launchers}|TORCH_|OMP_|NO_COLOR|GLOO_|CUBLAS_|HARNESS_)[A-Z0-9_]*")
     texts = {str(node.value) for _, module in modules() for node in ast.walk(module) if isinstance(node, ast.Constant)}
     found = set(filter(name.fullmatch, texts)) - {"PET_"}
     assert len(found) > 20

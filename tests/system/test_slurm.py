@@ -158,7 +158,8 @@ def test_the_doctor_asks_slurm(cluster, tmp_path):
         r"^ok +grace .*: 15 s; Slurm's KillWait 20; GraceTime of Slurm's partition low 60;", *said(tmp_path / "15.txt")
     )
     assert re.search(
-        r"^warn +grace .*: stop.grace_seconds is 25, Slurm's KillWait 20: the kill comes first;", *said(tmp_path / "25.txt")
+        r"^warn +grace .*: stop.grace_seconds is 25, but Slurm's KillWait is 20; the process would be killed first;",
+        *said(tmp_path / "25.txt"),
     )
 
 

@@ -132,8 +132,8 @@ def test_a_checkpoint_that_does_not_fit_the_model(write, finished):
         "harness:   0.bias: the checkpoint has float32[3], the model has float32[4]",
         "harness:   1.weight: the checkpoint has float32[1, 3], the model has float32[1, 4]",
         (
-            "harness: if that is meant, it is another run, and belongs to another URL; what has grown while it was trained, "
-            "Run(..., adapt=...) can give the program before it is compared"
+            "harness: if the change is intended, this is a new run; give it another URL; if the training itself has added "
+            "something, add it in Run(..., adapt=...)"
         ),
     ]
 
@@ -151,9 +151,7 @@ def test_resume_where_there_is_nothing(write, tmp_path):
     """Exit code 66, and nothing is begun there."""
     done = harness("train", write(checkpoint={"url": str(tmp_path / "typo")}), "--resume", warm=True)
     assert done.returncode == 66
-    assert done.stderr.startswith(
-        f"harness: {tmp_path}/typo: expected a run to go on with (checkpoint.must_exist), found no"
-    )
+    assert done.stderr.startswith(f"harness: {tmp_path}/typo: expected a run to continue (checkpoint.must_exist), found no")
     assert not (tmp_path / "typo").exists()
 
 
@@ -297,7 +295,7 @@ def test_a_url_where_nothing_is(tmp_path, verb):
     (tmp_path / "others" / "notes.txt").write_text("mine")
     for url in (tmp_path / "nothing", tmp_path / "others"):
         done = harness(verb[0], str(url), *verb[1:])
-        words = f"harness: {url}: there is no run here, not even an empty one; look at the URL for a typo\n"
+        words = f"harness: {url}: no run has ever started here; check the URL for a typo\n"
         assert (done.returncode, done.stdout, done.stderr) == (66, "", words)
     assert not (tmp_path / "nothing").exists()
 

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -136,3 +137,23 @@ def test_every_module_says_what_it_is():
     """Its docstring is the map of the project."""
     silent = [name for name, tree in modules().items() if not ast.get_docstring(tree) and name != "checkpoint.__init__"]
     assert silent == []
+
+
+# Phrases that a maintainer would not write, and where a text has one with good reason.
+FOREIGN = re.compile(r"\b((?:is|are|was|were|be|been) told|whoever|so many|of ours|has it that)\b", re.IGNORECASE)
+ALLOWED = {
+    "checkpoint.commit": {"so many"},
+    "checkpoint.format": {"so many", "be told", "of ours"},  # a specification: "so many spaces that"
+    "checkpoint.plan": {"so many", "whoever"},
+    "checkpoint.saver": {"whoever", "is told"},
+    "state.modules": {"is told"},
+    "state.options": {"so many", "whoever", "is told", "are told", "be told"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_messages_and_docstrings_are_in_plain_english(name):
+    """``docs/hooks/prose_rule.py`` does the same for the pages."""
+    texts = [node for node in ast.walk(modules()[name]) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    found = {" ".join(each.lower().split()) for node in texts for each in FOREIGN.findall(" ".join(node.value.split()))}
+    assert found == ALLOWED.get(name, set()), "write it in plain English, or take the exception out"

@@ -251,7 +251,7 @@ def test_s3(s3, told):
     assert "PermissionError" in text
     text += use(s3.url("secrecy"), {**s3.storage_options, "secret": WORD, "token": "t0ken-of-a-session"}, told)
     text += use("s3://AKIAKEYKEYKEY:pa55w0rd@bucket/run", {"endpoint_url": s3.address}, told)
-    assert "found a login; it belongs into storage_options" in text
+    assert "found a login; put the login into storage_options" in text
     for secret in (s3.secret, WORD, quote(WORD), "t0ken-of-a-session", "AKIAKEYKEYKEY", "pa55w0rd"):
         assert secret not in text
 

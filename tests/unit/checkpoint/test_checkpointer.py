@@ -76,7 +76,7 @@ def test_one_writer_keeps_the_last_ones(tmp_path):
     assert sorted(int(path.name.split("-")[1]) for path in tmp_path.glob("step-*")) == [3, 4]
     Checkpointer(tmp_path, keep_last=2).save(parts(5.0), step=5)
     checkpoints.begin(parts(6.0), step=6)
-    with pytest.raises(Superseded, match="trains this run now"):
+    with pytest.raises(Superseded, match="has taken over this run"):
         checkpoints.wait()
     assert value_of(Checkpointer(tmp_path).load()) == 5.0
 

@@ -257,9 +257,9 @@ def test_what_was_forged_is_right_but_for_the_forgery(written):
         ({"tree": {"b": {"$tensor": True}}}, "does not fit the tensors"),
         ({"tree": {"a": {"x": 1}, "b": {"$nonsense": 1}}}, "does not fit the tensors"),
         ({"tree": {"a": 1}}, "tensors without a place in the tree: a"),
-        ({"aliases": {"c": "nothing"}}, "'c' is to be the same as 'nothing', which is not there"),
-        ({"aliases": {"a": "a"}}, "'a' is to be the same as 'a', and is a tensor of its own"),
-        ({"aliases": {"c": "d", "d": "a"}}, "'c' is to be the same as 'd', which is not there"),
+        ({"aliases": {"c": "nothing"}}, "'c' is an alias of 'nothing', which is missing"),
+        ({"aliases": {"a": "a"}}, "'a' is an alias of 'a', but is stored as a tensor of its own"),
+        ({"aliases": {"c": "d", "d": "a"}}, "'c' is an alias of 'd', which is missing"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -304,6 +304,6 @@ def test_a_hole_larger_than_the_memory(tmp_path, lies_in_pieces):
     (entry,) = Catalog(store).entries()
     assert entry.state == "whole", "for all that its sizes say"
     with pytest.raises(
-        Corrupt, match=f"weight: expected a tensor for which this machine has the memory, found {size_bytes} b"
+        Corrupt, match=f"weight: expected a tensor that fits into this machine's memory, found {size_bytes} b"
     ):
         load.read(store, directory, entry.manifest)

@@ -167,7 +167,7 @@ def test_a_save_that_does_not_end_is_given_up(tmp_path, monkeypatch, caplog):
     with held_up(monkeypatch):
         writer.begin(parts(1), SaveRequest(1, is_steady=lambda tensor: True))
         assert writer.give_up_after(0.1) is None
-        assert "save of step 1 given up" in caplog.text
+        assert "gave up the save of step 1" in caplog.text
     writer.begin(parts(2), SaveRequest(2))
     assert writer.give_up_after(30).step == 2
 

@@ -249,7 +249,9 @@ def test_a_member_of_an_enumeration_survives_where_its_class_is_declared_safe():
         Unsupported, match=r"^part/norm/0: a member of the enumeration .*Norm .*add_safe_globals\(\[Norm\]\)"
     ):
         encode({"norm": [Norm.SPECTRAL]}, "part")
-    with pytest.raises(ConfigError, match=r"^norm/0: a value of the class .*Norm, which this program does not know"):
+    with pytest.raises(
+        ConfigError, match=r"^norm/0: the checkpoint holds a value of the class .*Norm, which this program does not know"
+    ):
         decode(written, {})
 
 

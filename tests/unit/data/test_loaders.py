@@ -186,7 +186,7 @@ def test_a_sampler_that_nobody_tells_the_epoch(caplog, is_called):
             walk.loader.sampler.set_epoch(epoch)
         for _ in walk.loader:
             pass
-    assert ("sampler has the order of the epoch before; call its set_epoch(epoch)" in caplog.text) != is_called
+    assert ("sampler repeats the order of the epoch before; call its set_epoch(epoch)" in caplog.text) != is_called
 
 
 # --- what is not in the state ----------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def test_an_epoch_without_any_loader(tmp_path, caplog, every):
     for _ in run.epochs(2):
         for _ in range(5):
             run.step()
-    found = caplog.text.count("is saved in its middle, and nothing in the state says where that is")
+    found = caplog.text.count("was saved midway, but the state holds no position in the data")
     assert found == ("every_steps" in every)
 
 
@@ -283,4 +283,4 @@ def test_that_is_told_at_the_first_step(tmp_path, caplog):
     for _ in run.steps(1):
         next(iter(loader))
         run.step()
-    assert "a batch norm cannot train on one (norm): choose drop_last (train.drop_last)" in caplog.text
+    assert "on which a batch norm cannot train (norm): set drop_last (train.drop_last)" in caplog.text

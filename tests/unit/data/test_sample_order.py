@@ -478,7 +478,7 @@ def test_a_count_that_begins_anew_is_told_of(caplog, walk, is_told):
             loader.load_state_dict(first.state_dict())
         for _ in walk(loader):
             pass
-        assert ("goes on after 2 batches" in caplog.text) == (is_told and bool(offset))
+        assert ("resumes after 2 batches" in caplog.text) == (is_told and bool(offset))
 
 
 def test_a_resume_that_begins_to_drop_the_last_batch(caplog):
@@ -542,9 +542,9 @@ def test_workers_see_what_the_loop_changes(change, caplog):
 
     caplog.set_level("INFO")
     whole = walk(0)
-    assert "started anew" not in caplog.text
+    assert "workers are restarted" not in caplog.text
     assert walk(1) == whole
-    assert ("the loader's workers are started anew" in caplog.text) == (change != "nothing")
+    assert ("the loader's workers are restarted" in caplog.text) == (change != "nothing")
     assert walk(2, done=3) == whole[3:]
 
 
@@ -563,7 +563,7 @@ def test_workers_that_are_started_anew_all_the_time(caplog):
         current.dataset.set_epoch(number)
         current.next_step()
     current.close()
-    assert caplog.text.count("started anew 20 times because dataset.epoch was changed") == 1
+    assert caplog.text.count("restarted 20 times because dataset.epoch changed") == 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -585,7 +585,7 @@ def test_a_length_that_changes_is_refused():
     for _ in current:
         pass
     values.append(2.0)
-    with pytest.raises(ConfigError, match="epoch 1: the data set has 24 samples, and had 23 when its Loader was made"):
+    with pytest.raises(ConfigError, match="epoch 1: the data set has 24 samples, but had 23 when its Loader was made"):
         next(iter(current))
 
 
@@ -674,7 +674,7 @@ def test_a_sample_that_fails_once(workers):
     with pytest.raises(OSError, match="sample"):
         current.next_step()
     assert states() == before
-    with pytest.raises(ConfigError, match="epoch 0: a batch could not be fetched, and the loop went on without the rest"):
+    with pytest.raises(ConfigError, match="epoch 0: a batch could not be fetched, and the loop continued without the rest"):
         current.end_epoch(0)
     current.dataset.bad = frozenset()
     found += [plain(batch) for batch in current]
@@ -687,7 +687,7 @@ def test_a_second_walk_within_an_epoch_is_refused():
     """It is the next epoch already, which the loop over the epochs would then leave out."""
     current = loader()
     epochs(current, 2)
-    with pytest.raises(ConfigError, match="epoch 0: the loop went through the loader 2 times"):
+    with pytest.raises(ConfigError, match="epoch 0: the loop iterated over the loader 2 times"):
         current.end_epoch(0)
 
 
@@ -717,7 +717,7 @@ def test_another_split_is_refused():
     Loader(split(0), BATCH, workers=1).load_state_dict(saved)
     second = Loader(split(1), BATCH)
     before = second.state_dict()
-    with pytest.raises(Mismatch, match=r"not those that were trained .*give random_split a generator with a seed"):
+    with pytest.raises(Mismatch, match=r"the data set has changed .*give random_split a seeded generator"):
         second.load_state_dict(saved)
     assert second.state_dict() == before
     free = Loader(split(1), BATCH, fingerprint=False)
@@ -774,7 +774,7 @@ def test_samples_that_are_others_each_time_are_not_refused(share, caplog):
     for _ in range(100):
         first, second = loader(Own(share)), loader(Own(share))
         second.load_state_dict(first.state_dict())
-    assert "of the data set is another one each time: a resume trains on others" in caplog.text
+    assert "of the data set differs each time it is fetched, so a resumed run trains on other" in caplog.text
 
 
 def test_samples_that_cannot_be_fetched_have_no_fingerprint():

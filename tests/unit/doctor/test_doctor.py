@@ -241,7 +241,7 @@ def test_one_plain_process_is_well(write, s3):
     checkpoint = {"url": s3.url("plain"), "every_steps": 2, "keep_last": 2, "storage_options": s3.storage_options}
     code, found = examined(write(checkpoint=checkpoint))
     assert (code, not_ok(found)) == (0, [])
-    assert one(found, "ranks").found.startswith("there is none: start the doctor as the training will be started")
+    assert one(found, "ranks").found.startswith("there is none; start the doctor as you will start the training")
     assert one(found, "state").found == "a checkpoint has 8.0 MB"
     assert {"clocks", "group", "restarts", "nodes"}.isdisjoint(found)
 
@@ -423,7 +423,7 @@ def test_a_local_disk_and_a_launcher_that_speaks_of_several_machines(write, kept
     code, found = examined(write(), f"checkpoint.url={kept_path}/run")
     assert code == 0
     assert found["place"][-1].level == "warn"
-    assert "each machine has for itself, and the launcher speaks of 3 machines" in found["place"][-1].found
+    assert "is local to each machine, but the launcher starts 3 machines" in found["place"][-1].found
     assert "address" in found
 
 
@@ -495,7 +495,7 @@ def test_a_checkpoint_of_another_run(write, trained, override, words):
     code, found = examined(write(), f"checkpoint.url={url}", override)
     assert (code, one(found, "run").level, one(found, "resume").level) == (2, "ok", "error")
     assert words in one(found, "resume").found
-    assert "belongs to another URL" in one(found, "resume").found
+    assert "give it another URL" in one(found, "resume").found
     assert state() == before
     code, found = examined(write(), f"checkpoint.url={url}")
     assert (code, one(found, "resume").level) == (0, "ok")
@@ -530,7 +530,7 @@ def test_a_crash_loop(write, trained, deaths, code):
     if deaths == 2:
         assert one(found, "run").level == "ok"
     elif deaths == 3:
-        assert "the next start takes that of step 1" in one(found, "run").found
+        assert "the next start resumes from the checkpoint before, of step 1" in one(found, "run").found
         assert one(found, "resume").advice == "know that the run goes back to step 1"
     else:
         assert "step 3 failed 4 times in a row" in one(found, "run").found
@@ -560,7 +560,7 @@ def test_a_run_that_is_being_trained(write, trained):
     (url / f"metrics/{attempt.id}-000000.jsonl").write_text(json.dumps(line))
     code, found = examined(write(), f"checkpoint.url={url}")
     assert (code, one(found, "run").level) == (0, "warn")
-    assert re.match(r"attempt 2 told of itself 2\d s ago, and has not said that it ended", one(found, "run").found)
+    assert re.match(r"attempt 2 was active 2\d s ago, and has not reported its end", one(found, "run").found)
     (url / f"metrics/{attempt.id}-000001.jsonl").write_text(json.dumps({**line, "event": "done"}))
     assert one(examined(write(), f"checkpoint.url={url}")[1], "run").level == "ok"
 
@@ -667,7 +667,7 @@ def test_a_script_whose_url_holds_another_model(script, kept_path):
 def test_a_script_that_makes_no_run(script):
     """It has ended, or failed with its own error, or did not like its arguments: exit code 2 and where."""
     code, found = script("x", "--no-run")
-    assert (code, one(found, "configuration").found) == (2, "it has ended, and made none")
+    assert (code, one(found, "configuration").found) == (2, "it ended without making a Run")
     code, found = script("x", "--width", "-1")
     assert (code, one(found, "configuration").level) == (2, "error")
     assert re.search(r"RuntimeError: .* \(.*script\.py:\d+\)$", one(found, "configuration").found)
@@ -717,10 +717,14 @@ def test_a_grace_that_is_shorter_than_a_save(write, kept_path):
     tight = (f"checkpoint.url={url}", "stop.grace_seconds=0.0001")
     code, found = examined(write(), *tight)
     assert (code, one(found, "grace").level) == (0, "warn")
-    assert re.match(r"a save will take about [\d.]+ s, and a stop has 0.0001 s", one(found, "grace").found)
+    assert re.match(
+        r"a save will take about [\d.]+ s, but only 0.0001 s are allowed after a stop signal", one(found, "grace").found
+    )
     train_here(build, url=url, train={"steps": 2, "global_batch_size": 4}, checkpoint={"every_steps": 1})
     found = examined(write(), *tight)[1]
-    assert re.match(r"the last save took [\d.]+ s, and a stop has 0.0001 s", one(found, "grace").found)
+    assert re.match(
+        r"the last save took [\d.]+ s, but only 0.0001 s are allowed after a stop signal", one(found, "grace").found
+    )
 
 
 def test_a_grace_that_the_launcher_does_not_grant(write, monkeypatch):
@@ -729,15 +733,18 @@ def test_a_grace_that_the_launcher_does_not_grant(write, monkeypatch):
     monkeypatch.setenv("PET_SHUTDOWN_TIMEOUT", "20")
     code, found = examined(write())
     assert (code, one(found, "grace").level) == (0, "warn")
-    assert "stop.grace_seconds is 25, torchrun's --shutdown-timeout 20: the kill comes first" in one(found, "grace").found
+    assert (
+        "stop.grace_seconds is 25, but torchrun's --shutdown-timeout is 20; the process would be killed first"
+        in one(found, "grace").found
+    )
 
 
 @pytest.mark.parametrize(
     ("overrides", "code", "words"),
     [
-        (["world.timeout_seconds=0.0001"], 2, "the other ranks wait 0.0001 s for rank 0"),
-        (["world.timeout_seconds=1800"], 0, "the watchdog's are 1800"),
-        (["world.timeout_seconds=1801", "watchdog.timeout_seconds=null"], 0, "whose cable was cut"),
+        (["world.timeout_seconds=0.0001"], 2, "the other ranks wait only 0.0001 s for rank 0"),
+        (["world.timeout_seconds=1800"], 0, "the watchdog ends all ranks after 1800 s"),
+        (["world.timeout_seconds=1801", "watchdog.timeout_seconds=null"], 0, "that has lost its network"),
     ],
 )
 def test_timeouts_in_the_wrong_order(write, overrides, code, words):
@@ -792,7 +799,7 @@ def test_processes_that_die_of_the_signal_that_stops_the_run(tmp_path):
     assert one(found, "workers").level == "error"
     assert one(found, "workers").found.startswith("1 of them died of it (")
     assert one(found, "processes").level == "warn"
-    assert re.fullmatch(r"\d+ \(sleep 71\) will die of the signal .*", one(found, "processes").found)
+    assert re.fullmatch(r"\d+ \(sleep 71\) would be killed by the stop signal, .*", one(found, "processes").found)
 
 
 @needs_namespaces
@@ -927,9 +934,9 @@ def test_a_rank_that_dies(tmp_path):
         assert run.finish() == 1
         found = read(run.output())
         assert run.output().count('"check": "configuration"') == 1
-        assert "harness: the doctor has spoken" in run.output()
+        assert "harness: the doctor has reported already" in run.output()
     assert found["ranks"][-1].level == "error"
-    assert "the doctor has not come to its end" in found["ranks"][-1].advice
+    assert "the doctor could not finish" in found["ranks"][-1].advice
 
 
 @pytest.mark.torchrun
@@ -1056,7 +1063,7 @@ def test_a_machine_that_torchrun_takes_for_dead(tmp_path):
     with launch(tmp_path, None, command=command, env={"PORT": port}):
         wait_until(lambda: "\n]" in said.read_text(), "the first machine's doctor")
         finding = one(read(said.read_text()), "nodes")
-    assert (finding.level, finding.found) == ("error", "1 of 2, and it has begun without the others")
+    assert (finding.level, finding.found) == ("error", "1 of 2 came, and torchrun started without the others")
 
 
 def test_every_key_that_is_advised_exists():

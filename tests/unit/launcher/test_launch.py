@@ -1,6 +1,8 @@
 """``harness launch``: stock torchrun with what must be set, and exit codes that say what to do next."""
 
 import os
+import platform
+import re
 import signal
 import tempfile
 import time
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import ConfigError
-from harness.launcher.agent import Restarts
+from harness.launcher.agent import Restarts, describe_death
 from harness.launcher.launch import command, halves
 from harness.launcher.launch import launch as start
 from tests.support.cluster import Run, harness, hears, launch, newest, wait_until
@@ -80,6 +82,7 @@ def last_line(run: Run) -> str:
         ("--tee 3 -m module -- x", "--tee 3", "-m module -- x"),
         ("--no-python -- python script.py", "--no-python", "python script.py"),
         ("script.py -- x", "", "script.py -- x"),
+        ("--verbose script.py --verbose", "--verbose", "script.py --verbose"),
     ],
 )
 def test_where_the_program_begins(tmp_path, monkeypatch, arguments, options, program):
@@ -109,16 +112,18 @@ def test_what_is_no_program(arguments, words):
     assert done.stderr.endswith(f"{words}\n")
 
 
-def test_what_keeps_torchrun_from_starting(monkeypatch):
+def test_what_keeps_torchrun_from_starting(monkeypatch, tmp_path):
     """No place for temporary files, and an option that torchrun does not know: a line says so, the last one."""
     monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
-    with pytest.raises(ConfigError, match=r"harness launch: needs a folder for temporary files .*; let TMPDIR name one"):
+    with pytest.raises(ConfigError, match=r"harness launch: cannot create temporary files .*; set TMPDIR to a folder"):
         start([], ["train"])
-    done = harness("launch", "--no-such-option=1", "--", "-m", "module")
+    monkeypatch.undo()
+    done = harness("launch", "--no-such-option=1", "--", "-m", "module", env={"TMPDIR": str(tmp_path)})
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(
-        "harness launch: exit code 2: no rank has said why; torchrun ended with 2"
-    )
+    (log,) = tmp_path.glob("harness-launch-*.log")
+    assert log.read_text().startswith("usage: torchrun ")
+    why = "torchrun ended with 2: torchrun: error: unrecognized arguments: --no-such-option=1"
+    assert done.stderr == f"harness launch: exit code 2: no rank reported an error; {why} (torchrun's output: {log})\n"
 
 
 def test_a_hangup_that_is_ignored_stays_ignored(tmp_path):
@@ -149,8 +154,30 @@ def test_restarts_count_while_nothing_is_gained():
     assert Restarts(3, renewed=True).left(1, None) == 1, "no rank has come so far"
     own = Restarts(5, renewed=False)
     assert [own.left(left, step) for left, step in ((5, 0), (4, 100), (3, 200))] == [5, 4, 3]
-    assert own.describe(4) == "a rank failed: restart 2 of at most 5 (--max-restarts)"
-    assert restarts.describe(0) == "a rank failed after 3 restarts in a row without a newer checkpoint: the launch ends"
+    assert own.describe(4, None) == "restart 2 of at most 5 (--max-restarts)"
+    kind = "in a row without a newer checkpoint"
+    assert restarts.describe(3, 0) == f"restart 1 of at most 3 {kind}; no checkpoint has been reported yet"
+    assert restarts.describe(1, 40) == f"restart 3 of at most 3 {kind}; training continues from step 40 or later"
+    assert restarts.describe(0, None) == f"no restart is left of the 3 allowed {kind}"
+    assert Restarts(0, renewed=False).describe(0, 0) == "no restart is allowed (--max-restarts)"
+    kept = "the newest checkpoint is of step 40 or later"
+    assert restarts.describe(0, 40) == f"no restart is left of the 3 allowed {kind}; {kept}"
+
+
+def test_who_died_of_what(tmp_path):
+    """The rank that failed by itself, not those that lost it or that torchrun ended; its last step, and its error."""
+    here = f"on {platform.node()}"
+    assert describe_death(str(tmp_path), {}) == "a rank failed"
+    assert describe_death(str(tmp_path), {0: 76, 3: 3}) == f"rank 3 {here} ended with exit code 3"
+    (tmp_path / "resumed").write_text("0")
+    assert (
+        describe_death(str(tmp_path), {0: 76, 1: -15, 3: -9}) == f"rank 3 {here} was killed by SIGKILL before its first step"
+    )
+    (tmp_path / "step-3").write_bytes((66).to_bytes(8, "little"))
+    (tmp_path / "rank-3.json").write_text('{"exit_code": 1, "message": "RuntimeError: boom"}')
+    assert describe_death(str(tmp_path), {3: 1}) == f"rank 3 {here} ended with exit code 1 after step 66: RuntimeError: boom"
+    assert describe_death(str(tmp_path), {1: 76, 0: 76}) == f"rank 0 {here} ended with exit code 76 before its first step"
+    assert describe_death(str(tmp_path), {3: -99}) == f"rank 3 {here} was killed by signal 99 after step 66"
 
 
 FAILS = """
@@ -161,20 +188,34 @@ from harness.launcher import outcome
 outcome.claim()
 starts = len(Path("starts").read_text()) + 1 if Path("starts").exists() else 1
 Path("starts").write_text("x" * starts)
+print("a rank begins", file=sys.stderr, flush=True)
 outcome.resumed(10 * min(starts, 4))
+outcome.reached(10 * min(starts, 4) + 3)
 sys.exit(1)
 """
 
 
 @pytest.mark.torchrun
 def test_a_launch_outlives_many_deaths(tmp_path):
-    """As long as the ranks come further in between: the launch ends after three restarts in a row that led nowhere."""
+    """As long as the ranks come further in between: the launch ends after three restarts in a row that led nowhere.
+
+    The ranks' own output, which torchrun copies here (``--tee``), is on the screen; torchrun's is in a file that is named.
+    """
     (tmp_path / "fails.py").write_text(FAILS)
-    with launch(tmp_path, None, command=("-m", "harness", "launch", "--nproc-per-node=1", "--", "fails.py")) as run:
+    command = ("-m", "harness", "launch", "--nproc-per-node=1", "--tee=2", "--", "fails.py")
+    with launch(tmp_path, None, command=command) as run:
         assert run.finish() == 1
+        named = re.search(r" \(torchrun's output: (\S+)\)$", last_line(run))
+        assert named, run.output()
+        assert "torch.distributed.elastic.multiprocessing.errors.ChildFailedError" in Path(named[1]).read_text()
     assert (tmp_path / "starts").read_text() == 7 * "x", run.output()
-    assert run.output().count("restart 1 of at most 3 in a row without a newer checkpoint") == 4
-    assert "a rank failed after 3 restarts in a row without a newer checkpoint: the launch ends" in run.output()
+    assert run.output().count("[default0]:a rank begins\n") == 7
+    kind = "in a row without a newer checkpoint"
+    assert run.output().count(f"restart 1 of at most 3 {kind}; training continues from step ") == 4
+    died = f"rank 0 on {platform.node()} ended with exit code 1 after step 43"
+    assert last_line(run).startswith(f"harness launch: exit code 1: {died}; no restart is left of the 3 allowed {kind}")
+    assert "Traceback" not in run.output()
+    assert len(run.output().splitlines()) == 7 + 6 * 2 + 2, "a line of each start, two of each restart, two at the end"
 
 
 @pytest.mark.soak
@@ -187,7 +228,9 @@ def test_a_signal_to_the_launcher_stops_all_ranks_and_asks_for_more(tmp_path):
         assert run.finish() == 75
         stopped_at = newest(tmp_path / "run")["step"]
         assert f"asked to stop (SIGTERM) at step {stopped_at}, which is saved" in run.output()
-        assert last_line(run) == "harness launch: exit code 75: stopped, as was asked; start the same command again to go on"
+        assert (
+            last_line(run) == "harness launch: exit code 75: stopped as requested; start the same command again to continue"
+        )
         assert "Traceback" not in run.output()
     with launch(tmp_path, config(stopped_at + 10), command=LAUNCH) as run:
         assert run.wait_for("resume", attempt=2)["step"] == stopped_at
@@ -199,8 +242,8 @@ def test_a_mistake_is_not_tried_again(tmp_path):
     """A configuration that cannot work ends the launch with its own code, with restarts left and unused."""
     with launch(tmp_path, {**config(10), "seeed": 1}, command=LAUNCH) as run:
         assert run.finish() == 2
-        *said, last = run.output().splitlines()
-        assert "\n".join(said).count("seeed: unknown key") <= 2  # by each of two ranks, which were not started again
+        said, last = run.output().splitlines()  # by the first rank and the launcher, and torchrun has not been heard
+        assert "seeed: unknown key" in said
         assert last.startswith("harness launch: exit code 2: ")
         assert "seeed: unknown key" in last
 
@@ -249,7 +292,7 @@ def test_a_second_interrupt_does_not_wait(tmp_path):
         os.kill(run.process.pid, signal.SIGINT)
         assert run.finish(seconds=10) == 130
         assert last_line(run).startswith(
-            "harness launch: exit code 130: interrupted twice, and ended at once: what was trained"
+            "harness launch: exit code 130: interrupted twice and ended at once; the steps since"
         )
         assert "Traceback" not in run.output()
         wait_until(lambda: not run.processes(), "the end of all processes of the run", seconds=10)

@@ -77,6 +77,30 @@ def test_a_rank_knows_whether_a_stop_was_asked_for(tmp_path, monkeypatch):
     assert outcome.stop_was_asked()
 
 
+def test_a_killed_rank_has_left_its_step(tmp_path, monkeypatch):
+    """And rank 0 the step of the newest checkpoint; a new start has reached nothing yet."""
+    directory = str(tmp_path)
+    assert (outcome.reached_step(directory, 0), outcome.saved_step(directory), outcome.resumed_step(directory)) == (
+        None,
+    ) * 3
+    for _ in range(2):
+        monkeypatch.setenv(outcome.DIRECTORY_VARIABLE, directory)
+        outcome.claim()
+        assert outcome.reached_step(directory, 0) is None
+        outcome.resumed(40)
+        outcome.reached(41)
+        outcome.reached(1 << 40)
+        assert outcome.reached_step(directory, 0) == 1 << 40
+        assert (outcome.saved_step(directory), outcome.resumed_step(directory)) == (40, 40)
+        outcome.saved(42)
+        assert (outcome.saved_step(directory), outcome.resumed_step(directory)) == (42, 40)
+    monkeypatch.setenv("RANK", "1")
+    outcome.saved(50)
+    assert outcome.saved_step(directory) == 42, "rank 0 knows"
+    monkeypatch.setattr(outcome, "_directory", tmp_path / "gone")
+    outcome.reached(60)  # an error would end the training
+
+
 @pytest.mark.parametrize(("code", "waits"), [(2, True), (75, False), (1, False)])
 def test_what_ends_the_launch_waits_to_be_seen(tmp_path, monkeypatch, code, waits):
     """A rank that torchrun would start again in vain is still there when the launcher looks for the next time."""

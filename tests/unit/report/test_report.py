@@ -299,7 +299,7 @@ def test_a_newer_checkpoint_whose_attempt_told_nothing():
     claims = {**CLAIMS, fourth: claim(1300, 1301)}
     found = numbers.of("there", claims, RECORDS, {}, now=9999, lineage=stands_on)
     assert [life.is_in_line for life in found.lives] == [True, False, False, True]
-    assert found.doubts == ["the run stands on what attempt 4 trained, which told nothing that is here"]
+    assert found.doubts == ["the run continues attempt 4, whose events are missing"]
     assert [record["step"] for record in journal.merged(RECORDS, stands_on)] == [10]
     assert [record["step"] for record in journal.merged(RECORDS, stands_on[:1])] == [10, 30]
 
@@ -473,7 +473,7 @@ def test_nothing_to_report(tmp_path):
     """An empty URL, and a run that keeps nothing there, are told from a run that did nothing."""
     done = harness("report", str(tmp_path))
     assert (done.returncode, done.stdout) == (66, "")
-    assert "there is nothing in metrics/ to report on" in done.stderr
+    assert "metrics/ holds no events to report on" in done.stderr
 
 
 DIES_TWICE = """

@@ -189,11 +189,35 @@ def test_an_agent_speaks_over_a_dead_ranks_line(tmp_path):
 
 def test_what_a_terminal_would_obey(caplog):
     """Is shown escaped, wherever it comes from: the title, colours, the way back, the direction."""
-    record = logging.makeLogRecord({"msg": "\x1b]0;PWNED\x07 loss\x1b[2K\r %s", "args": ("\x9b31m\u202e0.5",)})
+    about = {"msg": "\x1b]0;PWNED\x07 loss\x1b[2K\r %s", "args": ("\x9b31m\u202e0.5",), "levelno": logging.INFO}
+    record = logging.makeLogRecord(about)
     text = console.Lines().format(record)
     assert text.endswith(r"\x1b]0;PWNED\x07 loss\x1b[2K\r \x9b31m\u202e0.5")
     assert json.loads(console.Lines("json").format(record))["message"] == record.getMessage()
     assert console.printable("two\nlines\tand ü, 漢, 😀") == "two\nlines\tand ü, 漢, 😀"
+
+
+def test_colours(monkeypatch):
+    """On a terminal a line that deserves attention stands out. NO_COLOR, a pipe and JSON have none."""
+
+    def line(form="text", **about) -> str:
+        return console.Lines(form).format(logging.makeLogRecord({"msg": "words", "levelno": logging.INFO, **about}))
+
+    master, slave = pty.openpty()
+    with os.fdopen(master), os.fdopen(slave, "w") as terminal:
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        assert "\x1b" not in line(levelno=logging.ERROR), "no terminal"
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert re.fullmatch("\x1b\\[33m.* words\x1b\\[0m", line(levelno=logging.WARNING))
+        assert re.fullmatch("\x1b\\[31m.* words\x1b\\[0m", line(levelno=logging.ERROR))
+        assert re.fullmatch("\x1b\\[32m.* words\x1b\\[0m", line(values={"event": "save"}))
+        assert re.fullmatch("\x1b\\[36m.* words\x1b\\[0m", line(values={"event": "resume"}))
+        assert "\x1b" not in line(values={"event": "train"})
+        assert "\x1b" not in line("json", levelno=logging.ERROR)
+        monkeypatch.setenv("NO_COLOR", "1")
+        assert "\x1b" not in line(levelno=logging.ERROR)
+        monkeypatch.setenv("NO_COLOR", "")
+        assert "\x1b" in line(levelno=logging.ERROR), "an empty variable counts as not set"
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ def test_an_option_that_only_the_program_has_keeps_its_value_and_is_told_of(capl
     twin.restore(parts, 2)
     assert twin.optimizer.param_groups[0]["decoupled_weight_decay"] is True
     assert [record.getMessage() for record in caplog.records] == [
-        "AdamW: the checkpoint has no option capturable, decoupled_weight_decay; the value of this program counts"
+        "AdamW: the checkpoint has no option capturable, decoupled_weight_decay; using the value of this program"
     ]
     train(state.model, state.optimizer, range(2, 4))
     train(twin.model, twin.optimizer, range(2, 4))
@@ -274,7 +274,9 @@ def test_a_tensor_of_a_class_that_the_program_does_not_know_is_an_error_that_say
     store = open_store(f"memory://{uuid.uuid4()}")
     with torch.serialization.safe_globals([Packed]):
         written = commit.write(store, state.capture(), step=1, attempt=Attempt.after([]))
-    with pytest.raises(ConfigError, match=r"moment: a value of the class \S*\.Packed, .* import its library before"):
+    with pytest.raises(
+        ConfigError, match=r"moment: the checkpoint holds a value of the class \S*\.Packed, .* import its library first"
+    ):
         load.read(store, *written)
 
 
@@ -304,7 +306,7 @@ def test_an_optimizer_that_makes_something_else_of_its_state_is_told_of(caplog):
     train(state.model, state.optimizer, range(2))
     twin.restore(through_a_store(state.capture()), 2)
     [message] = [record.getMessage() for record in caplog.records]
-    assert message.startswith("Doubling: its load_state_dict has changed what was saved (state/0/exp_avg, state/1/exp_avg, ")
+    assert message.startswith("Doubling: its load_state_dict changed the saved values (state/0/exp_avg, state/1/exp_avg, ")
 
 
 def test_state_that_goes_by_the_order_of_the_parameters_is_refused_where_that_has_changed():
@@ -328,7 +330,7 @@ def test_groups_that_came_in_training_are_made_again_first():
     parts = through_a_store(state.capture())
     twin = of_kind(lambda parameters: optim.AdamW(list(parameters)[:2], lr=0.01), 1)
     with pytest.raises(
-        Mismatch, match=r"the checkpoint has 2, the optimizer has 1; what add_param_group has added in training"
+        Mismatch, match=r"the checkpoint has 2, the optimizer has 1; add the groups of add_param_group before Run"
     ):
         twin.restore(parts, 4)
     twin.optimizer.add_param_group({"params": list(twin.model.second.parameters())})

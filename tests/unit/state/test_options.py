@@ -76,7 +76,7 @@ def test_an_edited_rate_does_not_count_and_is_told_of(tmp_path, caplog):
     assert again.rates == [0.1]
     lines = [("lr", "0.001", "0.1"), ("momentum", "0", "0.5"), ("weight_decay", "0.2", "0")]
     assert told(caplog) == [
-        f"optimizer: {option}: {here} in this program, {there} in the checkpoint; the checkpoint counts. To use the "
+        f"optimizer: {option}: {here} in this program, {there} in the checkpoint; using the checkpoint's. To use the "
         f'program\'s: Run(..., reset_options=["{option}"])'
         for option, here, there in lines
     ]
@@ -112,7 +112,7 @@ def test_settings_of_a_schedule_are_told_of(tmp_path, caplog):
         Program(tmp_path, build(8))
     (line,) = told(caplog)
     assert line.startswith(
-        "scheduler: 1.T_max: 8 in this program, 4 in the checkpoint; the checkpoint counts, and its learning rate rises "
+        "scheduler: 1.T_max: 8 in this program, 4 in the checkpoint; using the checkpoint's, and its learning rate rises "
         "again after 4 of the scheduler's steps. To use the program's: Run(..., reset_options=[\"T_max\"])"
     )
 
@@ -122,7 +122,7 @@ def test_a_loaders_batches_are_told_of(tmp_path, caplog):
     loader = lambda size: {"loader": Loader(TensorDataset(torch.ones(8, 2)), size)}
     Program(tmp_path, extra=loader(2)).train(1)
     Program(tmp_path, extra=loader(4))
-    assert told(caplog) == ["loader: global_batch_size: 4 in this program, 2 in the checkpoint; the program counts"]
+    assert told(caplog) == ["loader: global_batch_size: 4 in this program, 2 in the checkpoint; using the program's"]
 
 
 def test_a_checkpoint_that_does_not_say_how_it_was_built(tmp_path):
@@ -141,12 +141,12 @@ def test_a_checkpoint_that_does_not_say_how_it_was_built(tmp_path):
     twin = State({name: each.live for name, each in state[0.1]._parts.items()}, CPU)
     twin.edits.compare(parts, parts["training"])
     assert [str(each) for each in twin.edits.differences] == [
-        "optimizer: lr: 0.1 in this program, 0.2 in the checkpoint; the checkpoint counts"
+        "optimizer: lr: 0.1 in this program, 0.2 in the checkpoint; using the checkpoint's"
     ]
     assert twin.capture()["training"]["built"]["optimizer"]["lr"] == [0.1]  # so that it is told once
     state[0.1].restore(parts, 1)
     assert [str(each) for each in state[0.1].edits.differences] == [
-        "optimizer: lr: 0.1 in this program, 0.2 in the checkpoint; the program counts"
+        "optimizer: lr: 0.1 in this program, 0.2 in the checkpoint; using the program's"
     ]
     assert state[0.1].optimizers["optimizer"].param_groups[0]["lr"] == pytest.approx(0.01)
 
@@ -163,7 +163,7 @@ def test_options_that_are_reset(tmp_path, caplog):
     assert [group["betas"] for group in again.optimizer.param_groups] == [(0.6, 0.9)] * 2
     assert again.optimizer.param_groups[0]["weight_decay"] == 0
     assert again.optimizer.state[again.model[0].weight]["step"] == 3
-    assert [line.partition(";")[2] for line in told(caplog)][:2] == [" the program counts"] * 2
+    assert [line.partition(";")[2] for line in told(caplog)][:2] == [" using the program's"] * 2
 
 
 def test_each_group_has_its_own(tmp_path):
@@ -315,7 +315,9 @@ def test_a_gradient_scalers_settings(tmp_path, caplog):
     extra = build(7)
     Program(tmp_path, extra=extra)
     assert extra["scaler"].get_growth_interval() == 5
-    assert told(caplog)[0].startswith("scaler: growth_interval: 7 in this program, 5 in the checkpoint; the checkpoint")
+    assert told(caplog)[0].startswith(
+        "scaler: growth_interval: 7 in this program, 5 in the checkpoint; using the checkpoint"
+    )
     extra = build(7)
     Program(tmp_path, extra=extra, reset=["growth_interval"])
     assert extra["scaler"].get_growth_interval() == 7
@@ -386,9 +388,9 @@ def test_a_part_that_was_not_frozen_any_more(tmp_path, caplog, when):
         model(torch.ones(2)).sum().backward()
         optimizer.step()
         run.step()
-    found = [message for message in caplog.messages if "other parameters are trained" in message]
+    found = [message for message in caplog.messages if "the trained parameters differ" in message]
     assert len(found) == (when == "never")
     if found:
         assert found[0].startswith(
-            "model: other parameters are trained than in the checkpoint: 0.bias, 0.weight: trained then, frozen now. "
+            "model: the trained parameters differ from those of the checkpoint: 0.bias, 0.weight: trained then, frozen now. "
         )

@@ -158,7 +158,9 @@ def test_a_module_that_does_not_take_what_was_saved(tmp_path):
     for _ in run.steps(1):
         run.step()
     Picky.allowed = False
-    with pytest.raises(Mismatch, match=r"the model does not take its saved state: .*these weights are out of fashion"):
+    with pytest.raises(
+        Mismatch, match=r"the model's load_state_dict\(\) rejected the checkpoint: .*these weights are out of fashion"
+    ):
         run_of({"model": Picky(1, 1)}, tmp_path)
 
 
@@ -289,8 +291,8 @@ def growing(url: Path, steps: int, **options: Any) -> tuple[Run, torch.optim.Opt
 def test_a_save_with_other_names_says_that_it_will_be_refused(tmp_path, caplog):
     """At the first such save, once, with the names and with the way out; and so it is."""
     growing(tmp_path, 5)
-    (message,) = [each for each in caplog.messages if "other names" in each]
-    assert message.startswith("what is saved has other names and shapes than when Run was made (2 differences)\n")
+    (message,) = [each for each in caplog.messages if "names or shapes" in each]
+    assert message.startswith("the names or shapes in the state have changed since Run was made (2 differences)\n")
     assert "optimizer: 1.weight of group 1: new" in message
     assert "Run(..., adapt=...)" in message
     with pytest.raises(Mismatch, match="parameter groups: the checkpoint has 2, the optimizer has 1"):
@@ -313,7 +315,7 @@ def test_a_program_that_adapts_goes_on(tmp_path, caplog):
     ends = [newest(tmp_path / url)["digests"] for url in ("straight", "halves")]
     assert [end["model"] for end in ends] == [ends[0]["model"]] * 2
     assert [end["optimizer"] for end in ends] == [ends[0]["optimizer"]] * 2
-    assert not [each for each in caplog.messages if "other names" in each]
+    assert not [each for each in caplog.messages if "names or shapes" in each]
 
 
 @pytest.mark.parametrize("change", ["a buffer of the first forward pass", "pruning", "another shape", "nothing"])
@@ -329,7 +331,7 @@ def test_changes_of_a_model_are_noticed(tmp_path, caplog, change):
         elif step == 0 and "buffer" in change:
             model[0].register_buffer("seen", torch.zeros(3))
         run.step()
-    found = [each.splitlines()[1:-1] for each in caplog.messages if "other names" in each]
+    found = [each.splitlines()[1:-1] for each in caplog.messages if "names or shapes" in each]
     assert (
         found
         == {
@@ -514,9 +516,12 @@ class Timed(LRScheduler):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"optimizer": torch.optim.LBFGS}, "task: LBFGS asks for a closure, and harness train has none; .* own with Run"),
-        ({"scheduler": ReduceLROnPlateau, "evaluated": False}, "task: ReduceLROnPlateau waits for evaluations; expected"),
-        ({"scheduler": Timed}, r"task: expected a scheduler with step\(\), found Timed, whose step wants arguments"),
+        (
+            {"optimizer": torch.optim.LBFGS},
+            "task: LBFGS needs a closure, which harness train does not pass; .* own with harness.Run",
+        ),
+        ({"scheduler": ReduceLROnPlateau, "evaluated": False}, "task: ReduceLROnPlateau needs evaluations; expected"),
+        ({"scheduler": Timed}, r"task: expected a scheduler with step\(\), found Timed, whose step\(\) requires arguments"),
     ],
 )
 def test_what_a_task_cannot_step_is_refused(options, words):

@@ -412,7 +412,7 @@ def test_what_differs_between_two_optimizers_is_listed():
     assert str(caught.value).splitlines() == [
         "the checkpoint does not fit the optimizer SGD (3 differences)",
         "  parameter groups: the checkpoint has 2, the optimizer has 3; "  # noqa: ISC004
-        "what add_param_group has added in training must be added before Run is made, or in Run(..., adapt=...)",
+        "add the groups of add_param_group before Run is made, or in Run(..., adapt=...)",
         "  group 0: first.bias is only in the checkpoint",
         "  group 1: first.bias is only in the optimizer",
     ]
@@ -424,7 +424,7 @@ def test_a_parameter_that_is_not_the_models_is_refused():
     net = Net()
     optimizer = optim.SGD([{"params": net.parameters()}, {"params": [torch.zeros(2, 3, requires_grad=True)]}])
     with pytest.raises(
-        Unsupported, match=r"^optimizer: parameter 0 of group 1 \(float32\[2, 3\]\) is not one of the model's"
+        Unsupported, match=r"^optimizer: parameter 0 of group 1 \(float32\[2, 3\]\) does not belong to the model"
     ):
         optimizer_state(optimizer, net)
 

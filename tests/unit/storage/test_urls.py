@@ -89,7 +89,7 @@ def test_seams_within_the_path_of_a_store():
         ("s3://key:secret@bucket/run", "expected a bucket, found a login"),
         ("s3://key:sec/ret@bucket/run", "expected a bucket, found a login"),
         ("s3://bucket/run?versionId=7", "found a version of one"),
-        ("sftp://host/run?lr=1", "found one with '?'"),
+        ("sftp://host/run?lr=1", "expected a path without '?'"),
     ],
 )
 def test_what_could_be_read_in_two_ways_is_refused(url, told):

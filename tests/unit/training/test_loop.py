@@ -517,7 +517,7 @@ def test_ranks_that_differ_are_not_saved(results):
     (weights, words), (weights_of_other, words_of_other) = returned(results[1]["ranks_that_differ"])
     for text in (weights, weights_of_other):
         assert "step 1: model differs between rank 0 and ranks [1], nothing is saved" in text
-    assert "parameters that no optimizer moves" in words
+    assert "parameters that no optimizer updates" in words
     assert words_of_other == ""
     directory = results[0] / "ranks_that_differ"
     assert list(directory.glob("weights/step-*/manifest.json")) == []
@@ -548,26 +548,26 @@ def test_all_ranks_know_what_has_become_of_the_last_save(results):
 def test_a_rank_that_waits_in_vain_says_where_it_was(results):
     """Besides what gloo has to say: which boundary it had reached, and what is asked of all ranks."""
     first, second = returned(results[1]["unequal_steps"])
-    (line,) = [each for each in first if "in vain" in each]
+    (line,) = [each for each in first if "timed out waiting for" in each]
     assert line.startswith(
-        "rank 0 waited in vain for another rank, after 7 calls of run.step() in this process (step 7): every"
+        "rank 0 timed out waiting for another rank, after 7 calls of run.step() in this process (step 7): every"
     )
-    assert not [each for each in second if "in vain" in each]
+    assert not [each for each in second if "timed out waiting for" in each]
 
 
 @pytest.mark.parametrize(("grace_seconds", "warnings"), [(1e-6, 1), (60.0, 0)])
 def test_a_save_that_outlasts_the_grace_is_warned_of_once(run, caplog, grace_seconds, warnings):
     """At the first save, not at the preemption; two saves are made here."""
     assert run(checkpoint={"every_steps": 6}, stop={"grace_seconds": grace_seconds}) == [6, 12]
-    assert caplog.text.count("it would end before it is saved") == warnings
+    assert caplog.text.count("would be killed before the checkpoint commits") == warnings
 
 
 def test_a_save_that_outlasts_the_grace_is_warned_of_at_the_next_start(run, caplog):
     """Before the first step: the newest manifest says what a save takes."""
     run(checkpoint={"every_steps": 6})
-    assert "would end before it is saved" not in caplog.text
+    assert "would be killed before the checkpoint commits" not in caplog.text
     run(stop={"grace_seconds": 1e-6})  # has nothing left to train, and saves nothing
-    assert caplog.text.count("it would end before it is saved") == 1
+    assert caplog.text.count("would be killed before the checkpoint commits") == 1
 
 
 # --- the data --------------------------------------------------------------------------------------------------------
@@ -607,7 +607,7 @@ def test_a_data_set_is_told_the_epoch(run, workers):
 def test_a_short_last_batch_can_be_left_out(run, caplog):
     """Epochs are counted in whole batches then, and a batch norm that would be given one sample is no longer warned of."""
     assert run(train={"epochs": 2, "global_batch_size": 9}) == [4]
-    assert "a batch norm cannot train on one (model): choose drop_last (train.drop_last)" in caplog.text
+    assert "on which a batch norm cannot train (model): set drop_last (train.drop_last)" in caplog.text
     caplog.clear()
     assert run(train={"epochs": 6, "global_batch_size": 9, "drop_last": True}) == [4, 6]
     assert "batch norm" not in caplog.text

@@ -161,7 +161,9 @@ def spoilt_input() -> TensorDataset:
 
 def test_skip_refuses_a_model_that_the_batch_has_spoilt(tmp_path):
     """The running averages of a batch norm have taken the NaN in: to train on would be to keep it."""
-    with pytest.raises(NonFinite, match=r"skip does not mend the NaN in 1.running_mean, 1.running_var: choose .* rollback"):
+    with pytest.raises(
+        NonFinite, match=r"skipping does not repair the NaN in 1.running_mean, 1.running_var: set .* rollback"
+    ):
         run(tmp_path, policy="skip", task=lambda: task(model=normed, dataset=spoilt_input()))
 
 
@@ -173,7 +175,7 @@ def test_rollback_mends_a_model_that_the_batch_has_spoilt(tmp_path):
 
 def test_rollback_needs_a_checkpoint(tmp_path):
     """There is none before the first save, and none at all without a URL."""
-    with pytest.raises(NonFinite, match="there is no checkpoint yet to go back to"):
+    with pytest.raises(NonFinite, match="there is no checkpoint to return to yet"):
         run(tmp_path, policy="rollback", checkpoint={})
     with pytest.raises(ValueError, match="expected checkpoint"):
         Config.model_validate({"task": "a:b", "train": TRAIN, "nonfinite": {"policy": "rollback"}})
@@ -182,7 +184,7 @@ def test_rollback_needs_a_checkpoint(tmp_path):
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_the_batches_that_are_passed_over_are_bounded(tmp_path, policy):
     """A training that has diverged ends, and keeps its last checkpoint."""
-    with pytest.raises(NonFinite, match=r"2 batches were passed over before this one \(nonfinite.limit\)"):
+    with pytest.raises(NonFinite, match=r"2 batches were skipped before this one, as many as nonfinite.limit allows"):
         run(tmp_path, policy=policy, limit=2, checkpoint={"every_steps": 1})
     assert all(value.isfinite().all() for value in newest(tmp_path)["parts"]["model"].values())
 

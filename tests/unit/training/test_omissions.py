@@ -169,8 +169,8 @@ def test_what_follows_a_boundary_in_somebody_elses_loop(tmp_path, caplog):
             run.step()
             scheduler.step()
     position, change = warnings_of(caplog)
-    assert position.startswith("epoch 0 is saved in its middle, and nothing in the state says where that is")
-    assert change.startswith("scheduler changed after run.step(): the checkpoint of step 2 is without it")
+    assert position.startswith("epoch 0 was saved midway, but the state holds no position in the data")
+    assert change.startswith("scheduler changed after run.step(): the checkpoint of step 2 lacks the change")
 
 
 def test_a_loop_that_changes_nothing(caplog):

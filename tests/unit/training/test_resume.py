@@ -135,9 +135,9 @@ def test_another_line_that_goes_further_is_told_of(tmp_path, caplog):
         lineage.append(Ancestor(attempt.id, step))
     last = Life(store, keep_last=1)
     assert (last.restored.step, last.restored.exact) == (230, True)
-    (told,) = [record.message for record in caplog.records if "also there" in record.message]
+    (told,) = [record.message for record in caplog.records if "that this run does not continue" in record.message]
     assert told.startswith(
-        "also there: step 400 of attempt 3, not on this line, and further than it: step-000000000400-000003-"
+        "a newer checkpoint exists that this run does not continue: step 400 of attempt 3, step-000000000400-000003-"
     )
     last.save(240)
     assert [entry.step for entry in other.entries()] == [240, 400]
@@ -413,7 +413,7 @@ def build_split(seed: int) -> Task:
 def test_another_split_at_a_restart_is_refused(tmp_path):
     """Samples that the model is judged by would be trained; other data on purpose has a setting."""
     train_here(lambda: build_split(0), url=tmp_path / "run", train=TRAIN, checkpoint=CHECKPOINT)
-    with pytest.raises(Mismatch, match=r"step-0+6-.*the samples are not those that were trained \(sample \d+(, \d+)+ of"):
+    with pytest.raises(Mismatch, match=r"step-0+6-.*the data set has changed since the checkpoint \(sample \d+(, \d+)+ of"):
         prolong(tmp_path / "run", lambda: build_split(1))
     assert prolong(tmp_path / "run", lambda: build_split(0), steps=7).step == 7
     assert prolong(tmp_path / "run", lambda: build_split(1), data={"fingerprint": False}).step == 8
@@ -445,7 +445,7 @@ def test_all_fall_back_when_one_rank_cannot_read(results):
         (
             "ranks_differ_in_their_models",
             "ConfigError",
-            "DistributedDataParallel, which makes models equal, comes before Run",
+            "DistributedDataParallel, which makes them equal, before Run is made",
         ),
         ("ranks_differ_after_a_resume", "RankFailure", "seen: 0 on rank 0, 1 on rank 1"),
     ],
@@ -464,9 +464,7 @@ def test_ranks_with_other_samples_do_not_train(results):
     """As many samples in the same order, and not the same ones: each rank has split the data by itself."""
     for result in results[1]["ranks_have_other_samples"]:
         assert result.get("raised") == "ConfigError", result
-        assert (
-            "the samples are not the same on ranks 0 and 1: give random_split a generator with a seed" in result["message"]
-        )
+        assert "rank 1 has other samples than rank 0: give random_split a seeded generator" in result["message"]
 
 
 @pytest.mark.torchrun

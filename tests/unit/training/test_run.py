@@ -156,7 +156,7 @@ def test_a_run_that_was_finished_early_stays_finished(tmp_path, caplog, inside):
     assert program().seen == [1, 2, 3, 4, 5, 6]
     again = program()
     assert again.seen == []
-    assert "run.finish() has ended this run early, at step 6" in caplog.text
+    assert "run.finish() ended this run early, at step 6" in caplog.text
     for _ in again.run.steps(7):
         again.step(torch.ones(1, 2))
     assert newest(tmp_path)["step"] == 7
@@ -174,7 +174,7 @@ def test_a_loop_that_is_left_without_a_word(tmp_path, caplog):
         if finishes:
             script.run.finish()
         script.run.close()
-        found = "the loop was left before its end, at step 5: what came after step 4 is not saved" in caplog.text
+        found = "the loop was left early, at step 5; nothing after step 4 is saved" in caplog.text
         assert found != finishes
 
 
@@ -285,7 +285,7 @@ def test_roll_back_restores_the_newest_checkpoint(tmp_path):
             assert script.run.global_step == 2
     assert {path.name.split("-")[2] for path in tmp_path.glob("step-*")} == {"000001", "000002"}
     fresh = Script(tmp_path / "other")
-    with pytest.raises(NoCheckpoint, match="no checkpoint yet to go back to"):
+    with pytest.raises(NoCheckpoint, match="there is no checkpoint to return to yet"):
         for _ in fresh.run.steps(5):
             fresh.run.roll_back()
 
@@ -359,7 +359,7 @@ def test_an_optimizer_of_two_modules(tmp_path):
             "loader .* has no state_dict .*; harness.Loader and torchdata's StatefulDataLoader have one",
         ),
         ({"random": Counter()}, ConfigError, "'random' is the name of a part that harness writes"),
-        ({"o": torch.optim.SGD([nn.Parameter(torch.ones(1))])}, Unsupported, "none of its parameters is one of a module"),
+        ({"o": torch.optim.SGD([nn.Parameter(torch.ones(1))])}, Unsupported, "none of its parameters belongs to a module"),
     ],
 )
 def test_what_cannot_be_a_state(state, error, words):
@@ -392,7 +392,7 @@ def test_settings_that_are_wrong(options, words):
 def test_boundaries_that_are_no_boundaries(tmp_path):
     """A loop without steps, and a step without a loop."""
     script = Script(None)
-    with pytest.raises(ConfigError, match="belongs into a loop"):
+    with pytest.raises(ConfigError, match="outside of a loop"):
         script.run.step()
     with pytest.raises(ConfigError, match=r"step 1: the loop did not call run\.step\(\)"):
         for _ in script.run.steps(2):
@@ -425,7 +425,7 @@ def test_a_loader_takes_its_place_from_the_group(tmp_path, monkeypatch):
         torch.distributed.destroy_process_group()
     assert (late.rank, late.world_size) == (0, 1)
     with pytest.raises(
-        ConfigError, match="the Loader is for rank 3 of 4, and this process is rank 0 of 1: make the Loader after"
+        ConfigError, match="the Loader is for rank 3 of 4, but this process is rank 0 of 1: make the Loader after"
     ):
         Run(None, {"loader": early}, world=SoloWorld(torch.device("cpu")), stop=StopRequest())
     for loader in (late, chosen):
@@ -439,7 +439,7 @@ def test_a_loader_that_was_left_out(tmp_path, caplog):
     for _ in run.epochs(1):
         for _ in loader:
             run.step()
-    assert caplog.text.count("a harness.Loader hands out batches and is not in the run's state") == 1
+    assert caplog.text.count("the Loader is not in the run's state") == 1
 
 
 @pytest.mark.parametrize("where", ["nowhere", "later", "state", "object"])
@@ -525,7 +525,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path):
 
 def test_a_run_that_must_be_there(tmp_path):
     """A URL without a checkpoint is refused, and left as it is; one with a checkpoint is gone on from."""
-    with pytest.raises(NoCheckpoint, match=r"expected a run to go on with \(checkpoint\.must_exist\), found no checkpoint"):
+    with pytest.raises(NoCheckpoint, match=r"expected a run to continue \(checkpoint\.must_exist\), found no checkpoint"):
         harness.Run(tmp_path / "run", {"model": nn.Linear(1, 1)}, must_exist=True, stop=harness.StopRequest())
     assert not (tmp_path / "run").exists()
     for must_exist in (False, True):
@@ -535,7 +535,7 @@ def test_a_run_that_must_be_there(tmp_path):
             run.step()
         run.close()
     assert harness.latest(tmp_path / "run") == 2
-    with pytest.raises(ConfigError, match="choose"):
+    with pytest.raises(ConfigError, match="set only one of them"):
         harness.Run(tmp_path / "run", model, must_exist=True, fresh=True, stop=harness.StopRequest())
 
 
