@@ -315,7 +315,9 @@ def test_a_gradient_scalers_settings(tmp_path, caplog):
     extra = build(7)
     Program(tmp_path, extra=extra)
     assert extra["scaler"].get_growth_interval() == 5
-    assert told(caplog)[0].startswith("scaler: growth_interval: 7 in this program, 5 in the checkpoint; using the checkpoint")
+    assert told(caplog)[0].startswith(
+        "scaler: growth_interval: 7 in this program, 5 in the checkpoint; using the checkpoint"
+    )
     extra = build(7)
     Program(tmp_path, extra=extra, reset=["growth_interval"])
     assert extra["scaler"].get_growth_interval() == 7
