@@ -220,7 +220,7 @@ def _forward_signals(agent: _Process, directory: str) -> list[int]:
         # For a worker all of them mean the same, and the first one goes on as SIGTERM: of that an agent which does not
         # listen yet dies. A SIGINT would be an exception in the middle of its imports, some of which swallow it.
         if not received:
-            outcome.say_stop(directory)
+            outcome.say_stop(directory, signal.Signals(number).name)
             agent.terminate()
         elif number == signal.SIGINT:
             agent.kill()  # and with it its workers; whatever else it hears now makes it grant them their grace anew

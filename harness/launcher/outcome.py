@@ -110,6 +110,11 @@ def stop_was_asked() -> bool:
     return is_wanted() and _in_own("stop").exists()
 
 
+def stop_reason() -> str:
+    """The signal that the launcher got, which passes SIGTERM on for each; empty where it has got none."""
+    return _in_own("stop").read_text() if stop_was_asked() else ""
+
+
 def is_ended_for_another() -> bool:
     """Whether torchrun ends this rank because another one has failed, here or on another machine."""
     return is_wanted() and (_in_own(f"ended-{os.getpid()}").exists() or _in_own(f"ended-{EVERY_RANK}").exists())
@@ -166,9 +171,9 @@ def _write(path: Path, text: str) -> bool:
 # --- the launcher's side ---------------------------------------------------------------------------------------------
 
 
-def say_stop(directory: str) -> None:
+def say_stop(directory: str, why: str) -> None:
     """Notes a stop request, before the signal is passed on."""
-    _write(Path(directory, "stop"), "")
+    _write(Path(directory, "stop"), why)
 
 
 def say_ended(directory: str, whom: Iterable[int | str]) -> None:

@@ -245,7 +245,7 @@ class Run:
         if due is Due.STOP:
             self._decisions.finish()
             saved = "which is saved" if self.config.checkpoint.url else "and nothing is saved: there is no checkpoint.url"
-            reason = self.stop.reason or "on another rank"
+            reason = outcome.stop_reason() or self.stop.reason or "on another rank"
             self.tell("stop", "", step=self.global_step, reason=reason)  # how the program ends is logged when it does
             self._host.end(self, Stopped(f"asked to stop ({reason}) at step {self.global_step}, {saved}"))
 

@@ -242,8 +242,9 @@ def test_a_mistake_is_not_tried_again(tmp_path):
     """A configuration that cannot work ends the launch with its own code, with restarts left and unused."""
     with launch(tmp_path, {**config(10), "seeed": 1}, command=LAUNCH) as run:
         assert run.finish() == 2
-        said, last = run.output().splitlines()  # by the first rank and the launcher, and torchrun has not been heard
-        assert "seeed: unknown key" in said
+        *said, last = run.output().splitlines()  # by the first rank, if it came to that; nothing of torchrun's
+        assert len(said) <= 1
+        assert all("seeed: unknown key" in line for line in said)
         assert last.startswith("harness launch: exit code 2: ")
         assert "seeed: unknown key" in last
 

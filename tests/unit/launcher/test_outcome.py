@@ -73,8 +73,10 @@ def test_a_rank_knows_whether_a_stop_was_asked_for(tmp_path, monkeypatch):
     outcome.say_ended(str(tmp_path), [os.getpid()])
     assert outcome.is_ended_for_another()
     assert not outcome.stop_was_asked()
-    outcome.say_stop(str(tmp_path))
+    assert outcome.stop_reason() == ""
+    outcome.say_stop(str(tmp_path), "SIGINT")
     assert outcome.stop_was_asked()
+    assert outcome.stop_reason() == "SIGINT", "the ranks get SIGTERM"
 
 
 def test_a_killed_rank_has_left_its_step(tmp_path, monkeypatch):

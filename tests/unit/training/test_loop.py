@@ -527,7 +527,7 @@ def test_ranks_that_differ_are_not_saved(results):
 @pytest.mark.torchrun
 def test_metrics_are_matched_by_name(results):
     """Never by position: means over different metrics are none."""
-    told = ["rank 0 tells loss, accuracy; rank 1 tells loss", "rank 0 tells a; rank 1 tells b", ""]
+    told = ["rank 0 reports loss, accuracy; rank 1 reports loss", "rank 0 reports a; rank 1 reports b", ""]
     assert returned(results[1]["other_metrics"]) == [told, told]
 
 
@@ -550,7 +550,7 @@ def test_a_rank_that_waits_in_vain_says_where_it_was(results):
     first, second = returned(results[1]["unequal_steps"])
     (line,) = [each for each in first if "timed out waiting for" in each]
     assert line.startswith(
-        "rank 0 timed out waiting for another rank, after 7 calls of run.step() in this process (step 7): every"
+        "rank 0 timed out waiting for another rank, after 7 calls of run.step() in this process (step 7); every"
     )
     assert not [each for each in second if "timed out waiting for" in each]
 
