@@ -26,7 +26,7 @@ Emit = Callable[[str, Result | None], None]
 
 
 class Drill:
-    """Runs the trials of one job in a folder. ``emit`` is told what begins, and then what has become of it."""
+    """Runs the trials of one job in a folder. ``emit`` gets what begins, and then what has become of it."""
 
     def __init__(
         self, job: Job, folder: Path, *, steps: int, every_steps: int, patience_seconds: float, url: str | None, emit: Emit

@@ -72,7 +72,7 @@ class Reachable:
                 self._note(found, inner, each, level + 1, {*above, id(value)})
 
     def _word(self, value: Any) -> str | None:
-        """A value in a word; None where it has parts with names of their own, or cannot be told."""
+        """A value in a word; None where it has parts with names of their own, or cannot be compared."""
         if isinstance(value, _PLAIN):
             return repr(value) if len(repr(value)) < 60 else hash_of(value)
         if isinstance(value, torch.Tensor):
