@@ -1,0 +1,426 @@
+"""Sharded models: each rank saves its part, and what was saved in one layout is loaded in any other."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from harness import Loader, Run, StopRequest
+from harness.checkpoint import tree
+from harness.checkpoint.catalog import Catalog, verify_all
+from harness.checkpoint.format import TensorInfo, checksum, decode_header
+from harness.storage.store import open_store
+from tests.support.cluster import returned
+from tests.support.sharding import Scene, play_scenes, scenes_played
+
+ROWS = (1, 3, 5, 7, 13)  # one, the world - 1, the world + 1, and what divides by nothing
+
+
+class Table(nn.Module):
+    """Parameters of odd sizes, a buffer and a parameter that no rank shares out; nothing is computed with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, rows) for rows in ROWS)
+        self.tall = nn.Parameter(torch.zeros(6, 2, 3))
+        self.register_buffer("steps", torch.zeros(3))
+
+
+def fsdp(model: nn.Module, ranks: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (ranks,))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def hsdp(model: nn.Module, _ranks: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+
+
+def parallel(model: nn.Module, mesh: Any) -> None:
+    """Tensor parallelism: rows of some layers, columns of the others; biases of these stay whole."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    kinds = {f"layers.{index}": RowwiseParallel() if index % 2 else ColwiseParallel() for index in range(len(ROWS))}
+    parallelize_module(model, mesh, kinds)
+
+
+def tp(model: nn.Module, ranks: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    parallel(model, init_device_mesh("cpu", (ranks,)))
+
+
+def tp_fsdp(model: nn.Module, ranks: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("data", "tensor"))
+    parallel(model, mesh["tensor"])
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh["data"])
+    fully_shard(model, mesh=mesh["data"])
+
+
+def plain(model: nn.Module, ranks: int) -> None:
+    """Every rank has all."""
+
+
+LAYOUTS = {
+    "one": (1, plain),
+    "plain2": (2, plain),
+    "fsdp1": (1, fsdp),
+    "fsdp2": (2, fsdp),
+    "fsdp3": (3, fsdp),
+    "fsdp4": (4, fsdp),
+    "hsdp": (4, hsdp),
+    "tp2": (2, tp),
+    "tp_fsdp": (4, tp_fsdp),
+}
+
+
+def expected(model: nn.Module) -> dict[str, torch.Tensor]:
+    """For each parameter of a plain model its own indices, shifted by its number."""
+    return {
+        name: torch.arange(each.numel(), dtype=torch.float32).view(each.shape) + 1000 * number
+        for number, (name, each) in enumerate(model.named_parameters())
+    }
+
+
+def part_like(live: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """A whole tensor as a live one is laid out, by torch alone."""
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+    if not isinstance(live, DTensor):
+        return whole.clone()
+    mesh = live.device_mesh
+    there = distribute_tensor(whole, mesh, [Replicate()] * mesh.ndim)
+    return there.redistribute(mesh, live.placements)
+
+
+def whole_of(tensor: torch.Tensor) -> torch.Tensor:
+    from torch.distributed.tensor import DTensor
+
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def built(layout: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    ranks, shard = LAYOUTS[layout]
+    model = Table()
+    shard(model, ranks)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+def fill(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Gives every parameter and moment values that say where they belong."""
+    with torch.no_grad():
+        for name, value in expected(Table()).items():
+            live = model.get_parameter(name)
+            live.copy_(part_like(live, value))
+            optimizer.state[live] = {
+                "step": torch.tensor(7.0),
+                "exp_avg": part_like(live, value * 2),
+                "exp_avg_sq": part_like(live, value * 3),
+            }
+        model.steps.copy_(torch.tensor([1.0, 2.0, 3.0]))
+
+
+def wrong(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """What does not have the values that it was saved with."""
+    found = []
+    for name, value in expected(Table()).items():
+        live = model.get_parameter(name)
+        state = optimizer.state[live]
+        pairs = {
+            "": (live, value),
+            "/exp_avg": (state["exp_avg"], value * 2),
+            "/exp_avg_sq": (state["exp_avg_sq"], value * 3),
+        }
+        found += [f"{name}{key}" for key, (one, other) in pairs.items() if not torch.equal(whole_of(one), other)]
+        found += [f"{name}/step"] if state["step"] != 7 or type(state["step"]) is not torch.Tensor else []
+        found += [f"{name}: type"] if type(state["exp_avg"]) is not type(live.detach()) else []
+    return found + ([] if model.steps.tolist() == [1.0, 2.0, 3.0] else ["steps"])
+
+
+def save(url: Path, layout: str, **config: Any) -> int:
+    """Saves one step in a layout, beside the training and at the end."""
+    model, optimizer = built(layout)
+    run = Run(url, {"optimizer": optimizer, "model": model}, stop=StopRequest(), config={"checkpoint": config})
+    fill(model, optimizer)
+    for _ in run.steps(1):
+        run.step()
+    run.close()
+    return run.global_step
+
+
+def resume(url: Path, layout: str, **config: Any) -> dict[str, Any]:
+    """What has become of it in another layout."""
+    model, optimizer = built(layout)
+    run = Run(url, {"model": model, "optimizer": optimizer}, stop=StopRequest(), config={"checkpoint": config})
+    run.close()
+    return {"step": run.global_step, "wrong": wrong(model, optimizer)}
+
+
+# --- trained -----------------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Odd sizes, dropout, running averages, tied weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second, self.last = (
+            nn.Linear(8, 13),
+            nn.BatchNorm1d(13),
+            nn.Linear(13, 8),
+            nn.Linear(8, 13),
+        )
+        self.last.weight = self.first.weight
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        hidden = self.second(nn.functional.dropout(self.norm(self.first(batch)).relu(), 0.2, self.training))
+        return self.last(hidden) * self.scale
+
+
+class Heads(nn.Module):
+    """What tensor parallelism can compute: even sizes, and a norm that stays whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(self.norm(batch)).relu())
+
+
+def shard_net(model: nn.Module, kind: str, ranks: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    if kind == "heads":
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("data", "tensor"))
+        parallelize_module(model, mesh["tensor"], plan)
+        if ranks > 2:
+            fully_shard(model, mesh=mesh["data"])
+        return
+    mesh = init_device_mesh(
+        "cpu", (2, 2) if kind == "hsdp" else (ranks,), mesh_dim_names=("r", "s")[-1 - (kind == "hsdp") :]
+    )
+    options: dict[str, Any] = {"mesh": mesh}
+    if kind == "bf16":
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if kind == "offload":
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+    if kind == "kept":
+        options["reshard_after_forward"] = False
+    if kind != "one group":
+        fully_shard(model.second, **options)
+    fully_shard(model, **options)
+
+
+def train(url: Path | None, kind: str, until: int = 7, dies_after: int | None = None) -> dict[str, Any]:
+    """Trains so many steps, or fewer, and returns the losses, and a digest of all that there is."""
+    import torch.distributed as dist
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    model: nn.Module = Heads() if kind == "heads" else Net()
+    if kind == "bf16":
+        model.norm = nn.Identity()
+    data = ranks // 2 if kind == "heads" else ranks
+    shard_net(model, kind, ranks)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    inputs = torch.randn(48, 8, generator=torch.Generator().manual_seed(5))
+    where = {"rank": rank // 2, "world_size": data} if kind == "heads" else {}
+    loader = Loader(TensorDataset(inputs), 12, seed=3, **where)
+    torch.manual_seed(rank % 2 if kind == "heads" else rank)
+    state = {"optimizer": optimizer, "model": model, "loader": loader}
+    settings = {"checkpoint": {"check_snapshots": kind == "checked"}}
+    run = Run(url, state, every_steps=2, stop=StopRequest(), config=settings)
+    losses = []
+    try:
+        for _ in run.epochs(3):
+            for (batch,) in loader:
+                halves = batch.chunk(2) if kind == "accumulated" else [batch]
+                for part in halves:
+                    if kind == "accumulated":
+                        model.set_requires_gradient_sync(part is halves[-1])
+                    loss = model(part.bfloat16() if kind == "bf16" else part).float().square().mean()
+                    loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                run.step(loss=loss)
+                losses.append(float(loss.detach()))
+                if kind == "evaluated":
+                    model.eval()
+                    with torch.no_grad():
+                        model(batch)
+                    model.train()
+                if run.global_step == dies_after:
+                    raise InterruptedError
+                if run.global_step == until:
+                    run.finish()
+                    return {"losses": losses, "digest": digest_here(model, optimizer), "from": until - len(losses)}
+    except InterruptedError:
+        return {"losses": losses}
+    finally:
+        run.close()
+    raise AssertionError
+
+
+def digest_here(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """Of what this rank has of the model and its moments, bit for bit."""
+    from harness.checkpoint.dtensors import local_of
+
+    values = [*model.state_dict().values()]  # first: it has the parameters put back
+    states = [optimizer.state[each] for group in optimizer.param_groups for each in group["params"]]
+    values += [state[key] for state in states for key in sorted(state)]
+    return checksum(b"".join(bytes(each) for value in values for each in tree.raw_bytes(local_of(value))))
+
+
+def resumed(place: Path, kind: str) -> dict[str, Any]:
+    """A run that was left after its fifth step, and the one that it is compared with."""
+    straight = train(place / f"straight-{kind}", kind)
+    train(place / kind, kind, dies_after=5)
+    again = train(place / kind, kind)
+    return {
+        "from": again["from"],
+        "losses": again["losses"] == straight["losses"][again["from"] :],
+        "same": again["digest"] == straight["digest"],
+    }
+
+
+# --- the scenes ------------------------------------------------------------------------------------------------------
+
+
+def saving(layout: str) -> Scene:
+    return Scene(f"save-{layout}", LAYOUTS[layout][0], lambda place: save(place / layout, layout))
+
+
+def loading(layout: str, other: str, how: str = "each") -> Scene:
+    name = f"load-{layout}-{other}-{how}"
+    return Scene(name, LAYOUTS[other][0], lambda place: resume(place / layout, other, restore=how))
+
+
+def training(kind: str, ranks: int) -> Scene:
+    return Scene(f"train-{kind}-{ranks}", ranks, lambda place: resumed(place / str(ranks), kind))
+
+
+# Each layout is loaded as it was, and exchanged with one that cuts elsewhere; the soak has every pair, read both ways.
+PAIRS = [
+    *((layout, layout, "each") for layout in LAYOUTS),
+    *(("fsdp4", other, "each") for other in LAYOUTS if other != "fsdp4"),
+    *((one, "fsdp3", "each") for one in LAYOUTS if one not in ("fsdp3", "fsdp4")),
+    *((*pair, "shared") for pair in (("one", "hsdp"), ("tp_fsdp", "fsdp3"), ("fsdp4", "tp_fsdp"), ("fsdp3", "plain2"))),
+]
+MORE_PAIRS = [(one, other, how) for one in LAYOUTS for other in LAYOUTS for how in ("each", "shared")]
+TRAINED = [("plain", 3), ("evaluated", 2), ("heads", 4)]
+MORE_TRAINED = [
+    *((kind, 2) for kind in ("plain", "one group", "bf16", "offload", "kept", "accumulated", "checked", "heads")),
+    ("hsdp", 4),
+]
+SAVES = [*map(saving, LAYOUTS)]
+SCENES = [*SAVES, *(loading(*each) for each in PAIRS), *(training(*each) for each in TRAINED)]
+SOAK = [*SAVES, *(loading(*each) for each in MORE_PAIRS), *(training(*each) for each in MORE_TRAINED)]
+
+
+if __name__ == "__main__":
+    play_scenes(SOAK if "soak" in sys.argv else SCENES, Path(sys.argv[1]))
+    sys.exit(0)
+
+
+# --- the tests -------------------------------------------------------------------------------------------------------
+
+pytestmark = pytest.mark.torchrun
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def scenes(place) -> Mapping[str, list[Any]]:
+    return scenes_played(__file__, place, 4)
+
+
+@pytest.fixture(scope="module")
+def soak_scenes(tmp_path_factory) -> Mapping[str, list[Any]]:
+    return scenes_played(__file__, tmp_path_factory.mktemp("soak"), 4, "soak")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_can_be_saved(scenes, place, layout):
+    """By all ranks that have a part, and every byte is there."""
+    assert set(returned(scenes[f"save-{layout}"])) == {1}
+    (entry,) = verify_all(Catalog(open_store(str(place / layout))), deep=True)
+    assert (entry.state, entry.problem) == ("whole", "")
+
+
+def test_each_byte_is_written_once_and_not_by_one_rank(scenes, place):
+    """Replicas share the work, and rank 0 has no more of it than the others; a checkpoint of whole tensors has no boxes."""
+    sizes = {}
+    for layout in ("one", "fsdp4", "hsdp", "tp_fsdp"):
+        manifest = Catalog(open_store(str(place / layout))).newest().manifest
+        assert manifest is not None
+        sizes[layout] = {file.name: file.bytes for file in manifest.files if "-rank" in file.name}
+        infos = [info for name in sizes[layout] for info in header_of(place / layout, name)]
+        has_boxes = any(part.boxes for part in manifest.parts.values())
+        assert has_boxes == (layout != "one")
+        whole = sum(each.info(path).nbytes for part in manifest.parts.values() for path, each in part.boxes.items())
+        assert sum(info.nbytes for info in infos) == whole
+    assert not sizes["one"]
+    assert {name.partition("-rank")[2][0] for name in sizes["hsdp"]} == set("0123")
+
+
+def header_of(url: Path, name: str) -> list[TensorInfo]:
+    """The tensors in a shard."""
+    (file,) = url.glob(f"step-*/{name}")
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    return decode_header(data[8 : 8 + size], len(data) - 8 - size)
+
+
+@pytest.mark.parametrize(("layout", "other", "how"), PAIRS)
+def test_any_layout_loads_any_other(scenes, layout, other, how):
+    """Parameters and moments, value by value: each says where it belongs. Read by each rank, or once for all."""
+    for found in returned(scenes[f"load-{layout}-{other}-{how}"]):
+        assert found == {"step": 1, "wrong": []}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("layout", "other", "how"), MORE_PAIRS)
+def test_every_layout_loads_every_other(soak_scenes, layout, other, how):
+    """All pairs, both ways."""
+    test_any_layout_loads_any_other(soak_scenes, layout, other, how)
+
+
+@pytest.mark.parametrize(("kind", "ranks"), TRAINED)
+def test_a_resume_has_the_bits_of_the_run_that_never_stopped(scenes, kind, ranks):
+    """In the same layout: losses, weights, moments, each rank's own running averages and random numbers."""
+    for found in returned(scenes[f"train-{kind}-{ranks}"]):
+        assert found == {"from": 4, "losses": True, "same": True}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("kind", "ranks"), MORE_TRAINED)
+def test_so_has_one_of_each_kind(soak_scenes, kind, ranks):
+    """Mixed precision, CPU offload, accumulation, one group for all, parameters that stay whole, replicas, tensors in
+    parallel."""
+    test_a_resume_has_the_bits_of_the_run_that_never_stopped(soak_scenes, kind, ranks)
