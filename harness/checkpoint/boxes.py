@@ -130,7 +130,7 @@ def _earlier(index: int, mesh: Numbers, cuts: tuple[Cut | None, ...]) -> set[int
 def why_not_tiles(shape: Numbers, boxes: tuple[Box, ...]) -> str | None:
     """None where boxes, none of them empty, cover a tensor of this shape, each item once; else what is wrong with them."""
     for box in boxes:
-        if not box.is_within(shape):
+        if not box.items or not box.is_within(shape):
             return f"{box} is not in a tensor of shape {list(shape)}"
     numbers = [{bound: number for number, bound in enumerate(bounds)} for bounds in _bounds(boxes, len(shape))]
     covered: dict[Numbers, Box] = {}

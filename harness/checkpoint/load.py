@@ -112,7 +112,26 @@ def read(
     the file's name, what was expected and what was found, or ``StoreError``. With ``peers`` all of them call this alike, and
     when one fails the others raise ``RankFailure``, unless it has failed after the last byte.
     """
-    wanted = manifest.parts if parts is None else {name: manifest.parts[name] for name in parts}
+    names = manifest.parts if parts is None else parts
+    with without_collections():
+        return {name: part.value() for name, part in _read(store, directory, manifest, names, peers, land).items()}
+
+
+def digests(store: Store, directory: str, manifest: Manifest) -> dict[str, str]:
+    """The digests of the parts when all boxes are put together: the same however a state was sharded. Of a part that has
+    no boxes it is the manifest's. One part at a time is read, and verified; raises what ``read`` raises."""
+    found = {}
+    for name, part in manifest.parts.items():
+        found[name] = part.digest
+        if part.boxes:
+            found[name] = _read(store, directory, manifest, [name], None, whole)[name].digest()
+    return found
+
+
+def _read(
+    store: Store, directory: str, manifest: Manifest, parts: Iterable[str], peers: Peers | None, land: Land
+) -> dict[str, "_Verified"]:
+    wanted = {name: manifest.parts[name] for name in parts}
     files = {file.name: file for file in manifest.files}
     in_pieces = peers is not None or store.has_ranges
     with without_collections():
@@ -133,8 +152,34 @@ def read(
         return {name: _assemble(directory, name, part, shards, wholes[name]) for name, part in wanted.items()}
 
 
-def _assemble(directory: str, name: str, part: Part, shards: dict[str, Shard], wholes: "_Wholes") -> Any:
-    """The value of a part whose shards have been read, and with them the pieces of ``wholes``.
+@dataclass(frozen=True)
+class _Verified:
+    """A part whose bytes are those that were written."""
+
+    tree: Any
+    tensors: Mapping[str, torch.Tensor]
+    infos: Mapping[str, TensorInfo]
+    landings: Mapping[str, Landing]
+
+    def value(self) -> Any:
+        """As it was given to be saved."""
+        landed = {id(self.tensors[path]): landing.holding(self.tensors[path]) for path, landing in self.landings.items()}
+        return tree.decode(self.tree, {path: landed.get(id(tensor), tensor) for path, tensor in self.tensors.items()})
+
+    def digest(self) -> str:
+        """That of whole tensors."""
+        return digest({self.infos[path]: _checksum_of(tensor) for path, tensor in self.tensors.items()}, self.tree)
+
+
+def _checksum_of(tensor: torch.Tensor) -> str:
+    hashing = BlockHasher()
+    for chunk in tree.raw_bytes(tensor):
+        hashing.update(chunk)
+    return checksum_of_blocks(hashing.blocks())
+
+
+def _assemble(directory: str, name: str, part: Part, shards: dict[str, Shard], wholes: "_Wholes") -> _Verified:
+    """A part whose shards have been read, and with them the pieces of ``wholes``.
 
     Of a part of which files were left out, those that were read have the checksums that the manifest has of them. That says
     as much as the digest, for which all of them are needed.
@@ -177,8 +222,7 @@ def _assemble(directory: str, name: str, part: Part, shards: dict[str, Shard], w
             raise Corrupt(f"{directory}: {name}: {type(error).__name__}: {error}") from None
         if computed != part.digest:
             raise Corrupt(f"{directory}: {name}: expected digest {part.digest}, found {computed}")
-    landed = {id(tensors[path]): landing.holding(tensors[path]) for path, landing in wholes.landings.items()}
-    return tree.decode(part.tree, {path: landed.get(id(tensor), tensor) for path, tensor in tensors.items()})
+    return _Verified(part.tree, tensors, infos, wholes.landings)
 
 
 def _joined_blocks(directory: str, name: str, path: str, slices: Slices, blocks: dict[str, Blocks]) -> Blocks:

@@ -111,10 +111,10 @@ def _combined(found: list[_Own], words: tuple[str, ...]) -> Sharding:
         if names != [*first.names]:
             different = sorted({*names} ^ {*first.names})
             part, path, dtype, shape = different[0]
-            what = f"{part}/{path} ({dtype}{list(shape)})"
+            more = f" and {len(different) - 1} more" if len(different) > 1 else ""
             raise Unsupported(
-                f"{what} and {len(different) - 1} more are not sharded alike on rank 0 and on rank {rank}; every rank must "
-                "have its part of each tensor"
+                f"{part}/{path} ({dtype}{list(shape)}){more}: not sharded alike on rank 0 and on rank {rank}; every rank "
+                "must have its part of each tensor"
             )
         rows.append(_rows(own, further - {each[:2] for each in first.names}))
     for index, (part, path, _, shape) in enumerate(first.names):

@@ -1,21 +1,30 @@
 """Sharded models: each rank saves its part, and what was saved in one layout is loaded in any other."""
 
+import functools
+import os
+import re
+import runpy
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
+import harness
 from harness import Loader, Run, StopRequest
-from harness.checkpoint import tree
+from harness.checkpoint import format as layout_of_files
+from harness.checkpoint import load, tree
 from harness.checkpoint.catalog import Catalog, verify_all
 from harness.checkpoint.format import TensorInfo, checksum, decode_header
+from harness.errors import ConfigError, Unsupported
+from harness.interchange.export import export_model
 from harness.storage.store import open_store
-from tests.support.cluster import returned
+from tests.support.cluster import read_json, returned
 from tests.support.sharding import Scene, play_scenes, scenes_played
 
 ROWS = (1, 3, 5, 7, 13)  # one, the world - 1, the world + 1, and what divides by nothing
@@ -27,7 +36,7 @@ class Table(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(4, rows) for rows in ROWS)
-        self.tall = nn.Parameter(torch.zeros(6, 2, 3))
+        self.tall = nn.Parameter(torch.zeros(6, 2, 30))
         self.register_buffer("steps", torch.zeros(3))
 
 
@@ -309,6 +318,101 @@ def resumed(place: Path, kind: str) -> dict[str, Any]:
 # --- the scenes ------------------------------------------------------------------------------------------------------
 
 
+def in_small_pieces(act: Callable[[Path], Any], place: Path) -> Any:
+    """Tensors that are cut between small blocks, and read in stretches that end within rows."""
+    before = layout_of_files.BLOCK_BYTES, load.STRETCH_BYTES
+    layout_of_files.BLOCK_BYTES, load.STRETCH_BYTES = 64, 16
+    try:
+        return act(place / "small")
+    finally:
+        layout_of_files.BLOCK_BYTES, load.STRETCH_BYTES = before
+
+
+def fall_back(place: Path, damage: Callable[[Path], None]) -> dict[str, Any]:
+    """Two steps are saved, and the newer one is damaged by one rank."""
+    import torch.distributed as dist
+
+    model, optimizer = built("fsdp3")
+    run = Run(place, {"model": model, "optimizer": optimizer}, every_steps=1, stop=StopRequest())
+    fill(model, optimizer)
+    for _ in run.steps(2):
+        run.step()
+    run.close()
+    if dist.get_rank() == 0:
+        (newest,) = place.glob(f"step-{2:012}-*")
+        damage(newest)
+    dist.barrier()
+    return resume(place, "fsdp3")
+
+
+def buffers_elsewhere(place: Path) -> list[list[float]]:
+    """Each rank of three has its own running averages; what two ranks, and one process, have of them then."""
+    import torch.distributed as dist
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 5), nn.BatchNorm1d(5))
+    shard_all(model, ranks)
+    run = Run(place, {"model": model}, stop=StopRequest())
+    if ranks == 3:
+        model[1].running_mean.fill_(rank + 1)
+        model[1].num_batches_tracked.fill_(9)  # the same on all
+        for _ in run.steps(1):
+            run.step()
+    run.close()
+    return [model[1].running_mean.tolist(), [float(model[1].num_batches_tracked)]]
+
+
+def shard_all(model: nn.Module, ranks: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "flipped": lambda save: flip(save / "model-rank1-00001-of-00001.safetensors"),
+    "cut": lambda save: os.truncate(save / "optimizer-rank2-00001-of-00001.safetensors", 40),
+    "lost": lambda save: os.unlink(save / "model-rank2-00001-of-00001.safetensors"),
+    "swapped": lambda save: swap(*(save / f"model-rank{rank}-00001-of-00001.safetensors" for rank in (0, 1))),
+}
+
+
+def swap(one: Path, other: Path) -> None:
+    data = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(data)
+
+
+def refusals(place: Path) -> list[str]:
+    """What cannot be saved, on each rank: only one of them knows that something is wrong."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
+    found = []
+    for shape in ((2, 3), (3, 3)):  # the ranks do not mean the same tensor, or leave a row out
+        local = torch.ones(2, 3) if rank == 0 else torch.ones(shape)
+        whole = (4, 3) if rank == 0 else (shape[0] * 2, 3)
+        model = nn.Linear(3, 4, bias=False)
+        given = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=torch.Size(whole), stride=(3, 1))
+        model.weight = nn.Parameter(given)
+        if shape == (2, 3):
+            model.register_parameter("other", nn.Parameter(given * 2) if rank else None)
+        try:
+            Run(place / str(shape), {"model": model}, stop=StopRequest()).close()
+        except (Unsupported, ConfigError) as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
 def saving(layout: str) -> Scene:
     return Scene(f"save-{layout}", LAYOUTS[layout][0], lambda place: save(place / layout, layout))
 
@@ -336,7 +440,18 @@ MORE_TRAINED = [
     ("hsdp", 4),
 ]
 SAVES = [*map(saving, LAYOUTS)]
-SCENES = [*SAVES, *(loading(*each) for each in PAIRS), *(training(*each) for each in TRAINED)]
+CUT = {"writers": "all", "shard_bytes": 1024}
+SMALL = [
+    Scene("small-save", 2, functools.partial(in_small_pieces, lambda url: save(url, "plain2", **CUT))),
+    *(
+        Scene(f"small-{other}", LAYOUTS[other][0], functools.partial(in_small_pieces, lambda url, it=other: resume(url, it)))
+        for other in ("fsdp3", "tp_fsdp", "one")
+    ),
+]
+FAULTS = [Scene(f"fault-{kind}", 3, lambda place, kind=kind: fall_back(place / kind, DAMAGE[kind])) for kind in DAMAGE]
+SCENES = [*SAVES, *(loading(*each) for each in PAIRS), *(training(*each) for each in TRAINED), *SMALL, *FAULTS]
+SCENES += [Scene(f"buffers-{ranks}", ranks, lambda place: buffers_elsewhere(place / "buffers")) for ranks in (3, 4, 2)]
+SCENES.append(Scene("refusals", 2, lambda place: refusals(place / "refusals")))
 SOAK = [*SAVES, *(loading(*each) for each in MORE_PAIRS), *(training(*each) for each in MORE_TRAINED)]
 
 
@@ -402,6 +517,86 @@ def test_any_layout_loads_any_other(scenes, layout, other, how):
     """Parameters and moments, value by value: each says where it belongs. Read by each rank, or once for all."""
     for found in returned(scenes[f"load-{layout}-{other}-{how}"]):
         assert found == {"step": 1, "wrong": []}
+
+
+@pytest.mark.parametrize("other", ["fsdp3", "tp_fsdp", "one"])
+def test_pieces_of_whole_tensors_land_in_boxes(scenes, place, other, monkeypatch):
+    """Pieces that two ranks have written of tensors that were whole, in stretches that end in the middle of a row."""
+    assert set(returned(scenes["small-save"])) == {1}
+    monkeypatch.setattr(layout_of_files, "BLOCK_BYTES", 64)
+    manifest = Catalog(open_store(str(place / "small"))).newest().manifest
+    assert manifest is not None
+    assert manifest.parts["model"].slices
+    for found in returned(scenes[f"small-{other}"]):
+        assert found == {"step": 1, "wrong": []}
+
+
+def test_buffers_are_each_ranks_own(scenes):
+    """Where they differ; with other ranks, rank r takes those of rank r modulo the number of ranks that there were."""
+    for ranks in (3, 4, 2):
+        found = returned(scenes[f"buffers-{ranks}"])
+        assert found == [[[rank % 3 + 1] * 5, [9]] for rank in range(ranks)]
+
+
+def test_the_formats_reader_puts_boxes_together(scenes, place, tmp_path):
+    """That of the documentation, which knows nothing of harness."""
+    text = (Path(__file__).parents[2] / "docs/reference/format.md").read_text()
+    found = re.search(r"^```python\n(# reader\.py\n.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert found
+    (tmp_path / "reader.py").write_text(found[1])
+    reader = runpy.run_path(str(tmp_path / "reader.py"))
+    step, tensors = reader["read"](reader["newest"](place / "tp_fsdp"))
+    assert step == 1
+    for name, value in expected(Table()).items():
+        assert (tensors[f"model/{name}"] == value.numpy()).all()
+        assert (tensors[f"optimizer/state/{name}/exp_avg"] == 2 * value.numpy()).all()
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_all_ranks_fall_back_together(scenes, kind):
+    """Over a checkpoint of which a rank's file is damaged: nobody takes anything of it."""
+    for found in returned(scenes[f"fault-{kind}"]):
+        assert found == {"step": 1, "wrong": []}
+
+
+def test_what_is_not_the_whole_is_refused_on_every_rank(scenes):
+    """Tensors that only one rank has, and ranks that do not mean the same tensor."""
+    one, other = returned(scenes["refusals"])
+    assert one == other
+    assert len(one) == 2
+    assert one[0].startswith("Unsupported: model/other (float32[4, 3]): not sharded alike on rank 0 and on rank 1")
+    assert one[1].startswith(
+        "Unsupported: model/weight (float32[4, 3]) and 1 more: not sharded alike on rank 0 and on rank 1"
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_process_reads_whole_tensors(scenes, place, layout, tmp_path):
+    """harness.load, and export: what the run has had, whoever has written which part of it."""
+    parts = harness.load(place / layout)
+    want = expected(Table())
+    assert all(torch.equal(parts["model"][name], value) for name, value in want.items())
+    assert all(torch.equal(parts["optimizer"]["state"][name]["exp_avg_sq"], value * 3) for name, value in want.items())
+    store = open_store(str(place / layout))
+    entry = Catalog(store).newest()
+    assert entry.manifest is not None
+    export_model(store, entry.directory, entry.manifest, str(tmp_path / "out.safetensors"))
+    assert all(torch.equal(load_file(tmp_path / "out.safetensors")[name], value) for name, value in want.items())
+
+
+def test_digests_of_wholes_are_equal_in_every_layout(scenes, place):
+    """``inspect --digest``; those that a manifest has are of the boxes."""
+    whole, own = {}, {}
+    for layout in LAYOUTS:
+        store = open_store(str(place / layout))
+        entry = Catalog(store).newest()
+        assert entry.manifest is not None
+        whole[layout] = load.digests(store, entry.directory, entry.manifest)
+        own[layout] = {name: part.digest for name, part in entry.manifest.parts.items()}
+    for part in ("model", "optimizer"):
+        assert {each[part] for each in whole.values()} == {own["one"][part]}
+        assert len({own[layout][part] for layout in ("one", "fsdp2", "fsdp3", "tp2", "tp_fsdp")}) == 5
+    assert read_json("inspect", str(place / "fsdp3"), "--digest", "--json")["digest"] == whole["fsdp3"]
 
 
 @pytest.mark.soak

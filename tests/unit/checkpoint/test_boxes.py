@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.checkpoint.boxes import Box, Cut, box_of, spans, why_not_tiles
+from harness.checkpoint.format import Boxes, TensorInfo
+from harness.errors import Corrupt
 
 SIZES = (0, 1, 2, 3, 5, 7, 8, 13)
 
@@ -104,3 +106,46 @@ def test_what_two_boxes_have_in_common(dims, data):
     if common is not None:
         both[common.within(Box.whole(shape))] = 1
     assert ((marks == 2) == (both == 1)).all()
+
+
+# --- in a manifest ---------------------------------------------------------------------------------------------------
+
+
+def test_boxes_come_back_from_a_manifest():
+    """Each with the number of its file."""
+    places = {Box((0, 0), (2, 3)): 1, Box((2, 0), (2, 3)): 0}
+    boxes = Boxes.of(TensorInfo("w", "float32", (4, 3)), places)
+    assert boxes.boxes == ["0,0:2,3@1", "2,0:2,3@0"]
+    boxes.check("w", 2)
+    assert boxes.places == places
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        ["0,0:2,3@0"],
+        ["0,0:2,3@0", "1,0:3,3@0"],
+        ["0,0:2,3@0", "2,0:3,3@0"],
+        ["0,0:2,3@0", "2,0:2,3@2"],
+        ["0,0:4,3@0", "0,0:4,3@0"],
+        ["0,0:2,3@0", "2:2@0"],
+        ["0,0:2,3@0", "-1,0:2,3@0"],
+        ["0,0:2,3@0", "2,0:2,3"],
+        ["0,0:0,3@0", "0,0:4,3@0"],
+        [7],
+        [],
+        "0,0:4,3@0",
+    ],
+)
+def test_boxes_that_lie_are_corrupt(forged):
+    """A hole, an overlap, beyond the tensor, in no file, twice, of other dimensions, no boxes at all."""
+    with pytest.raises(Corrupt, match="w: impossible boxes"):
+        Boxes("float32", [4, 3], forged).check("w", 2)
+
+
+def test_boxes_beyond_all_measure_are_refused_quickly():
+    """A manifest may say anything; it must not keep a reader busy for hours."""
+    left = [f"{row},0:1,1000@0" for row in range(1000)]
+    right = [f"0,{1000 + column}:1000,1@0" for column in range(1000)]
+    with pytest.raises(Corrupt, match="too irregular"):
+        Boxes("uint8", [1000, 2000], left + right).check("w", 1)

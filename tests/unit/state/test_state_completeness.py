@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, StepLR
 from torch.utils.data import TensorDataset
 
 from harness import Evaluation, Run, StopRequest, Task, save
+from harness.distributed.world import TorchrunWorld
 from harness.errors import ConfigError, Mismatch, Unsupported
 from harness.state.capture import State
 from harness.training.checkpointing import Checkpointing
@@ -64,6 +65,17 @@ def test_a_sharded_tensor_without_a_place_is_refused(one_rank):
         Unsupported, match=r"^net\.0\.weight: expected a local part of shape \[3, 2\] .* found \[2, 2\]; give"
     ):
         run_of({"net": model})
+
+
+def test_a_sharded_model_is_not_wrapped(one_rank):
+    """harness train would put DistributedDataParallel around it."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(nn.Linear(2, 2), mesh=distributed.init_device_mesh("cpu", (1,)))
+    world = TorchrunWorld(CPU, "gloo", 20)
+    with pytest.raises(ConfigError, match=r"the task's model is sharded .*; use harness\.Run"):
+        world.wrap(model)
+    world.let_go()
 
 
 def test_a_sharded_tensor_is_not_saved_by_one_process(one_rank, tmp_path):
