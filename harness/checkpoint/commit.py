@@ -154,7 +154,7 @@ def write_share(store: Store, directory: str, plan: SavePlan, contents: Sequence
 def streamed(plan: SavePlan, encoded: Mapping[str, tree.Encoded]) -> list[Content]:
     """This rank's shards, straight from the tensors: nothing may change them until all is written."""
     own, _ = plan.own(encoded)
-    return [_Streamed(shard, own[shard.part].tensors) for shard in plan.shards[plan.writers.rank]]
+    return [_Streamed(shard, own[shard.part].tensors) for shard in plan.own_shards]
 
 
 def put_receipt(store: Store, directory: str, receipt: Receipt) -> None:

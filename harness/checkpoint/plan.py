@@ -15,6 +15,7 @@ import functools
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 
@@ -91,22 +92,21 @@ class TensorSlice:
         return [replace(self, start=start, stop=min(start + size_bytes, self.stop)) for start in starts]
 
 
-@dataclass(frozen=True, slots=True)
-class TensorBox:
+class TensorBox(NamedTuple):  # of a large job there are hundreds of thousands
     """A box of a sharded tensor, as it lies in one shard."""
 
     part: str
     tensor: TensorInfo  # the whole one
     box: Box
-    stored: TensorInfo = field(init=False)  # what the shard has
 
-    def __post_init__(self) -> None:
-        name = piece_name(self.tensor.path, *self.box.offset)
-        object.__setattr__(self, "stored", TensorInfo(name, self.tensor.dtype, self.box.shape))
+    @property
+    def stored(self) -> TensorInfo:
+        """What the shard has."""
+        return TensorInfo(piece_name(self.tensor.path, *self.box.offset), self.tensor.dtype, self.box.shape)
 
     @property
     def nbytes(self) -> int:
-        return self.stored.nbytes
+        return self.box.items * self.tensor.itemsize
 
 
 Piece = TensorSlice | TensorBox
@@ -181,9 +181,10 @@ def _boxes_of(name: str, path: str, part: Encoded, sharding: Sharding | None) ->
 def _assigned(placed: Iterable[tuple[TensorBox, Sequence[int]]]) -> Iterator[tuple[int, TensorBox]]:
     """Who writes which box: the largest first, each of its holders the one that has the least so far."""
     sizes: dict[int, int] = {}
-    for box, holders in sorted(placed, key=lambda each: (-each[0].nbytes, each[0].part, each[0].stored.path)):
-        rank = min(holders, key=lambda rank: (sizes.get(rank, 0), rank))
-        sizes[rank] = sizes.get(rank, 0) + box.nbytes
+    by_name = sorted(placed, key=lambda each: (each[0].part, each[0].tensor.path))
+    for size, (box, holders) in sorted(((each[0].nbytes, each) for each in by_name), key=lambda pair: -pair[0]):
+        rank = holders[0] if len(holders) == 1 else min(holders, key=lambda rank: (sizes.get(rank, 0), rank))
+        sizes[rank] = sizes.get(rank, 0) + size
         yield rank, box
 
 
@@ -264,9 +265,15 @@ class SavePlan:
         ]
 
     @functools.cached_property
+    def own_shards(self) -> list[Shard]:
+        """Those of this rank."""
+        return self._shards_of(self.writers.rank)
+
+    @functools.cached_property
     def shards(self) -> dict[int, list[Shard]]:
         """The shards of each writer."""
-        return {rank: self._shards_of(rank) for rank in self.pieces}
+        own = self.writers.rank
+        return {rank: self.own_shards if rank == own else self._shards_of(rank) for rank in self.pieces}
 
     def _shards_of(self, rank: int) -> list[Shard]:
         shards = []
@@ -289,8 +296,10 @@ class SavePlan:
             f"{rank} {piece.part} {piece.tensor} {piece.stored}\n"
             for rank, pieces in self._agreed.items()
             for piece in pieces
+            if isinstance(piece, TensorSlice)
         ]
-        return checksum("".join([*lines, f"{self._shard_bytes}"]).encode())
+        said = self._sharding.said if self._sharding else ()  # from which it follows who writes which box
+        return checksum("".join([*lines, *said, f"{self._shard_bytes}"]).encode())
 
     def fits(self, receipt: Receipt) -> bool:
         """Whether a writer has followed this plan."""

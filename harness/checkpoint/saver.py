@@ -216,7 +216,7 @@ class Saver:
             if check and (self.writers.is_first or request.sharding):
                 order.expected = commit.checksums(encoded)
             self._plan = plan = self._planned(encoded, request)
-            shards = plan.shards[self.writers.rank]
+            shards = plan.own_shards
             snapshot = None
             if self.memory_limit_bytes is None or staging.size_bytes(shards) <= self.memory_limit_bytes:
                 own, steady = plan.own(encoded, is_steady)

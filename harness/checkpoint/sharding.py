@@ -5,7 +5,7 @@ checked: all ranks have the same tensors, and the boxes of each make it up. So w
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,11 +103,9 @@ class _Own:
 
 def _combined(found: list[_Own], words: tuple[str, ...]) -> Sharding:
     first = found[0]
-    further = {(part, name) for part, name, _ in first.aliases}
-    boxes: dict[Key, dict[Box, tuple[int, ...]]] = {}
-    rows = []
+    further = {(part, name) for part, name, _ in first.aliases} - {each[:2] for each in first.names}
     for rank, own in enumerate(found):
-        names = [each for each in own.names if each[:2] not in further or each in first.names]
+        names = [each for each in own.names if each[:2] not in further]
         if names != [*first.names]:
             different = sorted({*names} ^ {*first.names})
             part, path, dtype, shape = different[0]
@@ -116,24 +114,37 @@ def _combined(found: list[_Own], words: tuple[str, ...]) -> Sharding:
                 f"{part}/{path} ({dtype}{list(shape)}){more}: not sharded alike on rank 0 and on rank {rank}; every rank "
                 "must have its part of each tensor"
             )
-        rows.append(_rows(own, further - {each[:2] for each in first.names}))
-    for index, (part, path, _, shape) in enumerate(first.names):
-        held: dict[Box, list[int]] = {}
-        for rank, row in enumerate(rows):
-            if (box := row[index]).items:
-                held.setdefault(box, []).append(rank)
-        boxes[part, path] = {box: tuple(held[box]) for box in sorted(held)}
-        if held and (why := why_not_tiles(shape, tuple(boxes[part, path]))) is not None:
-            raise Unsupported(f"{part}/{path}: what the ranks have of it is not the whole tensor: {why}")
+    boxes: dict[Key, Mapping[Box, tuple[int, ...]]] = {}
+    known: dict[tuple[bytes, ...], Mapping[Box, tuple[int, ...]]] = {}  # most tensors are cut as others are
+    for (part, path, _, shape), rows in zip(
+        first.names, zip(*(_rows(own, further) for own in found), strict=True), strict=True
+    ):
+        key = (*rows, repr(shape).encode())
+        if key not in known:
+            known[key] = held = _held(rows)
+            if held and (why := why_not_tiles(shape, tuple(held))) is not None:
+                raise Unsupported(f"{part}/{path}: what the ranks have of it is not the whole tensor: {why}")
+        boxes[part, path] = known[key]
     return Sharding(boxes, first.aliases, words)
 
 
-def _rows(own: _Own, left_out: set[Key]) -> list[Box]:
-    """The box of each tensor, but for those that are further names of others."""
-    numbers, start, found = np.frombuffer(own.boxes, np.int64).tolist(), 0, []
+def _rows(own: _Own, left_out: set[Key]) -> list[bytes]:
+    """The numbers of each tensor, but for those that are further names of others."""
+    start, found = 0, []
     for part, path, _, shape in own.names:
-        dims = len(shape)
+        stop = start + 2 * len(shape) * np.dtype(np.int64).itemsize
         if (part, path) not in left_out:
-            found.append(Box(tuple(numbers[start : start + dims]), tuple(numbers[start + dims : start + 2 * dims])))
-        start += 2 * dims
+            found.append(own.boxes[start:stop])
+        start = stop
     return found
+
+
+def _held(rows: Sequence[bytes]) -> dict[Box, tuple[int, ...]]:
+    """The boxes of a tensor, in order, and who has each."""
+    held: dict[Box, list[int]] = {}
+    for rank, row in enumerate(rows):
+        numbers = np.frombuffer(row, np.int64).tolist()
+        box = Box(tuple(numbers[: len(numbers) // 2]), tuple(numbers[len(numbers) // 2 :]))
+        if box.items:
+            held.setdefault(box, []).append(rank)
+    return {box: tuple(held[box]) for box in sorted(held)}

@@ -241,7 +241,8 @@ class State:
         for name, part in sorted(self._parts.items(), key=lambda item: not isinstance(item[1], ModulePart)):
             values = {} if part.per_rank else dict(part.steady())
             if isinstance(part, ModulePart):
-                others = {key: values.pop(key) for key, each in [*values.items()] if not is_steady(each)}
+                is_moved = {key: is_steady(each) or dtensors.is_sharded(each) for key, each in values.items()}
+                others = {key: values.pop(key) for key, moved in is_moved.items() if not moved}
                 if others:
                     apart[name] = commit.digest_of(others, name)
             if values:

@@ -37,6 +37,8 @@ class Table(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(4, rows) for rows in ROWS)
         self.tall = nn.Parameter(torch.zeros(6, 2, 30))
+        self.row = nn.Parameter(torch.zeros(1, 5))  # of which most ranks have nothing
+        self.again = self.row
         self.register_buffer("steps", torch.zeros(3))
 
 
@@ -97,6 +99,20 @@ LAYOUTS = {
     "tp2": (2, tp),
     "tp_fsdp": (4, tp_fsdp),
 }
+
+
+class Average:
+    """An object of the program's own that keeps a copy of each parameter."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.values = {name: each.detach().clone() for name, each in model.named_parameters()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": self.values, "decay": 0.9}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state["values"].items():
+            self.values[name].copy_(value)
 
 
 def expected(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -167,8 +183,12 @@ def wrong(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
 def save(url: Path, layout: str, **config: Any) -> int:
     """Saves one step in a layout, beside the training and at the end."""
     model, optimizer = built(layout)
-    run = Run(url, {"optimizer": optimizer, "model": model}, stop=StopRequest(), config={"checkpoint": config})
+    average = Average(model)
+    state = {"average": average, "optimizer": optimizer, "model": model}
+    run = Run(url, state, stop=StopRequest(), config={"checkpoint": config})
     fill(model, optimizer)
+    for name, value in average.values.items():
+        value.copy_(model.get_parameter(name).detach() * 4)
     for _ in run.steps(1):
         run.step()
     run.close()
@@ -178,9 +198,14 @@ def save(url: Path, layout: str, **config: Any) -> int:
 def resume(url: Path, layout: str, **config: Any) -> dict[str, Any]:
     """What has become of it in another layout."""
     model, optimizer = built(layout)
-    run = Run(url, {"model": model, "optimizer": optimizer}, stop=StopRequest(), config={"checkpoint": config})
+    average = Average(model)
+    state = {"model": model, "optimizer": optimizer, "average": average}
+    run = Run(url, state, stop=StopRequest(), config={"checkpoint": config})
     run.close()
-    return {"step": run.global_step, "wrong": wrong(model, optimizer)}
+    found = wrong(model, optimizer)
+    values = {name: whole_of(value) for name, value in average.values.items()}
+    found += [name for name, value in expected(Table()).items() if not torch.equal(values[name], value * 4)]
+    return {"step": run.global_step, "wrong": found + ([] if model.again is model.row else ["again"])}
 
 
 # --- trained -----------------------------------------------------------------------------------------------------------
@@ -333,8 +358,11 @@ def fall_back(place: Path, damage: Callable[[Path], None]) -> dict[str, Any]:
     import torch.distributed as dist
 
     model, optimizer = built("fsdp3")
-    run = Run(place, {"model": model, "optimizer": optimizer}, every_steps=1, stop=StopRequest())
+    average = Average(model)
+    run = Run(place, {"model": model, "optimizer": optimizer, "average": average}, every_steps=1, stop=StopRequest())
     fill(model, optimizer)
+    for name, value in average.values.items():
+        value.copy_(model.get_parameter(name).detach() * 4)
     for _ in run.steps(2):
         run.step()
     run.close()
