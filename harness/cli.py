@@ -341,14 +341,20 @@ def _refuse_nothing(catalog: "Catalog", entries: "Sequence[Entry]") -> None:
 @cli.command()
 @_reads_run
 @click.option("--step", type=int, help="Take the checkpoint of this step instead of the newest whole one.")
-def inspect(url: str, storage_options: tuple[str, ...], as_json: bool, step: int | None) -> None:
+@click.option("--digest", "whole", is_flag=True, help="Read sharded parts, for digests that are equal in every layout.")
+def inspect(url: str, storage_options: tuple[str, ...], as_json: bool, step: int | None, whole: bool) -> None:
     """Show what a checkpoint holds, from its manifest alone."""
     catalog = _open_catalog(url, storage_options)
     entry = catalog.newest(step)
     assert entry.manifest is not None, "a whole checkpoint has a manifest"
+    digests = {name: part.digest for name, part in entry.manifest.parts.items()}
+    if whole and any(part.boxes for part in entry.manifest.parts.values()):
+        from harness.checkpoint.load import digests as digests_of_wholes  # noqa: PLC0415  # it imports torch
+
+        digests = digests_of_wholes(catalog.store, entry.directory, entry.manifest)
     details = {
         **_summary(entry),
-        "digest": {name: part.digest for name, part in entry.manifest.parts.items()},
+        "digest": digests,
         "files": [dataclasses.asdict(file) for file in entry.manifest.files],
         "lineage": [dataclasses.asdict(ancestor) for ancestor in entry.manifest.lineage],
     }

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from harness.checkpoint import tree
+from harness.checkpoint.boxes import Box
 from harness.checkpoint.format import (
     CHECKSUM,
     INDEX_SUFFIX,
@@ -39,13 +40,15 @@ from harness.checkpoint.format import (
     check_step,
     checksum,
     checksum_of_blocks,
+    checksum_of_boxes,
     digest,
     hasher,
     new_directory,
     receipt_name,
     shard_name,
 )
-from harness.checkpoint.plan import Found, SavePlan, Shard
+from harness.checkpoint.plan import Found, SavePlan, Shard, TensorBox
+from harness.checkpoint.sharding import Sharding
 from harness.errors import CheckpointError, Corrupt, StoreError, Unsupported
 from harness.runtime.gc_pause import without_collections
 from harness.runtime.threads import in_threads, threads_for
@@ -95,11 +98,11 @@ def write(
     return directory, publish(store, directory, plan, encoded, [receipt], header)
 
 
-def encode(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, tree.Encoded]:
-    """Takes all parts apart. Raises ``Unsupported`` for what cannot be written."""
+def encode(parts: Mapping[str, Mapping[str, Any] | tree.Encoded]) -> dict[str, tree.Encoded]:
+    """Takes all parts apart that are not. Raises ``Unsupported`` for what cannot be written."""
     for name in parts:
         check_part_name(name)
-    return {name: tree.encode(part, name) for name, part in parts.items()}
+    return {name: part if isinstance(part, tree.Encoded) else tree.encode(part, name) for name, part in parts.items()}
 
 
 def checksums(encoded: Mapping[str, tree.Encoded]) -> dict[str, dict[str, Blocks]]:
@@ -151,7 +154,7 @@ def write_share(store: Store, directory: str, plan: SavePlan, contents: Sequence
 def streamed(plan: SavePlan, encoded: Mapping[str, tree.Encoded]) -> list[Content]:
     """This rank's shards, straight from the tensors: nothing may change them until all is written."""
     own, _ = plan.own(encoded)
-    return [_Streamed(shard, own[shard.part].tensors) for shard in plan.shards[plan.writers.rank]]
+    return [_Streamed(shard, own[shard.part].tensors) for shard in plan.own_shards]
 
 
 def put_receipt(store: Store, directory: str, receipt: Receipt) -> None:
@@ -252,7 +255,8 @@ def publish(
 
 def _part(plan: SavePlan, name: str, part: tree.Encoded, blocks: Mapping[str, Blocks]) -> Part:
     digest = _digest(part.tree, part.aliases, plan.tensors[name], blocks)
-    return Part([shard.name for shard in _shards(plan, name)], part.tree, part.aliases, digest, plan.slices(name))
+    files = [shard.name for shard in _shards(plan, name)]
+    return Part(files, part.tree, part.aliases, digest, plan.slices(name), plan.boxes(name))
 
 
 def _shards(plan: SavePlan, name: str) -> list[Shard]:
@@ -262,18 +266,56 @@ def _shards(plan: SavePlan, name: str) -> list[Shard]:
 
 def _compare(plan: SavePlan, found: Found, expected: Found) -> None:
     for name, blocks in found.items():
-        torn = sorted(path for path in blocks if blocks[path] != expected[name][path])
+        boxes = plan.boxes(name)
+        torn = sorted(path for path in blocks if path not in boxes and blocks[path] != expected[name][path])
         if torn:
-            what = "changed between the step boundary and the optimizer's step"
-            what += ", or are not the same on all ranks" if len(plan.writers.ranks) > 1 else ""
+            what = _CHANGED + (", or are not the same on all ranks" if len(plan.writers.ranks) > 1 else "")
             raise Unsupported(f"{name}: {', '.join(torn[:10])} {what}")
 
 
+_CHANGED = "changed between the step boundary and the optimizer's step"
+
+
+def refuse_changed_boxes(plan: SavePlan, receipt: Receipt, expected: Found) -> None:
+    """Raises ``Unsupported`` where a box that this rank has written has another checksum than is ``expected`` of the part
+    of the tensor that it has."""
+    boxes = (piece for piece in plan.pieces[receipt.rank] if isinstance(piece, TensorBox))
+    torn = [
+        f"{each.part}/{each.tensor.path}"
+        for each in boxes
+        if receipt.blocks[each.part][each.stored.path] != expected[each.part][each.tensor.path]
+    ]
+    if torn:
+        raise Unsupported(f"{', '.join(sorted(torn)[:10])} {_CHANGED}")
+
+
 def digest_of(part: Mapping[str, Any], name: str) -> str:
-    """The digest that a checkpoint of this part would have."""
+    """The digest that a checkpoint of this part would have. Sharded tensors are left out."""
     encoded = tree.encode(part, name)
-    tensors = [tree.info(path, tensor) for path, tensor in encoded.tensors.items()]
-    return _digest(encoded.tree, encoded.aliases, tensors, _checksums(encoded))
+    plain = replace(encoded, tensors={key: each for key, each in encoded.tensors.items() if key not in encoded.placed})
+    aliases = {further: path for further, path in encoded.aliases.items() if path in plain.tensors}
+    return _digest(encoded.tree, aliases, [plain.info(path) for path in plain.tensors], _checksums(plain))
+
+
+def digests(all_gather: Callable[[Any], list[Any]], parts: Mapping[str, tree.Encoded], sharding: Sharding) -> dict[str, str]:
+    """The digests that a checkpoint of these parts would have, the boxes of all ranks included. All ranks call it."""
+    own = {
+        (name, path): checksum_of_blocks(blocks) for name, each in checksums(parts).items() for path, blocks in each.items()
+    }
+    found = all_gather({key: each for key, each in own.items() if key in sharding.boxes})
+    for key, boxes in sharding.boxes.items():
+        each = {box: found[ranks[0]][key] for box, ranks in boxes.items()}
+        shape = parts[key[0]].placed[key[1]].shape
+        own[key] = each[Box.whole(shape)] if sharding.is_whole(key, shape) else checksum_of_boxes(each)
+    return {
+        name: _digest(
+            part.tree,
+            part.aliases,
+            [part.info(path) for path in part.tensors],
+            {path: (own[name, path],) for path in part.tensors},
+        )
+        for name, part in parts.items()
+    }
 
 
 def _digest(rest: Any, aliases: Mapping[str, str], tensors: Sequence[TensorInfo], blocks: Mapping[str, Blocks]) -> str:
@@ -284,10 +326,10 @@ def _digest(rest: Any, aliases: Mapping[str, str], tensors: Sequence[TensorInfo]
 
 
 def _indexes(plan: SavePlan, parts: Mapping[str, Part]) -> dict[str, bytes]:
-    """What Hugging Face's loaders expect of a part, unless all of it is in one file of its name, or some lies in pieces."""
+    """What Hugging Face's loaders expect of a part, unless all of it is in one file of its name, or some is cut."""
     found = {}
     for name, part in parts.items():
-        if part.files not in ([], [shard_name(name, 0, 1)]) and not part.slices:
+        if part.files not in ([], [shard_name(name, 0, 1)]) and not (part.slices or part.boxes):
             shards = _shards(plan, name)
             total_bytes = sum(shard.data_bytes for shard in shards)
             places = {tensor.path: shard.name for shard in shards for tensor in shard.tensors}

@@ -37,6 +37,11 @@ torch gives its copies. Digests do not depend on strides.
 begin at multiples of ``BLOCK_BYTES``. Each is a ``U8`` tensor of one dimension in some shard of the part, under
 ``<path>~2<offset>``, a name that no path can have; ``slices`` has the whole tensor's dtype and shape, and the offsets.
 
+**Boxes.** Of a sharded tensor, each rank of a job has a *box*, an offset and a shape within the whole. Where it has several,
+each is a tensor of its own in some shard of the part, under ``<path>~2<offset,offset,…>``. ``boxes`` has the whole tensor's
+dtype and shape, and for each box the text ``<offsets>:<sizes>@<index in the part's files>``. The boxes tile the tensor. A
+checkpoint in which nothing is sharded has no ``boxes``, and a tensor that is whole on rank 0 lies there like any other.
+
 **Checksums** are ``<algorithm>:<hex>``. ``files`` in the manifest has one per object, over all its bytes. The manifest's own
 is its last line and covers every byte before that line.
 
@@ -44,7 +49,9 @@ is its last line and covers every byte before that line.
 each tensor (aliases included), sorted by path — ``<path> <dtype> <shape as JSON> <checksum of the raw bytes>`` — and a
 last line with the part's ``tree`` as JSON with sorted keys and without spaces. Of raw bytes that are more than
 ``BLOCK_BYTES``, it is the checksum of a text with one line for each block of so many of them (the last may be shorter): the
-checksum of the block. So it can be told by those who have each seen some of the blocks.
+checksum of the block. So it can be told by those who have each seen some of the blocks. Of a tensor that lies in boxes, it
+is the checksum of a text with one line for each box, sorted: ``<offsets>:<sizes> <checksum of the box's raw bytes>``. Such
+digests are equal for equal boxes, whoever wrote which of them.
 
 **Lineage.** ``lineage`` lists, oldest first, every attempt whose steps this checkpoint stands on, with the last step it
 took from each; the writer itself is not in it. A step that an attempt wrote beyond that belongs to a line that was left.
@@ -63,6 +70,7 @@ from typing import Any, Protocol, Self
 
 import xxhash
 
+from harness.checkpoint.boxes import Box, why_not_tiles
 from harness.errors import Corrupt, UnknownFormat, Unsupported
 
 FORMAT = "harness-checkpoint"
@@ -241,9 +249,9 @@ def shard_name(part: str, index: int, count: int, rank: int | None = None) -> st
     return f"{part}.safetensors" if count == 1 and rank is None else f"{part}-{index + 1:05}-of-{count:05}.safetensors"
 
 
-def piece_name(path: str, offset: int) -> str:
-    """The name of a piece of a tensor."""
-    return f"{path}~2{offset}"
+def piece_name(path: str, *offset: int) -> str:
+    """The name of a piece of a tensor, or of a box of it."""
+    return f"{path}~2{','.join(map(str, offset))}"
 
 
 # --- shards ----------------------------------------------------------------------------------------------------------
@@ -445,20 +453,80 @@ class Slices:
 
 
 @dataclass(frozen=True)
+class Boxes:
+    """A tensor that lies in boxes: what it is when they are put together, and each box with the number of its file."""
+
+    dtype: str
+    shape: list[int]
+    boxes: list[str]
+
+    @classmethod
+    def of(cls, info: TensorInfo, places: Mapping[Box, int]) -> Self:
+        """That of a tensor whose boxes are in these files of its part, by their numbers."""
+        return cls(info.dtype, list(info.shape), [f"{box_text(box)}@{file}" for box, file in sorted(places.items())])
+
+    def info(self, path: str) -> TensorInfo:
+        """The whole tensor's."""
+        return TensorInfo(path, self.dtype, tuple(self.shape))
+
+    @functools.cached_property
+    def places(self) -> dict[Box, int]:
+        """The boxes, in order, and the number of the file of each."""
+        found = {}
+        for text in self.boxes:
+            box, _, file = text.partition("@")
+            offset, _, shape = box.partition(":")
+            found[Box(_numbers(offset), _numbers(shape))] = int(file)
+        return found
+
+    def check(self, path: str, files: int) -> None:
+        if type(self.dtype) is not str or self.dtype not in DTYPES:
+            raise Corrupt(f"{path}: unknown dtype {self.dtype!r}")
+        _check_shape(path, self.shape)
+        if type(self.boxes) is not list or not all(type(text) is str and _BOX.fullmatch(text) for text in self.boxes):
+            raise Corrupt(f"{path}: impossible boxes {self.boxes!r:.200}")
+        problem = why_not_tiles(tuple(self.shape), tuple(self.places))
+        if problem or len(self.places) != len(self.boxes) or not all(file < files for file in self.places.values()):
+            raise Corrupt(f"{path}: impossible boxes {self.boxes!r:.200}: {problem or 'twice there, or in no file'}")
+
+
+_BOX = re.compile(r"[0-9]{1,15}(,[0-9]{1,15})*:[0-9]{1,15}(,[0-9]{1,15})*@[0-9]{1,9}")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
+def box_text(box: Box) -> str:
+    """A box as it stands in a manifest."""
+    return f"{','.join(map(str, box.offset))}:{','.join(map(str, box.shape))}"
+
+
+def checksum_of_boxes(found: Mapping[Box, str]) -> str:
+    """The checksum of a tensor that lies in boxes, from those of the boxes' raw bytes."""
+    return checksum("".join(f"{box_text(box)} {each}\n" for box, each in sorted(found.items())).encode())
+
+
+@dataclass(frozen=True)
 class Part:
     """A part: the names of its shards, the rest of its value, tensors that are others under a further name, tensors that
-    lie in pieces."""
+    lie in pieces, and those that lie in boxes."""
 
     files: list[str]
     tree: Any
     aliases: dict[str, str]
     digest: str
     slices: dict[str, Slices] = field(default_factory=dict)
+    boxes: dict[str, Boxes] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, slices: Mapping[str, Any] | None = None, **values: Any) -> Self:
+    def of(cls, slices: Mapping[str, Any] | None = None, boxes: Mapping[str, Any] | None = None, **values: Any) -> Self:
         """The part that stands in a manifest."""
-        return cls(**values, slices={path: Slices(**each) for path, each in (slices or {}).items()})
+        return cls(
+            **values,
+            slices={path: Slices(**each) for path, each in (slices or {}).items()},
+            boxes={path: Boxes(**each) for path, each in (boxes or {}).items()},
+        )
 
     def check(self, name: str) -> None:
         if type(self.tree) is not dict or type(self.files) is not list or type(self.aliases) is not dict:
@@ -467,6 +535,10 @@ class Part:
             raise Corrupt(f"{MANIFEST}: part {name!r}: impossible files, aliases or digest")
         for path, slices in self.slices.items():
             slices.check(f"{MANIFEST}: {name}: {path}")
+        for path, boxes in self.boxes.items():
+            boxes.check(f"{MANIFEST}: {name}: {path}", len(self.files))
+            if path in self.slices:
+                raise Corrupt(f"{MANIFEST}: {name}: {path} lies in pieces, and in boxes")
 
 
 @dataclass(frozen=True)
@@ -490,7 +562,11 @@ class Manifest:
     meta: dict[str, Any] = field(default_factory=dict)  # what the trainer says: epoch, world size, metrics …
 
     def encode(self) -> bytes:
-        return _sealed(MANIFEST, {"format": FORMAT, "version": VERSION, **asdict(self)})
+        body = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        for part in body["parts"].values():
+            if not part["boxes"]:  # of which harness 0.2 knows nothing
+                del part["boxes"]
+        return _sealed(MANIFEST, body)
 
     @classmethod
     def decode(cls, text: bytes) -> Self:

@@ -5,29 +5,40 @@ included, is the first writer's. Each writer computes the whole plan from names,
 
 A tensor of more than a block (see ``harness.checkpoint.format``) can be cut between its blocks. It is where one writer's
 share ends within it, and where it would be larger than a shard.
+
+Of a sharded tensor each rank knows its own box. So the ranks say once which boxes they have (see
+``harness.checkpoint.sharding``), and from that each again computes alone who writes what: each box is written once, by that
+one of its holders that has the least.
 """
 
 import functools
 import heapq
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 
 from harness.checkpoint import format as layout
 from harness.checkpoint import tree
+from harness.checkpoint.boxes import Box
 from harness.checkpoint.format import (
     Blocks,
+    Boxes,
     Receipt,
     Slices,
     TensorInfo,
     checksum,
+    checksum_of_blocks,
+    checksum_of_boxes,
     encode_header,
     piece_name,
     plan_shards,
     shard_name,
 )
+from harness.checkpoint.sharding import Key, Sharding
 from harness.checkpoint.tree import Encoded
+from harness.errors import Unsupported
 
 IsSteady = Callable[[torch.Tensor], bool]
 # Path, dtype, shape, strides to note, whether it can be cut, whether it may be divided.
@@ -79,6 +90,26 @@ class TensorSlice:
         """The piece in pieces of at most such a size."""
         starts = range(self.start, self.stop, size_bytes)
         return [replace(self, start=start, stop=min(start + size_bytes, self.stop)) for start in starts]
+
+
+class TensorBox(NamedTuple):  # of a large job there are hundreds of thousands
+    """A box of a sharded tensor, as it lies in one shard."""
+
+    part: str
+    tensor: TensorInfo  # the whole one
+    box: Box
+
+    @property
+    def stored(self) -> TensorInfo:
+        """What the shard has."""
+        return TensorInfo(piece_name(self.tensor.path, *self.box.offset), self.tensor.dtype, self.box.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.box.items * self.tensor.itemsize
+
+
+Piece = TensorSlice | TensorBox
 
 
 @dataclass(frozen=True)
@@ -133,9 +164,35 @@ def divide(pieces: Iterable[TensorSlice], count: int) -> list[list[TensorSlice]]
     return shares
 
 
-def _forms_of(parts: Mapping[str, Encoded], writers: Writers, is_steady: IsSteady) -> list[tuple[str, list[_Form]]]:
-    """What a plan goes by of the tensors."""
-    several = len(writers.ranks) > 1
+def _boxes_of(name: str, path: str, part: Encoded, sharding: Sharding | None) -> Mapping[Box, tuple[int, ...]]:
+    """The boxes of a tensor and their holders; none where it is written as one that is whole.
+
+    Raises ``Unsupported`` for a sharded one where nobody knows what the other ranks have.
+    """
+    if path not in part.placed:
+        return {}
+    if sharding is None:
+        advice = "harness.Run saves it from all ranks; here, give tensor.full_tensor()"
+        raise Unsupported(f"{name}/{path}: a DTensor, of which each rank has a part; {advice}")
+    key = name, path
+    return {} if sharding.is_whole(key, part.placed[path].shape) else sharding.boxes[key]
+
+
+def _assigned(placed: Iterable[tuple[TensorBox, Sequence[int]]]) -> Iterator[tuple[int, TensorBox]]:
+    """Who writes which box: the largest first, each of its holders the one that has the least so far."""
+    sizes: dict[int, int] = {}
+    by_name = sorted(placed, key=lambda each: (each[0].part, each[0].tensor.path))
+    for size, (box, holders) in sorted(((each[0].nbytes, each) for each in by_name), key=lambda pair: -pair[0]):
+        rank = holders[0] if len(holders) == 1 else min(holders, key=lambda rank: (sizes.get(rank, 0), rank))
+        sizes[rank] = sizes.get(rank, 0) + size
+        yield rank, box
+
+
+def _forms_of(
+    parts: Mapping[str, Encoded], writers: Writers, is_steady: IsSteady, sharding: Sharding | None
+) -> list[tuple[str, list[_Form]]]:
+    """What a plan goes by of the tensors. Beside sharded ones, all others are the first writer's."""
+    several = len(writers.ranks) > 1 and sharding is None
     return [
         (name, [_form(path, tensor, several and is_steady(tensor)) for path, tensor in part.tensors.items()])
         for name, part in parts.items()
@@ -161,28 +218,41 @@ class SavePlan:
         shard_bytes: int,
         writers: Writers | None = None,
         is_steady: IsSteady = nothing_is_steady,
+        sharding: Sharding | None = None,
     ) -> None:
         self.writers = writers or Writers()
-        self.tensors = {name: [tree.info(*pair) for pair in part.tensors.items()] for name, part in parts.items()}
-        self._shard_bytes = shard_bytes
-        self._forms = _forms_of(parts, self.writers, is_steady)
+        self.tensors = {name: [part.info(path) for path in part.tensors] for name, part in parts.items()}
+        self._shard_bytes, self._sharding = shard_bytes, sharding
+        self._forms = _forms_of(parts, self.writers, is_steady, sharding)
         ranks = self.writers.ranks
         undivided: list[TensorSlice] = []
         divided: list[TensorSlice] = []
+        placed: list[tuple[TensorBox, Sequence[int]]] = []
         for name, forms in self._forms:
-            for info, (*_, can_be_cut, may_be_divided) in zip(self.tensors[name], forms, strict=True):
-                (divided if may_be_divided else undivided).append(TensorSlice(name, info, 0, info.nbytes, can_be_cut))
-        shares = [self._fitting(share) for share in divide(divided, len(ranks))]
+            for info, (path, *_, can_be_cut, may_be_divided) in zip(self.tensors[name], forms, strict=True):
+                boxes = _boxes_of(name, path, parts[name], sharding)
+                if boxes:
+                    placed += [(TensorBox(name, info, box), holders) for box, holders in boxes.items()]
+                else:
+                    (divided if may_be_divided else undivided).append(TensorSlice(name, info, 0, info.nbytes, can_be_cut))
+        shares: list[list[Piece]] = [[*self._fitting(share)] for share in divide(divided, len(ranks))]
         self._shared_parts = {piece.part for piece in divided}
         self._agreed = dict(zip(ranks, shares, strict=True))
-        self.pieces = {**self._agreed, ranks[0]: [*self._fitting(undivided), *shares[0]]}
+        for rank, box in _assigned(placed):
+            self._agreed[rank].append(box)
+        self.pieces = {**self._agreed, ranks[0]: [*self._fitting(undivided), *self._agreed[ranks[0]]]}
 
     def is_for(
-        self, parts: Mapping[str, Encoded], shard_bytes: int, writers: Writers, is_steady: IsSteady = nothing_is_steady
+        self,
+        parts: Mapping[str, Encoded],
+        shard_bytes: int,
+        writers: Writers,
+        is_steady: IsSteady = nothing_is_steady,
+        sharding: Sharding | None = None,
     ) -> bool:
         """Whether the plan for these would be the same, which is found in a tenth of the time that a new one takes."""
-        alike = (shard_bytes, writers) == (self._shard_bytes, self.writers)
-        return alike and _forms_of(parts, writers, is_steady) == self._forms
+        alike = (shard_bytes, writers) == (self._shard_bytes, self.writers) and sharding == self._sharding
+        return alike and _forms_of(parts, writers, is_steady, sharding) == self._forms
 
     def _fitting(self, pieces: Iterable[TensorSlice]) -> list[TensorSlice]:
         """The same, and none that can be cut is larger than a shard."""
@@ -195,30 +265,41 @@ class SavePlan:
         ]
 
     @functools.cached_property
+    def own_shards(self) -> list[Shard]:
+        """Those of this rank."""
+        return self._shards_of(self.writers.rank)
+
+    @functools.cached_property
     def shards(self) -> dict[int, list[Shard]]:
         """The shards of each writer."""
-        return {rank: self._shards_of(rank) for rank in self.pieces}
+        own = self.writers.rank
+        return {rank: self.own_shards if rank == own else self._shards_of(rank) for rank in self.pieces}
 
     def _shards_of(self, rank: int) -> list[Shard]:
-        stored: dict[str, list[TensorInfo]] = {name: [] for name in self.tensors}
-        for piece in self.pieces[rank]:
-            stored[piece.part].append(piece.stored)
         shards = []
-        for name, tensors in stored.items():
-            found = plan_shards(tensors, self._shard_bytes)
-            suffix = rank if name in self._shared_parts else None
-            shards += [Shard(shard_name(name, index, len(found), suffix), name, each) for index, each in enumerate(found)]
+        for name in self.tensors:
+            pieces = [piece for piece in self.pieces[rank] if piece.part == name]
+            for are_boxes in (False, True):  # who needs no box of a file need not read it
+                found = plan_shards(
+                    (piece.stored for piece in pieces if isinstance(piece, TensorBox) == are_boxes), self._shard_bytes
+                )
+                suffix = rank if are_boxes or name in self._shared_parts else None
+                shards += [
+                    Shard(shard_name(name, index, len(found), suffix), name, each) for index, each in enumerate(found)
+                ]
         return shards
 
     @functools.cached_property
     def checksum(self) -> str:
         """What the writers must agree on, in a word."""
         lines = [
-            f"{rank} {piece.part} {piece.tensor} {piece.start} {piece.stop}\n"
+            f"{rank} {piece.part} {piece.tensor} {piece.stored}\n"
             for rank, pieces in self._agreed.items()
             for piece in pieces
+            if isinstance(piece, TensorSlice)
         ]
-        return checksum("".join([*lines, f"{self._shard_bytes}"]).encode())
+        said = self._sharding.said if self._sharding else ()  # from which it follows who writes which box
+        return checksum("".join([*lines, *said, f"{self._shard_bytes}"]).encode())
 
     def fits(self, receipt: Receipt) -> bool:
         """Whether a writer has followed this plan."""
@@ -236,7 +317,7 @@ class SavePlan:
         cut_places = set()
         for piece in self.pieces[self.writers.rank]:
             tensor = parts[piece.part].tensors[piece.tensor.path]
-            if piece.stored is not piece.tensor:
+            if isinstance(piece, TensorSlice) and piece.stored is not piece.tensor:
                 whole, tensor = tensor, tree.flat_bytes(tensor)[piece.start : piece.stop]
                 if is_steady(whole):
                     cut_places.add(tensor.data_ptr())
@@ -252,15 +333,39 @@ class SavePlan:
         found: dict[tuple[str, str], list[TensorSlice]] = {}
         for pieces in self.pieces.values():
             for piece in pieces:
-                if piece.stored is not piece.tensor:
+                if isinstance(piece, TensorSlice) and piece.stored is not piece.tensor:
                     found.setdefault((piece.part, piece.tensor.path), []).append(piece)
         return {key: sorted(pieces, key=lambda piece: piece.start) for key, pieces in found.items()}
+
+    @functools.cached_property
+    def _boxes(self) -> dict[Key, list[TensorBox]]:
+        """The boxes of each tensor that lies in several."""
+        found: dict[Key, list[TensorBox]] = {}
+        for pieces in self.pieces.values():
+            for piece in pieces:
+                if isinstance(piece, TensorBox):
+                    found.setdefault((piece.part, piece.tensor.path), []).append(piece)
+        return found
+
+    def boxes(self, part: str) -> dict[str, Boxes]:
+        """Where the boxes of the tensors are that lie in boxes."""
+        shards = [shard for each in self.shards.values() for shard in each if shard.part == part]
+        files = {info.path: number for number, shard in enumerate(shards) for info in shard.tensors}
+        return {
+            path: Boxes.of(boxes[0].tensor, {each.box: files[each.stored.path] for each in boxes})
+            for (name, path), boxes in self._boxes.items()
+            if name == part
+        }
 
     def blocks(self, found: Found) -> dict[str, dict[str, Blocks]]:
         """The checksums of the whole tensors' blocks, by part and path, from those of what was written."""
         whole: dict[str, dict[str, Blocks]] = {name: {} for name in self.tensors}
         for name, tensors in self.tensors.items():
             for tensor in tensors:
+                if (boxes := self._boxes.get((name, tensor.path))) is not None:
+                    each = {piece.box: checksum_of_blocks(found[name][piece.stored.path]) for piece in boxes}
+                    whole[name][tensor.path] = (checksum_of_boxes(each),)
+                    continue
                 paths = [piece.stored.path for piece in self._cut.get((name, tensor.path), ())] or [tensor.path]
                 whole[name][tensor.path] = tuple(block for path in paths for block in found[name][path])
         return whole
@@ -275,8 +380,13 @@ class SavePlan:
 
 
 def planned(
-    before: SavePlan | None, parts: Mapping[str, Encoded], shard_bytes: int, writers: Writers, is_steady: IsSteady
+    before: SavePlan | None,
+    parts: Mapping[str, Encoded],
+    shard_bytes: int,
+    writers: Writers,
+    is_steady: IsSteady,
+    sharding: Sharding | None = None,
 ) -> SavePlan:
     """The plan of the save before, unless a tensor has come, gone or changed its form since."""
-    given = parts, shard_bytes, writers, is_steady
+    given = parts, shard_bytes, writers, is_steady, sharding
     return before if before is not None and before.is_for(*given) else SavePlan(*given)

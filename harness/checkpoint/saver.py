@@ -35,6 +35,7 @@ from harness.checkpoint.commit import Torn
 from harness.checkpoint.format import Ancestor, Attempt, Receipt, new_directory
 from harness.checkpoint.plan import Found, IsSteady, SavePlan, Writers, nothing_is_steady, planned
 from harness.checkpoint.retention import Pruner, Retention
+from harness.checkpoint.sharding import Sharding
 from harness.checkpoint.staging import HostMemory, Snapshot
 from harness.checkpoint.tree import Encoded
 from harness.errors import HarnessError, StoreError
@@ -44,6 +45,7 @@ from harness.runtime.threads import Background, Worker
 log = logging.getLogger(__name__)
 
 SHORTEST_PATIENCE_SECONDS = 2.0
+Parts = Mapping[str, Mapping[str, Any] | Encoded]
 _THREAD = "harness-saver"
 
 
@@ -65,7 +67,8 @@ class SaveRequest:
 
     ``meta`` is JSON for the manifest; ``best_step`` is a step whose checkpoint is kept whatever its age. ``directory`` is
     where, the same for all writers; the first one chooses it where it is empty. ``is_steady`` says which tensors change in
-    the optimizer's step alone, and are the same on all writers.
+    the optimizer's step alone, and are the same on all writers. ``sharding`` says which rank has which part of what is
+    sharded; None where nothing is.
     """
 
     step: int
@@ -73,6 +76,7 @@ class SaveRequest:
     best_step: int | None = None
     directory: str = ""
     is_steady: IsSteady = nothing_is_steady
+    sharding: Sharding | None = None
 
 
 @dataclass
@@ -161,7 +165,7 @@ class Saver:
 
     def save(
         self,
-        parts: Mapping[str, Mapping[str, Any]],
+        parts: Parts,
         request: SaveRequest,
         *,
         must_succeed: bool = False,
@@ -178,7 +182,7 @@ class Saver:
         def write() -> tuple[str, int] | None:
             with self._telling(order):
                 encoded = commit.encode(parts)
-                self._plan = plan = planned(self._plan, encoded, self.shard_bytes, self.writers, request.is_steady)
+                self._plan = plan = self._planned(encoded, request)
                 contents = commit.streamed(plan, encoded)
                 return self.catalog.store.together(lambda: self._write(plan, encoded, contents, order)).result()
 
@@ -189,7 +193,7 @@ class Saver:
 
     def begin(
         self,
-        parts: Mapping[str, Mapping[str, Any]],
+        parts: Parts,
         request: SaveRequest,
         *,
         overlap: bool = True,
@@ -209,10 +213,10 @@ class Saver:
         order, is_steady = self._order(request), request.is_steady
         with self._telling(order), without_collections():
             encoded = commit.encode(parts)
-            if check and self.writers.is_first:
+            if check and (self.writers.is_first or request.sharding):
                 order.expected = commit.checksums(encoded)
-            self._plan = plan = planned(self._plan, encoded, self.shard_bytes, self.writers, is_steady)
-            shards = plan.shards[self.writers.rank]
+            self._plan = plan = self._planned(encoded, request)
+            shards = plan.own_shards
             snapshot = None
             if self.memory_limit_bytes is None or staging.size_bytes(shards) <= self.memory_limit_bytes:
                 own, steady = plan.own(encoded, is_steady)
@@ -229,6 +233,10 @@ class Saver:
         if snapshot is None:
             self._under_way.join()
         self._under_way.blocked_seconds = time.monotonic() - began
+
+    def _planned(self, encoded: Mapping[str, Encoded], request: SaveRequest) -> SavePlan:
+        given = self.shard_bytes, self.writers, request.is_steady, request.sharding
+        return planned(self._plan, encoded, *given)
 
     def fence(self) -> None:
         """To be called before anything steady is changed: waits until the snapshot does not need it any more."""
@@ -320,17 +328,23 @@ class Saver:
         """Writes this rank's share. The first writer commits, and tidies up before and after it: the directory and its
         bytes. ``confirm`` raises ``Torn`` where what was written is not the state of the step boundary."""
         store, request, directory = self.catalog.store, order.request, order.request.directory
+
+        def write_share() -> Receipt:
+            receipt = commit.write_share(store, directory, plan, contents, self.streams)
+            confirm()
+            if order.expected is not None:
+                commit.refuse_changed_boxes(plan, receipt, order.expected)
+            return receipt
+
         with self._telling(order):
             if not self.writers.is_first:
-                receipt = commit.write_share(store, directory, plan, contents, self.streams)
-                confirm()
+                receipt = write_share()
                 commit.put_receipt(store, directory, receipt)
                 return None
             pruner, owner = Pruner(self.catalog), self.attempt if self.owns_run else None
             self._housekeeper.clean_up(pruner, owner)
             with self._housekeeper.discarding(directory, pruner, owner, at_once=len(self.writers.ranks) == 1):
-                receipt = commit.write_share(store, directory, plan, contents, self.streams)
-                confirm()
+                receipt = write_share()
                 self.before_commit()
                 receipts = [receipt, *commit.collect(store, directory, plan, lambda: order.latest)]
                 header = commit.Header(request.step, self.attempt, self.lineage, request.meta)

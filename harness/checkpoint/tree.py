@@ -40,19 +40,37 @@ from typing import Any
 import numpy as np
 import torch
 
+from harness.checkpoint import dtensors
+from harness.checkpoint.boxes import Box
 from harness.checkpoint.format import DTYPES, TensorInfo, can_be_noted, row_major
 from harness.errors import ConfigError, Corrupt, Unsupported
 
 _CHUNK_BYTES = 1 << 20  # small enough that what was copied is still in the processor's cache when it is hashed and written
 
 
+@dataclass(frozen=True)
+class Placed:
+    """Of a sharded tensor: the shape of the whole, and the part of it that is here."""
+
+    shape: tuple[int, ...]
+    box: Box
+
+
 @dataclass
 class Encoded:
-    """A part without torch's and Python's own types: JSON, tensors by path, further names of tensors."""
+    """A part without torch's and Python's own types: JSON, tensors by path, further names of tensors. Of a sharded tensor
+    it has the local part; ``placed`` says where in the whole that is."""
 
     tree: Any = None
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    placed: dict[str, Placed] = field(default_factory=dict)
+
+    def info(self, path: str) -> TensorInfo:
+        """The whole tensor's path, dtype and shape."""
+        if (placed := self.placed.get(path)) is not None:
+            return TensorInfo(path, dtype_name(self.tensors[path].dtype), placed.shape)
+        return info(path, self.tensors[path])
 
 
 def encode(value: Mapping[str, Any], name: str) -> Encoded:
@@ -129,7 +147,8 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().view(-1).view(torch.uint8)
 
 
-def _join(path: tuple[str, ...]) -> str:
+def join(path: tuple[str, ...]) -> str:
+    """The path of a tensor, of the keys on the way."""
     joined = "/".join(path)
     if "~" in joined or joined.count("/") >= len(path):  # there is something to escape, which is rare
         joined = "/".join(key.replace("~", "~0").replace("/", "~1") for key in path)
@@ -242,7 +261,7 @@ class _Encoder:
         if type(value) not in torch.serialization.get_safe_globals():
             advice = f"torch.serialization.add_safe_globals([{type(value).__qualname__}])"
             raise Unsupported(
-                f"{_join((self.name, *path))}: {what} {_type_name(value)} could not be loaded after a restart; "
+                f"{join((self.name, *path))}: {what} {_type_name(value)} could not be loaded after a restart; "
                 f"declare its class safe before Run is made: {advice}"
             )
 
@@ -254,20 +273,25 @@ class _Encoder:
         return written
 
     def tensor_at(self, path: tuple[str, ...], tensor: torch.Tensor) -> None:
-        joined = _join(path)
+        joined, placed = join(path), None
+        if dtensors.is_sharded(tensor):
+            placed = Placed(tuple(tensor.shape), dtensors.own_box(tensor, join((self.name, *path))))
+            tensor = dtensors.local_of(tensor)
         if reason := _why_not(tensor) or _why_no_name(joined):
             raise self.unsupported(path, reason)
         # The same memory seen in the same way is one tensor under two names: tied weights. Empty tensors have no memory.
         stored = self.places.setdefault(tensor.data_ptr(), []) if tensor.numel() else []
         for first in stored:
-            if _form(tensor) == _form(self.out.tensors[first]):
+            if _form(tensor) == _form(self.out.tensors[first]) and placed == self.out.placed.get(first):
                 self.out.aliases[joined] = first
                 return
         stored.append(joined)
         self.out.tensors[joined] = tensor
+        if placed is not None:
+            self.out.placed[joined] = placed
 
     def unsupported(self, path: tuple[str, ...], what: str) -> Unsupported:
-        where = _join((self.name, *path))
+        where = join((self.name, *path))
         return Unsupported(f"{where}: {what} cannot be written without pickle; keep it out of the state_dict")
 
 
@@ -300,7 +324,8 @@ def _why_no_name(path: str) -> str | None:
 
 def is_composed(tensor: torch.Tensor) -> bool:
     """Whether a tensor is of a subclass that has its bytes in other tensors."""
-    return type(tensor) not in _PLAIN_TENSORS and hasattr(tensor, "__tensor_flatten__")
+    is_plain = type(tensor) in _PLAIN_TENSORS or dtensors.is_sharded(tensor)
+    return not is_plain and hasattr(tensor, "__tensor_flatten__")
 
 
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -422,7 +447,7 @@ class _Decoder:
         return built
 
     def take(self, path: tuple[str, ...]) -> torch.Tensor:
-        joined = _join(path)
+        joined = join(path)
         self.unused.pop(joined, None)
         return self.tensors[joined]
 
@@ -445,7 +470,7 @@ def _declared_class(path: tuple[str, ...], name: str) -> Any:
     if name not in known:
         advice = "import its library first, or declare it safe with torch.serialization.add_safe_globals"
         raise ConfigError(
-            f"{_join(path)}: the checkpoint holds a value of the class {name}, which this program does not know; {advice}"
+            f"{join(path)}: the checkpoint holds a value of the class {name}, which this program does not know; {advice}"
         )
     return known[name]
 

@@ -161,6 +161,11 @@ class TorchrunWorld:
         self._control: dist.ProcessGroup | None = dist.new_group(backend="gloo", timeout=timeout)
 
     def wrap(self, model: nn.Module) -> nn.Module:
+        if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+            raise ConfigError(
+                "the task's model is sharded (fully_shard, tensor parallelism), which harness train does not train; use "
+                "harness.Run in a loop of your own"
+            )
         if self.size == 1 or not any(parameter.requires_grad for parameter in model.parameters()):
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None

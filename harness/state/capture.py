@@ -6,6 +6,7 @@ consumed, and what is live must be filled.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,17 +14,21 @@ from torch import nn
 from torch.optim import Optimizer
 
 from harness import torch_private
-from harness.checkpoint import commit
-from harness.checkpoint.format import Manifest
+from harness.checkpoint import commit, dtensors
+from harness.checkpoint.dtensors import address_of
+from harness.checkpoint.format import Manifest, TensorInfo
+from harness.checkpoint.load import Land
+from harness.checkpoint.sharding import Sharding, agreed
+from harness.checkpoint.tree import Encoded
 from harness.data.loader import Loader
 from harness.data.nested import tensors_in
 from harness.data.seeding import random_state, restore_random_state
-from harness.errors import Mismatch
+from harness.errors import HarnessError, Mismatch
 from harness.runtime.gc_pause import without_collections
 from harness.state.contents import Contents, attributes
 from harness.state.ddp_buckets import bucket_orders
 from harness.state.edits import Edits
-from harness.state.modules import listed, module_versions
+from harness.state.modules import listed, module_versions, sharding_of
 from harness.state.optimizers import plain_optimizer
 from harness.state.parts import RANDOM, TRAINING, DataLoaderPart, ModulePart, Progress, SchedulerPart, part_of
 from harness.state.saved_names import SavedNames
@@ -71,7 +76,13 @@ class State:
         plain = {name: plain_optimizer(each) for name, each in objects.items()}
         self.modules = {name: each for name, each in plain.items() if isinstance(each, nn.Module)}
         self.optimizers = {name: each for name, each in plain.items() if isinstance(each, Optimizer)}
-        self._parts = {name: part_of(name, each, self.modules, device, self._warn) for name, each in plain.items()}
+        # Modules come first, here as in each capture: then fully_shard takes back the parameters that it has put together
+        # for an evaluation, and the optimizers' are the models' again.
+        order = sorted(plain, key=lambda name: name not in self.modules)
+        made = {name: part_of(name, plain[name], self.modules, device, self._warn) for name in order}
+        self._parts = {name: made[name] for name in plain}
+        self.sharding_in_words = sharding_of(self.modules)  # empty where they are not
+        self._sharding: Sharding | None = None  # as the ranks have agreed last
         self.epochs = [part.epochs for part in self._parts.values() if isinstance(part, DataLoaderPart)]
         self.contents = Contents(self._parts)
         self.gradients = bucket_orders(self.modules)
@@ -102,7 +113,9 @@ class State:
 
     @without_collections()
     def _captured(self, *, per_rank: bool) -> dict[str, dict[str, Any]]:
-        return {name: part.capture() for name, part in self._parts.items() if part.per_rank == per_rank}
+        wanted = [part for part in self._parts.values() if part.per_rank == per_rank]
+        found = {part.name: part.capture() for part in sorted(wanted, key=lambda part: not isinstance(part, ModulePart))}
+        return {part.name: found[part.name] for part in wanted}
 
     def is_steady(self) -> Callable[[torch.Tensor], bool]:
         """Tells the tensors that nothing changes but an optimizer's step: its parameters, and its own state.
@@ -111,7 +124,7 @@ class State:
         weight of an embedding with ``max_norm``, by its forward pass.
         """
         renormed = {
-            module.weight.data_ptr()
+            address_of(module.weight)
             for model in self.modules.values()
             for module in model.modules()
             if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
@@ -119,18 +132,93 @@ class State:
         places = set()
         for optimizer in self.optimizers.values():
             parameters = [each for group in optimizer.param_groups for each in group["params"] if each.requires_grad]
-            places |= {tensor.data_ptr() for tensor in tensors_in([parameters, *optimizer.state.values()])}
+            found = [*tensors_in([parameters, *optimizer.state.values()])]
+            places |= {tensor.data_ptr() for tensor in found if not dtensors.is_sharded(tensor)}
+            places |= {address for tensor in found if dtensors.is_sharded(tensor) if (address := address_of(tensor))}
         places -= renormed
-        return lambda tensor: tensor.data_ptr() in places
+        return lambda tensor: address_of(tensor) in places
+
+    # --- sharded ---
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank has a part of something."""
+        return any(map(dtensors.is_sharded, tensors_in([*self._captured(per_rank=False).values()])))
+
+    def encoded(self, all_gather: Callable[[Any], list[Any]]) -> tuple[dict[str, Encoded], Sharding]:
+        """What ``capture`` gives, and which rank has which part of it. All ranks call it.
+
+        Raises ``Unsupported``, on every rank, where one cannot be saved, or where what the ranks have is not the whole.
+        """
+        parts: dict[str, Encoded] | HarnessError
+        try:
+            parts = commit.encode(self.capture())
+        except HarnessError as error:
+            parts = error
+        self._sharding = agreed(all_gather, parts, self._sharding)
+        assert not isinstance(parts, HarnessError), "it was raised"
+        return parts, self._sharding
+
+    def check_replicas(self, all_gather: Callable[[Any], list[Any]]) -> list[str]:
+        """The names of those sharded tensors of which two ranks have the same part, with other bytes. All ranks call it."""
+        parts, sharding = self.encoded(all_gather)
+        several = sharding.held_by_several
+        own = {
+            name: replace(part, tensors={path: each for path, each in part.tensors.items() if (name, path) in several})
+            for name, part in parts.items()
+        }
+        found = all_gather(commit.checksums(own))
+        return [
+            f"{name}/{path}"
+            for name, path in sorted(several)
+            if any(
+                found[rank][name][path] != found[ranks[0]][name][path]
+                for ranks in sharding.boxes[name, path].values()
+                for rank in ranks
+            )
+        ]
+
+    def _own_buffers(self) -> dict[str, dict[str, torch.Tensor]]:
+        found = {part.name: part.own_buffers() for part in self._parts.values() if isinstance(part, ModulePart)}
+        return {name: buffers for name, buffers in found.items() if buffers}
+
+    def gather_buffers(
+        self, all_gather: Callable[[Any], list[Any]], gather: Callable[[Any], list[Any] | None]
+    ) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+        """The buffers of sharded modules that are not the same on all ranks, by part and rank: on rank 0. All ranks call
+        it."""
+        buffers = self._own_buffers()
+        if not any(all_gather(bool(buffers))):
+            return {}
+        checksums = all_gather(commit.checksums({name: Encoded({}, each) for name, each in buffers.items()}))
+        first = checksums[0]
+        differing = {
+            name: {key: each[key].cpu() for key in each if any(own[name][key] != first[name][key] for own in checksums)}
+            for name, each in buffers.items()
+        }
+        found = gather({name: each for name, each in differing.items() if each}) or []
+        return {name: {str(rank): each[name] for rank, each in enumerate(found)} for name in (found[0] if found else ())}
+
+    def land(self) -> Land:
+        """Says of which tensors of a checkpoint this rank wants a part."""
+        parts = sorted(self._parts.values(), key=lambda part: not isinstance(part, ModulePart))
+        live = {part.name: part.sharded() for part in parts if not part.per_rank}
+
+        def landing(name: str, info: TensorInfo) -> dtensors.Landing | None:
+            return self._parts[name].landing(info.path, info.shape, live[name]) if live.get(name) else None
+
+        return landing
 
     # --- comparing ---
 
-    def is_that_of(self, manifest: Manifest) -> bool:
-        """Whether a checkpoint has this state, bit for bit, where it is the same on every rank."""
+    def is_that_of(self, manifest: Manifest, digests: Mapping[str, str] | None = None) -> bool:
+        """Whether a checkpoint has this state, bit for bit, where it is the same on every rank. ``digests`` are those of a
+        sharded state, which no rank can tell alone."""
         if manifest.parts[TRAINING].tree.get("finished_loops", 0) != self.progress.finished_loops:
             return False
-        parts = self._captured(per_rank=False)
-        return all(commit.digest_of(part, name) == manifest.parts[name].digest for name, part in parts.items())
+        if digests is None:
+            digests = {name: commit.digest_of(part, name) for name, part in self._captured(per_rank=False).items()}
+        return all(digest == manifest.parts[name].digest for name, digest in digests.items())
 
     def agree(self, all_gather: Callable[[Any], list[Any]]) -> None:
         """Raises ``ConfigError`` where the data sets of the ranks' loaders are not the same. All ranks call it."""
@@ -141,6 +229,8 @@ class State:
     def digests(self) -> dict[str, Any]:
         """What must be the same on all ranks before they train together."""
         parts = self._captured(per_rank=False)
+        for name, buffers in self._own_buffers().items():
+            parts[name] = {key: value for key, value in parts[name].items() if key not in buffers}
         return {"step": self.progress.step, **{name: commit.digest_of(part, name) for name, part in parts.items()}}
 
     def steady_digests(self) -> tuple[dict[str, str], dict[str, str]]:
@@ -148,10 +238,11 @@ class State:
         between two steps; and apart, the parameters that something else than an optimizer moves. Buffers may differ."""
         is_steady = self.is_steady()
         found, apart = {}, {}
-        for name, part in self._parts.items():
+        for name, part in sorted(self._parts.items(), key=lambda item: not isinstance(item[1], ModulePart)):
             values = {} if part.per_rank else dict(part.steady())
             if isinstance(part, ModulePart):
-                others = {key: values.pop(key) for key, each in [*values.items()] if not is_steady(each)}
+                is_moved = {key: is_steady(each) or dtensors.is_sharded(each) for key, each in values.items()}
+                others = {key: values.pop(key) for key, moved in is_moved.items() if not moved}
                 if others:
                     apart[name] = commit.digest_of(others, name)
             if values:
@@ -160,10 +251,19 @@ class State:
 
     # --- restoring ---
 
-    def restore(self, parts: Mapping[str, Mapping[str, Any]], step: int, rank: int = 0, epoch: int = 0) -> None:
+    def restore(
+        self,
+        parts: Mapping[str, Mapping[str, Any]],
+        step: int,
+        rank: int = 0,
+        epoch: int = 0,
+        *,
+        before_restoring: Callable[[Mismatch | None], None] | None = None,
+    ) -> None:
         """Puts the parts of a checkpoint into the live objects. Raises ``Mismatch`` before it touches any of them.
 
-        The generators are not touched: see ``restore_random``.
+        The generators are not touched: see ``restore_random``. ``before_restoring`` is called when all is checked, also with
+        what was found.
         """
         if self._adapt is not None:
             self._adapt(step, epoch, {name: _shapes(part, name) for name, part in parts.items() if name not in _OUR_OWN})
@@ -172,8 +272,16 @@ class State:
         saved = self._of_rank(parts, rank)
         # Schedulers before optimizers, to whose options they add; modules first, whose differences explain the others.
         checked = {}
-        for part in sorted(self._parts.values(), key=lambda part: part.checked):
-            checked[part.name] = part.check(saved[part.name])
+        problem: Mismatch | None = None
+        try:
+            for part in sorted(self._parts.values(), key=lambda part: part.checked):
+                checked[part.name] = part.check(saved[part.name])
+        except Mismatch as error:
+            problem = error
+        if before_restoring is not None:
+            before_restoring(problem)
+        if problem is not None:
+            raise problem
         training = parts[TRAINING]
         self.edits.compare(saved, training)
         self._settle(training["gradient_order"])  # before the rest: what a hook remembers of it is overwritten
@@ -194,8 +302,11 @@ class State:
         if lines:
             raise Mismatch(listed("the checkpoint does not fit the run's state", lines))
         found = {TRAINING: parts[TRAINING]}
+        buffers = parts[TRAINING].get("buffers", {})
         for name, part in self._parts.items():
             saved = parts[name]
+            if name in buffers and isinstance(part, ModulePart) and part.is_sharded:
+                saved = {**saved, **buffers[name][str(rank % len(buffers[name]))]}
             if part.per_rank and str(rank) not in saved:
                 count = f"the checkpoint has {len(saved)}, none of them for rank {rank}"
                 raise Mismatch(f"{name}: each rank has a state of its own, and {count}; start with as many ranks as before")
@@ -243,7 +354,6 @@ def _say_nothing(_message: str) -> None:
 def _shapes(part: Mapping[str, Any], name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The dtype and shape of each tensor of a part, by its path."""
     encoded = commit.encode({name: part})[name]
-    found = {
-        path: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for path, tensor in encoded.tensors.items()
-    }
+    infos = {path: encoded.info(path) for path in encoded.tensors}
+    found = {path: (info.dtype, info.shape) for path, info in infos.items()}
     return found | {further: found[first] for further, first in encoded.aliases.items()}

@@ -10,9 +10,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from harness import torch_private
-from harness.checkpoint import tree
+from harness.checkpoint import dtensors, tree
 from harness.data.loader import Loader
-from harness.data.nested import tensors_in
 from harness.state.optimizers import plain_optimizer
 from harness.state.parts import OtherPart, Part
 
@@ -36,7 +35,7 @@ class Contents:
 
     def places(self) -> set[int]:
         """The addresses of the tensors."""
-        return {tensor.data_ptr() for tensor in tensors_in([part.capture() for part in self._parts.values()])}
+        return {dtensors.address_of(tensor) for part in self._parts.values() for tensor in part.tensors()}
 
     def marks(self) -> dict[str, Any]:
         """By part, what shows that something has changed it, at little cost: plain values, and the versions of tensors.

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from harness import torch_private
-from harness.checkpoint import tree
+from harness.checkpoint import dtensors, tree
+from harness.checkpoint.format import checksum
 from harness.errors import Mismatch, Unsupported
 
 
@@ -102,10 +103,10 @@ def check_model(model: nn.Module, saved: Mapping[str, Any], what: str = "model")
         raise Mismatch(listed(f"the checkpoint does not fit the {what}", lines))
 
 
-# Classes whose objects give each rank a part of what they hold, by name: their modules are not imported for this.
+# Classes whose objects give each rank a part of what they hold without saying which, by name: their modules are not
+# imported for this.
 _SHARDING = {
-    "FullyShardedDataParallel": "gives each rank its own shard of the parameters",
-    "FSDPModule": "gives each rank its own shard of the parameters",
+    "FullyShardedDataParallel": "flattens the parameters and gives each rank a piece",
     "ShardedDataParallel": "gives each rank its own shard of the optimizer's state",
     "DeepSpeedEngine": "keeps and saves the state itself",
     "ZeroRedundancyOptimizer": "gives each rank its own shard of the state",
@@ -115,20 +116,39 @@ _SHARDING = {
 }
 
 
-def check_not_sharded(name: str, each: Any) -> None:
-    """Raises ``Unsupported`` for a module or an optimizer of which each rank has another part, in whatever is around it."""
+def check_sharding(name: str, each: Any) -> None:
+    """Raises ``Unsupported`` for a module or an optimizer of which each rank has a part that nobody can tell the place of,
+    in whatever is around it."""
     for path, part in each.named_modules() if isinstance(each, nn.Module) else [("", each)]:
         for kind in type(part).__mro__:
             if what := _SHARDING.get(kind.__name__):
-                instead = "DistributedDataParallel" if isinstance(each, nn.Module) else "the optimizer within it"
                 where = f"{name}{'.' if path else ''}{path}"
-                raise Unsupported(f"{where}: {kind.__name__} {what}. Sharded states cannot be saved yet; use {instead}")
+                instead = "or DistributedDataParallel" if isinstance(each, nn.Module) else "and the optimizer within it"
+                advice = f"use torch.distributed.fsdp.fully_shard, {instead}"
+                raise Unsupported(f"{where}: {kind.__name__} {what}, which cannot be saved; {advice}")
     for path, parameter in each.named_parameters() if isinstance(each, nn.Module) else ():
-        if any(kind.__name__ == "DTensor" for kind in type(parameter).__mro__):
-            raise Unsupported(
-                f"{name}.{path}: a DTensor, of which each rank has a shard (fully_shard, tensor parallelism). Sharded "
-                "states cannot be saved yet; use DistributedDataParallel"
-            )
+        if dtensors.is_sharded(parameter):
+            dtensors.own_box(parameter, f"{name}.{path}")
+
+
+def sharding_of(models: Mapping[str, nn.Module]) -> str:
+    """How models are sharded, in a word; empty where they are not. Bits depend on it as they do on the number of ranks:
+    also on which parameters ``fully_shard`` has put into one group."""
+    lines, kinds = [], set()
+    for key, model in models.items():
+        for name, value in model_state(model).items():
+            if dtensors.is_sharded(value):
+                kinds.add(kind := dtensors.layout_of(value))
+                lines.append(f"{key}/{name} {kind}")
+        groups = [path for path, part in unwrap(model).named_modules() if _is_fully_sharded(part)]
+        lines += [f"{key}: {path}" for path in groups]
+    if not kinds:
+        return ""
+    return f"{' '.join(sorted(kinds))} {checksum(chr(10).join(lines).encode())[-8:]}"
+
+
+def _is_fully_sharded(module: nn.Module) -> bool:
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
 def check_is_whole(name: str, model: nn.Module) -> str | None:
@@ -140,9 +160,9 @@ def check_is_whole(name: str, model: nn.Module) -> str | None:
         if nn.parameter.is_lazy(parameter):
             raise Unsupported(f"{name}.{path}: an uninitialized parameter; run the model once before Run")
     state = model.state_dict()
-    kept = {(value.device, value.data_ptr()) for value in state.values() if _is_dense(value)}
+    kept = {(value.device, dtensors.address_of(value)) for value in state.values() if _is_dense(value)}
     left_out = [path for path in parameters if path not in state]
-    lost = [path for path in left_out if (parameters[path].device, parameters[path].data_ptr()) not in kept]
+    lost = [path for path in left_out if (parameters[path].device, dtensors.address_of(parameters[path])) not in kept]
     if learning := [path for path in lost if parameters[path].requires_grad and not _writes_its_own(model, path)]:
         raise Unsupported(
             f"{name}: its state_dict() leaves out parameters that are trained: {some(learning)}. They would be lost; save "
@@ -238,13 +258,16 @@ def _ties(state: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     firsts: dict[Any, str] = {}
     for name, value in state.items():
         if _is_dense(value):
-            place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+            address = dtensors.address_of(value)
+            if dtensors.is_sharded(value) and not address:  # an empty shard
+                continue
+            place = (value.device, address, value.dtype, value.shape, value.stride())
             if (first := firsts.setdefault(place, name)) != name:
                 yield first, name
 
 
 def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    pairs = zip(tree.raw_bytes(one), tree.raw_bytes(other), strict=True)
+    pairs = zip(tree.raw_bytes(dtensors.local_of(one)), tree.raw_bytes(dtensors.local_of(other)), strict=True)
     return one is other or all(left == right for left, right in pairs)
 
 

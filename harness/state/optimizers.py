@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from harness import torch_private
-from harness.checkpoint import tree
+from harness.checkpoint import dtensors, tree
 from harness.checkpoint.format import row_major
 from harness.data.nested import like, mapped, tensors_in
 from harness.data.seeding import GENERATORS, set_state, state_of
@@ -26,7 +26,7 @@ from harness.state.modules import kind_of, listed, plain_names, unwrap
 log = logging.getLogger(__name__)
 
 
-def _parameter_names(optimizer: Optimizer, model: nn.Module) -> list[str]:
+def parameter_names(optimizer: Optimizer, model: nn.Module) -> list[str]:
     """The names of the optimizer's parameters, in the order of its own numbering.
 
     Raises ``Unsupported`` for a parameter that is not the model's: its value would not be in the checkpoint.
@@ -54,7 +54,7 @@ def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
     A ``state_dict()`` of another form than torch's is under ``own`` as it is, beside the names of each group's ``params``.
     Optimizers within this one whose state it leaves out are under ``inner``, by their attributes.
     """
-    names = _parameter_names(optimizer, unwrap(model))
+    names = parameter_names(optimizer, unwrap(model))
     state = optimizer.state_dict()
     found: dict[str, Any] = {"class": type(optimizer).__name__}
     if inner := {name: optimizer_state(each, model) for name, each in _left_out(optimizer, state)}:
@@ -96,6 +96,24 @@ def _named_group(group: Mapping[str, Any], names: Sequence[str]) -> dict[str, An
     """A group with names for numbers. torch's own ``param_names`` say the same, in the words of the wrappers."""
     options = {key: value for key, value in group.items() if key != "param_names"}
     return {**options, "params": [names[number] for number in group["params"]]}
+
+
+def check_sharded_state(state: Mapping[str, Any], parameters: Mapping[str, torch.Tensor]) -> None:
+    """Raises ``Unsupported`` for a state of sharded parameters that could be saved and not be loaded again."""
+    if not any(map(dtensors.is_sharded, parameters.values())):
+        return
+    if "own" in state:
+        raise Unsupported(
+            f"optimizer: the state_dict() of {state['class']} has a form of its own, which does not say what belongs to "
+            "which sharded parameter; use an optimizer with torch's form"
+        )
+    for name, values in state["state"].items():
+        shape = parameters[name].shape if name in parameters else None
+        for key, value in values.items() if isinstance(values, Mapping) else ():
+            if dtensors.is_sharded(value) and value.shape != shape:
+                what = f"a sharded tensor of shape {list(value.shape)}, which is not its parameter's"
+                advice = "use an optimizer whose state has the parameters' shapes"
+                raise Unsupported(f"optimizer/state/{name}/{key}: {what}; {advice}")
 
 
 def check_optimizer(optimizer: Optimizer, model: nn.Module, saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -333,6 +351,7 @@ def _same(saved: Any, live: Any) -> bool:
         )
     if saved.dtype != live.dtype or saved.shape != live.shape:
         return False
+    saved, live = dtensors.local_of(saved), dtensors.local_of(live)
     return all(one == other for one, other in zip(tree.raw_bytes(saved), tree.raw_bytes(live), strict=True))
 
 

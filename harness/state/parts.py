@@ -3,8 +3,9 @@
 A part captures its object, checks what is saved against it, and puts that in. ``State`` says in which order.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,15 +14,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from harness.checkpoint import dtensors, tree
 from harness.checkpoint.format import check_part_name
 from harness.data.loaders import Epochs
+from harness.data.nested import tensors_in
 from harness.errors import ConfigError, Mismatch, Unsupported
 from harness.state.modules import (
     check_is_whole,
     check_model,
-    check_not_sharded,
+    check_sharding,
     kind_of,
     model_state,
+    plain_names,
     restore_model,
     unwrap,
 )
@@ -29,8 +33,10 @@ from harness.state.optimizers import (
     Attributes,
     check_optimizer,
     check_scheduler,
+    check_sharded_state,
     names_by_group,
     optimizer_state,
+    parameter_names,
     plain_optimizer,
     restore_optimizer,
     saved_parameters,
@@ -102,7 +108,7 @@ class Part:
     is_named = False  # a program that builds it with other names cannot be resumed
 
     def __init__(self, name: str, live: Any) -> None:
-        check_not_sharded(name, live)
+        check_sharding(name, live)
         self.name = name
         self.live = live
         self.to_reset: set[str] = set()  # the settings of which the program's value counts
@@ -131,6 +137,26 @@ class Part:
         """What nothing changes but an optimizer's step."""
         return {}
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """The live tensors. One rank alone may ask for them: a capture has ``fully_shard`` take whole parameters back, which
+        it then puts together again with all ranks."""
+        return tensors_in(self.capture())
+
+    def sharded(self) -> dict[str, torch.Tensor]:
+        """The live tensors of which each rank has a part, by the paths that they have in a checkpoint."""
+        captured = self.capture()
+        found = {id(dtensors.local_of(each)): each for each in tensors_in(captured) if dtensors.is_sharded(each)}
+        if not found:
+            return {}
+        encoded = tree.encode(captured, self.name)
+        there = {path: found[id(encoded.tensors[path])] for path in encoded.placed}
+        return there | {further: there[path] for further, path in encoded.aliases.items() if path in there}
+
+    def landing(self, path: str, shape: tuple[int, ...], live: Mapping[str, torch.Tensor]) -> dtensors.Landing | None:
+        """Where a tensor of a checkpoint goes, if only a part of it is for this rank. ``live`` is what ``sharded`` said."""
+        like = live.get(path)
+        return dtensors.Landing(like, path) if like is not None and tuple(like.shape) == shape else None
+
     def look_again(self) -> None:
         """The live object may have grown. Raises ``Unsupported`` as when the part was made."""
 
@@ -158,15 +184,17 @@ class ModulePart(Part):
         super().__init__(name, live)
         self.device = device
         self.warn = warn
-        self.check_is_whole()
+        self.is_sharded = self.check_is_whole()
 
-    def check_is_whole(self) -> None:
+    def check_is_whole(self) -> bool:
+        """Warns of what its state leaves out. Returns whether each rank has a part of it."""
         if what := check_is_whole(self.name, self.live):
             self.warn(what)
+        return any(map(dtensors.is_sharded, model_state(self.live).values()))
 
     def look_again(self) -> None:
-        check_not_sharded(self.name, self.live)
-        self.check_is_whole()
+        check_sharding(self.name, self.live)
+        self.is_sharded = self.check_is_whole()
 
     def names(self, captured: Mapping[str, Any]) -> dict[str, str]:
         return {name: kind_of(name, value) for name, value in captured.items()}
@@ -175,14 +203,29 @@ class ModulePart(Part):
         return len(captured), sum(value.numel() for value in captured.values() if isinstance(value, torch.Tensor))
 
     def steady(self) -> Mapping[str, Any]:
+        if self.is_sharded:
+            self.live.state_dict()  # after an evaluation, fully_shard takes whole parameters back only now
         return dict(unwrap(self.live).named_parameters())
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        return chain(self.live.parameters(), self.live.buffers()) if self.is_sharded else super().tensors()
+
+    def own_buffers(self) -> dict[str, torch.Tensor]:
+        """What may differ between the ranks: nobody keeps the buffers of a sharded module alike, as DDP does."""
+        if not self.is_sharded:
+            return {}
+        captured, names = self.capture(), {name for name, _ in unwrap(self.live).named_buffers(remove_duplicate=False)}
+        plain = plain_names(unwrap(self.live), names)
+        found = {plain[name]: captured[plain[name]] for name in names if plain[name] in captured}
+        return {name: found[name] for name in sorted(found) if not dtensors.is_sharded(found[name])}
 
     def capture(self) -> dict[str, Any]:
         return model_state(self.live)
 
     def check(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         check_model(self.live, saved, self.name)
-        return saved
+        live = self.capture() if self.is_sharded else {}
+        return {name: _as_live(value, live.get(name), name) for name, value in saved.items()}
 
     def restore(self, saved: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
         restore_model(self.live, sent(saved, self.device), checkpoint[TRAINING]["module_versions"].get(self.name))
@@ -229,10 +272,44 @@ class OptimizerPart(Part):
 
     def capture(self) -> dict[str, Any]:
         attributes = self.attributes.changed()
-        return {**optimizer_state(self.live, self.owner), **({"attributes": attributes} if attributes else {})}
+        state = optimizer_state(self.live, self.owner)
+        check_sharded_state(state, self.parameters())
+        return {**state, **({"attributes": attributes} if attributes else {})}
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        parameters = [each for group in self.live.param_groups for each in group["params"]]
+        is_sharded = any(map(dtensors.is_sharded, parameters))
+        return tensors_in([parameters, *self.live.state.values()]) if is_sharded else super().tensors()
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Those that the optimizer has, by their plain names."""
+        names = parameter_names(self.live, self.owner)
+        return dict(zip(names, (each for group in self.live.param_groups for each in group["params"]), strict=True))
+
+    def landing(self, path: str, shape: tuple[int, ...], live: Mapping[str, torch.Tensor]) -> dtensors.Landing | None:
+        """State that has its parameter's shape goes where the parameter is: there may be none yet."""
+        keys = path.split("/")
+        if keys[0] == "inner":
+            keys = keys[2:]
+        is_parameters = len(keys) > 2 and keys[0] == "state" and keys[1] in live  # state/NAME/KEY
+        return super().landing(path, shape, {path: live[keys[1]]}) if shape and is_parameters else None
+
+    def sharded(self) -> dict[str, torch.Tensor]:
+        """The parameters, by their names as they stand in a path."""
+        return {tree.join((name,)): each for name, each in self.parameters().items() if dtensors.is_sharded(each)}
 
     def check(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
-        return check_optimizer(self.live, self.owner, saved)
+        checked = check_optimizer(self.live, self.owner, saved)
+        parameters = [each for group in self.live.param_groups for each in group["params"]]
+        if not any(map(dtensors.is_sharded, parameters)):
+            return checked
+        state = {
+            key: {name: _as_live(each, parameters[key], name) if _dims(each) else each for name, each in values.items()}
+            if isinstance(key, int) and isinstance(values, Mapping)
+            else values
+            for key, values in checked["state"].items()
+        }
+        return {**checked, "state": state}
 
     def restore(self, saved: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
         there = sent(dict(saved), self.device)
@@ -358,6 +435,18 @@ class DataLoaderPart(OtherPart):
         if "generators" in saved:
             self.epochs.load_state_dict(saved["generators"])
         super().restore(saved, checkpoint)
+
+
+def _dims(value: Any) -> int:
+    return value.dim() if isinstance(value, torch.Tensor) else 0
+
+
+def _as_live(saved: Any, live: Any, name: str) -> Any:
+    """A saved tensor, or of a whole one the part that belongs into a sharded one here."""
+    is_whole = isinstance(saved, torch.Tensor) and not dtensors.is_sharded(saved)
+    if is_whole and dtensors.is_sharded(live) and saved.shape == live.shape:
+        return dtensors.Landing(live, name).part_of(saved)
+    return saved
 
 
 def owner_of(name: str, optimizer: Optimizer, modules: Mapping[str, nn.Module]) -> nn.Module:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from harness.state.modules import listed
-from harness.state.parts import Part
+from harness.state.parts import ModulePart, Part
 
 Captured = Mapping[str, Mapping[str, Any]]  # by part
 
@@ -14,7 +14,8 @@ class SavedNames:
 
     def __init__(self, parts: Mapping[str, Part]) -> None:
         self._parts = [part for part in parts.values() if part.is_named]
-        captured = {part.name: part.capture() for part in self._parts}
+        order = sorted(self._parts, key=lambda part: not isinstance(part, ModulePart))  # as in a capture
+        captured = {part.name: part.capture() for part in order}
         self._names, self._sizes = self._names_in(captured), self._sizes_of(captured)
 
     def warn_of_changes(self, captured: Captured, warn: Callable[[str], None]) -> None:

@@ -7,15 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import harness
+from harness.checkpoint import commit, tree
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Attempt as AttemptId
 from harness.checkpoint.plan import Writers
 from harness.checkpoint.retention import Retention
 from harness.checkpoint.saver import Saver, SaveRequest
+from harness.checkpoint.sharding import Sharding
 from harness.checkpoint.staging import HostMemory
+from harness.checkpoint.tree import Encoded
 from harness.config import RunConfig
 from harness.distributed.world import World
 from harness.runtime.environment import is_first_of_node
+from harness.state.parts import TRAINING
 from harness.telemetry.events import EventLog
 from harness.training import observer, resume
 from harness.training.resume import Resumed
@@ -42,7 +46,8 @@ class Checkpointing(Saves):
         self._state, self._about, self._policy = context.state, context.about, context.policy
         self._world, self._config = world, config = context.world, context.config
         self._log = SaveLog(context, resumed, events)
-        checkpoint, store, writers = config.checkpoint, catalog.store, _writers(world, config)
+        self._is_sharded = context.state.is_sharded
+        checkpoint, store, writers = config.checkpoint, catalog.store, _writers(world, config, all_of_them=self._is_sharded)
         self._is_writer = world.rank in writers.ranks  # else nothing is ever under way here
         self._saver = Saver(
             catalog=catalog,
@@ -85,12 +90,20 @@ class Checkpointing(Saves):
         self._log.warn_of_lost_steps(step)
 
     def has_end(self) -> bool:
-        def is_saved() -> bool:
-            if not self._log.directory or self._log.step != self._state.progress.step:
-                return False
-            return self._state.is_that_of(self._catalog.open(self._log.directory))
+        def is_this_step() -> bool:
+            return bool(self._log.directory) and self._log.step == self._state.progress.step
 
-        return bool(resume.on_first(self._world, is_saved))
+        def is_saved(digests: Mapping[str, str] | None = None) -> bool:
+            return is_this_step() and self._state.is_that_of(self._catalog.open(self._log.directory), digests)
+
+        if not self._is_sharded:
+            return bool(resume.on_first(self._world, is_saved))
+        if not resume.on_first(self._world, is_this_step):
+            return False
+        parts, sharding = self._state.encoded(self._world.all_gather)
+        digests = commit.digests(self._world.all_gather, parts, sharding)
+        digests = {name: each for name, each in digests.items() if name != TRAINING}
+        return bool(resume.on_first(self._world, functools.partial(is_saved, digests)))
 
     def can_roll_back(self) -> bool:
         def is_there() -> bool:
@@ -121,11 +134,23 @@ class Checkpointing(Saves):
         directory = self._choose_directory(must_succeed=must_succeed)
         if directory is None:
             return
+        parts = self._sharded_parts() if self._is_sharded else None
+        share = functools.partial(self._save_share, directory, meta, ranks, parts, must_succeed=must_succeed)
         if must_succeed:
-            share = functools.partial(self._save_share, directory, meta, ranks, must_succeed=True)
             _on_writers(self._world, self._is_writer, share)
         elif self._is_writer:
-            self._save_share(directory, meta, ranks, must_succeed=False)
+            share()
+
+    def _sharded_parts(self) -> tuple[dict[str, Encoded], Sharding]:
+        """The parts of a sharded state, and which rank has which part of them. All ranks call it."""
+        parts, sharding = self._state.encoded(self._world.all_gather)
+        if buffers := self._state.gather_buffers(self._world.all_gather, self._world.gather):
+            training = tree.encode({"buffers": buffers}, TRAINING)
+            own = parts[TRAINING]
+            parts[TRAINING] = Encoded(
+                own.tree | training.tree, own.tensors | training.tensors, own.aliases | training.aliases
+            )
+        return parts, sharding
 
     def _choose_directory(self, *, must_succeed: bool) -> str | None:
         """Where to save, as rank 0 says to all that need to know; None where this rank does not, or where the save before is
@@ -138,29 +163,36 @@ class Checkpointing(Saves):
                 return None
             return self._saver.new_directory(step)
 
-        if must_succeed or self._config.checkpoint.writers != "rank0":
+        if must_succeed or self._is_sharded or self._config.checkpoint.writers != "rank0":
             return resume.on_first(self._world, choose)  # type: ignore[no-any-return]
         return choose() if self._world.rank == 0 else None
 
     def _save_share(
-        self, directory: str, meta: Mapping[str, Any], ranks: Sequence[Any] | None, *, must_succeed: bool
+        self,
+        directory: str,
+        meta: Mapping[str, Any],
+        ranks: Sequence[Any] | None,
+        sharded: tuple[dict[str, Encoded], Sharding] | None,
+        *,
+        must_succeed: bool,
     ) -> None:
         """Saves this rank's share. What is each rank's own, rank 0 has of all ``ranks``."""
         checkpoint, progress, saver = self._config.checkpoint, self._state.progress, self._saver
         self._log.committed(saver.wait())
-        parts = self._state.capture()
+        parts: dict[str, Any] = self._state.capture() if sharded is None else {**sharded[0]}
+        sharding = None if sharded is None else sharded[1]
         if ranks is not None:
             parts |= {name: {str(rank): each[name] for rank, each in enumerate(ranks)} for name in ranks[0]}
         best = int(progress.best["step"]) if checkpoint.keep_best and progress.best else None
         whole = {
             **self._about,
             **meta,
-            **resume.conditions(self._world),
+            **resume.conditions(self._world, self._state),
             "save_seconds": self._log.seconds,  # the save before this one; None at the first
             "python": platform.python_version(),
             "harness": harness.__version__,
         }
-        request = SaveRequest(progress.step, whole, best, directory, self._state.is_steady())
+        request = SaveRequest(progress.step, whole, best, directory, self._state.is_steady(), sharding)
         self._log.begun(progress.step)
         observer.current.saving(directory)
         if must_succeed or checkpoint.mode == "sync":
@@ -176,9 +208,9 @@ def _on_writers(world: World, is_writer: bool, function: Callable[[], None]) -> 
     resume.on_first(world, function)
 
 
-def _writers(world: World, config: RunConfig) -> Writers:
-    """The ranks that write, as ``checkpoint.writers`` has it. All ranks call it."""
-    which = config.checkpoint.writers
+def _writers(world: World, config: RunConfig, *, all_of_them: bool) -> Writers:
+    """The ranks that write, as ``checkpoint.writers`` has it; all of them where each has a part. All ranks call it."""
+    which = "all" if all_of_them else config.checkpoint.writers
     is_one = world.rank == 0 or which == "all" or (which == "node" and is_first_of_node())
     ranks = tuple(rank for rank, writes in enumerate(world.all_gather(is_one)) if writes)
     return Writers(ranks, world.rank, 0.9 * config.world.timeout_seconds)  # before those who wait for rank 0 give it up

@@ -24,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
 from harness import torch_private
+from harness.checkpoint.dtensors import address_of
 from harness.data.loader import Loader
 from harness.data.loaders import INTO_THE_STATE, warn_of_single_samples
 from harness.state.capture import State
@@ -267,7 +268,7 @@ def _parameters_of(optimizer: Optimizer) -> list[torch.Tensor]:
 def _version(module: nn.Module, known: set[int]) -> int | None:
     """A number that changes with the tensors of a module; None where all of them are known, or nobody can say."""
     try:
-        tensors = [each for each in chain(module.parameters(), module.buffers()) if each.data_ptr() not in known]
+        tensors = [each for each in chain(module.parameters(), module.buffers()) if address_of(each) not in known]
         return sum(map(torch_private.version, tensors)) if tensors else None
     except (RuntimeError, ValueError):  # one that has no memory yet, or was made in inference mode
         return None

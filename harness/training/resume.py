@@ -28,6 +28,7 @@ from harness.errors import (
     StoreError,
 )
 from harness.state.capture import State
+from harness.state.modules import some
 from harness.state.parts import RANDOM
 
 log = logging.getLogger(__name__)
@@ -67,9 +68,13 @@ def resume(
     if skip_newest:
         entries = _without_newest(entries, skipped)
     shared = world.size > 1 and (how == "shared" or (how == "auto" and not catalog.store.is_local))
+    is_sharded = any(world.all_gather(state.is_sharded))
+    land = state.land() if is_sharded else load.whole
+    agree = functools.partial(_refuse_together, world) if is_sharded else None
+    here = conditions(world, state)
     storage_failed = False
     for entry in entries:
-        parts, problems, was_storage = _read_together(world, catalog, entry, shared=shared)
+        parts, problems, was_storage = _read_together(world, catalog, entry, shared=shared, land=land)
         if problems:
             storage_failed = storage_failed or was_storage
             skipped[entry.directory] = why = "; ".join(problems)
@@ -83,15 +88,16 @@ def resume(
                 f"{entry.directory}: was not written by a run; to start from its weights, give a new run init_from"
             )
         try:
-            state.restore(parts, entry.step, world.rank, int(meta.get("epoch") or 0))
+            state.restore(parts, entry.step, world.rank, int(meta.get("epoch") or 0), before_restoring=agree)
         except Mismatch as error:
             where = f"{catalog.store.url}/{entry.directory}"
             advice = "if the change is intended, this is a new run; give it another URL"
             grown = "if the training itself has added something, add it in Run(..., adapt=...)"
             raise Mismatch(f"{where}: {error}\n{advice}; {grown}") from None
-        _warn_if_inexact(meta, conditions(world))
+        _warn_if_inexact(meta, here)
         # With other ranks the random streams start anew, from the seed and the rank.
-        state.random_to_restore = parts[RANDOM].get(str(world.rank), {}) if meta.get("world_size") == world.size else {}
+        is_alike = all(meta.get(key) == here.get(key) for key in ("world_size", "sharding"))
+        state.random_to_restore = parts[RANDOM].get(str(world.rank), {}) if is_alike else {}
         ancestor = Ancestor(entry.manifest.attempt, entry.step)
         lineage = [*entry.manifest.lineage, ancestor]
         on_first(world, functools.partial(_log_other_lines, catalog, entry, skipped))
@@ -104,6 +110,13 @@ def resume(
             "restore one of them or start a run at another URL"
         )
     return NEW
+
+
+def _refuse_together(world: World, problem: Mismatch | None) -> None:
+    """Raises, on every rank, the ``Mismatch`` that one of them has found."""
+    found = world.all_gather(str(problem) if problem else "")
+    if (what := next((f"{each} (rank {rank})" for rank, each in enumerate(found) if each), None)) is not None:
+        raise problem or Mismatch(what)
 
 
 def _each(world: World, catalog: Catalog) -> Iterator[Entry]:
@@ -150,7 +163,7 @@ def check_lockstep(world: World, state: State, about: Mapping[str, Any], *, resu
     ``about`` are further values that must be the same: what is trained.
     """
     state.agree(world.all_gather)
-    found = world.all_gather({**about, **state.digests()})
+    found = world.all_gather({**about, **state.digests(), "is_sharded": state.is_sharded})
     different = [rank for rank in range(world.size) if found[rank] != found[0]]
     if different:
         first = found[different[0]]
@@ -165,6 +178,9 @@ def check_lockstep(world: World, state: State, about: Mapping[str, Any], *, resu
             else ""
         )
         raise ConfigError(f"{what}{hint}")
+    if found[0]["is_sharded"] and (names := state.check_replicas(world.all_gather)):
+        what = f"the ranks are not in lockstep: of {some(names)}, ranks that hold the same part hold other values"
+        raise RankFailure(what) if resumed else ConfigError(f"{what}; build every rank's model from the same seed")
 
 
 def check_alike(world: World, state: State) -> None:
@@ -206,14 +222,14 @@ def on_first(world: World, function: Any) -> Any:
 
 
 def _read_together(
-    world: World, catalog: Catalog, entry: Entry, *, shared: bool
+    world: World, catalog: Catalog, entry: Entry, *, shared: bool, land: load.Land
 ) -> tuple[dict[str, Any] | None, Sequence[str], bool]:
     """What this rank read, the problems of all ranks, and whether one is the storage's: where there are any, nobody uses
     anything."""
     parts, problem, is_storage = None, entry.problem, False
     if entry.manifest is not None and not problem:
         try:
-            parts = load.read(catalog.store, entry.directory, entry.manifest, peers=world if shared else None)
+            parts = load.read(catalog.store, entry.directory, entry.manifest, peers=world if shared else None, land=land)
         except (CheckpointError, StoreError) as error:
             problem, is_storage = f"{error} (rank {world.rank})", isinstance(error, StoreError)
         except RankFailure:  # the rank that has failed says why
@@ -228,18 +244,21 @@ def save_seconds(meta: Mapping[str, Any]) -> float | None:
     return seconds if isinstance(seconds, float) else None
 
 
-def conditions(world: World) -> dict[str, Any]:
-    """What the bits of a result depend on besides the run itself. It is in every manifest."""
+def conditions(world: World, state: State) -> dict[str, Any]:
+    """What the bits of a result depend on besides the run itself. It is in every manifest; how a model is sharded, where it
+    is."""
     return {
         "world_size": world.size,
         "device": world.device.type,
         "threads": torch.get_num_threads(),  # torchrun sets one for each of several local ranks
         "torch": torch.__version__,
+        **({"sharding": state.sharding_in_words} if state.sharding_in_words else {}),
     }
 
 
 def _warn_if_inexact(meta: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    differences = [f"{key} {meta.get(key)} → {value}" for key, value in here.items() if meta.get(key) != value]
+    keys = dict.fromkeys([*here, *(["sharding"] if "sharding" in meta else [])])
+    differences = [f"{key} {meta.get(key)} → {here.get(key)}" for key in keys if meta.get(key) != here.get(key)]
     if differences:
         log.warning(
             "resuming under different conditions (%s): every global batch has the same samples, but the results "

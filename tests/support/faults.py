@@ -86,10 +86,12 @@ class Restored:
     """Takes what ``harness.training.resume`` puts into a training state."""
 
     device = torch.device("cpu")
+    is_sharded = False
+    sharding_in_words = ""
     step: int | None = None
     parts: Mapping[str, Any] | None = None
 
-    def restore(self, parts: Mapping[str, Any], step: int, rank: int, epoch: int) -> None:
+    def restore(self, parts: Mapping[str, Any], step: int, rank: int, epoch: int, **_: Any) -> None:
         self.parts, self.step = parts, step
 
     @property

@@ -10,7 +10,8 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, StepLR
 from torch.utils.data import TensorDataset
 
-from harness import Evaluation, Run, StopRequest, Task
+from harness import Evaluation, Run, StopRequest, Task, save
+from harness.distributed.world import TorchrunWorld
 from harness.errors import ConfigError, Mismatch, Unsupported
 from harness.state.capture import State
 from harness.training.checkpointing import Checkpointing
@@ -38,24 +39,53 @@ def run_of(state: dict[str, Any], url: Path | None = None, **options: Any) -> Ru
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use:UserWarning", "ignore::FutureWarning")
 def test_a_model_whose_ranks_hold_shards_is_refused(one_rank):
     """Before anything is captured, which would be a collective that only some ranks take part in."""
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
-    words = (
-        "gives each rank its own shard of the parameters. Sharded states cannot be saved yet; use DistributedDataParallel"
-    )
     model = nn.Sequential(nn.Linear(2, 2), FullyShardedDataParallel(nn.Linear(2, 2), device_id=CPU))
-    with pytest.raises(Unsupported, match=rf"^net\.1: FullyShardedDataParallel {words}$"):
+    words = (
+        "flattens the parameters and gives each rank a piece, which cannot be saved; use torch.distributed.fsdp.fully_shard"
+    )
+    with pytest.raises(Unsupported, match=rf"^net\.1: FullyShardedDataParallel {words}, or DistributedDataParallel$"):
         run_of({"net": model})
+
+
+def test_a_sharded_tensor_without_a_place_is_refused(one_rank):
+    """At the start, with its name: sums that are still to be made, and a local part that is not what the mesh says."""
+    from torch.distributed.tensor import DTensor, Partial, Shard
+
     mesh = distributed.init_device_mesh("cpu", (1,))
-    with pytest.raises(Unsupported, match=rf"^net: FSDPModule {words}$"):
-        run_of({"net": fully_shard(nn.Linear(2, 2), mesh=mesh)})
+    local = torch.ones(2, 2)
     model = nn.Sequential(nn.Linear(2, 2))
-    sharded = distributed.tensor.distribute_tensor(model[0].weight.detach(), mesh, [distributed.tensor.Shard(0)])
-    model[0].weight = nn.Parameter(sharded)
+    model[0].weight = nn.Parameter(DTensor.from_local(local, mesh, [Partial()]))
+    with pytest.raises(Unsupported, match=r"^net\.0\.weight: a DTensor with the placement P\(sum\), .*redistribute"):
+        run_of({"net": model})
+    wrong = DTensor.from_local(local, mesh, [Shard(0)], shape=torch.Size([3, 2]), stride=(2, 1), run_check=False)
+    model[0].weight = nn.Parameter(wrong)
     with pytest.raises(
-        Unsupported, match=r"^net\.0\.weight: a DTensor, of which each rank has a shard .*tensor parallelism"
+        Unsupported, match=r"^net\.0\.weight: expected a local part of shape \[3, 2\] .* found \[2, 2\]; give"
     ):
         run_of({"net": model})
+
+
+def test_a_sharded_model_is_not_wrapped(one_rank):
+    """harness train would put DistributedDataParallel around it."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(nn.Linear(2, 2), mesh=distributed.init_device_mesh("cpu", (1,)))
+    world = TorchrunWorld(CPU, "gloo", 20)
+    with pytest.raises(ConfigError, match=r"the task's model is sharded .*; use harness\.Run"):
+        world.wrap(model)
+    world.let_go()
+
+
+def test_a_sharded_tensor_is_not_saved_by_one_process(one_rank, tmp_path):
+    """harness.save asks nobody; it says who does."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    tensor = distribute_tensor(torch.ones(2, 2), distributed.init_device_mesh("cpu", (1,)), [Shard(0)])
+    with pytest.raises(Unsupported, match=r"^model/w: a DTensor, .*; harness\.Run saves it from all ranks"):
+        save(tmp_path / "run", {"model": {"w": tensor}})
+    assert not [*(tmp_path / "run").glob("step-*")]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of what it imports

@@ -1,0 +1,649 @@
+"""Sharded models: each rank saves its part, and what was saved in one layout is loaded in any other."""
+
+import functools
+import os
+import re
+import runpy
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import harness
+from harness import Loader, Run, StopRequest
+from harness.checkpoint import format as layout_of_files
+from harness.checkpoint import load, tree
+from harness.checkpoint.catalog import Catalog, verify_all
+from harness.checkpoint.format import TensorInfo, checksum, decode_header
+from harness.errors import ConfigError, Unsupported
+from harness.interchange.export import export_model
+from harness.storage.store import open_store
+from tests.support.cluster import read_json, returned
+from tests.support.sharding import Scene, play_scenes, scenes_played
+
+ROWS = (1, 3, 5, 7, 13)  # one, the world - 1, the world + 1, and what divides by nothing
+
+
+class Table(nn.Module):
+    """Parameters of odd sizes, a buffer and a parameter that no rank shares out; nothing is computed with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, rows) for rows in ROWS)
+        self.tall = nn.Parameter(torch.zeros(6, 2, 30))
+        self.row = nn.Parameter(torch.zeros(1, 5))  # of which most ranks have nothing
+        self.again = self.row
+        self.register_buffer("steps", torch.zeros(3))
+
+
+def fsdp(model: nn.Module, ranks: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (ranks,))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def hsdp(model: nn.Module, _ranks: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+
+
+def parallel(model: nn.Module, mesh: Any) -> None:
+    """Tensor parallelism: rows of some layers, columns of the others; biases of these stay whole."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    kinds = {f"layers.{index}": RowwiseParallel() if index % 2 else ColwiseParallel() for index in range(len(ROWS))}
+    parallelize_module(model, mesh, kinds)
+
+
+def tp(model: nn.Module, ranks: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    parallel(model, init_device_mesh("cpu", (ranks,)))
+
+
+def tp_fsdp(model: nn.Module, ranks: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("data", "tensor"))
+    parallel(model, mesh["tensor"])
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh["data"])
+    fully_shard(model, mesh=mesh["data"])
+
+
+def plain(model: nn.Module, ranks: int) -> None:
+    """Every rank has all."""
+
+
+LAYOUTS = {
+    "one": (1, plain),
+    "plain2": (2, plain),
+    "fsdp1": (1, fsdp),
+    "fsdp2": (2, fsdp),
+    "fsdp3": (3, fsdp),
+    "fsdp4": (4, fsdp),
+    "hsdp": (4, hsdp),
+    "tp2": (2, tp),
+    "tp_fsdp": (4, tp_fsdp),
+}
+
+
+class Average:
+    """An object of the program's own that keeps a copy of each parameter."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.values = {name: each.detach().clone() for name, each in model.named_parameters()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": self.values, "decay": 0.9}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state["values"].items():
+            self.values[name].copy_(value)
+
+
+def expected(model: nn.Module) -> dict[str, torch.Tensor]:
+    """For each parameter of a plain model its own indices, shifted by its number."""
+    return {
+        name: torch.arange(each.numel(), dtype=torch.float32).view(each.shape) + 1000 * number
+        for number, (name, each) in enumerate(model.named_parameters())
+    }
+
+
+def part_like(live: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """A whole tensor as a live one is laid out, by torch alone."""
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+    if not isinstance(live, DTensor):
+        return whole.clone()
+    mesh = live.device_mesh
+    there = distribute_tensor(whole, mesh, [Replicate()] * mesh.ndim)
+    return there.redistribute(mesh, live.placements)
+
+
+def whole_of(tensor: torch.Tensor) -> torch.Tensor:
+    from torch.distributed.tensor import DTensor
+
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def built(layout: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    ranks, shard = LAYOUTS[layout]
+    model = Table()
+    shard(model, ranks)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+def fill(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Gives every parameter and moment values that say where they belong."""
+    with torch.no_grad():
+        for name, value in expected(Table()).items():
+            live = model.get_parameter(name)
+            live.copy_(part_like(live, value))
+            optimizer.state[live] = {
+                "step": torch.tensor(7.0),
+                "exp_avg": part_like(live, value * 2),
+                "exp_avg_sq": part_like(live, value * 3),
+            }
+        model.steps.copy_(torch.tensor([1.0, 2.0, 3.0]))
+
+
+def wrong(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """What does not have the values that it was saved with."""
+    found = []
+    for name, value in expected(Table()).items():
+        live = model.get_parameter(name)
+        state = optimizer.state[live]
+        pairs = {
+            "": (live, value),
+            "/exp_avg": (state["exp_avg"], value * 2),
+            "/exp_avg_sq": (state["exp_avg_sq"], value * 3),
+        }
+        found += [f"{name}{key}" for key, (one, other) in pairs.items() if not torch.equal(whole_of(one), other)]
+        found += [f"{name}/step"] if state["step"] != 7 or type(state["step"]) is not torch.Tensor else []
+        found += [f"{name}: type"] if type(state["exp_avg"]) is not type(live.detach()) else []
+    return found + ([] if model.steps.tolist() == [1.0, 2.0, 3.0] else ["steps"])
+
+
+def save(url: Path, layout: str, **config: Any) -> int:
+    """Saves one step in a layout, beside the training and at the end."""
+    model, optimizer = built(layout)
+    average = Average(model)
+    state = {"average": average, "optimizer": optimizer, "model": model}
+    run = Run(url, state, stop=StopRequest(), config={"checkpoint": config})
+    fill(model, optimizer)
+    for name, value in average.values.items():
+        value.copy_(model.get_parameter(name).detach() * 4)
+    for _ in run.steps(1):
+        run.step()
+    run.close()
+    return run.global_step
+
+
+def resume(url: Path, layout: str, **config: Any) -> dict[str, Any]:
+    """What has become of it in another layout."""
+    model, optimizer = built(layout)
+    average = Average(model)
+    state = {"model": model, "optimizer": optimizer, "average": average}
+    run = Run(url, state, stop=StopRequest(), config={"checkpoint": config})
+    run.close()
+    found = wrong(model, optimizer)
+    values = {name: whole_of(value) for name, value in average.values.items()}
+    found += [name for name, value in expected(Table()).items() if not torch.equal(values[name], value * 4)]
+    return {"step": run.global_step, "wrong": found + ([] if model.again is model.row else ["again"])}
+
+
+# --- trained -----------------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Odd sizes, dropout, running averages, tied weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second, self.last = (
+            nn.Linear(8, 13),
+            nn.BatchNorm1d(13),
+            nn.Linear(13, 8),
+            nn.Linear(8, 13),
+        )
+        self.last.weight = self.first.weight
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        hidden = self.second(nn.functional.dropout(self.norm(self.first(batch)).relu(), 0.2, self.training))
+        return self.last(hidden) * self.scale
+
+
+class Heads(nn.Module):
+    """What tensor parallelism can compute: even sizes, and a norm that stays whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(self.norm(batch)).relu())
+
+
+def shard_net(model: nn.Module, kind: str, ranks: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    if kind == "heads":
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("data", "tensor"))
+        parallelize_module(model, mesh["tensor"], plan)
+        if ranks > 2:
+            fully_shard(model, mesh=mesh["data"])
+        return
+    mesh = init_device_mesh(
+        "cpu", (2, 2) if kind == "hsdp" else (ranks,), mesh_dim_names=("r", "s")[-1 - (kind == "hsdp") :]
+    )
+    options: dict[str, Any] = {"mesh": mesh}
+    if kind == "bf16":
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if kind == "offload":
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+    if kind == "kept":
+        options["reshard_after_forward"] = False
+    if kind != "one group":
+        fully_shard(model.second, **options)
+    fully_shard(model, **options)
+
+
+def train(url: Path | None, kind: str, until: int = 7, dies_after: int | None = None) -> dict[str, Any]:
+    """Trains so many steps, or fewer, and returns the losses, and a digest of all that there is."""
+    import torch.distributed as dist
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    model: nn.Module = Heads() if kind == "heads" else Net()
+    if kind == "bf16":
+        model.norm = nn.Identity()
+    data = ranks // 2 if kind == "heads" else ranks
+    shard_net(model, kind, ranks)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    inputs = torch.randn(48, 8, generator=torch.Generator().manual_seed(5))
+    where = {"rank": rank // 2, "world_size": data} if kind == "heads" else {}
+    loader = Loader(TensorDataset(inputs), 12, seed=3, **where)
+    torch.manual_seed(rank % 2 if kind == "heads" else rank)
+    state = {"optimizer": optimizer, "model": model, "loader": loader}
+    settings = {"checkpoint": {"check_snapshots": kind == "checked"}}
+    run = Run(url, state, every_steps=2, stop=StopRequest(), config=settings)
+    losses = []
+    try:
+        for _ in run.epochs(3):
+            for (batch,) in loader:
+                halves = batch.chunk(2) if kind == "accumulated" else [batch]
+                for part in halves:
+                    if kind == "accumulated":
+                        model.set_requires_gradient_sync(part is halves[-1])
+                    loss = model(part.bfloat16() if kind == "bf16" else part).float().square().mean()
+                    loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                run.step(loss=loss)
+                losses.append(float(loss.detach()))
+                if kind == "evaluated":
+                    model.eval()
+                    with torch.no_grad():
+                        model(batch)
+                    model.train()
+                if run.global_step == dies_after:
+                    raise InterruptedError
+                if run.global_step == until:
+                    run.finish()
+                    return {"losses": losses, "digest": digest_here(model, optimizer), "from": until - len(losses)}
+    except InterruptedError:
+        return {"losses": losses}
+    finally:
+        run.close()
+    raise AssertionError
+
+
+def digest_here(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """Of what this rank has of the model and its moments, bit for bit."""
+    from harness.checkpoint.dtensors import local_of
+
+    values = [*model.state_dict().values()]  # first: it has the parameters put back
+    states = [optimizer.state[each] for group in optimizer.param_groups for each in group["params"]]
+    values += [state[key] for state in states for key in sorted(state)]
+    return checksum(b"".join(bytes(each) for value in values for each in tree.raw_bytes(local_of(value))))
+
+
+def resumed(place: Path, kind: str) -> dict[str, Any]:
+    """A run that was left after its fifth step, and the one that it is compared with."""
+    straight = train(place / f"straight-{kind}", kind)
+    train(place / kind, kind, dies_after=5)
+    again = train(place / kind, kind)
+    return {
+        "from": again["from"],
+        "losses": again["losses"] == straight["losses"][again["from"] :],
+        "same": again["digest"] == straight["digest"],
+    }
+
+
+# --- the scenes ------------------------------------------------------------------------------------------------------
+
+
+def in_small_pieces(act: Callable[[Path], Any], place: Path) -> Any:
+    """Tensors that are cut between small blocks, and read in stretches that end within rows."""
+    before = layout_of_files.BLOCK_BYTES, load.STRETCH_BYTES
+    layout_of_files.BLOCK_BYTES, load.STRETCH_BYTES = 64, 16
+    try:
+        return act(place / "small")
+    finally:
+        layout_of_files.BLOCK_BYTES, load.STRETCH_BYTES = before
+
+
+def fall_back(place: Path, damage: Callable[[Path], None]) -> dict[str, Any]:
+    """Two steps are saved, and the newer one is damaged by one rank."""
+    import torch.distributed as dist
+
+    model, optimizer = built("fsdp3")
+    average = Average(model)
+    run = Run(place, {"model": model, "optimizer": optimizer, "average": average}, every_steps=1, stop=StopRequest())
+    fill(model, optimizer)
+    for name, value in average.values.items():
+        value.copy_(model.get_parameter(name).detach() * 4)
+    for _ in run.steps(2):
+        run.step()
+    run.close()
+    if dist.get_rank() == 0:
+        (newest,) = place.glob(f"step-{2:012}-*")
+        damage(newest)
+    dist.barrier()
+    return resume(place, "fsdp3")
+
+
+def buffers_elsewhere(place: Path) -> list[list[float]]:
+    """Each rank of three has its own running averages; what two ranks, and one process, have of them then."""
+    import torch.distributed as dist
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 5), nn.BatchNorm1d(5))
+    shard_all(model, ranks)
+    run = Run(place, {"model": model}, stop=StopRequest())
+    if ranks == 3:
+        model[1].running_mean.fill_(rank + 1)
+        model[1].num_batches_tracked.fill_(9)  # the same on all
+        for _ in run.steps(1):
+            run.step()
+    run.close()
+    return [model[1].running_mean.tolist(), [float(model[1].num_batches_tracked)]]
+
+
+def shard_all(model: nn.Module, ranks: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "flipped": lambda save: flip(save / "model-rank1-00001-of-00001.safetensors"),
+    "cut": lambda save: os.truncate(save / "optimizer-rank2-00001-of-00001.safetensors", 40),
+    "lost": lambda save: os.unlink(save / "model-rank2-00001-of-00001.safetensors"),
+    "swapped": lambda save: swap(*(save / f"model-rank{rank}-00001-of-00001.safetensors" for rank in (0, 1))),
+}
+
+
+def swap(one: Path, other: Path) -> None:
+    data = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(data)
+
+
+def refusals(place: Path) -> list[str]:
+    """What cannot be saved, on each rank: only one of them knows that something is wrong."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
+    found = []
+    for shape in ((2, 3), (3, 3)):  # the ranks do not mean the same tensor, or leave a row out
+        local = torch.ones(2, 3) if rank == 0 else torch.ones(shape)
+        whole = (4, 3) if rank == 0 else (shape[0] * 2, 3)
+        model = nn.Linear(3, 4, bias=False)
+        given = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=torch.Size(whole), stride=(3, 1))
+        model.weight = nn.Parameter(given)
+        if shape == (2, 3):
+            model.register_parameter("other", nn.Parameter(given * 2) if rank else None)
+        try:
+            Run(place / str(shape), {"model": model}, stop=StopRequest()).close()
+        except (Unsupported, ConfigError) as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+def saving(layout: str) -> Scene:
+    return Scene(f"save-{layout}", LAYOUTS[layout][0], lambda place: save(place / layout, layout))
+
+
+def loading(layout: str, other: str, how: str = "each") -> Scene:
+    name = f"load-{layout}-{other}-{how}"
+    return Scene(name, LAYOUTS[other][0], lambda place: resume(place / layout, other, restore=how))
+
+
+def training(kind: str, ranks: int) -> Scene:
+    return Scene(f"train-{kind}-{ranks}", ranks, lambda place: resumed(place / str(ranks), kind))
+
+
+# Each layout is loaded as it was, and exchanged with one that cuts elsewhere; the soak has every pair, read both ways.
+PAIRS = [
+    *((layout, layout, "each") for layout in LAYOUTS),
+    *(("fsdp4", other, "each") for other in LAYOUTS if other != "fsdp4"),
+    *((one, "fsdp3", "each") for one in LAYOUTS if one not in ("fsdp3", "fsdp4")),
+    *((*pair, "shared") for pair in (("one", "hsdp"), ("tp_fsdp", "fsdp3"), ("fsdp4", "tp_fsdp"), ("fsdp3", "plain2"))),
+]
+MORE_PAIRS = [(one, other, how) for one in LAYOUTS for other in LAYOUTS for how in ("each", "shared")]
+TRAINED = [("plain", 3), ("evaluated", 2), ("heads", 4)]
+MORE_TRAINED = [
+    *((kind, 2) for kind in ("plain", "one group", "bf16", "offload", "kept", "accumulated", "checked", "heads")),
+    ("hsdp", 4),
+]
+SAVES = [*map(saving, LAYOUTS)]
+CUT = {"writers": "all", "shard_bytes": 1024}
+SMALL = [
+    Scene("small-save", 2, functools.partial(in_small_pieces, lambda url: save(url, "plain2", **CUT))),
+    *(
+        Scene(f"small-{other}", LAYOUTS[other][0], functools.partial(in_small_pieces, lambda url, it=other: resume(url, it)))
+        for other in ("fsdp3", "tp_fsdp", "one")
+    ),
+]
+FAULTS = [Scene(f"fault-{kind}", 3, lambda place, kind=kind: fall_back(place / kind, DAMAGE[kind])) for kind in DAMAGE]
+SCENES = [*SAVES, *(loading(*each) for each in PAIRS), *(training(*each) for each in TRAINED), *SMALL, *FAULTS]
+SCENES += [Scene(f"buffers-{ranks}", ranks, lambda place: buffers_elsewhere(place / "buffers")) for ranks in (3, 4, 2)]
+SCENES.append(Scene("refusals", 2, lambda place: refusals(place / "refusals")))
+SOAK = [*SAVES, *(loading(*each) for each in MORE_PAIRS), *(training(*each) for each in MORE_TRAINED)]
+
+
+if __name__ == "__main__":
+    play_scenes(SOAK if "soak" in sys.argv else SCENES, Path(sys.argv[1]))
+    sys.exit(0)
+
+
+# --- the tests -------------------------------------------------------------------------------------------------------
+
+pytestmark = pytest.mark.torchrun
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def scenes(place) -> Mapping[str, list[Any]]:
+    return scenes_played(__file__, place, 4)
+
+
+@pytest.fixture(scope="module")
+def soak_scenes(tmp_path_factory) -> Mapping[str, list[Any]]:
+    return scenes_played(__file__, tmp_path_factory.mktemp("soak"), 4, "soak")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_can_be_saved(scenes, place, layout):
+    """By all ranks that have a part, and every byte is there."""
+    assert set(returned(scenes[f"save-{layout}"])) == {1}
+    (entry,) = verify_all(Catalog(open_store(str(place / layout))), deep=True)
+    assert (entry.state, entry.problem) == ("whole", "")
+
+
+def test_each_byte_is_written_once_and_not_by_one_rank(scenes, place):
+    """Replicas share the work, and rank 0 has no more of it than the others; a checkpoint of whole tensors has no boxes."""
+    sizes = {}
+    for layout in ("one", "fsdp4", "hsdp", "tp_fsdp"):
+        manifest = Catalog(open_store(str(place / layout))).newest().manifest
+        assert manifest is not None
+        sizes[layout] = {file.name: file.bytes for file in manifest.files if "-rank" in file.name}
+        infos = [info for name in sizes[layout] for info in header_of(place / layout, name)]
+        has_boxes = any(part.boxes for part in manifest.parts.values())
+        assert has_boxes == (layout != "one")
+        whole = sum(each.info(path).nbytes for part in manifest.parts.values() for path, each in part.boxes.items())
+        assert sum(info.nbytes for info in infos) == whole
+    assert not sizes["one"]
+    assert {name.partition("-rank")[2][0] for name in sizes["hsdp"]} == set("0123")
+
+
+def header_of(url: Path, name: str) -> list[TensorInfo]:
+    """The tensors in a shard."""
+    (file,) = url.glob(f"step-*/{name}")
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    return decode_header(data[8 : 8 + size], len(data) - 8 - size)
+
+
+@pytest.mark.parametrize(("layout", "other", "how"), PAIRS)
+def test_any_layout_loads_any_other(scenes, layout, other, how):
+    """Parameters and moments, value by value: each says where it belongs. Read by each rank, or once for all."""
+    for found in returned(scenes[f"load-{layout}-{other}-{how}"]):
+        assert found == {"step": 1, "wrong": []}
+
+
+@pytest.mark.parametrize("other", ["fsdp3", "tp_fsdp", "one"])
+def test_pieces_of_whole_tensors_land_in_boxes(scenes, place, other, monkeypatch):
+    """Pieces that two ranks have written of tensors that were whole, in stretches that end in the middle of a row."""
+    assert set(returned(scenes["small-save"])) == {1}
+    monkeypatch.setattr(layout_of_files, "BLOCK_BYTES", 64)
+    manifest = Catalog(open_store(str(place / "small"))).newest().manifest
+    assert manifest is not None
+    assert manifest.parts["model"].slices
+    for found in returned(scenes[f"small-{other}"]):
+        assert found == {"step": 1, "wrong": []}
+
+
+def test_buffers_are_each_ranks_own(scenes):
+    """Where they differ; with other ranks, rank r takes those of rank r modulo the number of ranks that there were."""
+    for ranks in (3, 4, 2):
+        found = returned(scenes[f"buffers-{ranks}"])
+        assert found == [[[rank % 3 + 1] * 5, [9]] for rank in range(ranks)]
+
+
+def test_the_formats_reader_puts_boxes_together(scenes, place, tmp_path):
+    """That of the documentation, which knows nothing of harness."""
+    text = (Path(__file__).parents[2] / "docs/reference/format.md").read_text()
+    found = re.search(r"^```python\n(# reader\.py\n.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert found
+    (tmp_path / "reader.py").write_text(found[1])
+    reader = runpy.run_path(str(tmp_path / "reader.py"))
+    step, tensors = reader["read"](reader["newest"](place / "tp_fsdp"))
+    assert step == 1
+    for name, value in expected(Table()).items():
+        assert (tensors[f"model/{name}"] == value.numpy()).all()
+        assert (tensors[f"optimizer/state/{name}/exp_avg"] == 2 * value.numpy()).all()
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_all_ranks_fall_back_together(scenes, kind):
+    """Over a checkpoint of which a rank's file is damaged: nobody takes anything of it."""
+    for found in returned(scenes[f"fault-{kind}"]):
+        assert found == {"step": 1, "wrong": []}
+
+
+def test_what_is_not_the_whole_is_refused_on_every_rank(scenes):
+    """Tensors that only one rank has, and ranks that do not mean the same tensor."""
+    one, other = returned(scenes["refusals"])
+    assert one == other
+    assert len(one) == 2
+    assert one[0].startswith("Unsupported: model/other (float32[4, 3]): not sharded alike on rank 0 and on rank 1")
+    assert one[1].startswith(
+        "Unsupported: model/weight (float32[4, 3]) and 1 more: not sharded alike on rank 0 and on rank 1"
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_process_reads_whole_tensors(scenes, place, layout, tmp_path):
+    """harness.load, and export: what the run has had, whoever has written which part of it."""
+    parts = harness.load(place / layout)
+    want = expected(Table())
+    assert all(torch.equal(parts["model"][name], value) for name, value in want.items())
+    assert all(torch.equal(parts["optimizer"]["state"][name]["exp_avg_sq"], value * 3) for name, value in want.items())
+    store = open_store(str(place / layout))
+    entry = Catalog(store).newest()
+    assert entry.manifest is not None
+    export_model(store, entry.directory, entry.manifest, str(tmp_path / "out.safetensors"))
+    assert all(torch.equal(load_file(tmp_path / "out.safetensors")[name], value) for name, value in want.items())
+
+
+def test_digests_of_wholes_are_equal_in_every_layout(scenes, place):
+    """``inspect --digest``; those that a manifest has are of the boxes."""
+    whole, own = {}, {}
+    for layout in LAYOUTS:
+        store = open_store(str(place / layout))
+        entry = Catalog(store).newest()
+        assert entry.manifest is not None
+        whole[layout] = load.digests(store, entry.directory, entry.manifest)
+        own[layout] = {name: part.digest for name, part in entry.manifest.parts.items()}
+    for part in ("model", "optimizer"):
+        assert {each[part] for each in whole.values()} == {own["one"][part]}
+        assert len({own[layout][part] for layout in ("one", "fsdp2", "fsdp3", "tp2", "tp_fsdp")}) == 5
+    assert read_json("inspect", str(place / "fsdp3"), "--digest", "--json")["digest"] == whole["fsdp3"]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("layout", "other", "how"), MORE_PAIRS)
+def test_every_layout_loads_every_other(soak_scenes, layout, other, how):
+    """All pairs, both ways."""
+    test_any_layout_loads_any_other(soak_scenes, layout, other, how)
+
+
+@pytest.mark.parametrize(("kind", "ranks"), TRAINED)
+def test_a_resume_has_the_bits_of_the_run_that_never_stopped(scenes, kind, ranks):
+    """In the same layout: losses, weights, moments, each rank's own running averages and random numbers."""
+    for found in returned(scenes[f"train-{kind}-{ranks}"]):
+        assert found == {"from": 4, "losses": True, "same": True}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("kind", "ranks"), MORE_TRAINED)
+def test_so_has_one_of_each_kind(soak_scenes, kind, ranks):
+    """Mixed precision, CPU offload, accumulation, one group for all, parameters that stay whole, replicas, tensors in
+    parallel."""
+    test_a_resume_has_the_bits_of_the_run_that_never_stopped(soak_scenes, kind, ranks)
