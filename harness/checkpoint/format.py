@@ -51,7 +51,7 @@ last line with the part's ``tree`` as JSON with sorted keys and without spaces. 
 ``BLOCK_BYTES``, it is the checksum of a text with one line for each block of so many of them (the last may be shorter): the
 checksum of the block. So it can be told by those who have each seen some of the blocks. Of a tensor that lies in boxes, it
 is the checksum of a text with one line for each box, sorted: ``<offsets>:<sizes> <checksum of the box's raw bytes>``. Such
-digests are equal for equal boxes, whoever wrote which of them.
+digests are equal for equal boxes, no matter which rank wrote which.
 
 **Lineage.** ``lineage`` lists, oldest first, every attempt whose steps this checkpoint stands on, with the last step it
 took from each; the writer itself is not in it. A step that an attempt wrote beyond that belongs to a line that was left.

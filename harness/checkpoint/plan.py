@@ -140,7 +140,7 @@ def divide(pieces: Iterable[TensorSlice], count: int) -> list[list[TensorSlice]]
     """So many shares of about as many bytes.
 
     The large tensors, laid end to end, are cut between blocks into stretches of the same length, so that few are cut at all;
-    the others go, the largest first, to whoever has the least.
+    the others go, the largest first, to the rank that has the least.
     """
     order = sorted(pieces, key=lambda piece: (-piece.nbytes, piece.part, piece.tensor.path))
     shares: list[list[TensorSlice]] = [[] for _ in range(count)]

@@ -1,7 +1,6 @@
-"""In each rank of a launch: writes down what each step has done, and carries out the faults of the plan.
+"""In each rank of a launch: writes down what each step has done, and says when the faults of the plan are due.
 
-A line of a record is written before anything else happens, so it outlives a SIGKILL. All deaths are real: a rank sends the
-signal to itself, or to the launcher, at the very moment that the plan names.
+A line of a record is written before anything else happens, so it outlives a SIGKILL.
 """
 
 import copy
@@ -9,9 +8,7 @@ import functools
 import json
 import os
 import random
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,8 +23,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from harness.config import RunConfig
 from harness.distributed.world import World
+from harness.drill.faults import Faults
 from harness.drill.hashes import hash_of, of_parts
-from harness.drill.plan import Fault, Plan, read_records
+from harness.drill.plan import Plan, read_records
 from harness.drill.reachable import Reachable
 from harness.errors import StoreError
 from harness.state.modules import unwrap
@@ -36,7 +34,6 @@ from harness.training.observer import Observer
 if TYPE_CHECKING:
     from harness.training.run import Run
 
-_PATIENCE_SECONDS = 10.0
 _OTHER_SEED = 918_273_645  # what the control leaves the generators at: nobody's own
 
 
@@ -54,8 +51,6 @@ class Recorder(Observer):
         self._samples: list[int] = []  # of the first of them
         self._evaluations = 0  # forward passes in ``eval()`` since then
         self._seeded: list[str] = []  # where the program has seeded a generator since its Run was made
-        self._stands_in: Path | None = None  # a file that stands in the way of a save
-        self._done: set[Fault] = set()
 
     # --- what the run says -------------------------------------------------------------------------------------------
 
@@ -92,7 +87,8 @@ class Recorder(Observer):
             unwrap(module).register_forward_pre_hook(self._before_forward, with_kwargs=True)
         batch = run.loader.schedule.global_batch_size if run.loader is not None else 0
         self._write("begun", step=run.global_step, grace_seconds=run.config.stop.grace_seconds, batch=batch)
-        self._do("begun", run.global_step)
+        self._faults = Faults(self._plan, run.world.rank, self._start, self._write)
+        self._faults.at("begun", run.global_step)
         self._watch_seeds()
 
     def looping(self, run: "Run") -> None:
@@ -109,17 +105,17 @@ class Recorder(Observer):
         step = run.global_step
         self._write("step", step=step, **self._describe_step(run, metrics))
         self._inputs, self._samples, self._evaluations, self._seeded = xxhash.xxh3_64(), [], 0, []
-        self._clear_the_way()
+        self._faults.clear_the_way()
         if run.epoch != self._epoch:
             self._epoch = run.epoch
-            self._do("epoch end", step)
-        self._do("step", step)
+            self._faults.at("epoch end", step)
+        self._faults.at("step", step)
         if step >= (self._plan.stop_at or self._plan.steps) - 1:
             run.stop.ask("the drill's end")  # the ranks agree on it at the next boundary, which is the last one
 
     def saving(self, directory: str) -> None:
         assert self._run is not None, "who saves was made"
-        self._do("saving", self._run.global_step, Path(self._plan.url, directory))
+        self._faults.at("saving", self._run.global_step, Path(self._plan.url, directory))
 
     # --- what is written down ----------------------------------------------------------------------------------------
 
@@ -159,7 +155,7 @@ class Recorder(Observer):
             self._inputs.update(hash_of([*arguments, named]).encode())
             return
         self._evaluations += 1
-        self._do("evaluation", self._run.global_step)
+        self._faults.at("evaluation", self._run.global_step)
 
     def _watch_seeds(self) -> None:
         """Writes down who seeds a generator from now on, and where."""
@@ -176,60 +172,8 @@ class Recorder(Observer):
 
         return noting
 
-    # --- what is done to the run -------------------------------------------------------------------------------------
-
     def _left_out(self) -> Iterator[tuple[str, Any]]:
         """The objects that a resume is not to restore."""
         kinds: dict[str, type] = {"scheduler": LRScheduler, "optimizer": Optimizer}
         kind = kinds.get(self._plan.leaves_out)
         yield from ((name, each) for name, each in self._state.items() if kind is not None and isinstance(each, kind))
-
-    def _do(self, when: str, step: int, directory: Path | None = None) -> None:
-        """Carries out what the plan has for this moment."""
-        assert self._run is not None, "nothing is planned for earlier"
-        rank = self._run.world.rank
-        for fault in self._plan.faults:
-            is_now = step == fault.step if when == "step" else step >= fault.step
-            is_here = (fault.when, fault.start) == (when, self._start) and (not fault.ranks or rank in fault.ranks)
-            if is_now and is_here and fault not in self._done:
-                self._done.add(fault)
-                if fault.when == "saving" and fault.what == "kill":
-                    assert directory is not None, "a save has one"
-                    threading.Thread(target=self._kill_in_save, args=(fault, directory), daemon=True).start()
-                    continue
-                if fault.when == "step" and fault.what != "stop":
-                    self._wait_for(f"step-{step // self._plan.every_steps * self._plan.every_steps:012}-*/manifest.json")
-                self._carry_out(fault, directory)
-
-    def _kill_in_save(self, fault: Fault, directory: Path) -> None:
-        """Waits until some of the checkpoint lies on the disk."""
-        self._wait_for(f"{directory.name}/*")
-        self._carry_out(fault, directory)
-
-    def _wait_for(self, pattern: str) -> None:
-        """Waits until there is such a file in a run on a disk: a step may be shorter than a save."""
-        deadline = time.monotonic() + _PATIENCE_SECONDS * ("://" not in self._plan.url)
-        while time.monotonic() < deadline and not any(Path(self._plan.url).glob(pattern)):
-            time.sleep(0.0005)
-
-    def _carry_out(self, fault: Fault, directory: Path | None) -> None:
-        assert self._run is not None, "a fault is somebody's"
-        self._write("fault", step=self._run.global_step, what=fault.what, when=fault.when)
-        match fault.what:
-            case "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            case "stop":
-                os.kill(self._plan.launcher_pid() or os.getpid(), signal.SIGTERM)
-            case "kill launcher":
-                os.kill(self._plan.launcher_pid() or os.getpid(), signal.SIGKILL)
-            case "refuse save":
-                assert directory is not None, "a save has one"
-                directory.parent.mkdir(parents=True, exist_ok=True)
-                directory.touch()  # a file where the save wants its directory: the disk itself refuses
-                self._stands_in = directory
-
-    def _clear_the_way(self) -> None:
-        """The save has failed: the next one may succeed."""
-        if self._stands_in is not None and '"save_failed"' in self._plan.events.read_text():
-            self._stands_in.unlink(missing_ok=True)
-            self._stands_in = None

@@ -144,7 +144,7 @@ FOREIGN = re.compile(r"\b((?:is|are|was|were|be|been) told|whoever|so many|of ou
 ALLOWED = {
     "checkpoint.commit": {"so many"},
     "checkpoint.format": {"so many", "be told", "of ours"},  # a specification: "so many spaces that"
-    "checkpoint.plan": {"so many", "whoever"},
+    "checkpoint.plan": {"so many"},
     "checkpoint.saver": {"whoever", "is told"},
     "state.modules": {"is told"},
     "state.options": {"so many", "whoever", "is told", "are told", "be told"},
