@@ -42,8 +42,8 @@ examiner: Callable[[RunConfig, Mapping[str, Any], World | None, bool], None] | N
 class Run:
     """A training that survives the death of its processes.
 
-    ``state`` names what is saved and restored: modules (plain, in DDP, compiled), optimizers, schedulers, scalers, a
-    ``Loader``, whatever else has ``state_dict`` and ``load_state_dict``. When the run is made, the newest whole checkpoint
+    ``state`` names what is saved and restored: modules (plain, in DDP, sharded, compiled), optimizers, schedulers, scalers,
+    a ``Loader``, whatever else has ``state_dict`` and ``load_state_dict``. When the run is made, the newest whole checkpoint
     at ``url`` (any fsspec URL, or a path; None saves nothing) is in them, on every rank. Then::
 
         for epoch in run.epochs(10):      # or: for step in run.steps(10_000)
