@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
 from harness import torch_private
-from harness.checkpoint.dtensors import address_of
+from harness.checkpoint.dtensors import address_of, local_of
 from harness.data.loader import Loader
 from harness.data.loaders import INTO_THE_STATE, warn_of_single_samples
 from harness.state.capture import State
@@ -257,8 +257,9 @@ class Stillness:
         return all(torch.equal(*pair) for pair in zip(before, self._some(), strict=False))
 
     def _some(self) -> list[torch.Tensor]:
-        trained = [each for module in self._modules for each in module.parameters() if each.requires_grad and each.numel()]
-        return [each.detach().flatten()[: self._NUMBERS].clone() for each in trained]
+        trained = [each for module in self._modules for each in module.parameters() if each.requires_grad]
+        own = [local_of(each.detach()) for each in trained]  # of a sharded one: no other rank is asked, since none looks
+        return [each.flatten()[: self._NUMBERS].clone() for each in own if each.numel()]
 
 
 def _parameters_of(optimizer: Optimizer) -> list[torch.Tensor]:

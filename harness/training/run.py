@@ -40,9 +40,9 @@ log = logging.getLogger(__name__)
 class Run:
     """A training that survives the death of its processes.
 
-    ``state`` names what is saved and restored: modules (plain, in DDP, compiled), optimizers, schedulers, scalers, a
-    ``Loader``, and anything else with ``state_dict`` and ``load_state_dict``. Making the run loads the newest whole
-    checkpoint at ``url`` into them, on every rank. ``url`` is any fsspec URL, or a path; None saves nothing. Then::
+    ``state`` names what is saved and restored: modules (plain, in DDP, sharded, compiled), optimizers, schedulers,
+    scalers, a ``Loader``, and anything else with ``state_dict`` and ``load_state_dict``. Making the run loads the newest
+    whole checkpoint at ``url`` into them, on every rank. ``url`` is any fsspec URL, or a path; None saves nothing. Then::
 
         for epoch in run.epochs(10):      # or: for step in run.steps(10_000)
             for batch in loader:
