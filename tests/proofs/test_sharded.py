@@ -582,7 +582,8 @@ def test_the_formats_reader_puts_boxes_together(scenes, place, tmp_path):
     assert step == 1
     for name, value in expected(Table()).items():
         assert (tensors[f"model/{name}"] == value.numpy()).all()
-        assert (tensors[f"optimizer/state/{name}/exp_avg"] == 2 * value.numpy()).all()
+        first = "again" if name == "row" else name  # the state of a tied parameter goes by its first name in the alphabet
+        assert (tensors[f"optimizer/state/{first}/exp_avg"] == 2 * value.numpy()).all()
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
