@@ -77,7 +77,10 @@ def test_the_diff_of_the_readme():
 def test_the_pieces_alone(tmp_path, monkeypatch, capsys):
     """Saved and loaded in a script without a process group."""
     monkeypatch.chdir(tmp_path)
-    exec(blocks("your-loop.md", "python")[0], {})
+    kept, pieces, *_ = blocks("your-loop.md", "python")
+    exec(kept, names := {})
+    exec("kept = Kept(best=1); kept.load_state_dict({'best': 2}); assert kept.state_dict() == {'best': 2}", names)
+    exec(pieces, {})
     assert capsys.readouterr().out == "100\n"
 
 

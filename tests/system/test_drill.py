@@ -97,6 +97,7 @@ def test_a_command_line_that_is_wrong(tmp_path, arguments):
     assert done.stderr.startswith("harness: harness ")
 
 
+@pytest.mark.soak
 def test_a_job_that_hangs(tmp_path):
     """It is killed, and said so."""
     (tmp_path / "job.py").write_text("import time; time.sleep(600)")

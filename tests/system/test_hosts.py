@@ -214,6 +214,7 @@ def test_the_host_of_the_rendezvous_is_lost(cluster, tmp_path):
     assert newest(cluster.url)["digests"] == newest(tmp_path / "run")["digests"]
 
 
+@pytest.mark.soak
 def test_fewer_hosts_train_the_same_batches(cluster):
     """With ``NODES=2:3`` a run goes on without a lost host, with the same samples in the same global batches."""
     elastic = Cluster(cluster.place / "elastic", cluster.hosts)

@@ -191,7 +191,7 @@ def test_several_torchruns_that_do_not_know_each_other(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (
-        done.stderr.count("srun has started 2 processes (SLURM_STEP_NUM_TASKS=2), and this torchrun knows of no other") == 1
+        done.stderr.count("srun has started 2 processes (SLURM_STEP_NUM_TASKS=2), but this torchrun knows of no other") == 1
     )
 
 
