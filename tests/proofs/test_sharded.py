@@ -492,10 +492,7 @@ if __name__ == "__main__":
 
 # --- the tests -------------------------------------------------------------------------------------------------------
 
-pytestmark = [
-    pytest.mark.torchrun,
-    pytest.mark.soak,
-]  # a rank of this many process groups has died of glibc's malloc, once in four runs
+pytestmark = [pytest.mark.torchrun, pytest.mark.soak]  # a rank of this many process groups once died in malloc
 
 
 @pytest.fixture(scope="module")
