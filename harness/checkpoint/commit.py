@@ -113,14 +113,7 @@ def checksums(encoded: Mapping[str, tree.Encoded]) -> dict[str, dict[str, Blocks
 def _checksums(part: tree.Encoded) -> dict[str, Blocks]:
     tensors = part.tensors.values()
     threads = threads_for(sum(tensor.nbytes for tensor in tensors))
-    return dict(zip(part.tensors, in_threads(threads, _blocks_of, tensors), strict=True))
-
-
-def _blocks_of(tensor: torch.Tensor) -> Blocks:
-    own = BlockHasher()
-    for chunk in tree.raw_bytes(tensor):
-        own.update(chunk)
-    return own.blocks()
+    return dict(zip(part.tensors, in_threads(threads, tree.blocks_of, tensors), strict=True))
 
 
 # --- one writer, or several ------------------------------------------------------------------------------------------

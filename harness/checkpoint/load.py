@@ -168,14 +168,8 @@ class _Verified:
 
     def digest(self) -> str:
         """That of whole tensors."""
-        return digest({self.infos[path]: _checksum_of(tensor) for path, tensor in self.tensors.items()}, self.tree)
-
-
-def _checksum_of(tensor: torch.Tensor) -> str:
-    hashing = BlockHasher()
-    for chunk in tree.raw_bytes(tensor):
-        hashing.update(chunk)
-    return checksum_of_blocks(hashing.blocks())
+        checksums = {path: checksum_of_blocks(tree.blocks_of(tensor)) for path, tensor in self.tensors.items()}
+        return digest({self.infos[path]: checksum for path, checksum in checksums.items()}, self.tree)
 
 
 def _assemble(directory: str, name: str, part: Part, shards: dict[str, Shard], wholes: "_Wholes") -> _Verified:

@@ -42,7 +42,7 @@ import torch
 
 from harness.checkpoint import dtensors
 from harness.checkpoint.boxes import Box
-from harness.checkpoint.format import DTYPES, TensorInfo, can_be_noted, row_major
+from harness.checkpoint.format import DTYPES, BlockHasher, Blocks, TensorInfo, can_be_noted, row_major
 from harness.errors import ConfigError, Corrupt, Unsupported
 
 _CHUNK_BYTES = 1 << 20  # small enough that what was copied is still in the processor's cache when it is hashed and written
@@ -135,6 +135,14 @@ def raw_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
         rows = max(1, _CHUNK_BYTES * tensor.shape[0] // tensor.nbytes)
         for piece in torch.split(tensor, rows):
             yield from raw_bytes(piece if rows > 1 else piece[0])
+
+
+def blocks_of(tensor: torch.Tensor) -> Blocks:
+    """The checksums of a tensor's blocks."""
+    own = BlockHasher()
+    for chunk in raw_bytes(tensor):
+        own.update(chunk)
+    return own.blocks()
 
 
 def is_flat(tensor: torch.Tensor) -> bool:

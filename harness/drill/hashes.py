@@ -8,14 +8,12 @@ import torch
 import xxhash
 
 from harness.checkpoint import tree
+from harness.checkpoint.format import checksum_of_blocks
 
 
 def hash_of_tensor(tensor: torch.Tensor) -> str:
     """Of dtype, shape and bytes."""
-    hasher = xxhash.xxh3_64(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    for chunk in tree.raw_bytes(tensor):
-        hasher.update(chunk)
-    return hasher.hexdigest()
+    return f"{tree.dtype_name(tensor.dtype)}{list(tensor.shape)} {checksum_of_blocks(tree.blocks_of(tensor))}"
 
 
 def hash_of(value: Any) -> str:
