@@ -10,7 +10,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -499,11 +498,7 @@ def report(url: str, out: str | None, storage_options: tuple[str, ...], as_json:
         return
     found = numbers.read_report(catalog, records, time.time())
     if out is not None:
-        text = page.page(found, records)
-        try:
-            Path(out).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{out}: cannot be written: {error.strerror}") from None
+        page.write(out, page.page(found, records))
     click.echo(json.dumps(found.as_json(), indent=1) if as_json else words.short(found))
 
 

@@ -5,17 +5,18 @@ import secrets
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import click
 
 from harness.drill import words
 from harness.drill.drill import Drill, scratch_folder
 from harness.drill.launches import Job
-from harness.drill.results import Findings, Result
+from harness.drill.page import page
+from harness.drill.results import Result
 from harness.drill.trials import QUICK
 from harness.errors import ConfigError, StoreError
 from harness.launcher.launch import halves
+from harness.report.page import write
 from harness.runtime.console import printable
 from harness.runtime.signals import STOP_SIGNALS
 
@@ -84,7 +85,7 @@ def run_drill(
             raise StoreError(f"harness drill: {error.strerror}: {error.filename}; let TMPDIR name another folder") from None
         _live("")
         if page_path is not None:
-            _write_page(page_path, findings, between_deaths_seconds)
+            write(page_path, page(findings, between_deaths_seconds))
     if as_json:
         click.echo(json.dumps(findings.as_json(), indent=1))
     else:
@@ -92,17 +93,6 @@ def run_drill(
         if soak_seconds:
             click.echo(f"The random deaths are those of --seed {seed}.")
     return findings.exit_code
-
-
-def _write_page(path: str, findings: Findings, between_deaths_seconds: float) -> None:
-    try:
-        from harness.drill.page import page  # noqa: PLC0415  # an extra draws it
-    except ImportError as error:
-        raise ConfigError(f"the page of a drill needs matplotlib: pip install matplotlib ({error})") from None
-    try:
-        Path(path).write_text(page(findings, between_deaths_seconds), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _live(text: str) -> None:

@@ -1,17 +1,18 @@
 """A drill as one HTML page: its trials in a table, and the curve of each run beside that of the run without a death."""
 
-from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from typing import TYPE_CHECKING
 
 from harness.drill import words
 from harness.drill.results import Findings, Result
-from harness.report import figures
-from harness.report.page import document, table
+from harness.report.page import document, drawing, table
 from harness.runtime.escapes import for_html
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def page(findings: Findings, between_deaths_seconds: float) -> str:
-    """The page, as HTML."""
+    """The page, as HTML. Raises ``ConfigError`` where what draws it is not installed."""
     title = for_html(f"harness drill {findings.command}")
     rows = (
         (each.trial.what, words.outcome(each), each.why or words.in_deaths(each), _difference(each))
@@ -37,15 +38,16 @@ def _difference(result: Result) -> str:
 def _curves(findings: Findings) -> str:
     """The run without a death as a line; the others as dots, which lie on it where they are exact."""
 
-    def draw(axes: Axes) -> None:
+    figures = drawing("drill")
+
+    def draw(axes: "Axes") -> None:
         figures.line(axes, figures.drawable(findings.curve), color=figures.COLOURS["training"], linewidth=1.4)
         for what, points in findings.curves.items():
             style = {"linestyle": "", "marker": "o", "markersize": 3, "alpha": 0.6}
             figures.line(axes, figures.drawable(points), color=figures.COLOURS["lost"], gid=what, **style)
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figures.label_steps(axes)
         axes.set_ylabel(findings.metric, parse_math=False)
         handles = {"no death": ("-", figures.COLOURS["training"]), "killed and resumed": ("o", figures.COLOURS["lost"])}
         figures.legend(axes, handles)
 
-    return figures.svg(f"{findings.metric} over the steps, without a death and with", 3.4, draw)
+    return str(figures.svg(f"{findings.metric} over the steps, without a death and with", 3.4, draw))

@@ -59,9 +59,8 @@ def losses(report: RunReport, name: str, curves: Mapping[Attempt, Curve]) -> str
             line(axes, kept, color=COLOURS["training"], linewidth=1.4, gid=f"kept-{life.number}")
         for life in report.lives:
             _mark_on_curve(axes, life, by_id)
-        axes.set_xlabel("step")
+        label_steps(axes)
         axes.set_ylabel(for_terminal(name, _LONGEST_NAME), parse_math=False)  # a dollar is a dollar
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         legend(axes, {"counts": ("-", COLOURS["training"]), "lost": ("-", COLOURS["lost"]), **_MARKS})
 
     return svg(f"{for_terminal(name, _LONGEST_NAME)} over the steps, with deaths and resumes", 3.4, draw)
@@ -106,9 +105,8 @@ def saves(report: RunReport) -> str:
         axes.plot(steps, waits, "v", color=COLOURS["saving"], markersize=3.5, gid="stall")
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel("step")
+        label_steps(axes)
         axes.set_ylabel("time (seconds)")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         legend(axes, {"until durable": ("o", COLOURS["training"]), "training waited": ("v", COLOURS["saving"])})
 
     return svg("seconds until each save was durable, and seconds that the training waited", 2.6, draw)
@@ -180,6 +178,12 @@ def _bars(life: Life, thinnest_seconds: float) -> dict[Kind, list[tuple[float, f
     for kind, begin, end in merged:
         found.setdefault(kind, []).append((begin, end))
     return found
+
+
+def label_steps(axes: Axes) -> None:
+    """Has the axis below show steps, which are whole numbers."""
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def legend(axes: Axes, entries: Mapping[str, tuple[str, str]]) -> None:

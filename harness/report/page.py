@@ -1,6 +1,8 @@
 """A report as one HTML page that needs nothing else: no network, no script."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
 
 from harness.checkpoint.format import Attempt
 from harness.errors import ConfigError
@@ -31,10 +33,7 @@ _MOST_CHARACTERS = 2000  # of a cell
 
 def page(report: RunReport, records: Mapping[Attempt, Sequence[Record]]) -> str:
     """The page. Raises ``ConfigError`` where what draws it is not installed."""
-    try:
-        from harness.report import figures  # noqa: PLC0415  # an extra
-    except ImportError as error:
-        raise ConfigError(f"the page of a report needs matplotlib: pip install matplotlib ({error})") from None
+    figures = drawing("report")
     name, curves = numbers.curves(records)
     title = for_html(words.headline(report), _MOST_CHARACTERS)
     parts = [
@@ -48,6 +47,23 @@ def page(report: RunReport, records: Mapping[Attempt, Sequence[Record]]) -> str:
         *_notes(report),
     ]
     return document(title, parts)
+
+
+def drawing(what: str) -> ModuleType:
+    """``harness.report.figures``. Raises ``ConfigError`` where what it draws with is not installed; ``what`` has a page."""
+    try:
+        from harness.report import figures  # noqa: PLC0415  # an extra
+    except ImportError as error:
+        raise ConfigError(f"the page of a {what} needs matplotlib: pip install matplotlib ({error})") from None
+    return figures
+
+
+def write(path: str, text: str) -> None:
+    """Writes a page. Raises ``ConfigError`` where that cannot be."""
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def document(title: str, parts: Iterable[str]) -> str:
