@@ -8,7 +8,7 @@ owner to decide. Random states come last, and nothing is trained until all ranks
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -71,7 +71,6 @@ def resume(
     is_sharded = any(world.all_gather(state.is_sharded))
     land = state.land() if is_sharded else load.whole
     agree = functools.partial(_refuse_together, world) if is_sharded else None
-    here = conditions(world, state)
     storage_failed = False
     for entry in entries:
         parts, problems, was_storage = _read_together(world, catalog, entry, shared=shared, land=land)
@@ -82,26 +81,10 @@ def resume(
             continue
         assert parts is not None, "no rank reported a problem"
         assert entry.manifest is not None
-        meta = entry.manifest.meta
-        if RANDOM not in parts:
-            raise Mismatch(
-                f"{entry.directory}: was not written by a run; to start from its weights, give a new run init_from"
-            )
-        try:
-            state.restore(parts, entry.step, world.rank, int(meta.get("epoch") or 0), before_restoring=agree)
-        except Mismatch as error:
-            where = f"{catalog.store.url}/{entry.directory}"
-            advice = "if the change is intended, this is a new run; give it another URL"
-            grown = "if the training itself has added something, add it in Run(..., adapt=...)"
-            raise Mismatch(f"{where}: {error}\n{advice}; {grown}") from None
-        _warn_if_inexact(meta, here)
-        # With other ranks the random streams start anew, from the seed and the rank.
-        is_alike = all(meta.get(key) == here.get(key) for key in ("world_size", "sharding"))
-        state.random_to_restore = parts[RANDOM].get(str(world.rank), {}) if is_alike else {}
-        ancestor = Ancestor(entry.manifest.attempt, entry.step)
-        lineage = [*entry.manifest.lineage, ancestor]
+        _restore(world, f"{catalog.store.url}/{entry.directory}", entry, parts, state, agree)
+        lineage = [*entry.manifest.lineage, Ancestor(entry.manifest.attempt, entry.step)]
         on_first(world, functools.partial(_log_other_lines, catalog, entry, skipped))
-        return Resumed(entry.directory, entry.step, lineage, save_seconds(meta), skipped)
+        return Resumed(entry.directory, entry.step, lineage, save_seconds(entry.manifest.meta), skipped)
     if storage_failed:  # what cannot be read today is not corrupt
         raise StoreError(f"{catalog.store.url}: no checkpoint could be read: {'; '.join(problems)}", transient=True)
     if skipped:
@@ -110,6 +93,31 @@ def resume(
             "restore one of them or start a run at another URL"
         )
     return NEW
+
+
+def _restore(
+    world: World,
+    where: str,
+    entry: Entry,
+    parts: Mapping[str, Any],
+    state: State,
+    agree: Callable[[Mismatch | None], None] | None,
+) -> None:
+    """Puts what was read of a checkpoint into the live state. Raises ``Mismatch`` where it does not fit."""
+    assert entry.manifest is not None
+    meta, here = entry.manifest.meta, conditions(world, state)
+    if RANDOM not in parts:
+        raise Mismatch(f"{entry.directory}: was not written by a run; to start from its weights, give a new run init_from")
+    try:
+        state.restore(parts, entry.step, world.rank, int(meta.get("epoch") or 0), before_restoring=agree)
+    except Mismatch as error:
+        advice = "if the change is intended, this is a new run; give it another URL"
+        grown = "if the training itself has added something, add it in Run(..., adapt=...)"
+        raise Mismatch(f"{where}: {error}\n{advice}; {grown}") from None
+    _warn_if_inexact(meta, here)
+    # With other ranks the random streams start anew, from the seed and the rank.
+    is_alike = all(meta.get(key) == here.get(key) for key in ("world_size", "sharding"))
+    state.random_to_restore = parts[RANDOM].get(str(world.rank), {}) if is_alike else {}
 
 
 def _refuse_together(world: World, problem: Mismatch | None) -> None:
