@@ -14,7 +14,7 @@ from pathlib import Path
 from harness.drill import trials
 from harness.drill.causes import cause
 from harness.drill.launches import Job, JobFailure, last_words, see_through
-from harness.drill.plan import Plan
+from harness.drill.plan import Plan, is_path
 from harness.drill.record import Record
 from harness.drill.results import Costs, Curve, Findings, Result, deaths
 from harness.drill.trials import Trial
@@ -73,7 +73,7 @@ class Drill:
 
     @property
     def _is_local(self) -> bool:
-        return self._url is None or "://" not in self._url
+        return self._url is None or is_path(self._url)
 
     def _plan(self, name: str) -> Plan:
         folder = self._folder / str(len([*self._folder.iterdir()]))  # a short name: sockets may lie below it
@@ -114,7 +114,7 @@ class Drill:
                 plan = replace(plan, faults=())
             see_through(self._job, plan, patience_seconds=self._patience_seconds, ranks=trial.other_ranks)
         except JobFailure as failure:
-            return Result(trial, "failed", deaths(Record.of(plan)), why=str(failure))
+            return Result(trial, "failed", [*deaths(Record.of(plan))], why=str(failure))
         finally:
             shutil.rmtree(plan.url if self._is_local else plan.folder, ignore_errors=True)
         run = Record.of(plan)
@@ -126,8 +126,8 @@ class Drill:
             return _same_samples(trial, reference, run)
         found = next(run.differences(reference, noise), None)
         if found is None:
-            return Result(trial, "exact", deaths(run))
-        return Result(trial, "different", deaths(run), str(found), cause(found, reference, run, noise))
+            return Result(trial, "exact", [*deaths(run)])
+        return Result(trial, "different", [*deaths(run)], str(found), cause(found, reference, run, noise))
 
 
 def _same_samples(trial: Trial, reference: Record, run: Record) -> Result:
@@ -135,14 +135,14 @@ def _same_samples(trial: Trial, reference: Record, run: Record) -> Result:
     batches = sorted({line["batch"] for line in run.all_at("begun")})
     if len(batches) > 1:
         why = f"the job chooses the global batch by the number of ranks ({batches[0]} or {batches[1]} samples)"
-        return Result(trial, "not tried", deaths(run), why=why)
+        return Result(trial, "not tried", [*deaths(run)], why=why)
     expected, found = reference.samples(), run.samples()
     step = next((step for step in sorted(found) if found[step] != expected.get(step)), None)
     if step is None:
-        return Result(trial, "exact", deaths(run))
+        return Result(trial, "exact", [*deaths(run)])
     what = f"step {step}: the samples of all ranks are not those of the uninterrupted run"
     return Result(
-        trial, "different", deaths(run), what, "the data does not follow the number of ranks: use a harness.Loader"
+        trial, "different", [*deaths(run)], what, "the data does not follow the number of ranks: use a harness.Loader"
     )
 
 

@@ -49,7 +49,7 @@ class Faults:
 
     def _wait_for(self, pattern: str) -> None:
         """Waits until there is such a file in a run on a disk: a step may be shorter than a save."""
-        deadline = time.monotonic() + _PATIENCE_SECONDS * ("://" not in self._plan.url)
+        deadline = time.monotonic() + _PATIENCE_SECONDS * self._plan.is_local
         while time.monotonic() < deadline and not any(Path(self._plan.url).glob(pattern)):
             time.sleep(0.0005)
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,7 +13,7 @@ Control = Literal["", "random", "scheduler", "optimizer"]
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that is done to a run, once: ``what`` happens, ``when``, and in the ranks' how manyeth start (from 0)."""
+    """Something that is done to a run, once: ``what`` happens, ``when``, and in which ``start`` of the ranks, from 0."""
 
     what: Literal["kill", "kill launcher", "stop", "refuse save"]
     when: Literal["step", "begun", "saving", "evaluation", "epoch end"] = "step"
@@ -40,7 +40,6 @@ class Plan:
     """What a resume is to leave out on purpose."""
     has_launcher: bool = True
     """Whether there is another process that is signalled for the ranks."""
-    storage_options: dict[str, object] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)))
@@ -51,6 +50,11 @@ class Plan:
         found = json.loads(Path(os.environ[VARIABLE]).read_text())
         faults = [Fault(**{**each, "ranks": tuple(each["ranks"])}) for each in found.pop("faults")]
         return cls(**found, faults=tuple(faults))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the run is saved in a folder that its files can be looked for in."""
+        return is_path(self.url)
 
     @property
     def events(self) -> Path:
@@ -64,6 +68,11 @@ class Plan:
     def records(self, rank: int) -> Path:
         """The records of a rank: a line for each start, each loop, each step."""
         return Path(self.folder, f"rank-{rank}.jsonl")
+
+
+def is_path(url: str) -> bool:
+    """Whether a URL is a path."""
+    return "://" not in url
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -58,7 +58,7 @@ class Recorder(Observer):
         plan = self._plan
         if self._run is not None:
             return config
-        checkpoint: dict[str, Any] = {"url": plan.url, "storage_options": plan.storage_options, "must_exist": False}
+        checkpoint: dict[str, Any] = {"url": plan.url, "storage_options": {}, "must_exist": False}
         checkpoint |= {"every_steps": plan.every_steps, "every_seconds": None}
         checkpoint |= {"keep_last": None, "keep_every_steps": None, "keep_best": False}
         sections = {

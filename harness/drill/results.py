@@ -22,18 +22,12 @@ class Death:
     step: int
     resumed_from: int
     seconds_to_next_step: float | None
-
-    @property
-    def steps_again(self) -> int:
-        return self.step - self.resumed_from
+    was_asked: bool = False
+    """Whether the ranks were asked to stop, and have saved their last step."""
 
 
-def deaths(run: Record) -> list[Death]:
+def deaths(run: Record) -> Iterator[Death]:
     """The deaths of a run, in order."""
-    return [*_deaths(run)]
-
-
-def _deaths(run: Record) -> Iterator[Death]:
     ends, began = run.deadly, run.all_at("begun")
     for start in sorted({line["start"] for line in ends}):
         first = next(line for line in ends if line["start"] == start)
@@ -42,9 +36,8 @@ def _deaths(run: Record) -> Iterator[Death]:
         following = next((line for line in run.of_rank(0) if line["time"] > time and line["start"] > start), None)
         if after is not None:
             seconds = following["time"] - time if following else None
-            yield Death(
-                max(step, after["step"]), after["step"], seconds
-            )  # one that was asked to stop has gone on for a while
+            was_asked = first["what"] == "stop"
+            yield Death(after["step"] if was_asked else step, after["step"], seconds, was_asked)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def outcome(result: Result) -> str:
 def in_deaths(result: Result) -> str:
     """When ranks died, and where they went on."""
     return ", ".join(
-        f"died after step {death.step}, resumed from {death.resumed_from}"
+        f"{'stopped' if death.was_asked else 'died'} after step {death.step}, resumed from {death.resumed_from}"
         + (f", next step after {death.seconds_to_next_step:.1f} s" if death.seconds_to_next_step is not None else "")
         for death in result.deaths
     )
