@@ -41,6 +41,7 @@ from harness.checkpoint.tree import Encoded
 from harness.errors import HarnessError, StoreError
 from harness.runtime.gc_pause import without_collections
 from harness.runtime.threads import Background, Worker
+from harness.storage.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +86,19 @@ class _Order:
 
     request: SaveRequest
     latest: float  # until when the other writers are waited for
-    retries: int  # of the store, before it began
+    store: Store
     expected: Found | None = None  # checksums, where they are to be compared
+    retries_before: int = field(init=False)  # of the store
+
+    def __post_init__(self) -> None:
+        self.retries_before = self.store.retries
+
+    def saved(self, committed: tuple[str, int] | None, seconds: float, blocked_seconds: float) -> Saved | None:
+        """What it took, where something was committed: a directory, and its bytes."""
+        if committed is None:
+            return None
+        retries = self.store.retries - self.retries_before
+        return Saved(self.request.step, *committed, seconds, blocked_seconds, retries)
 
 
 class _Housekeeper:
@@ -189,7 +201,7 @@ class Saver:
         committed = self._committed(request.step, write, must_succeed=must_succeed)
         seconds = time.monotonic() - began
         self.must_repeat = False
-        return self._saved(order, committed, seconds, seconds)
+        return order.saved(committed, seconds, seconds)
 
     def begin(
         self,
@@ -235,8 +247,7 @@ class Saver:
         self._under_way.blocked_seconds = time.monotonic() - began
 
     def _planned(self, encoded: Mapping[str, Encoded], request: SaveRequest) -> SavePlan:
-        given = self.shard_bytes, self.writers, request.is_steady, request.sharding
-        return planned(self._plan, encoded, *given)
+        return planned(self._plan, encoded, self.shard_bytes, self.writers, request.is_steady, request.sharding)
 
     def fence(self) -> None:
         """To be called before anything steady is changed: waits until the snapshot does not need it any more."""
@@ -274,14 +285,7 @@ class Saver:
         self._under_way = None
         committed = self._committed(writing.order.request.step, writing.result)
         seconds = max(writing.seconds, writing.blocked_seconds)  # who waits hears of the end a little later
-        return self._saved(writing.order, committed, seconds, writing.blocked_seconds)
-
-    def _saved(
-        self, order: _Order, committed: tuple[str, int] | None, seconds: float, blocked_seconds: float
-    ) -> Saved | None:
-        if committed is None:
-            return None
-        return Saved(order.request.step, *committed, seconds, blocked_seconds, self.catalog.store.retries - order.retries)
+        return writing.order.saved(committed, seconds, writing.blocked_seconds)
 
     def let_end(self, seconds: float) -> None:
         """Leaves a save that is under way some time to end, as ``give_up_after`` does. Any thread may call it."""
@@ -299,12 +303,8 @@ class Saver:
             return None
         self.let_end(seconds)
         if not writing.is_over:
-            log.warning(
-                "gave up the save of step %s, which was not done after another %.0f s; the last committed "
-                "checkpoint is kept",
-                writing.order.request.step,
-                seconds,
-            )
+            what = f"gave up the save of step {writing.order.request.step}, which was not done after another {seconds:.0f} s"
+            log.warning("%s; the last committed checkpoint is kept", what)
             self._under_way, self._worker = None, Worker(_THREAD)
             return None
         with contextlib.suppress(HarnessError):  # what ends the training matters more
@@ -315,7 +315,7 @@ class Saver:
         assert request.directory or self.writers.is_first, "the first writer says where"
         latest = time.monotonic() + self.writers.patience_seconds
         request = replace(request, directory=request.directory or self.new_directory(request.step))
-        return _Order(request, latest, self.catalog.store.retries)
+        return _Order(request, latest, self.catalog.store)
 
     def _write(
         self,
@@ -362,18 +362,15 @@ class Saver:
         except Exception as error:
             if self.writers.is_first:
                 raise
-            rank, is_torn = self.writers.rank, isinstance(error, Torn)
-            is_ours = is_torn or isinstance(error, HarnessError)
-            problem = str(error) if is_ours else f"{type(error).__name__}: {error}"
+            receipt = _receipt_of(error, self.writers.rank)
             if isinstance(error, Torn):
                 self._copy_at_once(error)
             else:
-                log.error("save of step %s: the share of rank %s FAILED: %s", order.request.step, rank, problem)  # noqa: TRY400
+                what = f"save of step {order.request.step}: the share of rank {receipt.rank} FAILED"
+                log.error("%s: %s", what, receipt.problem)  # noqa: TRY400
             with contextlib.suppress(StoreError):  # then it is the silence that tells
-                is_of_storage = isinstance(error, StoreError)
-                receipt = Receipt(rank, problem=problem, is_of_storage=is_of_storage, is_torn=is_torn)
                 commit.put_receipt(self.catalog.store, order.request.directory, receipt)
-            if not is_ours:
+            if not isinstance(error, Torn | HarnessError):
                 raise
 
     def _committed(
@@ -396,6 +393,13 @@ class Saver:
             return None
         self.failures = 0
         return committed
+
+
+def _receipt_of(error: Exception, rank: int) -> Receipt:
+    """What tells the first writer of an error on another one."""
+    is_ours = isinstance(error, Torn | HarnessError)
+    problem = str(error) if is_ours else f"{type(error).__name__}: {error}"
+    return Receipt(rank, problem=problem, is_of_storage=isinstance(error, StoreError), is_torn=isinstance(error, Torn))
 
 
 class _Writing:

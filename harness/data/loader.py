@@ -82,7 +82,7 @@ class Loader:
         )
         # A loader that shares nothing may have data of the rank's own.
         compares = fingerprint and self.world_size >= size
-        self._fingerprint = Fingerprint(self.schedule, self.fetcher, compares=compares, speaks=speaks)
+        self.fingerprint = Fingerprint(self.schedule, self.fetcher, compares=compares, speaks=speaks)
         self._has_failed = False
         self._walking: Callable[[], Any] = lambda: None  # the newest loop over an epoch
         self._goes_on = False  # the first one begins within an epoch, after a restart
@@ -149,7 +149,7 @@ class Loader:
         else:
             if is_idle:
                 Loader.in_use.add(self)
-                self._fingerprint.stop_looking()
+                self.fingerprint.stop_looking()
                 schedule = replace(self.schedule, micro_batch_size=None) if whole else self.schedule
                 fetcher.begin(self.dataset, position.shares(schedule, self.rank, self.world_size))
             step = fetcher.fetch()
@@ -188,13 +188,9 @@ class Loader:
         """Ends the workers; they are started again for the next batch."""
         self.fetcher.close()
 
-    def agree(self, all_gather: Callable[[Any], list[Any]]) -> None:
-        """Gives all ranks rank 0's fingerprint. All ranks call it. Raises ``ConfigError`` where they have other samples."""
-        self._fingerprint.agree(self.dataset, all_gather)
-
     def state_dict(self) -> dict[str, Any]:
         """The position after the batch that was handed out last, as plain numbers and words."""
-        fingerprint = self._fingerprint.value(self.dataset)
+        fingerprint = self.fingerprint.value(self.dataset)
         return {
             **self.position.state_dict(),
             **({} if fingerprint is None else {"fingerprint": [list(each) for each in fingerprint]}),
@@ -203,17 +199,17 @@ class Loader:
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ``Mismatch`` where a saved position is not one in this data, ``Corrupt`` where it is none at all."""
         Position.restored(self.schedule, state)
-        self._fingerprint.refuse_others(self.dataset, state.get("fingerprint"))
+        self.fingerprint.refuse_others(self.dataset, state.get("fingerprint"))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to a saved position. Raises as ``check_state_dict`` does."""
         position = Position.restored(self.schedule, state)
-        self._fingerprint.refuse_others(self.dataset, state.get("fingerprint"))
+        self.fingerprint.refuse_others(self.dataset, state.get("fingerprint"))
         self.close()
         self.position = position
         self.taken, self._has_failed = 0, False
         self._goes_on = position.cursor.offset > 0
-        self._fingerprint.restore(state.get("fingerprint"))
+        self.fingerprint.restore(state.get("fingerprint"))
         saved = Cursor(state["epoch"], state["offset"])
         if position.cursor != saved and self.rank == 0:
             log.warning(

@@ -6,7 +6,6 @@ consumed, and what is live must be filled.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,22 +15,20 @@ from torch.optim import Optimizer
 from harness import torch_private
 from harness.checkpoint import commit, dtensors
 from harness.checkpoint.dtensors import address_of
-from harness.checkpoint.format import Manifest, TensorInfo
-from harness.checkpoint.load import Land
-from harness.checkpoint.sharding import Sharding, agreed
-from harness.checkpoint.tree import Encoded
+from harness.checkpoint.format import Manifest
 from harness.data.loader import Loader
 from harness.data.nested import tensors_in
 from harness.data.seeding import random_state, restore_random_state
-from harness.errors import HarnessError, Mismatch
+from harness.errors import Mismatch
 from harness.runtime.gc_pause import without_collections
 from harness.state.contents import Contents, attributes
 from harness.state.ddp_buckets import bucket_orders
 from harness.state.edits import Edits
-from harness.state.modules import listed, module_versions, sharding_of
+from harness.state.modules import listed, module_versions
 from harness.state.optimizers import plain_optimizer
 from harness.state.parts import RANDOM, TRAINING, DataLoaderPart, ModulePart, Progress, SchedulerPart, part_of
 from harness.state.saved_names import SavedNames
+from harness.state.sharded import ShardedState
 
 log = logging.getLogger(__name__)
 
@@ -81,10 +78,9 @@ class State:
         order = sorted(plain, key=lambda name: name not in self.modules)
         made = {name: part_of(name, plain[name], self.modules, device, self._warn) for name in order}
         self._parts = {name: made[name] for name in plain}
-        self.sharding_in_words = sharding_of(self.modules)  # empty where they are not
-        self._sharding: Sharding | None = None  # as the ranks have agreed last
         self.epochs = [part.epochs for part in self._parts.values() if isinstance(part, DataLoaderPart)]
         self.contents = Contents(self._parts)
+        self.sharded = ShardedState(self._parts, self.modules, self.capture)
         self.gradients = bucket_orders(self.modules)
         self._names = SavedNames(self._parts)
         self.edits = Edits(self._parts, reset_options)
@@ -138,77 +134,6 @@ class State:
         places -= renormed
         return lambda tensor: address_of(tensor) in places
 
-    # --- sharded ---
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether each rank has a part of something."""
-        return any(map(dtensors.is_sharded, tensors_in([*self._captured(per_rank=False).values()])))
-
-    def encoded(self, all_gather: Callable[[Any], list[Any]]) -> tuple[dict[str, Encoded], Sharding]:
-        """What ``capture`` gives, and which rank has which part of it. All ranks call it.
-
-        Raises ``Unsupported``, on every rank, where one cannot be saved, or where what the ranks have is not the whole.
-        """
-        parts: dict[str, Encoded] | HarnessError
-        try:
-            parts = commit.encode(self.capture())
-        except HarnessError as error:
-            parts = error
-        self._sharding = agreed(all_gather, parts, self._sharding)
-        assert not isinstance(parts, HarnessError), "it was raised"
-        return parts, self._sharding
-
-    def check_replicas(self, all_gather: Callable[[Any], list[Any]]) -> list[str]:
-        """The names of those sharded tensors of which two ranks have the same part, with other bytes. All ranks call it."""
-        parts, sharding = self.encoded(all_gather)
-        several = sharding.held_by_several
-        own = {
-            name: replace(part, tensors={path: each for path, each in part.tensors.items() if (name, path) in several})
-            for name, part in parts.items()
-        }
-        found = all_gather(commit.checksums(own))
-        return [
-            f"{name}/{path}"
-            for name, path in sorted(several)
-            if any(
-                found[rank][name][path] != found[ranks[0]][name][path]
-                for ranks in sharding.boxes[name, path].values()
-                for rank in ranks
-            )
-        ]
-
-    def _own_buffers(self) -> dict[str, dict[str, torch.Tensor]]:
-        found = {part.name: part.own_buffers() for part in self._parts.values() if isinstance(part, ModulePart)}
-        return {name: buffers for name, buffers in found.items() if buffers}
-
-    def gather_buffers(
-        self, all_gather: Callable[[Any], list[Any]], gather: Callable[[Any], list[Any] | None]
-    ) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
-        """The buffers of sharded modules that are not the same on all ranks, by part and rank: on rank 0. All ranks call
-        it."""
-        buffers = self._own_buffers()
-        if not any(all_gather(bool(buffers))):
-            return {}
-        checksums = all_gather(commit.checksums({name: Encoded({}, each) for name, each in buffers.items()}))
-        first = checksums[0]
-        differing = {
-            name: {key: each[key].cpu() for key in each if any(own[name][key] != first[name][key] for own in checksums)}
-            for name, each in buffers.items()
-        }
-        found = gather({name: each for name, each in differing.items() if each}) or []
-        return {name: {str(rank): each[name] for rank, each in enumerate(found)} for name in (found[0] if found else ())}
-
-    def land(self) -> Land:
-        """Says of which tensors of a checkpoint this rank wants a part."""
-        parts = sorted(self._parts.values(), key=lambda part: not isinstance(part, ModulePart))
-        live = {part.name: part.sharded() for part in parts if not part.per_rank}
-
-        def landing(name: str, info: TensorInfo) -> dtensors.Landing | None:
-            return self._parts[name].landing(info.path, info.shape, live[name]) if live.get(name) else None
-
-        return landing
-
     # --- comparing ---
 
     def is_that_of(self, manifest: Manifest, digests: Mapping[str, str] | None = None) -> bool:
@@ -224,12 +149,12 @@ class State:
         """Raises ``ConfigError`` where the data sets of the ranks' loaders are not the same. All ranks call it."""
         for loader in self.contents.loaders:
             if isinstance(loader, Loader):
-                loader.agree(all_gather)
+                loader.fingerprint.agree(loader.dataset, all_gather)
 
     def digests(self) -> dict[str, Any]:
         """What must be the same on all ranks before they train together."""
         parts = self._captured(per_rank=False)
-        for name, buffers in self._own_buffers().items():
+        for name, buffers in self.sharded.own_buffers().items():
             parts[name] = {key: value for key, value in parts[name].items() if key not in buffers}
         return {"step": self.progress.step, **{name: commit.digest_of(part, name) for name, part in parts.items()}}
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import harness
-from harness.checkpoint import commit, tree
+from harness.checkpoint import commit
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Attempt as AttemptId
 from harness.checkpoint.plan import Writers
@@ -46,7 +46,7 @@ class Checkpointing(Saves):
         self._state, self._about, self._policy = context.state, context.about, context.policy
         self._world, self._config = world, config = context.world, context.config
         self._log = SaveLog(context, resumed, events)
-        self._is_sharded = context.state.is_sharded
+        self._is_sharded = context.state.sharded.is_sharded
         checkpoint, store, writers = config.checkpoint, catalog.store, _writers(world, config, all_of_them=self._is_sharded)
         self._is_writer = world.rank in writers.ranks  # else nothing is ever under way here
         self._saver = Saver(
@@ -100,7 +100,7 @@ class Checkpointing(Saves):
             return bool(resume.on_first(self._world, is_saved))
         if not resume.on_first(self._world, is_this_step):
             return False
-        parts, sharding = self._state.encoded(self._world.all_gather)
+        parts, sharding = self._state.sharded.encoded(self._world.all_gather)
         digests = commit.digests(self._world.all_gather, parts, sharding)
         digests = {name: each for name, each in digests.items() if name != TRAINING}
         return bool(resume.on_first(self._world, functools.partial(is_saved, digests)))
@@ -134,23 +134,12 @@ class Checkpointing(Saves):
         directory = self._choose_directory(must_succeed=must_succeed)
         if directory is None:
             return
-        parts = self._sharded_parts() if self._is_sharded else None
+        parts = self._state.sharded.parts(self._world.all_gather, self._world.gather) if self._is_sharded else None
         share = functools.partial(self._save_share, directory, meta, ranks, parts, must_succeed=must_succeed)
         if must_succeed:
             _on_writers(self._world, self._is_writer, share)
         elif self._is_writer:
             share()
-
-    def _sharded_parts(self) -> tuple[dict[str, Encoded], Sharding]:
-        """The parts of a sharded state, and which rank has which part of them. All ranks call it."""
-        parts, sharding = self._state.encoded(self._world.all_gather)
-        if buffers := self._state.gather_buffers(self._world.all_gather, self._world.gather):
-            training = tree.encode({"buffers": buffers}, TRAINING)
-            own = parts[TRAINING]
-            parts[TRAINING] = Encoded(
-                own.tree | training.tree, own.tensors | training.tensors, own.aliases | training.aliases
-            )
-        return parts, sharding
 
     def _choose_directory(self, *, must_succeed: bool) -> str | None:
         """Where to save, as rank 0 says to all that need to know; None where this rank does not, or where the save before is

@@ -68,8 +68,8 @@ def resume(
     if skip_newest:
         entries = _without_newest(entries, skipped)
     shared = world.size > 1 and (how == "shared" or (how == "auto" and not catalog.store.is_local))
-    is_sharded = any(world.all_gather(state.is_sharded))
-    land = state.land() if is_sharded else load.whole
+    is_sharded = any(world.all_gather(state.sharded.is_sharded))
+    land = state.sharded.land() if is_sharded else load.whole
     agree = functools.partial(_refuse_together, world) if is_sharded else None
     storage_failed = False
     for entry in entries:
@@ -171,7 +171,7 @@ def check_lockstep(world: World, state: State, about: Mapping[str, Any], *, resu
     ``about`` are further values that must be the same: what is trained.
     """
     state.agree(world.all_gather)
-    found = world.all_gather({**about, **state.digests(), "is_sharded": state.is_sharded})
+    found = world.all_gather({**about, **state.digests(), "is_sharded": state.sharded.is_sharded})
     different = [rank for rank in range(world.size) if found[rank] != found[0]]
     if different:
         first = found[different[0]]
@@ -186,7 +186,7 @@ def check_lockstep(world: World, state: State, about: Mapping[str, Any], *, resu
             else ""
         )
         raise ConfigError(f"{what}{hint}")
-    if found[0]["is_sharded"] and (names := state.check_replicas(world.all_gather)):
+    if found[0]["is_sharded"] and (names := state.sharded.check_replicas(world.all_gather)):
         what = f"the ranks are not in lockstep: of {some(names)}, ranks that hold the same part hold other values"
         raise RankFailure(what) if resumed else ConfigError(f"{what}; build every rank's model from the same seed")
 
@@ -260,7 +260,7 @@ def conditions(world: World, state: State) -> dict[str, Any]:
         "device": world.device.type,
         "threads": torch.get_num_threads(),  # torchrun sets one for each of several local ranks
         "torch": torch.__version__,
-        **({"sharding": state.sharding_in_words} if state.sharding_in_words else {}),
+        **({"sharding": state.sharded.in_words} if state.sharded.in_words else {}),
     }
 
 

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -101,6 +103,25 @@ def test_labels_keep_apart(report):
     values = [placed[name] for name in "abcd"]
     assert all(above / below >= 1.499 for below, above in itertools.pairwise(values))
     assert placed["d"] == pytest.approx(50.0)
+
+
+def test_our_contender(tmp_path, monkeypatch):
+    """It saves and restores by the functions that the loop itself uses."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    contender = importlib.import_module("contenders.ours").Harness(str(tmp_path))
+    models = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    optimizers = [torch.optim.AdamW(model.parameters()) for model in models]
+    models[0](torch.ones(1, 2)).sum().backward()
+    optimizers[0].step()
+    contender.prepare(models[0], optimizers[0])
+    contender.save(3)
+    contender.fence()
+    contender.wait()
+    contender.restore(models[1], optimizers[1], 3)
+    assert torch.equal(models[0].weight, models[1].weight)
+    assert torch.equal(
+        *(optimizer.state[model.weight]["exp_avg"] for model, optimizer in zip(models, optimizers, strict=True))
+    )
 
 
 @pytest.mark.soak

@@ -1,0 +1,110 @@
+"""What of a state is sharded: which rank has which part of it, and which buffers are a rank's own."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.checkpoint import commit, dtensors, tree
+from harness.checkpoint.format import TensorInfo
+from harness.checkpoint.load import Land
+from harness.checkpoint.sharding import Sharding, agreed
+from harness.checkpoint.tree import Encoded
+from harness.data.nested import tensors_in
+from harness.errors import HarnessError
+from harness.state.modules import sharding_of
+from harness.state.parts import TRAINING, ModulePart, Part
+
+AllGather = Callable[[Any], list[Any]]
+Gather = Callable[[Any], list[Any] | None]
+
+
+class ShardedState:
+    """The parts of a state of which each rank has a part. ``capture`` gives all that is the same, or shared out, on every
+    rank. ``in_words`` says how the modules are sharded; empty where they are not."""
+
+    def __init__(
+        self, parts: Mapping[str, Part], modules: Mapping[str, nn.Module], capture: Callable[[], dict[str, dict[str, Any]]]
+    ) -> None:
+        self.in_words = sharding_of(modules)
+        # Modules come first: then fully_shard takes back the parameters that it has put together for an evaluation.
+        self._parts = {part.name: part for part in sorted(parts.values(), key=lambda each: not isinstance(each, ModulePart))}
+        self._capture = capture
+        self._sharding: Sharding | None = None  # as the ranks have agreed last
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank has a part of something."""
+        captured = [part.capture() for part in self._parts.values() if not part.per_rank]
+        return any(map(dtensors.is_sharded, tensors_in(captured)))
+
+    def encoded(self, all_gather: AllGather) -> tuple[dict[str, Encoded], Sharding]:
+        """What ``capture`` gives, and which rank has which part of it. All ranks call it.
+
+        Raises ``Unsupported``, on every rank, where one cannot be saved, or where what the ranks have is not the whole.
+        """
+        parts: dict[str, Encoded] | HarnessError
+        try:
+            parts = commit.encode(self._capture())
+        except HarnessError as error:
+            parts = error
+        self._sharding = agreed(all_gather, parts, self._sharding)
+        assert not isinstance(parts, HarnessError), "it was raised"
+        return parts, self._sharding
+
+    def parts(self, all_gather: AllGather, gather: Gather) -> tuple[dict[str, Encoded], Sharding]:
+        """``encoded``, with the buffers that are each rank's own, on rank 0. All ranks call it."""
+        parts, sharding = self.encoded(all_gather)
+        if buffers := self._gathered_buffers(all_gather, gather):
+            own, further = parts[TRAINING], tree.encode({"buffers": buffers}, TRAINING)
+            parts[TRAINING] = Encoded(own.tree | further.tree, own.tensors | further.tensors, own.aliases | further.aliases)
+        return parts, sharding
+
+    def check_replicas(self, all_gather: AllGather) -> list[str]:
+        """The names of those sharded tensors of which two ranks have the same part, with other bytes. All ranks call it."""
+        parts, sharding = self.encoded(all_gather)
+        several = sharding.held_by_several
+        own = {
+            name: replace(part, tensors={path: each for path, each in part.tensors.items() if (name, path) in several})
+            for name, part in parts.items()
+        }
+        found = all_gather(commit.checksums(own))
+        return [
+            f"{name}/{path}"
+            for name, path in sorted(several)
+            if any(
+                found[rank][name][path] != found[ranks[0]][name][path]
+                for ranks in sharding.boxes[name, path].values()
+                for rank in ranks
+            )
+        ]
+
+    def own_buffers(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The buffers of sharded modules, which may be each rank's own, by part."""
+        found = {part.name: part.own_buffers() for part in self._parts.values() if isinstance(part, ModulePart)}
+        return {name: buffers for name, buffers in found.items() if buffers}
+
+    def _gathered_buffers(self, all_gather: AllGather, gather: Gather) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+        """The buffers that are not the same on all ranks, by part and rank: on rank 0."""
+        buffers = self.own_buffers()
+        if not any(all_gather(bool(buffers))):
+            return {}
+        checksums = all_gather(commit.checksums({name: Encoded({}, each) for name, each in buffers.items()}))
+        first = checksums[0]
+        differing = {
+            name: {key: each[key].cpu() for key in each if any(own[name][key] != first[name][key] for own in checksums)}
+            for name, each in buffers.items()
+        }
+        found = gather({name: each for name, each in differing.items() if each}) or []
+        return {name: {str(rank): each[name] for rank, each in enumerate(found)} for name in (found[0] if found else ())}
+
+    def land(self) -> Land:
+        """Says of which tensors of a checkpoint this rank wants a part."""
+        live = {name: part.sharded() for name, part in self._parts.items() if not part.per_rank}
+
+        def landing(name: str, info: TensorInfo) -> dtensors.Landing | None:
+            return self._parts[name].landing(info.path, info.shape, live[name]) if live.get(name) else None
+
+        return landing
