@@ -90,6 +90,10 @@ def run_drill(
         click.echo(json.dumps(findings.as_json(), indent=1))
     else:
         click.echo(words.summary(findings, between_deaths_seconds))
+        if quick:
+            click.echo(
+                "--quick tries few deaths. Without it, a drill also tries saves, evaluations, epoch ends and other ranks."
+            )
         if soak_seconds:
             click.echo(f"The random deaths are those of --seed {seed}.")
     return findings.exit_code

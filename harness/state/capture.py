@@ -225,7 +225,8 @@ class State:
             f"{name}: not in the run; the checkpoint has it" for name in parts if name not in {*self._parts, *_OUR_OWN}
         ]
         if lines:
-            raise Mismatch(listed("the checkpoint does not fit the run's state", lines))
+            problem = listed("the checkpoint does not fit the run's state", lines)
+            raise Mismatch(f"{problem}\nresume with the state that the run began with, or begin a new run at another URL")
         found = {TRAINING: parts[TRAINING]}
         buffers = parts[TRAINING].get("buffers", {})
         for name, part in self._parts.items():

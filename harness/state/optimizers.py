@@ -100,8 +100,6 @@ def _named_group(group: Mapping[str, Any], names: Sequence[str]) -> dict[str, An
 
 def check_sharded_state(state: Mapping[str, Any], parameters: Mapping[str, torch.Tensor]) -> None:
     """Raises ``Unsupported`` for a state of sharded parameters that could be saved and not be loaded again."""
-    if not any(map(dtensors.is_sharded, parameters.values())):
-        return
     if "own" in state:
         raise Unsupported(
             f"optimizer: the state_dict() of {state['class']} has a form of its own, which does not say what belongs to "

@@ -92,8 +92,10 @@ def part_of(
     if isinstance(each, LRScheduler):
         return SchedulerPart(name, each)
     if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict")):
-        advice = "; harness.Loader and torchdata's StatefulDataLoader have one" if isinstance(each, DataLoader) else ""
-        raise ConfigError(f"state: {name} ({type(each).__name__}) has no state_dict and load_state_dict{advice}")
+        advice = "put the value into an object that has both"
+        if isinstance(each, DataLoader):
+            advice = "harness.Loader and torchdata's StatefulDataLoader have them"
+        raise ConfigError(f"state: {name} ({type(each).__name__}) has no state_dict and load_state_dict; {advice}")
     if isinstance(each, torch.amp.GradScaler):
         return ScalerPart(name, each)
     return DataLoaderPart(name, each) if isinstance(each, DataLoader) else OtherPart(name, each)
@@ -273,18 +275,23 @@ class OptimizerPart(Part):
     def capture(self) -> dict[str, Any]:
         attributes = self.attributes.changed()
         state = optimizer_state(self.live, self.owner)
-        check_sharded_state(state, self.parameters())
+        if self._is_sharded():
+            check_sharded_state(state, self.parameters())
         return {**state, **({"attributes": attributes} if attributes else {})}
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        parameters = [each for group in self.live.param_groups for each in group["params"]]
-        is_sharded = any(map(dtensors.is_sharded, parameters))
-        return tensors_in([parameters, *self.live.state.values()]) if is_sharded else super().tensors()
+        return tensors_in([self._parameters(), *self.live.state.values()]) if self._is_sharded() else super().tensors()
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [each for group in self.live.param_groups for each in group["params"]]
+
+    def _is_sharded(self) -> bool:
+        return any(map(dtensors.is_sharded, self._parameters()))
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """Those that the optimizer has, by their plain names."""
         names = parameter_names(self.live, self.owner)
-        return dict(zip(names, (each for group in self.live.param_groups for each in group["params"]), strict=True))
+        return dict(zip(names, self._parameters(), strict=True))
 
     def landing(self, path: str, shape: tuple[int, ...], live: Mapping[str, torch.Tensor]) -> dtensors.Landing | None:
         """State that has its parameter's shape goes where the parameter is: there may be none yet."""
@@ -300,8 +307,8 @@ class OptimizerPart(Part):
 
     def check(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         checked = check_optimizer(self.live, self.owner, saved)
-        parameters = [each for group in self.live.param_groups for each in group["params"]]
-        if not any(map(dtensors.is_sharded, parameters)):
+        parameters = self._parameters()
+        if not self._is_sharded():
             return checked
         state = {
             key: {name: _as_live(each, parameters[key], name) if _dims(each) else each for name, each in values.items()}

@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 
 from harness import torch_private
 from harness.checkpoint.dtensors import address_of, local_of
@@ -131,12 +131,15 @@ class Omissions:
             yield next(name for name, each in found if each is module), module
         named = {id(self._state.optimizers[name]) for name in self._state.contents.without_scheduler()}
         unnamed = {id(optimizer) for optimizer in self._state.optimizers.values()} - named
+        shuffles = any(issubclass(type(each), DataLoader) and _shuffles(each) for _, each in found)
         for name, each in found:
             is_used = (
                 (issubclass(type(each), LRScheduler) and id(getattr(each, "optimizer", None)) in unnamed)
                 or (issubclass(type(each), torch.amp.GradScaler) and torch_private.scale_of(each) is not None)
                 or (issubclass(type(each), DataLoader) and not self._state.contents.may_have_position)
             )
+            if is_used and shuffles and issubclass(type(each), DataLoader) and not _shuffles(each):
+                continue  # another one is trained from; this one has the validation's samples
             if is_used and id(each) not in objects:
                 yield name, each
 
@@ -273,6 +276,12 @@ def _version(module: nn.Module, known: set[int]) -> int | None:
         return sum(map(torch_private.version, tensors)) if tensors else None
     except (RuntimeError, ValueError):  # one that has no memory yet, or was made in inference mode
         return None
+
+
+def _shuffles(loader: DataLoader[Any]) -> bool:
+    """Whether a loader gives its samples in another order than that of the data set."""
+    is_in_order = isinstance(loader.sampler, SequentialSampler) or getattr(loader.sampler, "shuffle", True) is False
+    return not is_in_order
 
 
 def _found() -> list[tuple[str, Any]]:

@@ -132,6 +132,11 @@ class Run:
         """The epoch of the next batch."""
         return self._course.epoch
 
+    @property
+    def best(self) -> dict[str, float]:
+        """The metrics of the best evaluation over all attempts, and its ``step``; empty before the first one."""
+        return dict(self.state.progress.best)
+
     def epochs(self, total: int) -> Iterator[int]:
         """Yields the epochs that remain to be trained, an interrupted one first. Saves at the end."""
         with self._training(Length(epochs=total)):

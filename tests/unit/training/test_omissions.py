@@ -109,6 +109,20 @@ def test_torchs_own_loader(caplog):
     assert found.startswith("train_loader (DataLoader) is not in the run's state")
 
 
+def test_the_loader_of_a_validation(caplog):
+    """It gives the same samples in the same order after each restart."""
+    parts = Parts()
+    train_loader = DataLoader(parts.dataset, batch_size=2, shuffle=True)
+    valid_loader = DataLoader(parts.dataset, batch_size=2)
+    for _ in parts.run.epochs(1):
+        for (x,) in train_loader:
+            parts.train(x)
+            parts.run.step()
+        assert [*valid_loader]
+    (found,) = warnings_of(caplog)
+    assert found.startswith("train_loader (DataLoader) is not in the run's state")
+
+
 @pytest.mark.parametrize("order", ["before the forward pass", "after the forward pass", "at the end"])
 def test_batches_that_are_fetched_ahead(caplog, order):
     """The position is one batch ahead of the training: a restart would skip one."""

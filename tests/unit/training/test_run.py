@@ -249,7 +249,7 @@ def test_the_best_is_kept(tmp_path):
             script.step(torch.ones(1, 2))
             script.run.evaluated("loss", {"loss": loss})
     assert saved_steps(tmp_path) == [2, 4]
-    assert Script(tmp_path).run.state.progress.best == {"loss": 1.0, "step": 2}
+    assert Script(tmp_path).run.best == {"loss": 1.0, "step": 2}
 
 
 def test_the_best_is_the_one_that_was_judged(tmp_path):
@@ -356,7 +356,7 @@ def test_an_optimizer_of_two_modules(tmp_path):
         (
             {"loader": DataLoader([1])},
             ConfigError,
-            "loader .* has no state_dict .*; harness.Loader and torchdata's StatefulDataLoader have one",
+            "loader .* has no state_dict .*; harness.Loader and torchdata's StatefulDataLoader have them",
         ),
         ({"random": Counter()}, ConfigError, "'random' is the name of a part that harness writes"),
         ({"o": torch.optim.SGD([nn.Parameter(torch.ones(1))])}, Unsupported, "none of its parameters belongs to a module"),
