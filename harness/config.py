@@ -54,6 +54,24 @@ class _Section(BaseModel):
             yield name, without_secrets(value) if isinstance(value, str) else value
 
 
+class FsdpConfig(_Section):
+    """How ``train.parallel: fsdp`` and ``hsdp`` shard the model."""
+
+    wrap: list[str] = Field(default_factory=list)
+    """Class names of the modules that are gathered one at a time, such as a transformer's blocks. Empty: the whole model at
+    once."""
+    shard_size: int | None = Field(default=None, ge=1)
+    """``hsdp``: ranks that share one replica of the model. None: those of a machine."""
+    param_dtype: Literal["fp32", "bf16"] | None = None
+    """Dtype in which gathered parameters compute. None: their own."""
+    reduce_dtype: Literal["fp32", "bf16"] | None = None
+    """Dtype in which gradients are reduced. None: that of the computation."""
+    reshard_after_forward: bool = True
+    """Free gathered parameters after the forward pass, and gather them again for the backward pass."""
+    offload: bool = False
+    """Keep parameters and optimizer states in host memory."""
+
+
 class TrainConfig(_Section):
     """How long to train, with what batches, and how exactly."""
 
@@ -67,6 +85,10 @@ class TrainConfig(_Section):
     """Samples that a rank puts through the model at once; gradients of more are accumulated. None: a rank's whole share."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """``fp32``; ``bf16``: autocast to bf16; ``fp16``: autocast to fp16 with a gradient scaler."""
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """``ddp``: each rank has the whole model. ``fsdp``: each rank has a shard of it. ``hsdp``: each group of ranks has a
+    replica, and each rank a shard of that."""
+    fsdp: FsdpConfig = FsdpConfig()
     drop_last: bool = False
     """Leave out an epoch's last batch if it would be shorter. Each epoch leaves out other samples."""
     clip_grad_norm: float | None = Field(default=None, gt=0)
@@ -87,6 +109,14 @@ class TrainConfig(_Section):
             sizes = f"{self.micro_batch_size} > {self.global_batch_size}"
             raise PydanticCustomError(
                 "relation", f"expected micro_batch_size to be at most global_batch_size, found {sizes}"
+            )
+        if self.parallel != "ddp" and self.precision == "fp16":
+            raise PydanticCustomError(
+                "relation", f"expected train.precision fp32 or bf16 beside train.parallel {self.parallel}, found fp16"
+            )
+        if self.fsdp.shard_size is not None and self.parallel != "hsdp":
+            raise PydanticCustomError(
+                "relation", f"expected train.parallel hsdp beside train.fsdp.shard_size, found {self.parallel}"
             )
         return self
 
@@ -309,8 +339,9 @@ class Config(RunConfig):
         """Identifies what is trained; equal digests mean equal runs, wherever they are saved."""
         included = {"task", "init_from", "init_optimizer", "args", "seed", "train"}
         what = self.model_dump(mode="json", include=included, exclude={"train": {"reset_options"}})
-        if not what["train"]["drop_last"]:
-            del what["train"]["drop_last"]  # which earlier versions did not have
+        for key, default in TrainConfig.model_fields.items():  # earlier versions did not have some of them
+            if key in ("drop_last", "parallel", "fsdp") and getattr(self.train, key) == default.default:
+                del what["train"][key]
         return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -45,6 +45,9 @@ class Task:
     of the batch. Call ``model(...)`` in it once: with several ranks it is the DDP wrapper. ``scheduler`` is stepped once
     after every optimizer step.
 
+    ``optimizer`` may be a function that makes the optimizer of a model, and ``scheduler`` one that makes the scheduler of an
+    optimizer. A model that ``train.parallel`` shards needs this: its parameters are others before.
+
     The function that builds a task is called on every rank, on the CPU. The generators of Python, NumPy and torch are seeded
     from the configuration's ``seed``, which is also ``torch.initial_seed()``. The same call must give the same model and the
     same split on every rank and after every restart.
@@ -52,11 +55,19 @@ class Task:
 
     model: "nn.Module"
     dataset: "Dataset[Any]"
-    optimizer: "Optimizer"
+    optimizer: "Optimizer | Callable[[nn.Module], Optimizer]"
     loss: "Callable[[nn.Module, Any], Tensor]"
-    scheduler: "LRScheduler | None" = None
+    scheduler: "LRScheduler | Callable[[Optimizer], LRScheduler] | None" = None
     evaluation: Evaluation | None = None
     collate: Callable[[list[Any]], Any] | None = None
+
+    def optimizer_and_scheduler(self) -> "tuple[Optimizer, LRScheduler | None]":
+        """The optimizer and the scheduler, made now where there are functions for them."""
+        optimizer: Any = self.optimizer if hasattr(self.optimizer, "step") else self.optimizer(self.model)
+        scheduler: Any = self.scheduler
+        if scheduler is not None and not hasattr(scheduler, "step"):
+            scheduler = scheduler(optimizer)
+        return optimizer, scheduler
 
 
 def find_builder(name: str, args: Mapping[str, Any]) -> Callable[..., Task]:

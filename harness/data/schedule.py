@@ -94,6 +94,11 @@ class Schedule:
         micro_batches = {(share, self.micro_batch_size or share) for share in shares}
         return min(share % at_once or at_once for share, at_once in micro_batches)
 
+    def most_micro_batches(self, cursor: Cursor, world_size: int) -> int:
+        """How many micro-batches the rank with the largest share of the batch that begins at ``cursor`` has."""
+        share = -(-self.size(cursor) // world_size)
+        return -(-share // (self.micro_batch_size or share))
+
     def steps(self, cursor: Cursor, rank: int, world_size: int) -> Iterator[list[MicroBatch]]:
         """The rank's micro-batches of every step from a position on, without end."""
         cursor = self.settled(cursor)

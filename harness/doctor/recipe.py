@@ -4,10 +4,12 @@ import logging
 import os
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
 import torch
+from torch.optim import Optimizer
 
 import harness
 from harness.checkpoint import tree
@@ -18,7 +20,7 @@ from harness.doctor.case import Case
 from harness.doctor.findings import Finding, describe_error, error, ok, warn
 from harness.doctor.storage import open_quickly
 from harness.errors import HarnessError
-from harness.task import Task, find_builder
+from harness.task import find_builder
 from harness.training.loop import build_task, state_of
 from harness.training.resume import resume as resume_run
 
@@ -52,9 +54,10 @@ def task(case: Case) -> list[Finding]:
         return [error(tried, line) for line in str(mistake).splitlines()]
     except (Exception, SystemExit) as problem:  # the user's own code
         return [error(tried, describe_error(problem) + place_of(problem), "fix it; a run would fail here, too")]
-    case.task = built
     scaler = torch.amp.GradScaler("cpu", enabled=config.train.precision == "fp16")
-    case.objects = {**state_of(built, built.model, scaler), "loader": loader}
+    optimizer, scheduler = built.optimizer_and_scheduler()
+    case.task = replace(built, optimizer=optimizer, scheduler=scheduler)
+    case.objects = {**state_of(built.model, optimizer, scheduler, scaler), "loader": loader}
     parameters = sum(parameter.numel() for parameter in built.model.parameters())
     what = f"{parameters} parameters, {loader.schedule.samples} samples, in {time.monotonic() - began:.1f} s"
     return [ok(tried, what)]
@@ -73,7 +76,7 @@ def state(case: Case) -> list[Finding]:
         return []
     tried = "took the state apart as a save does"
     if case.task is not None:
-        _fill(case.task)
+        _fill(case.task.optimizer_and_scheduler()[0])
     try:
         parts = {name: tree.encode(part, name) for name, part in case.state().capture().items()}
     except HarnessError as problem:
@@ -136,18 +139,18 @@ class _Heard(logging.Handler):
         self._logger.propagate = self._propagates
 
 
-def _fill(task: Task) -> None:
-    """Gives the optimizer the state that it has after its first step: by a step, with gradients of zero. The task is no good
+def _fill(optimizer: Optimizer) -> None:
+    """Gives an optimizer the state that it has after its first step: by a step, with gradients of zero. The task is no good
     for a training after that."""
-    for group in task.optimizer.param_groups:
+    for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     try:
-        task.optimizer.step()
+        optimizer.step()
     except Exception:  # some want a closure, or sparse gradients: then the state is larger than what is measured
         return
     finally:
-        task.optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
 
 
 def saving(case: Case) -> list[Finding]:

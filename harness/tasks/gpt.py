@@ -110,7 +110,9 @@ def build(
     order = torch.randperm(len(windows)).tolist()
     held_out = max(1, int(len(windows) * validation_share))
     model = GPT(layers, heads, width, context, dropout)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+
+    def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -130,6 +132,6 @@ def build(
         dataset=Subset(windows, order[held_out:]),
         optimizer=optimizer,
         loss=loss,
-        scheduler=LambdaLR(optimizer, factor),
+        scheduler=lambda optimizer: LambdaLR(optimizer, factor),
         evaluation=Evaluation(Subset(windows, order[:held_out]), measure, metric="val_loss"),
     )

@@ -8,7 +8,8 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from harness import interchange
 from harness.config import Config
@@ -22,7 +23,7 @@ from harness.distributed.world import World
 from harness.errors import ConfigError, NonFinite
 from harness.runtime.signals import StopRequest
 from harness.task import Task
-from harness.training import nonfinite, resume
+from harness.training import nonfinite, parallel, resume
 from harness.training.run import Run
 
 
@@ -93,7 +94,9 @@ class _Trainer:
         task.model.to(world.device).train()
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=train.precision == "fp16")
         seed_everything(config.seed, world.rank + 1)
-        self.model = world.wrap(task.model)
+        self.model = parallel.spread(task.model, train, world)
+        self.optimizer, self.scheduler = task.optimizer_and_scheduler()
+        _check_steps(config, task, self.optimizer, self.scheduler)
         self.parameters = list(task.model.parameters())  # walking through the modules takes longer than many a step
         self.loss = torch.zeros(
             (), device="cpu"
@@ -101,14 +104,19 @@ class _Trainer:
 
     def state(self) -> dict[str, Any]:
         """What is saved and restored."""
-        return {**state_of(self.task, self.model, self.scaler), "loader": self.loader}
+        return {**state_of(self.model, self.optimizer, self.scheduler, self.scaler), "loader": self.loader}
 
     def initialize(self) -> str | None:
         """Gives a new run the weights that ``init_from`` names."""
         if self.config.init_from is None:
             return None
         foreign = interchange.read_foreign(self.config.init_from)
-        optimizer = self.task.optimizer if self.config.init_optimizer else None
+        if parallel.is_sharded(self.model):
+            raise ConfigError(
+                "init_from: expected train.parallel ddp, or one rank, found a sharded model; train a step in one process, "
+                "and resume from its checkpoint on several"
+            )
+        optimizer = self.optimizer if self.config.init_optimizer else None
         loaded = interchange.load_into(self.task.model, optimizer, foreign)
         return f"initialized from {foreign.source} ({foreign.what}): {loaded}"
 
@@ -123,12 +131,12 @@ class _Trainer:
         while (micro_batches := self.loader.next_step()) and not self.step(micro_batches):
             if not self.skip(run):
                 break
-        if self.task.scheduler is not None and not _waits_for_evaluations(self.task.scheduler):
-            self.task.scheduler.step()
+        if self.scheduler is not None and not _waits_for_evaluations(self.scheduler):
+            self.scheduler.step()
 
     def step(self, micro_batches: Step) -> bool:
         """One optimizer step; False where it was not taken, because the loss or the gradients are not finite."""
-        optimizer, scaler, parameters = self.task.optimizer, self.scaler, self.parameters
+        optimizer, scaler, parameters = self.optimizer, self.scaler, self.parameters
         self.loss = self.accumulate(micro_batches)
         limit, looks = self.config.train.clip_grad_norm, self.config.nonfinite.policy != "ignore"
         bad = False
@@ -179,9 +187,13 @@ class _Trainer:
     def accumulate(self, micro_batches: Step) -> torch.Tensor:
         """Adds the gradients of the mean loss over the global batch up; the ranks meet in the last backward pass."""
         parts = []
+        if parallel.is_sharded(self.model):
+            here = self.loader.position.latest
+            assert here is not None, "a batch was handed out"
+            micro_batches = parallel.evened(micro_batches, self.loader.schedule.most_micro_batches(here, self.world.size))
         for index, (batch, weight) in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
-            with contextlib.nullcontext() if last else self.without_meeting():
+            with contextlib.nullcontext() if last else parallel.without_meeting(self.model):
                 with self.autocast():
                     loss = self.task.loss(self.model, to_device(batch, self.world.device))
                 # DDP divides by the number of ranks, as if their shares were equal; the weights know better.
@@ -189,11 +201,6 @@ class _Trainer:
                 torch.autograd.backward(scaled, nonfinite.seed_of(scaled, loss))
             parts.append(loss.detach() * weight)
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
-
-    def without_meeting(self) -> contextlib.AbstractContextManager[Any]:
-        if isinstance(self.model, nn.parallel.DistributedDataParallel):
-            return self.model.no_sync()
-        return contextlib.nullcontext()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.train.precision == "fp32":
@@ -211,15 +218,14 @@ class _Trainer:
         if self.task.evaluation is not None and due:
             values = self.evaluate()
             run.evaluated(self.task.evaluation.metric, values, higher_is_better=self.task.evaluation.higher_is_better)
-            if _waits_for_evaluations(self.task.scheduler):
-                self.task.scheduler.step(values[self.task.evaluation.metric])
+            if _waits_for_evaluations(self.scheduler):
+                self.scheduler.step(values[self.task.evaluation.metric])
 
     def evaluate(self) -> dict[str, float]:
         """Judges the model in ``eval()`` mode and leaves it, and the random states, as they were."""
         before = random_state(self.world.device)
         modes = [(module, module.training) for module in self.task.model.modules()]
-        # DDP overwrites the buffers of the other ranks with rank 0's before the next step. Judge with those.
-        self.world.broadcast_tensors([buffer for buffer in self.task.model.buffers() if buffer.numel()])
+        parallel.share_buffers(self.model, self.task.model, self.world)
         self.task.model.eval()
         try:
             with torch.no_grad(), self.autocast():
@@ -237,10 +243,11 @@ class _Trainer:
         if size == 0:
             raise ConfigError("task: expected an evaluation data set with samples, found an empty one")
         share = range(rank * size // ranks, (rank + 1) * size // ranks)
+        most = -(-size // ranks) if parallel.is_sharded(self.model) else len(share)  # of any rank
         sums: dict[str, float] = {}
-        for start in range(0, len(share), evaluation.batch_size):
+        for start in range(0, most, evaluation.batch_size):
             indices = share[start : start + evaluation.batch_size]
-            samples = [evaluation.dataset[index] for index in indices]
+            samples = [evaluation.dataset[index] for index in indices or [0]]  # one that counts nothing, to go along
             batch = (self.task.collate or torch.utils.data.default_collate)(samples)
             for name, value in evaluation.measure(self.task.model, to_device(batch, self.world.device)).items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(indices)
@@ -251,10 +258,12 @@ class _Trainer:
         return {name: value / size for name, value in totals.items()}
 
 
-def state_of(task: Task, model: nn.Module, scaler: torch.amp.GradScaler) -> dict[str, Any]:
+def state_of(
+    model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None, scaler: torch.amp.GradScaler
+) -> dict[str, Any]:
     """What a step changes of a task, and what is saved of it; ``model`` may be wrapped."""
-    state = {"model": model, "optimizer": task.optimizer, "scaler": scaler}
-    return state if task.scheduler is None else {**state, "scheduler": task.scheduler}
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    return state if scheduler is None else {**state, "scheduler": scheduler}
 
 
 def _waits_for_evaluations(scheduler: Any) -> TypeGuard[ReduceLROnPlateau]:
@@ -262,25 +271,25 @@ def _waits_for_evaluations(scheduler: Any) -> TypeGuard[ReduceLROnPlateau]:
     return isinstance(scheduler, ReduceLROnPlateau)
 
 
-def _check_steps(config: Config, task: Task) -> None:
+def _check_steps(config: Config, task: Task, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
     """Raises ``ConfigError`` for an optimizer or a scheduler that the loop could not step."""
-    if (closure := inspect.signature(task.optimizer.step).parameters.get("closure")) and closure.default is closure.empty:
-        kind = type(task.optimizer).__name__
+    if (closure := inspect.signature(optimizer.step).parameters.get("closure")) and closure.default is closure.empty:
+        kind = type(optimizer).__name__
         raise ConfigError(
             f"task: {kind} needs a closure, which harness train does not pass; use it in a loop of your own with harness.Run"
         )
-    if _waits_for_evaluations(task.scheduler):
+    if _waits_for_evaluations(scheduler):
         every = config.evaluation
         if task.evaluation is None or every.every_steps is every.every_epochs is None:
             raise ConfigError(
                 "task: ReduceLROnPlateau needs evaluations; expected Task(evaluation=...) and an interval "
                 "(evaluation.every_steps or evaluation.every_epochs), found none"
             )
-    elif task.scheduler is not None:
+    elif scheduler is not None:
         try:
-            inspect.signature(task.scheduler.step).bind()
+            inspect.signature(scheduler.step).bind()
         except TypeError:
-            kind = type(task.scheduler).__name__
+            kind = type(scheduler).__name__
             raise ConfigError(
                 f"task: expected a scheduler with step(), found {kind}, whose step() requires arguments"
             ) from None
@@ -303,5 +312,12 @@ def build_task(config: Config, builder: Any) -> Task:
     task = builder(**config.args)
     if not isinstance(task, Task):
         raise ConfigError(f"task: expected {config.task} to return a harness.Task, found {type(task).__name__}")
-    _check_steps(config, task)
+    if not isinstance(task.optimizer, Optimizer):
+        return task  # it is made when the model is where it is trained
+    if config.train.parallel != "ddp":
+        raise ConfigError(
+            f"task: train.parallel {config.train.parallel} needs an optimizer that is made after the model is sharded; "
+            "return functions: Task(optimizer=lambda model: AdamW(model.parameters()), scheduler=lambda optimizer: ...)"
+        )
+    _check_steps(config, task, *task.optimizer_and_scheduler())
     return task

@@ -44,6 +44,7 @@ from harness.checkpoint.plan import Writers
 from harness.checkpoint.retention import Retention
 from harness.checkpoint.saver import Saved, Saver, SaveRequest
 from harness.distributed.world import SoloWorld
+from harness.state.sharded import ShardedState
 from harness.storage import direct_io
 from harness.storage.store import Store
 from harness.training import resume
@@ -87,8 +88,7 @@ class Restored:
     """Takes what ``harness.training.resume`` puts into a training state."""
 
     device = torch.device("cpu")
-    is_sharded = False
-    sharding_in_words = ""
+    sharded = ShardedState({}, {}, dict)  # nothing is
     step: int | None = None
     parts: Mapping[str, Any] | None = None
 

@@ -48,23 +48,24 @@ def train(url: str, epochs: int = 2, stop: harness.StopRequest | None = None) ->
     """A loop of a user's own; the average loss, and the step at the end."""
     torch.manual_seed(0)
     task, average = build(), Average()
+    optimizer, scheduler = task.optimizer_and_scheduler()
     loader = harness.Loader(task.dataset, global_batch_size=4, seed=1)
     state = {
         "model": task.model,
-        "optimizer": task.optimizer,
-        "scheduler": task.scheduler,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
         "loader": loader,
         "average": average,
     }
     run = harness.Run(url, state, every_steps=2, keep_last=2, stop=stop)
     for _epoch in run.epochs(epochs):
         for batch in loader:
-            task.optimizer.zero_grad()
+            optimizer.zero_grad()
             loss = task.loss(task.model, batch)
             loss.backward()
-            task.optimizer.step()
-            if task.scheduler is not None:
-                task.scheduler.step()
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
             average.value = 0.9 * average.value + 0.1 * loss.item()
             run.step(loss=loss)
     run.close()
