@@ -54,24 +54,6 @@ class _Section(BaseModel):
             yield name, without_secrets(value) if isinstance(value, str) else value
 
 
-class FsdpConfig(_Section):
-    """How ``train.parallel: fsdp`` and ``hsdp`` shard the model."""
-
-    wrap: list[str] = Field(default_factory=list)
-    """Class names of the modules that are gathered one at a time, such as a transformer's blocks. Empty: the whole model at
-    once."""
-    shard_size: int | None = Field(default=None, ge=1)
-    """``hsdp``: ranks that share one replica of the model. None: those of a machine."""
-    param_dtype: Literal["fp32", "bf16"] | None = None
-    """Dtype in which gathered parameters compute. None: their own."""
-    reduce_dtype: Literal["fp32", "bf16"] | None = None
-    """Dtype in which gradients are reduced. None: that of the computation."""
-    reshard_after_forward: bool = True
-    """Free gathered parameters after the forward pass, and gather them again for the backward pass."""
-    offload: bool = False
-    """Keep parameters and optimizer states in host memory."""
-
-
 class TrainConfig(_Section):
     """How long to train, with what batches, and how exactly."""
 
@@ -88,7 +70,6 @@ class TrainConfig(_Section):
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     """``ddp``: each rank has the whole model. ``fsdp``: each rank has a shard of it. ``hsdp``: each group of ranks has a
     replica, and each rank a shard of that."""
-    fsdp: FsdpConfig = FsdpConfig()
     drop_last: bool = False
     """Leave out an epoch's last batch if it would be shorter. Each epoch leaves out other samples."""
     clip_grad_norm: float | None = Field(default=None, gt=0)
@@ -114,11 +95,25 @@ class TrainConfig(_Section):
             raise PydanticCustomError(
                 "relation", f"expected train.precision fp32 or bf16 beside train.parallel {self.parallel}, found fp16"
             )
-        if self.fsdp.shard_size is not None and self.parallel != "hsdp":
-            raise PydanticCustomError(
-                "relation", f"expected train.parallel hsdp beside train.fsdp.shard_size, found {self.parallel}"
-            )
         return self
+
+
+class FsdpConfig(_Section):
+    """How ``train.parallel: fsdp`` and ``hsdp`` shard the model."""
+
+    wrap: list[str] = Field(default_factory=list)
+    """Class names of the modules that are gathered one at a time, such as a transformer's blocks. Empty: the whole model at
+    once."""
+    shard_size: int | None = Field(default=None, ge=1)
+    """``hsdp``: ranks that share one replica of the model. None: those of a machine."""
+    param_dtype: Literal["fp32", "bf16"] | None = None
+    """Dtype in which gathered parameters compute. None: their own."""
+    reduce_dtype: Literal["fp32", "bf16"] | None = None
+    """Dtype in which gradients are reduced. None: that of the computation."""
+    reshard_after_forward: bool = True
+    """Free gathered parameters after the forward pass, and gather them again for the backward pass."""
+    offload: bool = False
+    """Keep parameters and optimizer states in host memory."""
 
 
 class DataConfig(_Section):
@@ -325,6 +320,7 @@ class Config(RunConfig):
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Seed of all random numbers."""
     train: TrainConfig
+    fsdp: FsdpConfig = FsdpConfig()
     data: DataConfig = DataConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     nonfinite: NonFiniteConfig = NonFiniteConfig()
@@ -333,14 +329,21 @@ class Config(RunConfig):
     def _related(self) -> Self:
         if self.nonfinite.policy == "rollback" and self.checkpoint.url is None:
             raise PydanticCustomError("relation", "expected checkpoint.url beside nonfinite.policy rollback, found none")
+        if self.fsdp.shard_size is not None and self.train.parallel != "hsdp":
+            raise PydanticCustomError(
+                "relation", f"expected train.parallel hsdp beside fsdp.shard_size, found {self.train.parallel}"
+            )
         return self
 
     def digest(self) -> str:
         """Identifies what is trained; equal digests mean equal runs, wherever they are saved."""
-        included = {"task", "init_from", "init_optimizer", "args", "seed", "train"}
+        included = {"task", "init_from", "init_optimizer", "args", "seed", "train", "fsdp"}
         what = self.model_dump(mode="json", include=included, exclude={"train": {"reset_options"}})
-        for key, default in TrainConfig.model_fields.items():  # earlier versions did not have some of them
-            if key in ("drop_last", "parallel", "fsdp") and getattr(self.train, key) == default.default:
+        # Earlier versions did not have these. Runs of theirs have the same digest.
+        if self.fsdp == FsdpConfig():
+            del what["fsdp"]
+        for key in ("drop_last", "parallel"):
+            if getattr(self.train, key) == TrainConfig.model_fields[key].default:
                 del what["train"][key]
         return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -94,7 +94,7 @@ class _Trainer:
         task.model.to(world.device).train()
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=train.precision == "fp16")
         seed_everything(config.seed, world.rank + 1)
-        self.model = parallel.spread(task.model, train, world)
+        self.model = parallel.spread(task.model, config, world)
         self.optimizer, self.scheduler = task.optimizer_and_scheduler()
         _check_steps(config, task, self.optimizer, self.scheduler)
         self.parameters = list(task.model.parameters())  # walking through the modules takes longer than many a step

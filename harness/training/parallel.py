@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.config import TrainConfig
+from harness.config import Config
 from harness.data.fetching import Step
 from harness.distributed.world import World
 from harness.errors import ConfigError
 from harness.runtime.environment import local_size
 
 
-def spread(model: nn.Module, config: TrainConfig, world: World) -> nn.Module:
+def spread(model: nn.Module, config: Config, world: World) -> nn.Module:
     """The model as it is called in training, as ``train.parallel`` has it. One rank alone keeps it whole.
 
     Sharding replaces the parameters: an optimizer is made afterwards. Raises ``ConfigError`` for a class in ``fsdp.wrap``
     that the model does not have, and for a number of ranks that ``fsdp.shard_size`` does not divide.
     """
-    if config.parallel == "ddp" or world.size == 1:
+    if config.train.parallel == "ddp" or world.size == 1:
         return world.wrap(model)
     # These take half a second to import, and few runs need them.
     from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
@@ -46,12 +46,12 @@ def spread(model: nn.Module, config: TrainConfig, world: World) -> nn.Module:
 _DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def _mesh_shape(config: TrainConfig, ranks: int) -> tuple[int, ...]:
-    if config.parallel == "fsdp":
+def _mesh_shape(config: Config, ranks: int) -> tuple[int, ...]:
+    if config.train.parallel == "fsdp":
         return (ranks,)
     shard_size = config.fsdp.shard_size or local_size()
     if ranks % shard_size:
-        what = "train.fsdp.shard_size" if config.fsdp.shard_size else "the ranks of a machine (train.fsdp.shard_size)"
+        what = "fsdp.shard_size" if config.fsdp.shard_size else "the ranks of a machine (fsdp.shard_size)"
         raise ConfigError(f"train.parallel hsdp: expected {what} to divide the {ranks} ranks, found {shard_size}")
     return ranks // shard_size, shard_size
 
@@ -61,7 +61,7 @@ def _wrapped(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     found = [module for module in model.modules() if type(module).__name__ in names and module is not model]
     if missing := sorted({*names} - {type(module).__name__ for module in found}):
         classes = sorted({type(module).__name__ for module in model.modules() if module is not model})
-        raise ConfigError(f"train.fsdp.wrap: the model has no {', '.join(missing)}; it has {', '.join(classes)}")
+        raise ConfigError(f"fsdp.wrap: the model has no {', '.join(missing)}; it has {', '.join(classes)}")
     return found[::-1]
 
 

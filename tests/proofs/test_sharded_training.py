@@ -66,8 +66,6 @@ def trained(url: Path, parallel: str, ranks: int, dies_after: int | None = None,
     """The end of a training, as rank 0 has logged it."""
     world = join_world(WorldConfig(device="cpu"))
     jsonl = url.with_suffix(f".{world.rank}.jsonl")
-    options = {"parallel": parallel, "fsdp": {"wrap": ["Block"], **fsdp}} if parallel != "ddp" else {}
-    train = {**TRAIN, **options, "steps": STEPS}
     step, reached = Run.step, [0]
 
     def counted(run: Run, /, **metrics: Any) -> None:
@@ -82,7 +80,8 @@ def trained(url: Path, parallel: str, ranks: int, dies_after: int | None = None,
             task,
             world,
             url=url,
-            train=train,
+            train={**TRAIN, "parallel": parallel},
+            fsdp={"wrap": ["Block"], **fsdp} if parallel != "ddp" else {},
             checkpoint={"every_steps": 2},
             evaluation={"every_steps": 3},
             log={"jsonl": str(jsonl), "every_steps": 1},
@@ -155,5 +154,5 @@ def test_it_is_the_training_of_ddp(scenes, kind, ranks):
 def test_what_does_not_fit(scenes):
     """A class that the model has not, and a number of ranks that cannot be divided."""
     for wrap, size in returned(scenes["refused"]):
-        assert wrap == "train.fsdp.wrap: the model has no Blok; it has Block, Linear"
-        assert size == "train.parallel hsdp: expected train.fsdp.shard_size to divide the 3 ranks, found 2"
+        assert wrap == "fsdp.wrap: the model has no Blok; it has Block, Linear"
+        assert size == "train.parallel hsdp: expected fsdp.shard_size to divide the 3 ranks, found 2"
