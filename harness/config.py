@@ -337,14 +337,13 @@ class Config(RunConfig):
 
     def digest(self) -> str:
         """Identifies what is trained; equal digests mean equal runs, wherever they are saved."""
-        included = {"task", "init_from", "init_optimizer", "args", "seed", "train", "fsdp"}
-        what = self.model_dump(mode="json", include=included, exclude={"train": {"reset_options"}})
-        # Earlier versions did not have these. Runs of theirs have the same digest.
-        if self.fsdp == FsdpConfig():
-            del what["fsdp"]
-        for key in ("drop_last", "parallel"):
-            if getattr(self.train, key) == TrainConfig.model_fields[key].default:
-                del what["train"][key]
+        trained = {"task", "init_from", "init_optimizer", "args", "seed", "train", "fsdp"}
+        spread = {"train": {"reset_options", "parallel"}, "fsdp": {"wrap", "shard_size", "reshard_after_forward", "offload"}}
+        what = self.model_dump(mode="json", include=trained, exclude=spread)
+        if not what["train"]["drop_last"]:
+            del what["train"]["drop_last"]  # which earlier versions did not have
+        if not any(what["fsdp"].values()):
+            del what["fsdp"]  # nor these dtypes
         return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -150,7 +150,8 @@ def test_the_digest_is_of_what_is_trained(load):
     """Equal wherever it is saved and however it is fetched; different where the result would be."""
     digest = load(GOOD).digest()
     assert digest == "91c7c4acf081d607", "that of an earlier version, whose runs go on"
-    for override in ("checkpoint.url=x", "data.workers=3", "data.fingerprint=false", "log.every_steps=7"):
+    same = ("checkpoint.url=x", "data.workers=3", "data.fingerprint=false", "log.every_steps=7", "train.parallel=fsdp")
+    for override in (*same, "fsdp.wrap=[Block]"):
         assert load(GOOD, override).digest() == digest, override
     for override in (
         "seed=1",
@@ -158,6 +159,7 @@ def test_the_digest_is_of_what_is_trained(load):
         "train.steps=11",
         "train.precision=bf16",
         "train.drop_last=true",
+        "fsdp.param_dtype=bf16",
         "task=o:build",
     ):
         assert load(GOOD, override).digest() != digest, override

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -263,6 +264,15 @@ def test_a_builder_that_returns_something_else():
     config = Config.model_validate({"task": "here:build", "train": TRAIN})
     with pytest.raises(ConfigError, match=r"expected here:build to return a harness\.Task, found int"):
         build_task(config, lambda: 5)
+
+
+def test_a_sharded_model_needs_a_function_that_makes_the_optimizer():
+    """One that has the parameters from before would train nothing. One process keeps the model whole, and makes it, too."""
+    with pytest.raises(ConfigError, match="needs an optimizer that is made after the model is sharded"):
+        train_here(make, train={**TRAIN, "parallel": "fsdp"})
+    built = make()
+    late = replace(built, optimizer=lambda model: type(built.optimizer)(model.parameters(), lr=0.1))
+    assert train_here(lambda: late, train={**TRAIN, "parallel": "fsdp"}).step == train_here(make, train=TRAIN).step
 
 
 def test_a_builder_finds_everything_seeded():
