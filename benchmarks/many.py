@@ -73,7 +73,7 @@ def start(store: Store) -> None:
     """What rank 0 asks of a store before it reads the checkpoint that a run continues from."""
     catalog = Catalog(store)
     crashes.is_looping(catalog, SAME_FAILURES)
-    catalog.attempts.claim({})
+    catalog.attempts.claim({}, resumes=True)
     newest = next(catalog.candidates())
     catalog.further(newest)
 

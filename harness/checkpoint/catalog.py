@@ -82,7 +82,8 @@ class Catalog:
                 break
             before, there = there, {*self.names()}
             # What is being deleted looks unfinished. Then something newer was committed, and that changes what is seen.
-            is_settled = there == before and all({*self.store.list(each)} == seen[each] for each in doubtful)
+            again = doubtful if not self.store.has_ranges else {each for each in doubtful if seen.get(each)}
+            is_settled = there == before and all({*self.store.list(each)} == seen[each] for each in again)
             if is_settled or (count and any(entry.state == "whole" for entry in found)):
                 break
         if self.store.has_ranges:  # a server may keep names of directories in which nothing is left
