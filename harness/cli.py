@@ -301,9 +301,15 @@ def _open_catalog(url: str, storage_options: tuple[str, ...]) -> "Catalog":
     return Catalog(open_store(url, parse_overrides(storage_options, may_be_secret=True)))
 
 
+_LISTED = 50  # a run may have thousands, and each is looked into
+
+
 @cli.command()
 @_reads_run
-def ls(url: str, storage_options: tuple[str, ...], as_json: bool) -> None:
+@click.option(
+    "--last", type=click.IntRange(min=1), help=f"Number of the latest saves to list; by default {_LISTED}, with --json all."
+)
+def ls(url: str, storage_options: tuple[str, ...], as_json: bool, last: int | None) -> None:
     """List the saves of a run: whole, corrupt, unfinished, or abandoned (on a line that the run has left).
 
     The latest attempt comes first, and within it the latest step. Exit code 66 if there is no run at all.
@@ -311,7 +317,8 @@ def ls(url: str, storage_options: tuple[str, ...], as_json: bool) -> None:
     from harness.checkpoint.catalog import line  # noqa: PLC0415  # see the module's docstring
 
     catalog = _open_catalog(url, storage_options)
-    entries = catalog.entries()
+    last = last or (None if as_json else _LISTED)
+    entries = catalog.entries(last)
     _refuse_nothing(catalog, entries)
     in_line = {entry.directory for entry in line(entries)}
     if as_json:
@@ -324,6 +331,8 @@ def ls(url: str, storage_options: tuple[str, ...], as_json: bool) -> None:
         state = "abandoned" if entry.state == "whole" and entry.directory not in in_line else entry.state
         what = f"epoch {about.meta.get('epoch')}  {about.bytes / 1e6:.1f} MB  {about.created}" if about else ""
         _print(f"{state:<10}  step {entry.step:<10} {what}  {entry.directory}  {entry.problem}".rstrip())
+    if len(entries) == last:
+        click.echo(f"the latest {last}; --last lists more")
 
 
 def _print(line: str) -> None:
@@ -435,7 +444,7 @@ def prune(
     for entry in gone:
         _print(f"{'would delete' if dry_run else 'deleted'}  {entry.state:<10}  {entry.directory}")
     went = {entry.directory for entry in gone}
-    there = [entry for entry in catalog.entries() if entry.directory not in went]
+    there = catalog.entries(without=went)
     in_line = {entry.directory for entry in line(there)}
     for entry in there:
         if entry.state == "unfinished":

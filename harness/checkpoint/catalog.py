@@ -1,8 +1,9 @@
 """What lies in a run's URL: list, open, verify. Only what is committed counts. No torch."""
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import BinaryIO, Literal, TypeVar
 
@@ -18,6 +19,7 @@ Seen = dict[str, set[str]]  # the names of the objects in each directory that wa
 
 _TRIES = 50  # to find a run as it is, while it goes on
 _LOOKS_AT_ONCE = 8
+_SAVES_IN_A_PAGE = 125  # of a listing of 1,000 objects, about
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,14 @@ class Entry:
     """The directory of one save.
 
     ``state`` is ``whole`` when the manifest is valid and all objects are there with their sizes, ``corrupt`` when it is not
-    so (``problem`` says how), ``unfinished`` when there is no manifest: still being written, or abandoned.
+    so (``problem`` says how), ``unfinished`` when there is no manifest: still being written, or abandoned. ``old`` is what
+    goes for its name alone, since it is older than what is kept.
     """
 
     directory: str
     step: int
     attempt: Attempt
-    state: Literal["whole", "corrupt", "unfinished"]
+    state: Literal["whole", "corrupt", "unfinished", "old"]
     manifest: Manifest | None = None
     problem: str = ""
 
@@ -58,21 +61,33 @@ class Catalog:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.attempts = Attempts(store)
+        self._names: list[str] = []  # as ``candidates`` has found them
         self._opened: dict[str, Manifest] = {}  # committed directories are never modified: a look at their objects will do
 
-    def entries(self) -> list[Entry]:
-        """All saves, the latest attempt's first, within an attempt the latest step first."""
+    def names(self) -> list[str]:
+        """The names that begin as those of saves do."""
+        return self.store.names(beginning="step-")
+
+    def entries(self, last: int | None = None, *, without: Collection[str] = ()) -> list[Entry]:
+        """All saves, the latest attempt's first, within an attempt the latest step first.
+
+        With ``last`` no more than so many of the latest: nothing else is looked into. Those of ``without`` are left out.
+        """
         for count in range(_TRIES):
-            there, seen = {*self.store.names()}, Seen()
-            found = self.look_at_all(saves_among(there), seen)
+            there, seen = {*self.names()}, Seen()
+            saves = saves_among(there.difference(without))
+            found = self.look_at_all(saves[:last], seen, among=there)
             doubtful = {entry.directory for entry in found if entry.state == "unfinished"}
             if not doubtful:
                 break
-            before, there = there, {*self.store.names()}
+            before, there = there, {*self.names()}
             # What is being deleted looks unfinished. Then something newer was committed, and that changes what is seen.
-            is_settled = there == before and all({*self.store.list(each)} == seen[each] for each in doubtful)
+            again = doubtful if not self.store.has_ranges else {each for each in doubtful if seen.get(each)}
+            is_settled = there == before and all({*self.store.list(each)} == seen[each] for each in again)
             if is_settled or (count and any(entry.state == "whole" for entry in found)):
                 break
+        if self.store.has_ranges:  # a server may keep names of directories in which nothing is left
+            there = {directory for directory in there if seen.get(directory)}
         return [entry for entry in found if entry.state != "unfinished" or entry.directory in there]
 
     def for_each(self, function: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
@@ -80,14 +95,29 @@ class Catalog:
         at_once = _LOOKS_AT_ONCE if self.store.has_ranges else 1
         return self.store.together(lambda: in_threads(at_once, function, items)).result()
 
-    def look_at_all(self, saves: Sequence[SaveName], seen: Seen | None = None) -> list[Entry]:
-        """What saves are now. An object store tells all their objects at once."""
+    def look_at_all(
+        self, saves: Sequence[SaveName], seen: Seen | None = None, *, among: Collection[str] | None = None
+    ) -> list[Entry]:
+        """What saves are now. An object store tells the objects of many in one request; ``among`` are all that lie there."""
         if not self.store.has_ranges:
             return self.for_each(functools.partial(self._look, seen=seen), saves)
-        listed: dict[str, dict[str, int]] = {save.directory: {} for save in saves}
-        for name, size_bytes in self.store.list(beginning="step-").items():
-            listed.get(name.partition("/")[0], {})[name] = size_bytes
+        wanted = {save.directory for save in saves}
+        listed: dict[str, dict[str, int]] = {directory: {} for directory in wanted}
+        for beginning in beginnings(sorted(wanted.union(among or ())), wanted):
+            for directory, objects in self.objects(beginning).items():
+                listed.get(directory, {}).update(objects)
         return self.for_each(lambda save: self._look(save, seen, listed[save.directory]), saves)
+
+    def objects(self, beginning: str = "step-") -> dict[str, dict[str, int]]:
+        """The objects, with their sizes in bytes, of each save whose name begins so. For object stores alone."""
+        found: dict[str, dict[str, int]] = {}
+        for name, size_bytes in self.store.list(beginning=beginning).items():
+            found.setdefault(name.partition("/")[0], {})[name] = size_bytes
+        return found
+
+    def look(self, save: SaveName, objects: Mapping[str, int] | None = None) -> Entry:
+        """What a save is now; its objects need not be listed where they are given."""
+        return self._look(save, objects=objects)
 
     def _look(self, save: SaveName, seen: Seen | None = None, objects: Mapping[str, int] | None = None) -> Entry:
         """What a save is now. The names of its objects go to ``seen``."""
@@ -153,10 +183,13 @@ class Catalog:
     def candidates(self, seen: Seen | None = None) -> Iterator[Entry]:
         """What a run may resume from, best first; corrupt ones are among them, so that they can be reported.
 
-        Each is looked at when it is asked for; the names of its objects go to ``seen``. Raises ``UnknownFormat``
-        when it has given none and there are names that begin as those of saves do: they are not taken for nothing.
+        Right after a claim with ``resumes``, these are the saves as they were then. Each is looked at when it is asked
+        for; the names of its objects go to ``seen``. Raises ``UnknownFormat`` when it has given none and there are names
+        that begin as those of saves do: they are not taken for nothing.
         """
-        names, way, is_empty = self.store.names(), Line(), True
+        names = self.attempts.saves_after_claim()
+        names, way, is_empty = self.names() if names is None else names, Line(), True
+        self._names = names
         for save in saves_among(names):
             if way.may_have(save.attempt, save.step) and way.take(entry := self._look(save, seen)):
                 is_empty = False
@@ -185,7 +218,7 @@ class Catalog:
         if seen != before:  # though it was tried often
             raise StoreError(f"list {self.store.url}: the contents changed during every try to list them", transient=True)
         words = "whole checkpoint" if step is None else f"whole checkpoint of step {step}"
-        others = [save.attempt.number for save in saves_among(self.store.names()) if save.step == step]
+        others = [save.attempt.number for save in saves_among(self.names()) if save.step == step]
         hint = f"; that of attempt {others[0]} is corrupt, unfinished, or on an abandoned line" if others else ""
         raise NoCheckpoint(f"{self.store.url}: there is no {words}{hint}")
 
@@ -209,8 +242,8 @@ class Catalog:
 
     def further(self, newest: Entry) -> list[Entry]:
         """What goes further than the newest checkpoint of the line, and is not on it: the last whole one of each other
-        line."""
-        return beyond(saves_among(self.store.names()), newest.step, self._look)
+        line. Of the saves that were there when the newest was found among the ``candidates``."""
+        return beyond(saves_among(self._names), newest.step, self._look)
 
 
 def _only_grew(before: Seen | None, seen: Seen, found: Entry) -> bool:
@@ -279,6 +312,27 @@ def saves_among(names: Iterable[str]) -> list[SaveName]:
     """The saves among the names in a run's URL, the latest first."""
     found = [SaveName(parsed[1], parsed[0], name) for name in names if (parsed := parse_directory(name))]
     return sorted(found, key=lambda save: (save.attempt.id, save.step, save.directory), reverse=True)  # they may be many
+
+
+def beginnings(names: Sequence[str], wanted: Collection[str]) -> list[str]:
+    """Beginnings of names that all the wanted ones have, and few others, so that few pages are listed. ``names`` are all
+    that there are, sorted."""
+    return _beginnings(names, wanted)[1]
+
+
+def _beginnings(names: Sequence[str], wanted: Collection[str]) -> tuple[int, list[str]]:
+    """The pages of a listing that they cost, and the beginnings."""
+    if not any(name in wanted for name in names):
+        return 0, []
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(names[0], names[-1], strict=False))
+    beginning = "".join(one for one, _ in alike)
+    pages = -(-len(names) // _SAVES_IN_A_PAGE)
+    if pages == 1:
+        return 1, [beginning]
+    groups = itertools.groupby(names, key=lambda name: name[: len(beginning) + 1])
+    parts = [_beginnings(list(group), wanted) for _, group in groups]
+    fewer = sum(each for each, _ in parts)
+    return (fewer, [each for _, found in parts for each in found]) if fewer < pages else (pages, [beginning])
 
 
 def verify_all(catalog: Catalog, *, step: int | None = None, deep: bool = False) -> list[Entry]:

@@ -1,8 +1,9 @@
 """Which checkpoints stay, and the deleting of the others. No torch."""
 
 import contextlib
+import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.checkpoint.catalog import Catalog, Entry, Line, SaveName, beyond, saves_among
@@ -12,6 +13,7 @@ from harness.runtime.threads import in_threads
 
 _TIDYING_SECONDS = 1.0  # so long at most are old checkpoints deleted after a commit,
 _TIDYING_SAVES = 16  # if they are more than so many
+_DELETED_AT_ONCE = 1000  # saves of which the manifests go together
 
 
 @dataclass(frozen=True)
@@ -50,21 +52,26 @@ class Pruner:
 
         Of what is newer, the unfinished saves of attempts before the last one go, and with ``unfinished`` those of the last
         one: somebody may be writing them. Where nothing is whole, nothing else goes.
+
+        Only what decides is looked into, and what goes is deleted many saves at a time, the oldest first.
         """
-        saves = saves_among(self.catalog.store.names())
-        last = max({*self.catalog.attempts.all(), *(save.attempt for save in saves)}, default=None)
-        found = dict(zip(saves, self.catalog.look_at_all(saves), strict=True))
-        kept = self._kept(saves, retention, best_step, found.__getitem__)
-        old = {*self._old(saves, kept, found.__getitem__)}
+        catalog = self.catalog
+        listed = catalog.objects() if catalog.store.has_ranges else None
+        saves = saves_among(catalog.names() if listed is None else listed)
+        last = max({*catalog.attempts.all(), *(save.attempt for save in saves)}, default=None)
+        look = functools.cache(lambda save: catalog.look(save, None if listed is None else listed[save.directory]))
+        kept = self._kept(saves, retention, best_step, look)
+        old = {*self._old(saves, kept, look)}
 
-        def goes(save: SaveName, entry: Entry) -> bool:
+        def goes(save: SaveName) -> Entry | None:
             if save in old and retention.keep_last is not None:
-                return True
-            return entry.state == "unfinished" and (unfinished or save in old or (bool(kept) and save.attempt != last))
+                return Entry(save.directory, save.step, save.attempt, "old")
+            is_abandoned = save in old or (bool(kept) and save.attempt != last)
+            return entry if (unfinished or is_abandoned) and (entry := look(save)).state == "unfinished" else None
 
-        gone = [entry for save, entry in found.items() if goes(save, entry)]
+        gone = [entry for save in saves if (entry := goes(save))]
         if not dry_run:
-            self.catalog.for_each(self.delete, [entry.directory for entry in reversed(gone)])
+            self._delete_all([entry.directory for entry in reversed(gone)], listed)
         return gone
 
     def tidy(self, retention: Retention, best_step: int | None, attempt: Attempt) -> None:
@@ -76,7 +83,7 @@ class Pruner:
         The training may wait for this. So only what decides is looked at, checkpoints between the last ones and older ones
         stay or go by their names, and of many that are to go, some are left to the next call.
         """
-        saves = [] if retention.keep_last is None else saves_among(self.catalog.store.names())
+        saves = [] if retention.keep_last is None else saves_among(self.catalog.names())
         # Looked at after the names: who begins later than this finds what stays.
         self.catalog.attempts.refuse_superseded(attempt)
         kept = self._kept(saves, retention, best_step, self.catalog.known, by_name=True)
@@ -126,7 +133,7 @@ class Pruner:
         Who wakes up and finishes one of those will have committed what is corrupt, and is on nobody's line.
         """
         rubbish = []
-        for save in saves_among(self.catalog.store.names()):
+        for save in saves_among(self.catalog.names()):
             entry = self.catalog.known(save)
             if entry.state == "whole":
                 break
@@ -153,6 +160,21 @@ class Pruner:
         """Deletes what its only writer has put into a save that has failed. One with a manifest was committed, and stays."""
         if not self.catalog.is_committed(directory):
             self.delete(directory)
+
+    def _delete_all(self, directories: Sequence[str], listed: Mapping[str, Collection[str]] | None) -> None:
+        """Removes saves. Of those that go together, all manifests go first. ``listed`` are the objects of each, where these
+        are known."""
+        store = self.catalog.store
+        if store.delete_directories(directories, MANIFEST):
+            return
+        if listed is None or not store.deletes_many:
+            self.catalog.for_each(self.delete, directories)
+            return
+        for start in range(0, len(directories), _DELETED_AT_ONCE):
+            names = [name for each in directories[start : start + _DELETED_AT_ONCE] for name in listed[each]]
+            manifests = [name for name in names if name.endswith(f"/{MANIFEST}")]
+            store.delete_many(manifests)
+            store.delete_many(sorted({*names}.difference(manifests)))
 
     def delete(self, directory: str) -> None:
         """Removes a save. Its manifest goes first, so that a deletion that is cut short leaves no checkpoint. Of a link only

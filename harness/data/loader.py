@@ -202,11 +202,11 @@ class Loader:
         self.fingerprint.refuse_others(self.dataset, state.get("fingerprint"))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to a saved position. Raises as ``check_state_dict`` does."""
+        """Goes to a saved position, in the order that its run began with. Raises as ``check_state_dict`` does."""
         position = Position.restored(self.schedule, state)
         self.fingerprint.refuse_others(self.dataset, state.get("fingerprint"))
         self.close()
-        self.position = position
+        self.position, self.schedule = position, position.schedule
         self.taken, self._has_failed = 0, False
         self._goes_on = position.cursor.offset > 0
         self.fingerprint.restore(state.get("fingerprint"))

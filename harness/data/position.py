@@ -4,15 +4,18 @@ The position is data, not replay: it says how many samples of which epoch have b
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from harness.data.order import ALGORITHMS, RANDPERM
 from harness.data.schedule import Cursor, MicroBatch, Schedule
 from harness.errors import Corrupt, Mismatch
+
+_BLOCK_SAMPLES = 1 << 14  # of an epoch, at whose beginning the ledger is known, too; a resume computes as many at most
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,23 @@ class Position:
 
     @classmethod
     def restored(cls, schedule: Schedule, state: Mapping[str, Any]) -> "Position":
-        """A saved position. Raises ``Mismatch`` where it is not one in this data, ``Corrupt`` where it is none at all."""
+        """A saved position. Raises ``Mismatch`` where it is not one in this data, ``Corrupt`` where it is none at all.
+
+        The run goes on with the algorithm that it began with: the position's own schedule may have another one.
+        """
         for key, live in (("seed", schedule.seed), ("samples", schedule.samples)):
             if (saved := state.get(key)) != live:
                 raise Mismatch(f"{key}: the checkpoint was written with {saved!r}, the loader has {live!r}")
         numbers = [state.get("epoch"), state.get("offset")]
         if not all(type(number) is int and number >= 0 for number in numbers) or state["offset"] >= schedule.samples:
             raise Corrupt(f"impossible position in the data: epoch {numbers[0]!r}, offset {numbers[1]!r}")
+        if (algorithm := state.get("order", RANDPERM)) not in ALGORITHMS:  # before there was another, states had no name
+            known = ", ".join(ALGORITHMS)
+            raise Mismatch(
+                f"order: the checkpoint was written with {algorithm!r}, this version of harness knows {known}; resume with "
+                "the version of harness that wrote the checkpoint, or a later one"
+            )
+        schedule = replace(schedule, algorithm=algorithm)
         cursor = Cursor(state["epoch"], state["offset"])
         position = cls(schedule, cursor)
         position._ledger = Ledger.restored(schedule, cursor, state)
@@ -56,6 +69,7 @@ class Position:
         return {
             "seed": self.schedule.seed,
             "samples": self.schedule.samples,
+            **({} if self.schedule.algorithm == RANDPERM else {"order": self.schedule.algorithm}),
             "epoch": self.cursor.epoch,
             "offset": self.cursor.offset,
             "gaps": [[each.epoch, each.offset, each.samples] for each in self.skipped],
@@ -119,24 +133,30 @@ class Position:
 
 
 class Ledger:
-    """A running hash of the samples that were trained, in order: over the epochs before this one, and its samples so far. It
-    can be checked at the cost of one permutation, because it is known as of the beginning of the epoch, too."""
+    """A running hash of the samples that were trained, in order.
 
-    def __init__(self, schedule: Schedule, epoch: int = 0, before: str = "", left_out: Sequence[Sequence[int]] = ()) -> None:
+    It is a chain: the hash of each block of an epoch begins with that of everything before. The state also has the one at
+    the beginning of the block, so that a resume checks it at the cost of one block. With ``randperm`` an epoch is a block.
+    """
+
+    def __init__(self, schedule: Schedule, epoch: int = 0, left_out: Sequence[Sequence[int]] = ()) -> None:
         self._schedule = schedule
+        self._has_blocks = schedule.algorithm != RANDPERM
+        self._key = "ledger_at_block" if self._has_blocks else "ledger_at_epoch"
         self._epoch = epoch
-        self._before = before  # the ledger at the beginning of the epoch
         self._left_out = [list(interval) for interval in left_out]  # of the epoch, offsets from and to
-        self._hasher = xxhash.xxh3_128(before.encode())
+        self._link("")
 
     @classmethod
     def restored(cls, schedule: Schedule, cursor: Cursor, state: Mapping[str, Any]) -> "Ledger":
         """The ledger at a position. Raises ``Mismatch`` where the samples before it are not those that were trained."""
-        ledger = cls(schedule, cursor.epoch, state["ledger_at_epoch"], state["left_out"])
-        done = np.ones(cursor.offset, dtype=bool)
-        for start, stop in ledger._left_out:
-            done[start:stop] = False
-        ledger._hash(schedule.order(cursor.epoch)[: cursor.offset][done])
+        ledger = cls(schedule, cursor.epoch, state["left_out"])
+        ledger._link(state[ledger._key])
+        start = cursor.offset - cursor.offset % _BLOCK_SAMPLES if ledger._has_blocks else 0
+        done = np.ones(cursor.offset - start, dtype=bool)
+        for begin, end in ledger._left_out:
+            done[max(begin - start, 0) : max(end - start, 0)] = False
+        ledger._hash(schedule.order(cursor.epoch, start, cursor.offset)[done])
         if ledger._hasher.hexdigest() != state["ledger"]:
             raise Mismatch(
                 f"the samples trained in epoch {cursor.epoch} before offset {cursor.offset} differ from those of "
@@ -146,23 +166,39 @@ class Ledger:
 
     def state_dict(self, cursor: Cursor) -> dict[str, Any]:
         self.go_to(cursor.epoch)
-        return {"ledger": self._hasher.hexdigest(), "ledger_at_epoch": self._before, "left_out": self._left_out}
+        return {"ledger": self._hasher.hexdigest(), self._key: self._before, "left_out": self._left_out}
 
     def add(self, here: Cursor) -> None:
         """A batch has been trained."""
-        self.go_to(here.epoch)
-        self._hash(self._schedule.order(here.epoch)[here.offset : here.offset + self._schedule.size(here)])
+        self._pass(here, is_trained=True)
 
     def skip(self, here: Cursor) -> None:
         """A batch has been left out."""
-        self.go_to(here.epoch)
+        self._pass(here, is_trained=False)
         self._left_out.append([here.offset, here.offset + self._schedule.size(here)])
 
     def go_to(self, epoch: int) -> None:
         """What comes next is in this epoch; what is left of the one before is not trained."""
         if epoch != self._epoch:
-            self._epoch, self._before, self._left_out = epoch, self._hasher.hexdigest(), []
-            self._hasher = xxhash.xxh3_128(self._before.encode())
+            self._epoch, self._left_out = epoch, []
+            self._link(self._hasher.hexdigest())
+
+    def _pass(self, here: Cursor, *, is_trained: bool) -> None:
+        self.go_to(here.epoch)
+        start, stop = here.offset, here.offset + self._schedule.size(here)
+        while start < stop:
+            begin = start
+            block_end = start - start % _BLOCK_SAMPLES + _BLOCK_SAMPLES if self._has_blocks else stop
+            start = min(block_end, stop)
+            if is_trained:
+                self._hash(self._schedule.order(here.epoch, begin, start))
+            if self._has_blocks and start == block_end:
+                self._link(self._hasher.hexdigest())
+
+    def _link(self, before: str) -> None:
+        """A block begins, and ``before`` is the ledger there."""
+        self._before = before
+        self._hasher = xxhash.xxh3_128(before.encode())
 
     def _hash(self, samples: NDArray[np.int64]) -> None:
         self._hasher.update(samples.data)

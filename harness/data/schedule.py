@@ -1,24 +1,23 @@
 """Which samples are trained when, and by whom: a function of the seed and of one global position.
 
-The order of epoch *e* is a permutation that depends on ``(seed, e)`` alone. A global batch is the next
-``global_batch_size`` samples of it (the last of an epoch may be shorter: every sample is trained once an epoch; with
-``drop_last`` it is left out, and each epoch leaves out other samples).
+The order of epoch *e* is a permutation that depends on the seed, *e* and the number of samples alone. It is computed for the
+batch that is asked for (``harness.data.order``). A global batch is the next ``global_batch_size`` samples of it (the last of
+an epoch may be shorter: every sample is trained once an epoch; with ``drop_last`` it is left out, and each epoch leaves out
+other samples).
 
 A batch is divided among the ranks in contiguous shares whose sizes differ by at most one. Gradients are weighted by samples,
 so the sum over ranks is the mean over the batch whatever the shares. A rank whose share is empty (a batch of fewer
 samples than ranks) goes through the motions with a sample that weighs nothing, because DDP waits for every rank.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from harness.data.seeding import mix
+from harness.data.order import ALGORITHMS, FEISTEL, samples_between
 from harness.errors import ConfigError
 
 
@@ -39,15 +38,21 @@ class MicroBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Divides a data set of ``samples`` into global batches, those into ranks' shares, those into micro-batches."""
+    """Divides a data set of ``samples`` into global batches, those into ranks' shares, those into micro-batches.
+
+    ``algorithm`` computes the order of an epoch: ``feistel``, or ``randperm`` for a run that began before 0.3.
+    """
 
     samples: int
     seed: int
     global_batch_size: int
     micro_batch_size: int | None
     drop_last: bool = False
+    algorithm: str = FEISTEL
 
     def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            raise ConfigError(f"algorithm: expected one of {', '.join(ALGORITHMS)}, found {self.algorithm!r}")
         if self.samples < 1:
             raise ConfigError("task: expected a data set with samples, found an empty one")
         if self.drop_last and self.samples < self.global_batch_size:
@@ -62,9 +67,17 @@ class Schedule:
                 "was made; keep its length constant, and map indices to other samples if the data should change"
             )
 
-    def order(self, epoch: int) -> NDArray[np.int64]:
-        """The permutation of an epoch. Shape (samples,), int64. NumPy's, which cuts a batch out of it ten times as fast."""
-        return _order(self.samples, self.seed, epoch)
+    def order(self, epoch: int, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+        """The samples of an epoch, in the order in which they are trained, from position ``start`` to ``stop``.
+
+        Shape (stop - start,), int64. Without ``stop`` to the end of the epoch, which may be more than fits into memory.
+        """
+        stop = self.samples if stop is None else min(stop, self.samples)
+        return samples_between(self.algorithm, self.samples, self.seed, epoch, start, stop)
+
+    def batch(self, cursor: Cursor) -> NDArray[np.int64]:
+        """The samples of the global batch that begins at ``cursor``."""
+        return self.order(cursor.epoch, cursor.offset, cursor.offset + self.global_batch_size)
 
     def size(self, cursor: Cursor) -> int:
         """How many samples the batch that begins at ``cursor`` has."""
@@ -103,13 +116,8 @@ class Schedule:
         """The rank's micro-batches of every step from a position on, without end."""
         cursor = self.settled(cursor)
         while True:
-            order = self.order(cursor.epoch)
-            while True:
-                batch = order[cursor.offset : cursor.offset + self.global_batch_size]
-                yield self._share(cursor.epoch, batch.tolist(), rank, world_size)
-                epoch, cursor = cursor.epoch, self.after(cursor)
-                if cursor.epoch != epoch:
-                    break
+            yield self._share(cursor.epoch, self.batch(cursor).tolist(), rank, world_size)
+            cursor = self.after(cursor)
 
     def _share(self, epoch: int, batch: Sequence[int], rank: int, world_size: int) -> list[MicroBatch]:
         share = batch[rank * len(batch) // world_size : (rank + 1) * len(batch) // world_size]
@@ -118,12 +126,6 @@ class Schedule:
         size = self.micro_batch_size or len(share)
         pieces = (tuple(share[start : start + size]) for start in range(0, len(share), size))
         return [MicroBatch(epoch, piece, len(piece) / len(batch)) for piece in pieces]
-
-
-@functools.lru_cache(maxsize=2)  # the loader's workers may be an epoch ahead
-def _order(samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    generator = torch.Generator("cpu").manual_seed(mix(seed, epoch))  # whatever torch.set_default_device says
-    return torch.randperm(samples, generator=generator, device="cpu").numpy()
 
 
 def is_due(step: int, epochs: tuple[int, int], every_steps: int | None, every_epochs: int | None) -> bool:

@@ -10,7 +10,7 @@ import io
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from stat import S_ISLNK
 from typing import Any, BinaryIO, ClassVar, Self
 
@@ -47,6 +47,7 @@ class Filesystem:
     is_local: ClassVar[bool] = False
     has_ranges: ClassVar[bool] = False  # that can be read several at a time, each by a request of its own
     has_directories: ClassVar[bool] = False  # of its own, which somebody has to make and may remove
+    deletes_many: ClassVar[bool] = False  # objects in one request
     keeps_names = True  # whether the name of a file is on the disk when its directory was flushed
 
     def __init__(self, fs: AbstractFileSystem, root: str, url: str) -> None:
@@ -108,6 +109,11 @@ class Filesystem:
             raise OSError(errno.ENOTSUP, "the storage does not report its size")
         return int(size)
 
+    def names(self, path: str, beginning: str) -> Iterator[str]:
+        """The paths of what lies directly in a directory and has a name that begins so."""
+        start = f"{path}/{beginning}"
+        return (found for each in self.fs.ls(path, detail=False) if (found := each.rstrip("/")).startswith(start))
+
     def is_link(self, path: str) -> bool:  # noqa: ARG002  # an object store has none
         """Whether a name leads to another place."""
         return False
@@ -118,6 +124,14 @@ class Filesystem:
             self.fs.rm_file(path)
         except NotImplementedError:
             self.fs.rm(path)
+
+    def remove_many(self, paths: Sequence[str]) -> None:
+        """Removes objects in one request; where ``deletes_many``."""
+        raise NotImplementedError
+
+    def remove_directories(self, paths: Iterable[str], first: str) -> None:
+        """Removes directories with all that is in them; where ``is_local``."""
+        raise NotImplementedError
 
     def remove_directory(self, path: str) -> None:
         """Removes an empty directory."""
@@ -178,6 +192,29 @@ class RangedFilesystem(Filesystem):
 class S3Filesystem(RangedFilesystem):
     """S3, to which the parts of an object can be on their way at once: fsspec's own file sends one after the other."""
 
+    deletes_many = True
+
+    def names(self, path: str, beginning: str) -> Iterator[str]:
+        """As ``Filesystem.names``; nothing else is listed, at 1,000 names in a request."""
+        bucket, key, _ = self.fs.split_path(path)
+        asked = {"Bucket": bucket, "Prefix": f"{key}/{beginning}" if key else beginning, "Delimiter": "/"}
+        while True:
+            page = self.fs.call_s3("list_objects_v2", **asked)
+            yield from (f"{bucket}/{each['Prefix']}".rstrip("/") for each in page.get("CommonPrefixes", ()))
+            yield from (f"{bucket}/{each['Key']}" for each in page.get("Contents", ()))
+            if not page.get("IsTruncated"):
+                return
+            asked["ContinuationToken"] = page["NextContinuationToken"]
+
+    def remove_many(self, paths: Sequence[str]) -> None:
+        """Removes up to 1,000 objects in one request. Those that are not there are no error."""
+        bucket = self.fs.split_path(paths[0])[0]
+        keys = [{"Key": self.fs.split_path(path)[1]} for path in paths]
+        errors = self.fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": keys, "Quiet": True}).get("Errors")
+        if errors:
+            kind = PermissionError if errors[0].get("Code") == "AccessDenied" else OSError
+            raise kind(f"{len(errors)} objects were not deleted, the first: {errors[0]}")
+
     def put(self, path: str, chunks: Iterable[Buffer], size_bytes: int) -> None:
         if size_bytes <= SMALL_BYTES:
             super().put(path, chunks, size_bytes)
@@ -218,6 +255,15 @@ class LocalDisk(Filesystem):
 
     def is_link(self, path: str) -> bool:
         return os.path.islink(path)
+
+    def remove_directories(self, paths: Iterable[str], first: str) -> None:
+        """Removes directories with all that is in them; in each, the file named ``first`` goes first. Of a link only the
+        link goes."""
+        for path in paths:
+            if os.path.islink(path):
+                self.remove(path)
+            else:
+                _remove_directory(path, first)
 
     def open(self, path: str) -> Any:
         return open(path, "rb")  # fsspec's file has layers; this one reads straight to where the bytes are to be
@@ -271,6 +317,21 @@ class LocalDisk(Filesystem):
                 raise
             self.keeps_names = False
             _warn_of_names(self.root)
+
+
+def _remove_directory(path: str, first: str = "") -> None:
+    try:
+        inside = sorted(os.scandir(path), key=lambda each: each.name != first)
+    except FileNotFoundError:
+        return
+    for each in inside:
+        if each.is_dir(follow_symlinks=False):
+            _remove_directory(each.path)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(each.path)
+    with contextlib.suppress(OSError):  # it does no harm where it is
+        os.rmdir(path)
 
 
 class SftpFilesystem(Filesystem):

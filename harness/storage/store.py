@@ -25,9 +25,10 @@ What a URL means, ``harness.storage.urls`` says.
 """
 
 import contextlib
+import functools
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, Self, TypeVar
 
 import fsspec
@@ -35,7 +36,7 @@ from fsspec.spec import AbstractFileSystem
 
 from harness import secrecy
 from harness.errors import ConfigError, StoreError
-from harness.runtime.threads import Background, in_order
+from harness.runtime.threads import Background, in_order, in_threads
 from harness.storage.direct_io import Buffer
 from harness.storage.filesystem import Filesystem, files_below, joined, kind_of
 from harness.storage.retries import THREAD, SerialCalls, call_with_retries, cannot, in_words, is_transient
@@ -46,6 +47,8 @@ T = TypeVar("T")
 _FIRST_BYTES = 1 << 20  # of an object whose size is not known, this much is asked for first
 RANGE_BYTES = 8 << 20  # what is read in ranges comes in pieces of this size,
 _RANGES_AHEAD = 8  # so many of them at a time
+_DELETED_AT_ONCE = 1000  # objects, which is what S3 takes in a request
+_DIRECTORIES_AT_ONCE = 64  # are removed within the deadline of one call
 _SLOWEST_BYTES_PER_SECOND = 1 << 20  # a transfer slower than this has failed
 _RENEWED_EVERY_SECONDS = 1.0  # so often at most are credentials read anew: deletions may be refused by the thousand
 
@@ -63,6 +66,7 @@ class Store:
         self.calls = Calls(filesystem, tries, deadline_seconds)
         self.root, self.url = filesystem.root, filesystem.url
         self.is_local, self.has_ranges = filesystem.is_local, filesystem.has_ranges
+        self.deletes_many = filesystem.deletes_many
         self.streams, self.shard_bytes = filesystem.streams, filesystem.shard_bytes
 
     @property
@@ -122,16 +126,16 @@ class Store:
         at_once = _RANGES_AHEAD if self.has_ranges else 1
         return in_order(at_once, lambda each: self.read_range(*each), ranges, ahead=at_once)
 
-    def names(self, directory: str = "") -> list[str]:
-        """The names that lie directly in a directory, of objects and of directories. Nothing below them is looked at."""
+    def names(self, directory: str = "", *, beginning: str = "") -> list[str]:
+        """The names that lie directly in a directory and begin so, of objects and of directories. Nothing below them is
+        looked at."""
 
         def look() -> list[str]:
             place = self.filesystem.path(directory)
             try:
-                found = self.filesystem.fs.ls(place, detail=False)
+                return [name for path in self.filesystem.names(place, beginning) if (name := path[len(place) + 1 :])]
             except FileNotFoundError:
                 return []
-            return [name for path in found if (name := path.rstrip("/")[len(place) + 1 :])]
 
         return self.calls.call("list", directory, look)
 
@@ -175,6 +179,30 @@ class Store:
                 self.filesystem.remove(self.filesystem.path(name))
 
         self.calls.call("delete", name, delete)
+
+    def delete_many(self, names: Sequence[str]) -> None:
+        """Removes objects, 1,000 in a request, where ``deletes_many``; one that is not there is no error."""
+        for start in range(0, len(names), _DELETED_AT_ONCE):
+            some = names[start : start + _DELETED_AT_ONCE]
+            paths = [self.filesystem.path(name) for name in some]
+            try:
+                self.calls.call("delete", some[0], functools.partial(self.filesystem.remove_many, paths))
+            except StoreError as error:
+                if error.transient:
+                    raise
+                in_threads(self.streams, self.delete, some)  # a server may know no such request
+
+    def delete_directories(self, names: Sequence[str], first: str) -> bool:
+        """Removes directories with all that is in them, many in one call; in each, the object named ``first`` goes first.
+
+        Of a link only the link goes. Returns false, and does nothing, where that is not a local filesystem.
+        """
+        for start in range(0, len(names) if self.is_local else 0, _DIRECTORIES_AT_ONCE):
+            some = names[start : start + _DIRECTORIES_AT_ONCE]
+            paths = [self.filesystem.path(name) for name in some]
+            remove = functools.partial(self.filesystem.remove_directories, paths, first)
+            self.calls.call("delete", f"{some[0]} and others" if len(some) > 1 else some[0], remove)
+        return self.is_local
 
     def unlink(self, name: str) -> bool:
         """Removes a name that is a link, and nothing of what it leads to; false where it is none."""

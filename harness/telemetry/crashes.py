@@ -8,7 +8,7 @@ before; if that fails in the same way, the run stops and names the step and the 
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 
 from harness.checkpoint.catalog import Catalog
@@ -50,8 +50,9 @@ def is_looping(catalog: Catalog, same_failures: int) -> bool:
 
     To be asked before this attempt claims its own number.
     """
-    newest = sorted(catalog.attempts.all(), reverse=True)[: same_failures + 1]
-    known = read_crashes(catalog, newest)
+    attempts, names = catalog.attempts.names_before_claim()
+    newest = attempts[::-1][: same_failures + 1]
+    known = _crashes_of(catalog, names, newest)
     died = [known.get(attempt, []) for attempt in newest]
     if not died or not died[0]:
         return False
@@ -72,11 +73,14 @@ def is_looping(catalog: Catalog, same_failures: int) -> bool:
 
 def read_crashes(catalog: Catalog, attempts: Sequence[Attempt]) -> dict[Attempt, list[Crash]]:
     """What attempts died of, where they have left a record of it."""
-    names = catalog.store.list("attempts")
+    return _crashes_of(catalog, catalog.store.list("attempts"), attempts)
+
+
+def _crashes_of(catalog: Catalog, names: Collection[str], attempts: Sequence[Attempt]) -> dict[Attempt, list[Crash]]:
     return {attempt: found for attempt in attempts if (found := _crashes(catalog, names, attempt))}
 
 
-def _crashes(catalog: Catalog, names: Sequence[str] | dict[str, int], attempt: Attempt) -> list[Crash]:
+def _crashes(catalog: Catalog, names: Collection[str], attempt: Attempt) -> list[Crash]:
     found = []
     for name in sorted(names):
         if name.startswith(f"attempts/{attempt.id}.crash-"):

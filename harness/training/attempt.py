@@ -125,7 +125,7 @@ def _begin(context: RunContext, catalog: Catalog, memory: HostMemory, *, skip_ne
     world, config, state = context.world, context.config, context.state
     about: dict[str, Any] = {"launch": launch_id(), "world_size": world.size, "host": platform.node()}
     about |= {"pid": os.getpid(), "began": began(), "restarts": restarts(), "launcher_began": launcher_began()}
-    claimed = resume.on_first(world, lambda: catalog.attempts.claim(about))
+    claimed = resume.on_first(world, lambda: catalog.attempts.claim(about, resumes=True))
     events = EventLog(config, active=world.rank == 0, attempt=claimed.id, store=catalog.store)
     attempt = Attempt(
         events,

@@ -19,6 +19,7 @@ from harness.checkpoint.format import MANIFEST, new_directory
 from harness.checkpoint.retention import Pruner, Retention
 from harness.cli import cli
 from harness.storage.store import Store, open_store
+from harness.telemetry.crashes import is_looping
 from tests.support.faults import Life, resume_from
 from tests.support.store_contract import RawS3
 
@@ -145,6 +146,12 @@ class Requests:
     def _note(self, request, operation_name, **_) -> None:
         self.made.append((operation_name, request.url))
 
+    def lists(self) -> int:
+        """The number of requests since the last call that list."""
+        count = sum(name.startswith("List") for name, _ in self.made)
+        self.made.clear()
+        return count
+
     def take(self) -> tuple[int, int]:
         """The number of requests since the last call, and of the manifests that were read with them."""
         manifests = sum(name == "GetObject" and MANIFEST in url for name, url in self.made)
@@ -160,7 +167,7 @@ def test_what_a_run_of_many_checkpoints_asks_of_s3(s3, tmp_path, count, capsys):
     url = s3.url(tmp_path.name)
     many(open_store(url, s3.storage_options), count, RawS3(s3, RawS3.connect(s3), tmp_path.name).write)
     store = open_store(url, {**s3.storage_options, "skip_instance_cache": True})
-    requests, pages = Requests(store), 1 + count // 1000
+    requests, pages = Requests(store), -(-count // 1000)
     began = time.monotonic()
     attempt = Catalog(store).attempts.claim({})
     assert requests.take()[0] <= 2 + pages
@@ -187,6 +194,49 @@ def test_what_a_run_of_many_checkpoints_asks_of_s3(s3, tmp_path, count, capsys):
         listed_seconds = time.monotonic() - began
         print(
             f"\n    {count} on S3: start {resumed_seconds:.2f} s, ls {listed_seconds:.1f} s, {again} requests a save", end=""
+        )
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.soak)])
+def test_how_often_a_run_of_many_checkpoints_and_starts_is_listed_on_s3(s3, tmp_path, count, capsys):
+    """A start and ``ls`` list the names once, 1,000 in a request, and the objects of a few saves. ``prune`` lists all
+    objects once, since it has to name them, and deletes 1,000 in a request."""
+    url = s3.url(tmp_path.name)
+    raw = RawS3(s3, RawS3.connect(s3), tmp_path.name)
+    many(open_store(url, s3.storage_options), count, raw.write)
+    for number in range(2, count // 10):
+        raw.write(f"attempts/{number:06}-{number:08x}.json", b"{}")
+    store = open_store(url, {**s3.storage_options, "skip_instance_cache": True})
+    requests, pages, objects = Requests(store), -(-count // 1000), len(store.list(beginning="step-"))
+
+    catalog = Catalog(store)
+    requests.made.clear()
+    assert not is_looping(catalog, 3)
+    catalog.attempts.claim({}, resumes=True)
+    newest = next(catalog.candidates())
+    assert (newest.step, catalog.further(newest)) == (count, [])
+    started = requests.lists()
+    assert started == pages + 2 <= 12, "the names, the attempts, the newest one's objects"
+
+    found = Catalog(store).entries(50)
+    assert [entry.step for entry in found] == [*range(count, count - 50, -1)]
+    assert {entry.state for entry in found} == {"whole"}
+    listed = requests.lists()
+    assert listed <= pages + 2 <= 12
+
+    gone = Pruner(Catalog(store)).prune(Retention(1))
+    assert [entry.step for entry in gone] == [*range(count - 1, 0, -1)]
+    deletions = sum("Delete" in name for name, _ in requests.made)
+    pruned = requests.lists()
+    assert pruned <= -(-objects // 1000) + 2, "all objects, the attempts"
+    assert deletions <= 2 * -(-objects // 1000) + 2
+    assert [entry.step for entry in Catalog(store).entries()] == [count]
+    assert {name.partition("/")[0] for name in store.list(beginning="step-")} == {newest.directory}
+    with capsys.disabled():
+        print(
+            f"\n    {count} on S3: list requests of a start {started}, ls {listed}, prune {pruned}; {deletions} deletions",
+            end="",
         )
 
 
@@ -241,6 +291,11 @@ def test_what_a_run_of_many_checkpoints_costs_on_a_disk(tmp_path, monkeypatch, c
     assert 2 <= left <= count + 3 - 16
     monkeypatch.undo()
     assert len(timed("ls", Catalog(store).entries)) == left
+    looked_into = watch_looks(store, monkeypatch)
+    assert [entry.step for entry in Catalog(store).entries(2)] == [count + 3, count + 2]
+    assert len(Pruner(Catalog(store)).prune(Retention(2), dry_run=True)) == left - 2
+    assert {int(name.split("-")[1]) for name in looked_into if name != "attempts"} == {count + 3, count + 2}
+    monkeypatch.undo()
     assert len(timed("prune", lambda: Pruner(Catalog(store)).prune(Retention(2)))) == left - 2
     with capsys.disabled():
         found = ", ".join(f"{what} {each:.2f} s" for what, each in seconds.items())

@@ -551,7 +551,7 @@ class Objects(Store):
     """A store that is a dictionary, without threads and deadlines. ``before`` is told of every call and may raise."""
 
     streams, shard_bytes, retries = 1, 128 << 20, 0
-    is_local, has_ranges = False, False
+    is_local, has_ranges, deletes_many = False, False, False
 
     def __init__(self, objects: Tree, before: Callable[[str, str], None] = lambda operation, name: None) -> None:
         self.objects = objects if isinstance(objects, dict) else dict(objects)
@@ -577,10 +577,10 @@ class Objects(Store):
     def read_range(self, name: str, start: int, size_bytes: int) -> bytes:
         return self.read(name, lambda file: file.read()[start : start + size_bytes], size_bytes)
 
-    def names(self, directory: str = "") -> list[str]:
+    def names(self, directory: str = "", *, beginning: str = "") -> list[str]:
         self.before("list", directory)
         start = f"{directory}/" if directory else ""
-        return [*{name.removeprefix(start).partition("/")[0] for name in self.objects if name.startswith(start)}]
+        return [*{name.removeprefix(start).partition("/")[0] for name in self.objects if name.startswith(start + beginning)}]
 
     def list(self, prefix: str = "", **how: Any) -> dict[str, int]:
         self.before("list", prefix)

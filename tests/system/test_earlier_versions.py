@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -17,6 +18,8 @@ from harness import Loader, Run, StopRequest
 
 FIXTURE = Path(__file__).parent / "fixtures" / "earlier"
 SAVED, DIED, EPOCHS, SAMPLES, BATCH = 6, 7, 3, 22, 4
+_POSITION = {"seed": 9, "samples": SAMPLES, "epoch": 0, "offset": 0, "gaps": [], "left_out": []}
+BEGINNING = {**_POSITION, "ledger": xxhash.xxh3_128_hexdigest(b""), "ledger_at_epoch": ""}  # as that version had it
 
 
 class Numbered(Dataset):
@@ -99,9 +102,13 @@ def test_it_goes_on_with_the_samples_that_come_next(tmp_path):
     """To its end, where it has seen what a run has that was not interrupted."""
     shutil.copytree(FIXTURE, tmp_path / "run")
     resumed, straight = state(), state()
+    straight["loader"].load_state_dict(BEGINNING)  # the order of the version that has begun the run
     assert train(str(tmp_path / "run"), resumed).global_step == EPOCHS * (SAMPLES // BATCH)
     train(str(tmp_path / "straight"), straight)
     assert resumed["history"].seen == straight["history"].seen
+    saved, new = resumed["loader"].state_dict(), state()["loader"].state_dict()
+    assert saved.keys() - {"fingerprint"} == BEGINNING.keys(), "the earlier version can go on with it, too"
+    assert new["order"] == "feistel"
 
 
 def test_its_records_and_its_journal_are_read(tmp_path, capsys):

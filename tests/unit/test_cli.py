@@ -280,7 +280,7 @@ def test_prune_says_what_stays(tmp_path):
     assert [state for state, _ in found] == ["unfinished", "whole", "whole", "abandoned", "whole"]
     done = harness("prune", str(tmp_path), "--keep-last", "1")
     words = [line.split()[:2] for line in done.stdout.splitlines()]
-    assert words == [["deleted", "whole"], ["deleted", "whole"], ["stays", "unfinished"], ["stays", "abandoned"]]
+    assert words == [["deleted", "old"], ["deleted", "old"], ["stays", "unfinished"], ["stays", "abandoned"]]
     done = harness("prune", str(tmp_path), "--keep-last", "1", "--unfinished", "--dry-run")
     assert f"would delete  unfinished  {unfinished}" in done.stdout
     done = harness("prune", str(tmp_path), "--keep-last", "1", "--unfinished")

@@ -515,15 +515,16 @@ def test_deleting_that_is_cut_short(store, monkeypatch, cut):
     for step in (10, 20, 30):
         newest = save(store, step)
     deleted: list[str] = []
+    unlink = os.unlink
 
-    def delete(name):
+    def delete(path):
         if len(deleted) == cut:
             raise Dying
-        deleted.append(name)
-        Store.delete(store, name)
+        deleted.append(path)
+        unlink(path)
 
-    monkeypatch.setattr(store, "delete", delete)
-    with pytest.raises(Dying) if cut < 6 else contextlib.nullcontext():
+    monkeypatch.setattr(os, "unlink", delete)
+    with pytest.raises(StoreError, match="Dying") if cut < 6 else contextlib.nullcontext():
         Pruner(Catalog(store)).prune(Retention(keep_last=1))
     monkeypatch.undo()
     assert {entry.state for entry in Catalog(store).entries()} <= {"whole", "unfinished"}
@@ -537,11 +538,12 @@ def test_the_manifest_goes_first(store, monkeypatch):
     """From the first deletion on a checkpoint that is to go is none any more."""
     save(store, 10)
     save(store, 20)
-    deleted = []
-    monkeypatch.setattr(store, "delete", lambda name: (deleted.append(name), Store.delete(store, name)))
+    deleted, unlink = [], os.unlink
+    monkeypatch.setattr(os, "unlink", lambda path: (deleted.append(path), unlink(path)))
     (gone,) = Pruner(Catalog(store)).prune(Retention(keep_last=1))
-    assert deleted[0] == f"{gone.directory}/manifest.json"
+    assert deleted[0] == f"{store.root}/{gone.directory}/manifest.json"
     assert len(deleted) == 3
+    assert not os.path.exists(f"{store.root}/{gone.directory}")
 
 
 # --- attempts --------------------------------------------------------------------------------------------------------

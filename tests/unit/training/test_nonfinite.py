@@ -24,7 +24,7 @@ from harness.storage.store import open_store
 from harness.telemetry import journal
 from tests.support.cluster import newest, play, played, returned, train_here
 
-SEED, SAMPLES, BATCH, BAD = 17, 10, 4, 7  # three steps an epoch; the bad sample is in steps 3, 6 and 8
+SEED, SAMPLES, BATCH, BAD = 86, 10, 4, 7  # three steps an epoch; the bad sample is in steps 3, 6 and 8
 TRAIN = {"steps": 9, "global_batch_size": BATCH}
 
 
