@@ -401,12 +401,12 @@ RESTARTS = Part(
 
 
 RANKS_STDERR = Part(
-    "SubprocessHandler._popen and ._stderr, PContext._tail_logs",
-    "keeps torchrun's own output in a file, and the ranks' output on the screen",
-    "torchrun's own output is shown, as with --verbose",
+    "SubprocessHandler._popen, ._stdout and ._stderr, PContext._tail_logs",
+    "keeps torchrun's own output in a file, the ranks' output on the screen, and forks ranks from a process that has torch",
+    "torchrun's own output is shown, as with --verbose, and each rank imports torch by itself",
     lambda: (
         "_popen" in vars(_subprocess())
-        and "_stderr" in _names_in(_subprocess().__init__)
+        and {"_stdout", "_stderr"} <= _names_in(_subprocess().__init__)
         and "_tail_logs" in _names_in(_elastic().PContext.__init__)
     ),
 )
@@ -456,6 +456,20 @@ def when_ranks_fail(left: Callable[[int, int, Mapping[int, int]], int]) -> None:
         return result
 
     kind._monitor_workers = monitor_and_count
+
+
+def start_ranks_by(start: Callable[[Sequence[str], Mapping[str, str], TextIO | None, TextIO | None], Any]) -> None:
+    """Has torchrun, in this process, ask ``start`` for each rank: with its command line, its environment, its stdout and
+    stderr (None for this process's own). Where that returns None, torchrun starts the rank by itself."""
+    if not has(RANKS_STDERR):
+        return
+    handler = _subprocess()
+    popen = handler._popen
+
+    def start_or_popen(self: Any, args: Any, env: Any) -> Any:
+        return start(args, env, self._stdout, self._stderr) or popen(self, args, env)
+
+    handler._popen = start_or_popen
 
 
 def give_ranks(stderr: TextIO) -> bool:

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import TextIO, cast
 
 from harness.errors import RankFailure
-from harness.launcher import outcome
+from harness.launcher import fork_server, outcome
+from harness.launcher.fork_server import THREADS_VARIABLE, Order, Preload
 from harness.runtime.console import Clearing, painted, printable
 from harness.runtime.torch_import import import_torch
 
@@ -95,54 +96,64 @@ def _watch(directory: str, stderr: TextIO, *, renewed: bool) -> None:
 
     restarts: Restarts | None = None
 
-    def say(text: str, colour: str) -> None:
-        print(painted(printable(f"harness launch: {text}"), colour, stderr), file=stderr, flush=True)
-
     def left(allowed: int, now: int, codes: Mapping[int, int]) -> int:
         nonlocal restarts
         restarts = restarts or Restarts(allowed, renewed=renewed)
         now = restarts.left(now, outcome.resumed_step(directory))
         death, follows = describe_death(directory, codes), restarts.describe(now, outcome.saved_step(directory))
         outcome.say_death(directory, f"{death}; {follows}")
-        say(death, "red")
+        _say(stderr, death, "red")
         if now:  # else the launcher's last line says it
-            say(follows, "yellow")
+            _say(stderr, follows)
         return now
 
     torch_private.before_ranks_are_ended(functools.partial(outcome.say_ended, directory))
     torch_private.when_ranks_fail(left)
 
 
-def _fold(directory: str) -> TextIO | None:
-    """Sends what this process prints to the launcher's file; returns the real stderr. None where there is no such file."""
+def _fold(directory: str) -> bool:
+    """Sends what this process prints to the launcher's file, where there is one."""
     try:
         log = os.open(Path(directory, outcome.TORCHRUN_LOG), os.O_WRONLY | os.O_APPEND)
     except FileNotFoundError:
-        return None
-    stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+        return False
     os.dup2(log, 2)  # what torch prints from C++ as well
     os.close(log)
-    return stderr
+    return True
+
+
+def _say(stderr: TextIO, text: str, colour: str = "yellow") -> None:
+    print(painted(printable(f"harness launch: {text}"), colour, stderr), file=stderr, flush=True)
 
 
 def main() -> None:
-    """torchrun's own command line and exit code."""
+    """torchrun's own command line and exit code; or, in a process that has been forked for it, a rank."""
     directory = os.environ.get(outcome.DIRECTORY_VARIABLE)
-    folded = _fold(directory) if directory is not None else None
+    preload, is_preset = Preload.take(), fork_server.preset_threads(sys.argv[1:])
+    import_torch("torch")
+    stderr = _without_live_line(os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace"))
+    started = fork_server.start(preload, functools.partial(_say, stderr)) if fork_server.is_wanted() else None
+    if isinstance(started, Order):
+        stderr.close()
+        fork_server.run(started)
+        return
+    if is_preset:  # torchrun does it again, and says so
+        del os.environ[THREADS_VARIABLE]
+    is_folded = directory is not None and _fold(directory)
     sys.argv[0] = "torchrun"  # in its messages
-    import_torch("torch.distributed.run")
     from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: PLC0415
     from torch.distributed.run import main as torchrun  # noqa: PLC0415
 
-    if directory is not None:
-        from harness import torch_private  # noqa: PLC0415  # imports torch
+    from harness import torch_private  # noqa: PLC0415  # imports torch
 
-        renewed = os.environ.pop(COUNTS_PROGRESS_VARIABLE, "") == "1"
-        stderr = _without_live_line(folded or sys.stderr)
-        with contextlib.redirect_stderr(stderr):  # for a warning that torch lacks something
-            _watch(directory, stderr, renewed=renewed)
-            if folded is not None and not torch_private.give_ranks(folded):
-                os.dup2(folded.fileno(), 2)
+    with contextlib.redirect_stderr(stderr):  # for a warning that torch lacks something
+        if started is not None:
+            torch_private.start_ranks_by(started.start)
+        if directory is not None:
+            _watch(directory, stderr, renewed=os.environ.pop(COUNTS_PROGRESS_VARIABLE, "") == "1")
+        if is_folded and not torch_private.give_ranks(stderr):
+            os.dup2(stderr.fileno(), 2)
+    sys.stderr = sys.stderr if is_folded else _without_live_line(sys.stderr)
     try:
         torchrun()
     except SignalException:  # it has said which one
@@ -155,5 +166,4 @@ def _without_live_line(stream: TextIO) -> TextIO:
 
 
 if __name__ == "__main__":
-    sys.stderr = _without_live_line(sys.stderr)
     main()

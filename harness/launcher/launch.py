@@ -106,7 +106,7 @@ def command(torchrun_options: Sequence[str], arguments: Sequence[str]) -> list[s
     if "--nproc-per-node" not in given:
         options.append("--nproc-per-node=auto")  # one for each GPU, else one for each core
     program = ["-m", "harness", *arguments] if arguments[0] in ("train", "doctor") else arguments
-    return [sys.executable, "-m", "harness.launcher.agent", *options, *torchrun_options, *program]
+    return [sys.executable, "-u", "-m", "harness.launcher.agent", *options, *torchrun_options, *program]
 
 
 def launch(options: Sequence[str], arguments: Sequence[str]) -> int:
