@@ -400,6 +400,16 @@ RESTARTS = Part(
 )
 
 
+WATCH = Part(
+    "LocalElasticAgent._invoke_run, ._monitor_workers, ._pcontext and ._worker_group, WorkerSpec.monitor_interval",
+    "notices the death of a rank at once, and a rank that is suspended",
+    "a death is noticed after up to 0.1 s, and a suspended rank not before the others give up",
+    lambda: (
+        "_monitor_workers" in vars(_agent())
+        and {"monitor_interval", "_monitor_workers", "_worker_group"} <= _names_in(_agent()._invoke_run)
+        and "_pcontext" in _names_in(_agent().__init__)
+    ),
+)
 RANKS_STDERR = Part(
     "SubprocessHandler._popen, ._stdout and ._stderr, PContext._tail_logs",
     "keeps torchrun's own output in a file, the ranks' output on the screen, and forks ranks from a process that has torch",
@@ -456,6 +466,29 @@ def when_ranks_fail(left: Callable[[int, int, Mapping[int, int]], int]) -> None:
         return result
 
     kind._monitor_workers = monitor_and_count
+
+
+def watch_ranks(wait: Callable[[Mapping[int, int], float], None]) -> None:
+    """Has torchrun, in this process, call ``wait`` in place of its sleep before it looks after its ranks: with their process
+    ids, by the number of the rank, and the seconds that it would sleep."""
+    if not has(WATCH):
+        return
+    kind = _agent()
+    invoke, monitor = kind._invoke_run, kind._monitor_workers
+    seconds = 0.0
+
+    def invoke_without_sleep(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal seconds
+        spec = self._worker_group.spec
+        seconds, spec.monitor_interval = spec.monitor_interval, 0
+        return invoke(self, *args, **kwargs)
+
+    def wait_and_monitor(self: Any, group: Any) -> Any:
+        pids = self._pcontext.pids() if self._pcontext is not None else {}
+        wait({each.global_rank: pids[each.local_rank] for each in group.workers if each.local_rank in pids}, seconds)
+        return monitor(self, group)
+
+    kind._invoke_run, kind._monitor_workers = invoke_without_sleep, wait_and_monitor
 
 
 def start_ranks_by(start: Callable[[Sequence[str], Mapping[str, str], TextIO | None, TextIO | None], Any]) -> None:
@@ -515,5 +548,5 @@ PARTS = (
         LOADER,
         WORKERS,
     ),
-    *(RANKS_END, RESTARTS, RANKS_STDERR, DYNAMO),
+    *(RANKS_END, RESTARTS, WATCH, RANKS_STDERR, DYNAMO),
 )

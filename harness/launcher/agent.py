@@ -1,10 +1,12 @@
-"""``python -m harness.launcher.agent``: torchrun, which tells ``harness launch`` and the ranks what it does.
+"""``python -u -m harness.launcher.agent``: torchrun, which tells ``harness launch`` and the ranks what it does.
 
 ``harness launch`` starts it. Python's garbage collector does not look through its imports: its ranks start after 1.2 s
 instead of 1.7 s. Where the launcher gives a directory (``harness.launcher.outcome``):
 
 * before torchrun ends ranks because another one has failed, here or elsewhere, it notes that there. A rank cannot tell it
   from a stop: both are SIGTERM;
+* it forks its ranks (``harness.launcher.fork_server``), notices their deaths at once and ends suspended ones
+  (``harness.launcher.watch``);
 * two lines report a failure: who died of what, and the restart. Where the ranks have come further since the last one, the
   restarts before it are forgotten;
 * what torchrun prints about itself goes to a file, where the launcher has made one. The ranks keep the real stderr.
@@ -28,10 +30,12 @@ from typing import TextIO, cast
 from harness.errors import RankFailure
 from harness.launcher import fork_server, outcome
 from harness.launcher.fork_server import THREADS_VARIABLE, Order, Preload
+from harness.launcher.watch import Watch
 from harness.runtime.console import Clearing, painted, printable
 from harness.runtime.torch_import import import_torch
 
 COUNTS_PROGRESS_VARIABLE = "HARNESS_RESTARTS_WITHOUT_PROGRESS"  # set where --max-restarts is harness's own
+SUSPENDED_VARIABLE = "HARNESS_SUSPENDED_SECONDS"  # after which a suspended rank is killed; 0: never
 
 
 class Restarts:
@@ -66,15 +70,16 @@ def _continues(step: int | None) -> str:
     return f"; training continues from step {step} or later" if step else "; no checkpoint has been reported yet"
 
 
-def describe_death(directory: str, codes: Mapping[int, int]) -> str:
+def describe_death(directory: str, codes: Mapping[int, int], suspended: Mapping[int, float] | None = None) -> str:
     """Which rank died of what, and where. ``codes`` are those of all that failed here: of these, the one that did not
-    fail because of another one is meant."""
+    fail because of another one is meant. ``suspended``: those that were killed for it, and after how many seconds."""
     if not codes:
         return "a rank failed"
     culprits = [rank for rank, code in codes.items() if code not in (RankFailure.exit_code, -signal.SIGTERM)]
     rank = min(culprits or codes)
     code, step, record = codes[rank], outcome.reached_step(directory, rank), outcome.record_of(directory, rank)
     died = f"was killed by {_name_of(-code)}" if code < 0 else f"ended with exit code {code}"
+    died = f"was suspended for {suspended[rank]:.0f} s and killed" if suspended and rank in suspended else died
     place = (
         "" if outcome.resumed_step(directory) is None else " before its first step"
     )  # of a program without a Run, no word
@@ -90,17 +95,19 @@ def _name_of(number: int) -> str:
         return f"signal {number}"
 
 
-def _watch(directory: str, stderr: TextIO, *, renewed: bool) -> None:
+def _watch(directory: str, stderr: TextIO, *, renewed: bool, suspended_seconds: float) -> None:
     """Has torchrun note in the directory why it ends ranks, report their deaths, and count its restarts."""
     from harness import torch_private  # noqa: PLC0415  # imports torch
 
     restarts: Restarts | None = None
+    watch = Watch(suspended_seconds, functools.partial(_say, stderr))
 
     def left(allowed: int, now: int, codes: Mapping[int, int]) -> int:
         nonlocal restarts
         restarts = restarts or Restarts(allowed, renewed=renewed)
         now = restarts.left(now, outcome.resumed_step(directory))
-        death, follows = describe_death(directory, codes), restarts.describe(now, outcome.saved_step(directory))
+        death = describe_death(directory, codes, watch.ended)
+        follows = restarts.describe(now, outcome.saved_step(directory))
         outcome.say_death(directory, f"{death}; {follows}")
         _say(stderr, death, "red")
         if now:  # else the launcher's last line says it
@@ -109,6 +116,7 @@ def _watch(directory: str, stderr: TextIO, *, renewed: bool) -> None:
 
     torch_private.before_ranks_are_ended(functools.partial(outcome.say_ended, directory))
     torch_private.when_ranks_fail(left)
+    torch_private.watch_ranks(watch.wait)
 
 
 def _fold(directory: str) -> bool:
@@ -150,7 +158,8 @@ def main() -> None:
         if started is not None:
             torch_private.start_ranks_by(started.start)
         if directory is not None:
-            _watch(directory, stderr, renewed=os.environ.pop(COUNTS_PROGRESS_VARIABLE, "") == "1")
+            renewed = os.environ.pop(COUNTS_PROGRESS_VARIABLE, "") == "1"
+            _watch(directory, stderr, renewed=renewed, suspended_seconds=float(os.environ.pop(SUSPENDED_VARIABLE, "0")))
         if is_folded and not torch_private.give_ranks(stderr):
             os.dup2(stderr.fileno(), 2)
     sys.stderr = sys.stderr if is_folded else _without_live_line(sys.stderr)

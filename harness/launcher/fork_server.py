@@ -46,7 +46,7 @@ PRELOAD_VARIABLE = "HARNESS_PRELOAD"  # from the launcher to the agent
 IMPORT_SECONDS = 120.0  # that the first ranks wait for the server's imports, which they would have to make themselves
 ANSWER_SECONDS = 1.0  # for a fork
 # What a rank of harness imports. They are names: nothing of a training enters the agent.
-_OF_A_RANK = ("torch._dynamo", "torch.distributed", "harness.cli", "harness.training.loop", "harness.training.run")
+OF_A_RANK = ("torch._dynamo", "torch.distributed", "harness.cli", "harness.training.loop", "harness.training.run")
 # Read while Python, its libraries and their threads start.
 _READ_AT_START = ("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "GOMP_", "KMP_", "MALLOC_", "GLIBC_")
 THREADS_VARIABLE = "OMP_NUM_THREADS"
@@ -286,7 +286,7 @@ def _serve(control: socket.socket, agent: int, preload: Preload) -> Order:
 def _prepare(preload: Preload) -> str:
     """Imports what ranks need; why none can be forked then, if so."""
     with without_collections():
-        for name in _OF_A_RANK:
+        for name in OF_A_RANK:
             with contextlib.suppress(ModuleNotFoundError):  # torch._dynamo is not public
                 importlib.import_module(name)
         if preload.path and not sys.flags.safe_path:
@@ -389,7 +389,7 @@ def run(order: Order) -> None:
     command = order.command
     sys.orig_argv[1:] = ["-u", *command]
     main = types.ModuleType("__main__")
-    main.__dict__["__builtins__"] = builtins
+    vars(main).update(__builtins__=builtins, __annotations__={})
     sys.modules["__main__"] = main
     try:
         if command[0] == "-m":
@@ -418,7 +418,7 @@ def _run_script(name: str, main: types.ModuleType) -> None:
     if not sys.flags.safe_path:
         sys.path[0] = os.path.dirname(os.path.realpath(name))
     loader = importlib.machinery.SourceFileLoader("__main__", path)
-    vars(main).update(__file__=path, __cached__=None, __loader__=loader, __annotations__={})
+    vars(main).update(__file__=path, __cached__=None, __loader__=loader)
     with io.open_code(path) as file:
         code = compile(file.read(), path, "exec", dont_inherit=True)
     exec(code, main.__dict__)  # noqa: S102  # the user's program
