@@ -46,7 +46,10 @@ PRELOAD_VARIABLE = "HARNESS_PRELOAD"  # from the launcher to the agent
 IMPORT_SECONDS = 120.0  # that the first ranks wait for the server's imports, which they would have to make themselves
 ANSWER_SECONDS = 1.0  # for a fork
 # What a rank of harness imports. They are names: nothing of a training enters the agent.
-OF_A_RANK = ("torch._dynamo", "torch.distributed", "harness.cli", "harness.training.loop", "harness.training.run")
+OF_A_RANK = (
+    *("torch._dynamo", "torch.distributed", "encodings.idna"),
+    *("harness.cli", "harness.training.loop", "harness.training.run"),
+)
 # Read while Python, its libraries and their threads start.
 _READ_AT_START = ("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "GOMP_", "KMP_", "MALLOC_", "GLIBC_")
 THREADS_VARIABLE = "OMP_NUM_THREADS"

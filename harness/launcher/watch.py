@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-_LOOK_SECONDS = 1.0
+LOOK_SECONDS = 1.0
 
 
 class Watch:
@@ -27,7 +27,8 @@ class Watch:
         self._say = say
         self._pidfds: dict[int, int] = {}  # by process id; of those that run
         self._known: dict[int, int] = {}
-        self._suspended_seconds: dict[int, float] = {}  # by rank
+        self.suspended: dict[int, float] = {}
+        """The ranks that are suspended, and how many seconds they have been so."""
         self._looked_time = time.monotonic()
         self.ended: dict[int, float] = {}
         """The ranks that were killed here, and how many seconds they had been suspended."""
@@ -43,8 +44,8 @@ class Watch:
         for pid in [pid for pid, pidfd in self._pidfds.items() if pidfd in gone]:
             os.close(self._pidfds.pop(pid))
         now = time.monotonic()
-        if self._limit_seconds and now >= self._looked_time + _LOOK_SECONDS:
-            passed = min(now - self._looked_time, 2 * _LOOK_SECONDS)
+        if self._limit_seconds and now >= self._looked_time + LOOK_SECONDS:
+            passed = min(now - self._looked_time, 2 * LOOK_SECONDS)
             self._looked_time = now
             for rank, pid in pids.items():
                 self._look(rank, pid, passed)
@@ -52,23 +53,23 @@ class Watch:
     def _begin(self, pids: Mapping[int, int]) -> None:
         for pidfd in self._pidfds.values():
             os.close(pidfd)
-        self._known, self._pidfds, self._suspended_seconds, self.ended = dict(pids), {}, {}, {}
+        self._known, self._pidfds, self.suspended, self.ended = dict(pids), {}, {}, {}
         for pid in pids.values():
             with contextlib.suppress(OSError):  # it is gone, and waited for
                 self._pidfds[pid] = os.pidfd_open(pid)
 
     def _look(self, rank: int, pid: int, passed_seconds: float) -> None:
         if not is_suspended(pid):
-            self._suspended_seconds.pop(rank, None)
+            self.suspended.pop(rank, None)
             return
-        if rank not in self._suspended_seconds:
-            self._suspended_seconds[rank] = 0.0
+        if rank not in self.suspended:
+            self.suspended[rank] = 0.0
             ends = f"it is killed if it is still so in {self._limit_seconds:.0f} s (--suspended-seconds)"
             self._say(f"rank {rank} is suspended (SIGSTOP, process {pid}), and the others wait for it; {ends}")
             return
-        self._suspended_seconds[rank] += passed_seconds
-        if self._suspended_seconds[rank] >= self._limit_seconds:
-            self.ended[rank] = self._suspended_seconds.pop(rank)
+        self.suspended[rank] += passed_seconds
+        if self.suspended[rank] >= self._limit_seconds:
+            self.ended[rank] = self.suspended.pop(rank)
             os.kill(pid, signal.SIGKILL)
 
 
