@@ -410,6 +410,12 @@ WATCH = Part(
         and "_pcontext" in _names_in(_agent().__init__)
     ),
 )
+DELAY = Part(
+    "torch.distributed.elastic.rendezvous.dynamic_rendezvous._delay",
+    "has a machine that is alone begin at once",
+    "the first start and the first restart take up to 0.3 s longer",
+    lambda: callable(_rendezvous()._delay),
+)
 RANKS_STDERR = Part(
     "SubprocessHandler._popen, ._stdout and ._stderr, PContext._tail_logs",
     "keeps torchrun's own output in a file, the ranks' output on the screen, and forks ranks from a process that has torch",
@@ -428,6 +434,10 @@ def _subprocess() -> Any:
 
 def _elastic() -> Any:
     return importlib.import_module("torch.distributed.elastic.multiprocessing.api")
+
+
+def _rendezvous() -> Any:
+    return importlib.import_module("torch.distributed.elastic.rendezvous.dynamic_rendezvous")
 
 
 def _agent() -> Any:
@@ -466,6 +476,16 @@ def when_ranks_fail(left: Callable[[int, int, Mapping[int, int]], int]) -> None:
         return result
 
     kind._monitor_workers = monitor_and_count
+
+
+def meet_at_once() -> None:
+    """Has torchrun, in this process, begin at once: it waits up to 0.3 s, at random, so that many machines do not come to
+    their meeting place together."""
+    if not has(DELAY):
+        return
+    module = _rendezvous()
+    delay = module._delay
+    module._delay = lambda seconds: None if isinstance(seconds, tuple) else delay(seconds)
 
 
 def watch_ranks(wait: Callable[[Mapping[int, int], float], None]) -> None:
@@ -548,5 +568,5 @@ PARTS = (
         LOADER,
         WORKERS,
     ),
-    *(RANKS_END, RESTARTS, WATCH, RANKS_STDERR, DYNAMO),
+    *(RANKS_END, RESTARTS, WATCH, DELAY, RANKS_STDERR, DYNAMO),
 )

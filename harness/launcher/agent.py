@@ -23,14 +23,14 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO, cast
 
 from harness.errors import RankFailure
 from harness.launcher import fork_server, outcome
 from harness.launcher.fork_server import THREADS_VARIABLE, Order, Preload
-from harness.launcher.watch import Watch
+from harness.launcher.watch import Watch, is_suspended
 from harness.runtime.console import Clearing, painted, printable
 from harness.runtime.torch_import import import_torch
 
@@ -114,7 +114,12 @@ def _watch(directory: str, stderr: TextIO, *, renewed: bool, suspended_seconds: 
             _say(stderr, follows)
         return now
 
-    torch_private.before_ranks_are_ended(functools.partial(outcome.say_ended, directory))
+    def end(pids: Sequence[int]) -> None:
+        outcome.say_ended(directory, pids)
+        for pid in filter(is_suspended, pids):  # it hears of no other signal, and torchrun would wait for it
+            os.kill(pid, signal.SIGCONT)
+
+    torch_private.before_ranks_are_ended(end)
     torch_private.when_ranks_fail(left)
     torch_private.watch_ranks(watch.wait)
 
@@ -157,6 +162,8 @@ def main() -> None:
     with contextlib.redirect_stderr(stderr):  # for a warning that torch lacks something
         if started is not None:
             torch_private.start_ranks_by(started.start)
+        if "--standalone" in sys.argv:
+            torch_private.meet_at_once()
         if directory is not None:
             renewed = os.environ.pop(COUNTS_PROGRESS_VARIABLE, "") == "1"
             _watch(directory, stderr, renewed=renewed, suspended_seconds=float(os.environ.pop(SUSPENDED_VARIABLE, "0")))
