@@ -149,7 +149,7 @@ def training(name: str, layers: int, folder: Path) -> Iterator[None]:
         )
     )
     options = [f"--nproc-per-node={RANKS}", "--max-restarts=100"]
-    script = [__file__, f"--{name}", str(folder), "--layers", str(layers)]
+    script = [__file__, f"--as={name}", f"--folder={folder}", "--layers", str(layers)]
     command = {
         "bare": ["-m", "torch.distributed.run", "--standalone", *options, *script],
         "harness": ["-m", "harness", "launch", *options, "--", "train", str(config)],
@@ -232,11 +232,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=3, help="in each round")
     parser.add_argument("--layers", type=int, default=12, help="12 MB of state each")
     parser.add_argument("--transformers", action="store_true", help="a GPT-2 in their place")
-    parser.add_argument("--bare", metavar="FOLDER", help=argparse.SUPPRESS)
-    parser.add_argument("--run", metavar="FOLDER", help=argparse.SUPPRESS)
+    parser.add_argument("--as", dest="name", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.bare or arguments.run:
-        (bare if arguments.bare else with_run)(arguments.layers, arguments.bare or arguments.run)
+    if arguments.name:
+        (bare if arguments.name == "bare" else with_run)(arguments.layers, arguments.folder)
         return
     layers, mine = (0, "run") if arguments.transformers else (arguments.layers, "harness")
     rounds: dict[str, list[list[tuple[float, float]]]] = {"bare": [], mine: []}
