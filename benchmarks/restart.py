@@ -239,6 +239,7 @@ def main() -> None:
         (bare if arguments.name == "bare" else with_run)(arguments.layers, arguments.folder)
         return
     layers, mine = (0, "run") if arguments.transformers else (arguments.layers, "harness")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and nothing goes on training
     rounds: dict[str, list[list[tuple[float, float]]]] = {"bare": [], mine: []}
     for index in range(arguments.rounds):
         for name in ("bare", mine) if index % 2 else (mine, "bare"):
