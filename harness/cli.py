@@ -151,11 +151,13 @@ class _OwnOptionsFirst(click.Command):
 def launch(arguments: tuple[str, ...]) -> None:
     """Run `harness train`, `harness doctor` or a script with a harness.Run under torchrun.
 
-    harness launch [torchrun options, --verbose] -- train CONFIG.yaml ... (or doctor CONFIG.yaml, SCRIPT.py, -m MODULE).
-    Sets what torchrun needs to restart well, and ends it when a restart cannot help. What torchrun prints about itself goes
-    to a file, which the last line names where the ranks have failed; --verbose prints it. Exit codes: 0 done; 75 stopped
-    and saved, start it again; 1, 74, 76 failed, a restart may help; 2, 65, 66, 70, 77 as for train, somebody has to act
-    first.
+    harness launch [torchrun options, own options] -- train CONFIG.yaml ... (or doctor CONFIG.yaml, SCRIPT.py, -m MODULE).
+    Sets what torchrun needs to restart well, forks the ranks from a process that has imported torch, and ends torchrun when
+    a restart cannot help. What torchrun prints about itself goes to a file, which the last line names where the ranks have
+    failed. Own options: --preload MODULE, as often as you like, has that process import a module of yours, too;
+    --suspended-seconds N kills a rank that has been suspended (SIGSTOP) for so long (60; 0: never); --verbose prints what
+    torchrun says. Exit codes: 0 done; 75 stopped and saved, start it again; 1, 74, 76 failed, a restart may help; 2, 65,
+    66, 70, 77 as for train, somebody has to act first.
     """
     from harness.launcher.launch import halves, launch  # noqa: PLC0415  # see the module's docstring
 

@@ -400,13 +400,29 @@ RESTARTS = Part(
 )
 
 
+WATCH = Part(
+    "LocalElasticAgent._invoke_run, ._monitor_workers, ._pcontext and ._worker_group, WorkerSpec.monitor_interval",
+    "notices the death of a rank at once, and a rank that is suspended",
+    "a death is noticed after up to 0.1 s, and a suspended rank not before the others give up",
+    lambda: (
+        "_monitor_workers" in vars(_agent())
+        and {"monitor_interval", "_monitor_workers", "_worker_group"} <= _names_in(_agent()._invoke_run)
+        and "_pcontext" in _names_in(_agent().__init__)
+    ),
+)
+DELAY = Part(
+    "torch.distributed.elastic.rendezvous.dynamic_rendezvous._delay",
+    "has a machine that is alone begin at once",
+    "the first start and the first restart take up to 0.3 s longer",
+    lambda: callable(_rendezvous()._delay),
+)
 RANKS_STDERR = Part(
-    "SubprocessHandler._popen and ._stderr, PContext._tail_logs",
-    "keeps torchrun's own output in a file, and the ranks' output on the screen",
-    "torchrun's own output is shown, as with --verbose",
+    "SubprocessHandler._popen, ._stdout and ._stderr, PContext._tail_logs",
+    "keeps torchrun's own output in a file, the ranks' output on the screen, and forks ranks from a process that has torch",
+    "torchrun's own output is shown, as with --verbose, and each rank imports torch by itself",
     lambda: (
         "_popen" in vars(_subprocess())
-        and "_stderr" in _names_in(_subprocess().__init__)
+        and {"_stdout", "_stderr"} <= _names_in(_subprocess().__init__)
         and "_tail_logs" in _names_in(_elastic().PContext.__init__)
     ),
 )
@@ -418,6 +434,10 @@ def _subprocess() -> Any:
 
 def _elastic() -> Any:
     return importlib.import_module("torch.distributed.elastic.multiprocessing.api")
+
+
+def _rendezvous() -> Any:
+    return importlib.import_module("torch.distributed.elastic.rendezvous.dynamic_rendezvous")
 
 
 def _agent() -> Any:
@@ -456,6 +476,53 @@ def when_ranks_fail(left: Callable[[int, int, Mapping[int, int]], int]) -> None:
         return result
 
     kind._monitor_workers = monitor_and_count
+
+
+def meet_at_once() -> None:
+    """Has torchrun, in this process, begin at once: it waits up to 0.3 s, at random, so that many machines do not come to
+    their meeting place together."""
+    if not has(DELAY):
+        return
+    module = _rendezvous()
+    delay = module._delay
+    module._delay = lambda seconds: None if isinstance(seconds, tuple) else delay(seconds)
+
+
+def watch_ranks(wait: Callable[[Mapping[int, int], float], None]) -> None:
+    """Has torchrun, in this process, call ``wait`` in place of its sleep before it looks after its ranks: with their process
+    ids, by the number of the rank, and the seconds that it would sleep."""
+    if not has(WATCH):
+        return
+    kind = _agent()
+    invoke, monitor = kind._invoke_run, kind._monitor_workers
+    seconds = 0.0
+
+    def invoke_without_sleep(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal seconds
+        spec = self._worker_group.spec
+        seconds, spec.monitor_interval = spec.monitor_interval, 0
+        return invoke(self, *args, **kwargs)
+
+    def wait_and_monitor(self: Any, group: Any) -> Any:
+        pids = self._pcontext.pids() if self._pcontext is not None else {}
+        wait({each.global_rank: pids[each.local_rank] for each in group.workers if each.local_rank in pids}, seconds)
+        return monitor(self, group)
+
+    kind._invoke_run, kind._monitor_workers = invoke_without_sleep, wait_and_monitor
+
+
+def start_ranks_by(start: Callable[[Sequence[str], Mapping[str, str], TextIO | None, TextIO | None], Any]) -> None:
+    """Has torchrun, in this process, ask ``start`` for each rank: with its command line, its environment, its stdout and
+    stderr (None for this process's own). Where that returns None, torchrun starts the rank by itself."""
+    if not has(RANKS_STDERR):
+        return
+    handler = _subprocess()
+    popen = handler._popen
+
+    def start_or_popen(self: Any, args: Any, env: Any) -> Any:
+        return start(args, env, self._stdout, self._stderr) or popen(self, args, env)
+
+    handler._popen = start_or_popen
 
 
 def give_ranks(stderr: TextIO) -> bool:
@@ -501,5 +568,5 @@ PARTS = (
         LOADER,
         WORKERS,
     ),
-    *(RANKS_END, RESTARTS, RANKS_STDERR, DYNAMO),
+    *(RANKS_END, RESTARTS, WATCH, DELAY, RANKS_STDERR, DYNAMO),
 )

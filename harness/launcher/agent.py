@@ -1,10 +1,12 @@
-"""``python -m harness.launcher.agent``: torchrun, which tells ``harness launch`` and the ranks what it does.
+"""``python -u -m harness.launcher.agent``: torchrun, which tells ``harness launch`` and the ranks what it does.
 
 ``harness launch`` starts it. Python's garbage collector does not look through its imports: its ranks start after 1.2 s
 instead of 1.7 s. Where the launcher gives a directory (``harness.launcher.outcome``):
 
 * before torchrun ends ranks because another one has failed, here or elsewhere, it notes that there. A rank cannot tell it
   from a stop: both are SIGTERM;
+* it forks its ranks (``harness.launcher.fork_server``), notices their deaths at once and ends suspended ones
+  (``harness.launcher.watch``);
 * two lines report a failure: who died of what, and the restart. Where the ranks have come further since the last one, the
   restarts before it are forgotten;
 * what torchrun prints about itself goes to a file, where the launcher has made one. The ranks keep the real stderr.
@@ -21,16 +23,19 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO, cast
 
 from harness.errors import RankFailure
-from harness.launcher import outcome
+from harness.launcher import fork_server, outcome
+from harness.launcher.fork_server import THREADS_VARIABLE, Order, Preload
+from harness.launcher.watch import Watch, is_suspended
 from harness.runtime.console import Clearing, painted, printable
 from harness.runtime.torch_import import import_torch
 
 COUNTS_PROGRESS_VARIABLE = "HARNESS_RESTARTS_WITHOUT_PROGRESS"  # set where --max-restarts is harness's own
+SUSPENDED_VARIABLE = "HARNESS_SUSPENDED_SECONDS"  # after which a suspended rank is killed; 0: never
 
 
 class Restarts:
@@ -65,15 +70,16 @@ def _continues(step: int | None) -> str:
     return f"; training continues from step {step} or later" if step else "; no checkpoint has been reported yet"
 
 
-def describe_death(directory: str, codes: Mapping[int, int]) -> str:
+def describe_death(directory: str, codes: Mapping[int, int], suspended: Mapping[int, float] | None = None) -> str:
     """Which rank died of what, and where. ``codes`` are those of all that failed here: of these, the one that did not
-    fail because of another one is meant."""
+    fail because of another one is meant. ``suspended``: those that were killed for it, and after how many seconds."""
     if not codes:
         return "a rank failed"
     culprits = [rank for rank, code in codes.items() if code not in (RankFailure.exit_code, -signal.SIGTERM)]
     rank = min(culprits or codes)
     code, step, record = codes[rank], outcome.reached_step(directory, rank), outcome.record_of(directory, rank)
     died = f"was killed by {_name_of(-code)}" if code < 0 else f"ended with exit code {code}"
+    died = f"was suspended for {suspended[rank]:.0f} s and killed" if suspended and rank in suspended else died
     place = (
         "" if outcome.resumed_step(directory) is None else " before its first step"
     )  # of a program without a Run, no word
@@ -89,60 +95,81 @@ def _name_of(number: int) -> str:
         return f"signal {number}"
 
 
-def _watch(directory: str, stderr: TextIO, *, renewed: bool) -> None:
+def _watch(directory: str, stderr: TextIO, *, renewed: bool, suspended_seconds: float) -> None:
     """Has torchrun note in the directory why it ends ranks, report their deaths, and count its restarts."""
     from harness import torch_private  # noqa: PLC0415  # imports torch
 
     restarts: Restarts | None = None
-
-    def say(text: str, colour: str) -> None:
-        print(painted(printable(f"harness launch: {text}"), colour, stderr), file=stderr, flush=True)
+    watch = Watch(suspended_seconds, functools.partial(_say, stderr))
 
     def left(allowed: int, now: int, codes: Mapping[int, int]) -> int:
         nonlocal restarts
         restarts = restarts or Restarts(allowed, renewed=renewed)
         now = restarts.left(now, outcome.resumed_step(directory))
-        death, follows = describe_death(directory, codes), restarts.describe(now, outcome.saved_step(directory))
+        death = describe_death(directory, codes, watch.ended)
+        follows = restarts.describe(now, outcome.saved_step(directory))
         outcome.say_death(directory, f"{death}; {follows}")
-        say(death, "red")
+        _say(stderr, death, "red")
         if now:  # else the launcher's last line says it
-            say(follows, "yellow")
+            _say(stderr, follows)
         return now
 
-    torch_private.before_ranks_are_ended(functools.partial(outcome.say_ended, directory))
+    def end(pids: Sequence[int]) -> None:
+        outcome.say_ended(directory, pids)
+        for pid in filter(is_suspended, pids):  # it hears of no other signal, and torchrun would wait for it
+            os.kill(pid, signal.SIGCONT)
+
+    torch_private.before_ranks_are_ended(end)
     torch_private.when_ranks_fail(left)
+    torch_private.watch_ranks(watch.wait)
 
 
-def _fold(directory: str) -> TextIO | None:
-    """Sends what this process prints to the launcher's file; returns the real stderr. None where there is no such file."""
+def _fold(directory: str) -> bool:
+    """Sends what this process prints to the launcher's file, where there is one."""
     try:
         log = os.open(Path(directory, outcome.TORCHRUN_LOG), os.O_WRONLY | os.O_APPEND)
     except FileNotFoundError:
-        return None
-    stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+        return False
     os.dup2(log, 2)  # what torch prints from C++ as well
     os.close(log)
-    return stderr
+    return True
+
+
+def _say(stderr: TextIO, text: str, colour: str = "yellow") -> None:
+    print(painted(printable(f"harness launch: {text}"), colour, stderr), file=stderr, flush=True)
 
 
 def main() -> None:
-    """torchrun's own command line and exit code."""
+    """torchrun's own command line and exit code; or, in a process that has been forked for it, a rank."""
     directory = os.environ.get(outcome.DIRECTORY_VARIABLE)
-    folded = _fold(directory) if directory is not None else None
+    preload, is_preset = Preload.take(), fork_server.preset_threads(sys.argv[1:])
+    import_torch("torch")
+    stderr = _without_live_line(os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace"))
+    started = fork_server.start(preload, functools.partial(_say, stderr)) if fork_server.is_wanted() else None
+    if isinstance(started, Order):
+        stderr.close()
+        fork_server.run(started)
+        return
+    if is_preset:  # torchrun does it again, and says so
+        del os.environ[THREADS_VARIABLE]
+    is_folded = directory is not None and _fold(directory)
     sys.argv[0] = "torchrun"  # in its messages
-    import_torch("torch.distributed.run")
     from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: PLC0415
     from torch.distributed.run import main as torchrun  # noqa: PLC0415
 
-    if directory is not None:
-        from harness import torch_private  # noqa: PLC0415  # imports torch
+    from harness import torch_private  # noqa: PLC0415  # imports torch
 
-        renewed = os.environ.pop(COUNTS_PROGRESS_VARIABLE, "") == "1"
-        stderr = _without_live_line(folded or sys.stderr)
-        with contextlib.redirect_stderr(stderr):  # for a warning that torch lacks something
-            _watch(directory, stderr, renewed=renewed)
-            if folded is not None and not torch_private.give_ranks(folded):
-                os.dup2(folded.fileno(), 2)
+    with contextlib.redirect_stderr(stderr):  # for a warning that torch lacks something
+        if started is not None:
+            torch_private.start_ranks_by(started.start)
+        if "--standalone" in sys.argv:
+            torch_private.meet_at_once()
+        if directory is not None:
+            renewed = os.environ.pop(COUNTS_PROGRESS_VARIABLE, "") == "1"
+            _watch(directory, stderr, renewed=renewed, suspended_seconds=float(os.environ.pop(SUSPENDED_VARIABLE, "0")))
+        if is_folded and not torch_private.give_ranks(stderr):
+            os.dup2(stderr.fileno(), 2)
+    sys.stderr = sys.stderr if is_folded else _without_live_line(sys.stderr)
     try:
         torchrun()
     except SignalException:  # it has said which one
@@ -155,5 +182,4 @@ def _without_live_line(stream: TextIO) -> TextIO:
 
 
 if __name__ == "__main__":
-    sys.stderr = _without_live_line(sys.stderr)
     main()

@@ -35,14 +35,16 @@ from typing import NamedTuple, Self
 
 from harness.errors import ConfigError, Stopped
 from harness.launcher import outcome
-from harness.launcher.agent import COUNTS_PROGRESS_VARIABLE
+from harness.launcher.agent import COUNTS_PROGRESS_VARIABLE, SUSPENDED_VARIABLE
+from harness.launcher.fork_server import Preload
 from harness.launcher.outcome import Outcome
 from harness.runtime.console import print_error
 from harness.runtime.signals import STOP_SIGNALS, die_with_parent, ignore_stop_signals
 
 _LEAVING_SECONDS = 5.0  # that a rank which has stopped well may take to be gone
 _DEFAULTS = {"--max-restarts": "3", "--shutdown-timeout": "60"}
-VERBOSE = "--verbose"
+VERBOSE, PRELOAD, SUSPENDED = "--verbose", "--preload", "--suspended-seconds"  # harness's own
+_SUSPENDED_SECONDS = 60.0  # unless the user says otherwise
 _FLAGS = frozenset({"--standalone", "--no-python", "--run-path", "--virtual-local-rank", "--module", VERBOSE})  # no value
 _PROGRAM = "train CONFIG.yaml, doctor CONFIG.yaml, SCRIPT.py or -m MODULE"
 _Process = subprocess.Popen[bytes]
@@ -95,6 +97,42 @@ def _given(torchrun_options: Sequence[str]) -> set[str]:
     return _names(torchrun_options) | variables
 
 
+class Own(NamedTuple):
+    """The options that torchrun does not know."""
+
+    is_verbose: bool = False
+    preload: tuple[str, ...] = ()
+    suspended_seconds: float = _SUSPENDED_SECONDS
+
+    @classmethod
+    def of(cls, options: Sequence[str]) -> tuple[Self, list[str]]:
+        """Them, and torchrun's. Raises ``ConfigError`` for a value that cannot be."""
+        own, rest, words = cls(), [], iter(options)
+        for word in words:
+            name, equals, value = word.partition("=")
+            if name in (PRELOAD, SUSPENDED) and not (value := value if equals else next(words, "")):
+                raise ConfigError(f"harness launch: {name}: expected a value, found none")
+            if word == VERBOSE:
+                own = own._replace(is_verbose=True)
+            elif name == PRELOAD:
+                own = own._replace(preload=(*own.preload, value))
+            elif name == SUSPENDED:
+                own = own._replace(suspended_seconds=_seconds(name, value))
+            else:
+                rest.append(word)
+        return own, rest
+
+
+def _seconds(name: str, value: str) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ConfigError(f"harness launch: {name}: expected seconds (0: never), found {value!r}")
+    return seconds
+
+
 def command(torchrun_options: Sequence[str], arguments: Sequence[str]) -> list[str]:
     """The torchrun command line for ``harness`` with these arguments, or for a script."""
     given = _given(torchrun_options)
@@ -106,16 +144,17 @@ def command(torchrun_options: Sequence[str], arguments: Sequence[str]) -> list[s
     if "--nproc-per-node" not in given:
         options.append("--nproc-per-node=auto")  # one for each GPU, else one for each core
     program = ["-m", "harness", *arguments] if arguments[0] in ("train", "doctor") else arguments
-    return [sys.executable, "-m", "harness.launcher.agent", *options, *torchrun_options, *program]
+    return [sys.executable, "-u", "-m", "harness.launcher.agent", *options, *torchrun_options, *program]
 
 
 def launch(options: Sequence[str], arguments: Sequence[str]) -> int:
     """Runs ``harness``, or a script, under torchrun and returns the exit code of the launch."""
-    torchrun_options = [option for option in options if option != VERBOSE]
+    own, torchrun_options = Own.of(options)
+    is_script = os.path.isfile(arguments[0]) if arguments else False
     with contextlib.ExitStack() as stack:
         try:
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="harness-"))
-            if VERBOSE not in options:
+            if not own.is_verbose:
                 Path(directory, outcome.TORCHRUN_LOG).touch()
         except OSError as error:
             raise ConfigError(
@@ -126,6 +165,8 @@ def launch(options: Sequence[str], arguments: Sequence[str]) -> int:
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             outcome.DIRECTORY_VARIABLE: directory,
             COUNTS_PROGRESS_VARIABLE: "" if "--max-restarts" in _given(torchrun_options) else "1",
+            SUSPENDED_VARIABLE: str(own.suspended_seconds),
+            **Preload(own.preload, os.path.dirname(os.path.realpath(arguments[0])) if is_script else "").leave(),
         }
         agent = subprocess.Popen(  # noqa: S603  # the user's own command line
             command(torchrun_options, arguments),
@@ -176,8 +217,9 @@ def _describe_end(code: int, torchrun: int, outcomes: Sequence[Outcome], directo
     if code == 130:
         return "interrupted twice and ended at once; the steps since the last checkpoint will be trained again"
     log = _TorchrunLog.keep(directory)
-    reason = outcome.death(directory) or message or f"no rank reported an error; torchrun ended with {torchrun}{log.last}"
-    return reason + log.where
+    if death := outcome.death(directory):
+        return f"{death}; mend the cause, or allow more (--max-restarts), and start the same command again{log.where}"
+    return (message or f"no rank reported an error; torchrun ended with {torchrun}{log.last}") + log.where
 
 
 class _TorchrunLog(NamedTuple):

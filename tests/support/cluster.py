@@ -155,7 +155,7 @@ class Run:
 
 def torchrun(ranks: int, agent: str = TORCHRUN) -> list[str]:
     """What Python is started with, before a program that is to run on some ranks of this machine."""
-    return ["-m", agent, "--standalone", f"--nproc-per-node={ranks}"]
+    return ["-u", "-m", agent, "--standalone", f"--nproc-per-node={ranks}"]
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import pytest
 
 from harness.errors import ConfigError
 from harness.launcher.agent import Restarts, describe_death
-from harness.launcher.launch import command, halves
+from harness.launcher.launch import Own, command, halves
 from harness.launcher.launch import launch as start
 from tests.support.cluster import Run, harness, hears, launch, newest, wait_until
 from tests.support.metadata_server import MetadataServer
@@ -59,10 +59,10 @@ def test_the_command_line_gets_only_what_is_missing(monkeypatch):
     own = "--max-restarts=3 --shutdown-timeout=60 --standalone --local-addr=localhost --nproc-per-node=auto"
     assert f"{own} -m harness train c.yaml" in " ".join(command([], ["train", "c.yaml"]))
     given = ["--max_restarts=9", "--nnodes=2", "--nproc-per-node=4", "--shutdown-timeout", "5"]
-    assert command(given, ["train"])[3:] == [*given, "-m", "harness", "train"]
+    assert command(given, ["train"])[4:] == [*given, "-m", "harness", "train"]
     monkeypatch.setenv("PET_NNODES", "2")
     monkeypatch.setenv("PET_NPROC_PER_NODE", "8")
-    assert command([], ["train"])[3:] == ["--max-restarts=3", "--shutdown-timeout=60", "-m", "harness", "train"]
+    assert command([], ["train"])[4:] == ["--max-restarts=3", "--shutdown-timeout=60", "-m", "harness", "train"]
 
 
 def last_line(run: Run) -> str:
@@ -83,6 +83,7 @@ def last_line(run: Run) -> str:
         ("--no-python -- python script.py", "--no-python", "python script.py"),
         ("script.py -- x", "", "script.py -- x"),
         ("--verbose script.py --verbose", "--verbose", "script.py --verbose"),
+        ("--preload a.b --suspended-seconds=5 script.py", "--preload a.b --suspended-seconds=5", "script.py"),
     ],
 )
 def test_where_the_program_begins(tmp_path, monkeypatch, arguments, options, program):
@@ -90,6 +91,18 @@ def test_where_the_program_begins(tmp_path, monkeypatch, arguments, options, pro
     monkeypatch.chdir(tmp_path)
     Path("script.py").touch()
     assert halves(arguments.split()) == (options.split(), program.split())
+
+
+def test_options_that_torchrun_does_not_know():
+    """They are taken out of its own, wherever they stand."""
+    options = ["--preload=a.b", "--tee", "3", "--preload", "c", "--verbose", "--suspended-seconds", "5", "--role", "x"]
+    assert Own.of(options) == (Own(True, ("a.b", "c"), 5.0), ["--tee", "3", "--role", "x"])
+    assert Own.of([]) == (Own(False, (), 60.0), [])
+    for wrong in (["--suspended-seconds=-1"], ["--suspended-seconds=soon"], ["--suspended-seconds", "nan"]):
+        with pytest.raises(ConfigError, match=r"--suspended-seconds: expected seconds \(0: never\), found"):
+            Own.of(wrong)
+    with pytest.raises(ConfigError, match="--preload: expected a value, found none"):
+        Own.of(["--preload"])
 
 
 @pytest.mark.parametrize(
@@ -181,7 +194,7 @@ def test_who_died_of_what(tmp_path):
 
 
 FAILS = """
-import sys
+import os, signal, sys
 from pathlib import Path
 from harness.launcher import outcome
 
@@ -191,6 +204,8 @@ Path("starts").write_text("x" * starts)
 print("a rank begins", file=sys.stderr, flush=True)
 outcome.resumed(10 * min(starts, 4))
 outcome.reached(10 * min(starts, 4) + 3)
+if starts == 2:
+    os.kill(os.getpid(), signal.SIGSTOP)
 sys.exit(1)
 """
 
@@ -199,10 +214,11 @@ sys.exit(1)
 def test_a_launch_outlives_many_deaths(tmp_path):
     """As long as the ranks come further in between: the launch ends after three restarts in a row that led nowhere.
 
-    The ranks' own output, which torchrun copies here (``--tee``), is on the screen; torchrun's is in a file that is named.
+    One of them is suspended, which is told, and killed. The ranks' own output, which torchrun copies here (``--tee``), is on
+    the screen; torchrun's is in a file that is named.
     """
     (tmp_path / "fails.py").write_text(FAILS)
-    command = ("-m", "harness", "launch", "--nproc-per-node=1", "--tee=2", "--", "fails.py")
+    command = ("-m", "harness", "launch", "--nproc-per-node=1", "--tee=2", "--suspended-seconds=1", "--", "fails.py")
     with launch(tmp_path, None, command=command) as run:
         assert run.finish() == 1
         named = re.search(r" \(torchrun's output: (\S+)\)$", last_line(run))
@@ -214,8 +230,11 @@ def test_a_launch_outlives_many_deaths(tmp_path):
     assert run.output().count(f"restart 1 of at most 3 {kind}; training continues from step ") == 4
     died = f"rank 0 on {platform.node()} ended with exit code 1 after step 43"
     assert last_line(run).startswith(f"harness launch: exit code 1: {died}; no restart is left of the 3 allowed {kind}")
+    assert "mend the cause, or allow more (--max-restarts), and start the same command again (torchrun's" in last_line(run)
+    assert "it is killed if it is still so in 1 s (--suspended-seconds)" in run.output()
+    assert re.search(r"rank 0 on \S+ was suspended for \d s and killed after step 23\n", run.output())
     assert "Traceback" not in run.output()
-    assert len(run.output().splitlines()) == 7 + 6 * 2 + 2, "a line of each start, two of each restart, two at the end"
+    assert len(run.output().splitlines()) == 7 + 6 * 2 + 2 + 1, "a line of each start, two of each restart, two at the end"
 
 
 @pytest.mark.soak
