@@ -30,7 +30,7 @@ class Harness(Contender):
     def save(self, step: int) -> None:
         self.state.progress.step = step
         parts = {**self.state.capture(), "random": {"0": random_state(self.world.device)}}
-        self.checkpoints.begin(parts, step=step, meta=conditions(self.world), is_steady=self.state.is_steady())
+        self.checkpoints.begin(parts, step=step, meta=conditions(self.world, self.state), is_steady=self.state.is_steady())
 
     def fence(self) -> None:
         self.checkpoints.fence()

@@ -17,7 +17,7 @@ from harness import torch_private
 from harness.checkpoint import commit, dtensors
 from harness.checkpoint.dtensors import address_of
 from harness.checkpoint.format import Manifest, TensorInfo
-from harness.checkpoint.load import Land
+from harness.checkpoint.places import Land
 from harness.checkpoint.sharding import Sharding, agreed
 from harness.checkpoint.tree import Encoded
 from harness.data.loader import Loader
