@@ -41,6 +41,7 @@ from harness.checkpoint.format import (
 from harness.checkpoint.sharding import Key, Sharding
 from harness.checkpoint.tree import Encoded
 from harness.errors import Unsupported
+from harness.runtime.gc_pause import without_collections
 
 IsSteady = Callable[[torch.Tensor], bool]
 # Path, dtype, shape, strides to note, whether it can be cut, whether it may be divided.
@@ -296,7 +297,8 @@ class SavePlan:
     def shards(self) -> dict[int, list[Shard]]:
         """The shards of each writer."""
         own = self.writers.rank
-        return {rank: self.own_shards if rank == own else self._shards_of(rank) for rank in self.pieces}
+        with without_collections():  # of many ranks these are a million objects
+            return {rank: self.own_shards if rank == own else self._shards_of(rank) for rank in self.pieces}
 
     def _shards_of(self, rank: int) -> list[Shard]:
         shards = []

@@ -19,8 +19,10 @@ from harness.checkpoint.format import HEADER_LIMIT_BYTES, INDEX_SUFFIX, FileInfo
 from harness.checkpoint.places import ITEMS, Overlap, Place, Wholes, overlaps
 from harness.checkpoint.relay import Peers
 from harness.errors import CheckpointError, Corrupt, HarnessError, StoreError
-from harness.storage.store import RANGE_BYTES, Store
+from harness.storage.store import Store
 
+ROUND_BYTES = 64 << 20  # of all pieces of a round; a rank holds its own, and at most so much of what the others send it,
+_PIECE_BYTES = 16 << 20  # however few they are
 _FLAG_BYTES = 16  # so that the items behind it are aligned
 _HEADER_BYTES = 64 << 10  # of a file, that are asked for first
 
@@ -194,8 +196,7 @@ class _Scatter:
         self.wanted = [{key: Box(*box) for key, box in each.items()} for each in wanted]
         readers = _readers(files, self.wanted)
         self.files = [[file for file in files if readers[file.info.name] == rank] for rank in range(peers.size)]
-        share_bytes = relay.ROUND_BYTES // peers.size
-        self.piece_bytes = max(min(share_bytes, RANGE_BYTES), relay.SMALLEST_PIECE_BYTES) // 16 * 16  # of any items
+        self.piece_bytes = max(min(ROUND_BYTES // peers.size, _PIECE_BYTES) // 16 * 16, 16)  # of any items
         self.problem: HarnessError | None = None
 
     def run(self) -> None:

@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 import harness
 from harness import Loader, Run, StopRequest
 from harness.checkpoint import format as layout_of_files
-from harness.checkpoint import load, tree
+from harness.checkpoint import load, scatter, tree
 from harness.checkpoint.catalog import Catalog, verify_all
 from harness.checkpoint.format import TensorInfo, checksum, decode_header
 from harness.errors import ConfigError, Unsupported
@@ -347,13 +347,9 @@ def resumed(place: Path, kind: str) -> dict[str, Any]:
 
 
 def in_small_pieces(act: Callable[[Path], Any], place: Path) -> Any:
-    """Tensors that are cut between small blocks, and read in stretches that end within rows."""
-    before = layout_of_files.BLOCK_BYTES, load.STRETCH_BYTES
-    layout_of_files.BLOCK_BYTES, load.STRETCH_BYTES = 64, 16
-    try:
-        return act(place / "small")
-    finally:
-        layout_of_files.BLOCK_BYTES, load.STRETCH_BYTES = before
+    """Tensors that are cut between small blocks, and read in stretches, or handed out in pieces, that end within rows."""
+    layout_of_files.BLOCK_BYTES, load.STRETCH_BYTES, scatter.ROUND_BYTES = 64, 16, 1  # these ranks do nothing else
+    return act(place / "small")
 
 
 def fall_back(place: Path, damage: Callable[[Path], None]) -> dict[str, Any]:
@@ -540,11 +536,16 @@ MORE_TRAINED = [
 ]
 SAVES = [*map(saving, LAYOUTS)]
 CUT = {"writers": "all", "shard_bytes": 1024}
+SMALL_LOADS = [("fsdp3", "each"), ("tp_fsdp", "each"), ("one", "each"), ("fsdp3", "shared"), ("tp_fsdp", "shared")]
 SMALL = [
     Scene("small-save", 2, functools.partial(in_small_pieces, lambda url: save(url, "plain2", **CUT))),
     *(
-        Scene(f"small-{other}", LAYOUTS[other][0], functools.partial(in_small_pieces, lambda url, it=other: resume(url, it)))
-        for other in ("fsdp3", "tp_fsdp", "one")
+        Scene(
+            f"small-{other}-{how}",
+            LAYOUTS[other][0],
+            functools.partial(in_small_pieces, lambda url, it=other, how=how: resume(url, it, restore=how)),
+        )
+        for other, how in SMALL_LOADS
     ),
 ]
 FAULTS = [Scene(f"fault-{kind}", 3, lambda place, kind=kind: fall_back(place / kind, DAMAGE[kind])) for kind in DAMAGE]
@@ -620,15 +621,15 @@ def test_any_layout_loads_any_other(scenes, layout, other, how):
         assert found == {"step": 1, "wrong": []}
 
 
-@pytest.mark.parametrize("other", ["fsdp3", "tp_fsdp", "one"])
-def test_pieces_of_whole_tensors_land_in_boxes(scenes, place, other, monkeypatch):
+@pytest.mark.parametrize(("other", "how"), SMALL_LOADS)
+def test_pieces_of_whole_tensors_land_in_boxes(scenes, place, other, how, monkeypatch):
     """Pieces that two ranks have written of tensors that were whole, in stretches that end in the middle of a row."""
     assert set(returned(scenes["small-save"])) == {1}
     monkeypatch.setattr(layout_of_files, "BLOCK_BYTES", 64)
     manifest = Catalog(open_store(str(place / "small"))).newest().manifest
     assert manifest is not None
     assert manifest.parts["model"].slices
-    for found in returned(scenes[f"small-{other}"]):
+    for found in returned(scenes[f"small-{other}-{how}"]):
         assert found == {"step": 1, "wrong": []}
 
 

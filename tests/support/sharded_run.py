@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 import harness
 
 
-def sharded(model: nn.Module, layout: str) -> DeviceMesh:
+def sharded(model: nn.Sequential, layout: str) -> DeviceMesh:
     """Shards a model in place, and returns the mesh of the ranks that have samples of their own."""
     ranks = dist.get_world_size()
     if layout == "fsdp":
