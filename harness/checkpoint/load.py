@@ -13,7 +13,7 @@ gets all. Each computes the checksums of all that it was given.
 
 A tensor can *land* in a part of it, a box, as a sharded one does, whatever boxes it was saved in: what is read goes to its
 places in the box, stretch by stretch, and the rest of it nowhere. A rank that reads for itself leaves files out that have
-nothing for it.
+nothing for it. Of ranks that read together, each file is read and verified by one (``harness.checkpoint.scatter``).
 """
 
 import os
