@@ -27,8 +27,8 @@ class Transformer(nn.Module):
 
 
 def counting(samples: int = 600) -> TensorDataset:
-    """Sequences that begin anywhere, and go on by the same number each time."""
-    begin, by = torch.randint(TOKENS, (2, samples, 1))
+    """Sequences that begin anywhere, and go on by 1, 2 or 3 each time."""
+    begin, by = torch.randint(TOKENS, (samples, 1)), torch.randint(1, 4, (samples, 1))
     return TensorDataset((begin + by * torch.arange(LENGTH + 1)) % TOKENS)
 
 
