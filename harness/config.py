@@ -168,7 +168,7 @@ class CheckpointConfig(_Section):
     """Number of shards sent at once. None: 1 to a disk, 8 to an object store."""
     restore: Literal["auto", "each", "shared"] = "auto"
     """``each``: every rank reads the whole checkpoint. ``shared``: each byte is read once, and the ranks pass it on.
-    ``auto``: ``shared`` if the storage is remote."""
+    ``auto``: ``shared`` if the storage is remote, or the model sharded."""
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
     """Passed to the fsspec filesystem. May hold secrets; never logged or saved."""
 

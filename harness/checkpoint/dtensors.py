@@ -30,6 +30,16 @@ def local_of(tensor: Any) -> torch.Tensor:
         return tensor.to_local()  # type: ignore[no-any-return]
 
 
+def whole_of(tensor: Any) -> torch.Tensor:
+    """All of a tensor, which the ranks of its mesh meet for; of a plain one, the tensor itself."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
+
+
+def mesh_of(tensor: Any) -> Any:
+    """The mesh of a sharded tensor; None for a plain one."""
+    return tensor.device_mesh if is_sharded(tensor) else None
+
+
 def address_of(tensor: torch.Tensor) -> int:
     """Where a tensor's memory begins; 0 where it has none."""
     return local_of(tensor).data_ptr()

@@ -462,8 +462,8 @@ class Boxes:
 
     @classmethod
     def of(cls, info: TensorInfo, places: Mapping[Box, int]) -> Self:
-        """That of a tensor whose boxes are in these files of its part, by their numbers."""
-        return cls(info.dtype, list(info.shape), [f"{box_text(box)}@{file}" for box, file in sorted(places.items())])
+        """That of a tensor whose boxes, in order, are in these files of its part, by their numbers."""
+        return cls(info.dtype, list(info.shape), [f"{box_text(box)}@{file}" for box, file in places.items()])
 
     def info(self, path: str) -> TensorInfo:
         """The whole tensor's."""
@@ -475,8 +475,7 @@ class Boxes:
         found = {}
         for text in self.boxes:
             box, _, file = text.partition("@")
-            offset, _, shape = box.partition(":")
-            found[Box(_numbers(offset), _numbers(shape))] = int(file)
+            found[_box_of(box)] = int(file)
         return found
 
     def check(self, path: str, files: int) -> None:
@@ -497,6 +496,13 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
+@functools.lru_cache(1 << 16)  # most tensors are cut as others are
+def _box_of(text: str) -> Box:
+    offset, _, shape = text.partition(":")
+    return Box(_numbers(offset), _numbers(shape))
+
+
+@functools.lru_cache(1 << 16)
 def box_text(box: Box) -> str:
     """A box as it stands in a manifest."""
     return f"{','.join(map(str, box.offset))}:{','.join(map(str, box.shape))}"

@@ -13,21 +13,18 @@ gets all. Each computes the checksums of all that it was given.
 
 A tensor can *land* in a part of it, a box, as a sharded one does, whatever boxes it was saved in: what is read goes to its
 places in the box, stretch by stretch, and the rest of it nowhere. A rank that reads for itself leaves files out that have
-nothing for it.
+nothing for it. Of ranks that read together, each file is read and verified by one (``harness.checkpoint.scatter``).
 """
 
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
 import torch
 
 from harness.checkpoint import tree
-from harness.checkpoint.boxes import Box, spans
 from harness.checkpoint.catalog import check_bytes, read_file
 from harness.checkpoint.format import (
     HEADER_LIMIT_BYTES,
@@ -48,19 +45,17 @@ from harness.checkpoint.format import (
     hasher,
     piece_name,
 )
+from harness.checkpoint.places import Land, Landing, Place, Target, Wholes, bytes_of, empty, whole
 from harness.checkpoint.prefault import Pages, cut
-from harness.errors import CheckpointError, Corrupt, HarnessError, RankFailure, StoreError
+from harness.checkpoint.relay import Peers, Relay
+from harness.checkpoint.scatter import scattered
+from harness.errors import CheckpointError, Corrupt
 from harness.runtime.gc_pause import without_collections
 from harness.runtime.threads import InTurn, in_order, threads_for
-from harness.storage.direct_io import Buffer
 from harness.storage.filesystem import joined
-from harness.storage.store import RANGE_BYTES, Store
+from harness.storage.store import Store
 
-ROUND_BYTES = 16 << 20  # of all pieces that ranks hand on at once: they hold them all,
-SMALLEST_PIECE_BYTES = 64 << 10  # however many they are
 STRETCH_BYTES = 2 << 20  # of what lands in a part of a tensor: whole items
-
-_ITEMS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}  # numbers that are copied as they are
 
 
 class Shard(NamedTuple):
@@ -69,32 +64,6 @@ class Shard(NamedTuple):
     tensors: dict[str, torch.Tensor]
     infos: dict[str, TensorInfo]
     blocks: dict[str, Blocks]
-
-
-class Landing(Protocol):
-    """The part of a tensor that is wanted."""
-
-    box: Box
-
-    def holding(self, local: torch.Tensor) -> torch.Tensor:
-        """What stands for the tensor, given the part of it."""
-
-
-Land = Callable[[str, TensorInfo], Landing | None]  # by part and tensor; None for all of it
-
-
-def whole(_part: str, _tensor: TensorInfo) -> None:
-    """All of every tensor."""
-
-
-class Peers(Protocol):
-    """The ranks that read together; ``harness.distributed.world.World`` is one."""
-
-    rank: int
-    size: int
-
-    def exchange(self, own: torch.Tensor, found: Sequence[torch.Tensor]) -> None:
-        """Fills ``found`` with every rank's bytes, by rank. All have the same size."""
 
 
 def read(
@@ -135,13 +104,15 @@ def _read(
     files = {file.name: file for file in manifest.files}
     in_pieces = peers is not None or store.has_ranges
     with without_collections():
-        wholes = {name: _Wholes(directory, name, part, files, land) for name, part in wanted.items()}
+        wholes = {name: Wholes(directory, name, part, files, land) for name, part in wanted.items()}
         left_out = set() if peers is not None else {file for each in wholes.values() for file in each.not_needed}
         # An index is not needed here, but what is corrupt is not called whole.
         names = [file for name, part in wanted.items() for file in (f"{name}{INDEX_SUFFIX}", *part.files) if file in files]
         needed = [files[name] for name in names if name not in left_out]
         pages = Pages(sum(file.bytes for file in needed))
-        targets = {file: _Target(wholes[name]) for name, part in wanted.items() for file in part.files}
+        if peers is not None and land is not whole:
+            return _read_scattered(store, directory, needed, wanted, wholes, peers)
+        targets = {file: Target(wholes[name]) for name, part in wanted.items() for file in part.files}
         if in_pieces:
             shards = _read_in_pieces(store, directory, needed, targets, pages, peers)
         else:
@@ -150,6 +121,33 @@ def _read(
                 for each in needed
             }
         return {name: _assemble(directory, name, part, shards, wholes[name]) for name, part in wanted.items()}
+
+
+def _read_scattered(
+    store: Store,
+    directory: str,
+    files: Sequence[FileInfo],
+    wanted: Mapping[str, Part],
+    wholes: Mapping[str, Wholes],
+    peers: Peers,
+) -> dict[str, "_Verified"]:
+    """The parts of each rank, from files that are read once. The files have the checksums that the manifest says: that says
+    as much as the digests, for which each rank would need all bytes."""
+    parts = {file: name for name, part in wanted.items() for file in part.files}
+    found = scattered(store, directory, files, parts, wholes, peers)
+    verified = {}
+    for name, part in wanted.items():
+        tensors = {
+            info.path: tensor
+            if info.strides is None or info.path in wholes[name].landings
+            else tree.laid_out(tensor, info.strides)
+            for info, tensor in found[name].items()
+        }
+        infos = {info.path: info for info in found[name]} | wholes[name].infos
+        tensors |= wholes[name].tensors
+        _add_aliases(directory, name, part, tensors, infos)
+        verified[name] = _Verified(part.tree, tensors, infos, wholes[name].landings)
+    return verified
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ class _Verified:
         return digest({self.infos[path]: checksum for path, checksum in checksums.items()}, self.tree)
 
 
-def _assemble(directory: str, name: str, part: Part, shards: dict[str, Shard], wholes: "_Wholes") -> _Verified:
+def _assemble(directory: str, name: str, part: Part, shards: dict[str, Shard], wholes: Wholes) -> _Verified:
     """A part whose shards have been read, and with them the pieces of ``wholes``.
 
     Of a part of which files were left out, those that were read have the checksums that the manifest has of them. That says
@@ -199,16 +197,9 @@ def _assemble(directory: str, name: str, part: Part, shards: dict[str, Shard], w
         blocks[path] = _joined_blocks(directory, name, path, slices, blocks)
     for path, boxes in part.boxes.items():
         blocks[path] = _blocks_of_boxes(directory, name, path, boxes, blocks, {*shards}, part.files)
-    try:
-        for further, stored in part.aliases.items():
-            if further in tensors:
-                raise Corrupt(
-                    f"{directory}: {name}: {further!r} is an alias of {stored!r}, but is stored as a tensor of its own"
-                )
-            infos[further] = replace(infos[stored], path=further)
-            tensors[further], blocks[further] = tensors[stored], blocks[stored]
-    except (KeyError, TypeError):
-        raise Corrupt(f"{directory}: {name}: {further!r} is an alias of {stored!r}, which is missing") from None
+    _add_aliases(directory, name, part, tensors, infos)
+    for further, stored in part.aliases.items():
+        blocks[further] = blocks[stored]
     if is_complete:
         try:
             computed = digest({infos[path]: checksum_of_blocks(blocks[path]) for path in tensors}, part.tree)
@@ -217,6 +208,22 @@ def _assemble(directory: str, name: str, part: Part, shards: dict[str, Shard], w
         if computed != part.digest:
             raise Corrupt(f"{directory}: {name}: expected digest {part.digest}, found {computed}")
     return _Verified(part.tree, tensors, infos, wholes.landings)
+
+
+def _add_aliases(
+    directory: str, name: str, part: Part, tensors: dict[str, torch.Tensor], infos: dict[str, TensorInfo]
+) -> None:
+    """Gives tensors their further names."""
+    try:
+        for further, stored in part.aliases.items():
+            if further in tensors:
+                raise Corrupt(
+                    f"{directory}: {name}: {further!r} is an alias of {stored!r}, but is stored as a tensor of its own"
+                )
+            infos[further] = replace(infos[stored], path=further)
+            tensors[further] = tensors[stored]
+    except (KeyError, TypeError):
+        raise Corrupt(f"{directory}: {name}: {further!r} is an alias of {stored!r}, which is missing") from None
 
 
 def _joined_blocks(directory: str, name: str, path: str, slices: Slices, blocks: dict[str, Blocks]) -> Blocks:
@@ -243,131 +250,20 @@ def _blocks_of_boxes(
     return (checksum_of_boxes(found),)
 
 
-# --- tensors in pieces -----------------------------------------------------------------------------------------------
-
-
-class _Place:
-    """Memory for a part of a tensor, the target, and a box of the tensor, the source, from whose bytes in row-major order it
-    takes what it needs."""
-
-    def __init__(self, info: TensorInfo, source: Box, target: Box, memory: torch.Tensor) -> None:
-        self._info = info
-        self._source, self._target = source, target
-        self.memory = _bytes_of(memory)
-        self.is_direct = source == target == Box.whole(info.shape)  # each byte has the same place in both
-        self.is_needed = source.common(target) is not None
-
-    def put(self, start: int, data: memoryview) -> None:
-        """Takes bytes of the source, from its byte ``start`` on: whole items."""
-        if not self.is_needed:
-            return
-        if self.is_direct:
-            place = self.memory[start : start + len(data)]
-            np.copyto(np.frombuffer(place, np.uint8), np.frombuffer(data, np.uint8))
-            return
-        itemsize = self._info.itemsize
-        items: Any = np.frombuffer(data, _ITEMS[itemsize])
-        target: Any = np.frombuffer(self.memory, _ITEMS[itemsize]).reshape(self._target.shape)
-        first, done = start // itemsize, 0
-        for span in spans(self._source.shape, first, first + len(items)):
-            there, own = span.shifted(self._source.offset), items[done : done + span.items]
-            done += span.items
-            if (common := there.common(self._target)) is not None:
-                target[common.within(self._target)] = own.reshape(span.shape)[common.within(there)]
-
-
-class _Wholes:
-    """The tensors of a part that lie in pieces or in boxes, or that land in one, and the place of each piece in them.
-
-    Raises ``Corrupt`` before it takes memory for more bytes than the part's files have.
-    """
-
-    def __init__(self, directory: str, name: str, part: Part, files: Mapping[str, FileInfo], land: Land) -> None:
-        self.tensors: dict[str, torch.Tensor] = {}
-        self.infos: dict[str, TensorInfo] = {}
-        self.landings: dict[str, Landing] = {}
-        self.places: dict[
-            str, tuple[_Place, TensorInfo, int]
-        ] = {}  # by the piece's name, with where it begins in the source
-        self._where, self._name, self._land = f"{directory}: {name}", name, land
-        self._lock = threading.Lock()
-        infos = {path: TensorInfo(path, each.dtype, tuple(each.shape)) for path, each in (part.slices | part.boxes).items()}
-        needed_bytes = sum(info.nbytes for info in infos.values())
-        if needed_bytes > (there_bytes := sum(files[file].bytes for file in part.files)):
-            raise Corrupt(f"{directory}: {name}: pieces of {needed_bytes} bytes in files of {there_bytes}")
-        for path, slices in part.slices.items():
-            box, tensor = self._begin(infos[path])
-            place = _Place(infos[path], Box.whole(infos[path].shape), box, tensor)
-            for piece, start, stop in slices.pieces(path):
-                self.places[piece] = place, TensorInfo(piece, "uint8", (stop - start,)), start
-        used = set()
-        for path, boxes in part.boxes.items():
-            box, tensor = self._begin(infos[path])
-            for source, file in boxes.places.items():
-                piece = piece_name(path, *source.offset)
-                place = _Place(infos[path], source, box, tensor)
-                self.places[piece] = place, TensorInfo(piece, boxes.dtype, source.shape), 0
-                if place.is_needed:
-                    used.add(file)
-        of_boxes = {file for boxes in part.boxes.values() for file in boxes.places.values()}
-        self.not_needed = [part.files[file] for file in of_boxes - used]  # they have nothing else
-
-    def _begin(self, info: TensorInfo) -> tuple[Box, torch.Tensor]:
-        """The part of a tensor that is wanted, and memory for it."""
-        landing = self._land(self._name, info)
-        box = Box.whole(info.shape) if landing is None else landing.box
-        tensor = _empty(f"{self._where}: {info.path}", box.shape, info.dtype)
-        with self._lock:
-            self.tensors[info.path], self.infos[info.path] = tensor, info
-            if landing is not None:
-                self.landings[info.path] = landing
-        return box, tensor
-
-    def landed(self, info: TensorInfo) -> tuple[_Place, torch.Tensor] | None:
-        """For a tensor that lies in one file, whole: the memory for the part of it that is wanted, if it is but a part."""
-        if self._land(self._name, info) is None:
-            return None
-        box, tensor = self._begin(info)
-        return _Place(info, Box.whole(info.shape), box, tensor), tensor
-
-
-class _Target:
-    """Where the pieces in a file go: into memory that other files go to as well, and that stays when a try has failed.
-
-    A try that hung and was given up may wake up later. It must not write over what its successor has verified.
-    """
-
-    def __init__(self, wholes: _Wholes | None = None) -> None:
-        self.wholes = wholes
-        self._lock = threading.Lock()
-        self._reader: object = None
-
-    def begin(self, reader: object) -> None:
-        """From here on only this reader may write."""
-        with self._lock:
-            self._reader = reader
-
-    def put(self, reader: object, place: _Place, start: int, data: memoryview) -> None:
-        with self._lock:
-            if self._reader is not reader:
-                raise TimeoutError("cancelled: nothing waits for the result")
-            place.put(start, data)
-
-
 # --- file by file ----------------------------------------------------------------------------------------------------
 
 
-def read_shard(store: Store, name: str, file: FileInfo, target: _Target | None = None, pages: Pages | None = None) -> Shard:
+def read_shard(store: Store, name: str, file: FileInfo, target: Target | None = None, pages: Pages | None = None) -> Shard:
     """What is in a file, verified against the manifest's entry for it. An index has no tensors."""
     threads = threads_for(file.bytes) if store.is_local else 1
     return read_file(store, name, file, lambda stream: _consume(stream, file, target, pages or Pages(file.bytes), threads))
 
 
-def _consume(stream: BinaryIO, file: FileInfo, target: _Target | None, pages: Pages, threads: int = 1) -> Shard:
+def _consume(stream: BinaryIO, file: FileInfo, target: Target | None, pages: Pages, threads: int = 1) -> Shard:
     if file.name.endswith(INDEX_SUFFIX):
         check_bytes(stream, file)
         return Shard({}, {}, {})
-    return _Reader(stream, file, target or _Target(), pages, threads).tensors()
+    return _Reader(stream, file, target or Target(), pages, threads).tensors()
 
 
 class _Stretch(NamedTuple):
@@ -376,7 +272,7 @@ class _Stretch(NamedTuple):
     start: int
     memory: memoryview
     hashers: Sequence[Hasher | BlockHasher]
-    place: _Place | None = None
+    place: Place | None = None
     offset: int = 0  # in the place's source
 
 
@@ -385,7 +281,7 @@ class _Source(NamedTuple):
 
     info: TensorInfo
     memory: memoryview | None  # that has each of its bytes at last; None where only some of them are wanted
-    place: _Place | None = None
+    place: Place | None = None
     offset: int = 0
 
     def stretches(self) -> Iterator[tuple[int, memoryview]]:
@@ -400,7 +296,7 @@ class _Source(NamedTuple):
 class _Reader:
     """A shard on its way in, stretch by stretch: several are read side by side, and hashed in order."""
 
-    def __init__(self, stream: BinaryIO, file: FileInfo, target: _Target, pages: Pages, threads: int) -> None:
+    def __init__(self, stream: BinaryIO, file: FileInfo, target: Target, pages: Pages, threads: int) -> None:
         self.stream = stream
         self.pages = pages
         self.target = target
@@ -453,18 +349,15 @@ class _Reader:
     def source(self, info: TensorInfo, tensors: dict[str, torch.Tensor]) -> _Source:
         """Where what is stored under a name goes: into a new tensor, or to its place in a whole one, or in a part of one."""
         wholes = self.target.wholes
-        if wholes is not None and (known := wholes.places.get(info.path)) is not None:
-            place, expected, offset = known
-            if info != expected:
-                what = f"{expected.dtype} {list(expected.shape)}"
-                raise Corrupt(f"{info.path}: expected {what}, found {info.dtype} {list(info.shape)}")
+        if wholes is not None and (known := wholes.known(info)) is not None:
+            place, offset = known
             memory = place.memory[offset : offset + info.nbytes] if place.is_direct else None
             return _Source(info, memory, place, offset)
         if wholes is not None and (landed := wholes.landed(info)) is not None:
             place, tensors[info.path] = landed
             return _Source(info, place.memory if place.is_direct else None, place)
-        tensors[info.path] = tensor = _empty(info.path, info.shape, info.dtype)
-        return _Source(info, _bytes_of(tensor))
+        tensors[info.path] = tensor = empty(info.path, info.shape, info.dtype)
+        return _Source(info, bytes_of(tensor))
 
     def stretches(self, start: int, sources: Sequence[_Source], own: Sequence[BlockHasher]) -> Iterator[_Stretch]:
         for source, blocks in zip(sources, own, strict=True):
@@ -497,20 +390,6 @@ class _Reader:
         return self.stream.readinto(place)  # type: ignore[attr-defined,no-any-return]
 
 
-def _empty(path: str, shape: Sequence[int], dtype: str) -> torch.Tensor:
-    """Memory for a tensor. Raises ``Corrupt`` where this machine has not so much: a hole in a file costs no disk."""
-    try:
-        return torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
-    except RuntimeError:
-        size_bytes = TensorInfo(path, dtype, tuple(shape)).nbytes
-        raise Corrupt(f"{path}: expected a tensor that fits into this machine's memory, found {size_bytes} bytes") from None
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a tensor that is contiguous."""
-    return tree.flat_bytes(tensor).numpy().data if tensor.numel() else memoryview(b"")
-
-
 # --- in pieces -------------------------------------------------------------------------------------------------------
 
 
@@ -518,13 +397,13 @@ def _read_in_pieces(
     store: Store,
     directory: str,
     files: Sequence[FileInfo],
-    targets: Mapping[str, _Target],
+    targets: Mapping[str, Target],
     pages: Pages,
     peers: Peers | None,
 ) -> dict[str, Shard]:
     """Reads files, the next one's first pieces beside the last ones of the one before; with ``peers`` each byte once between
     all ranks, and whatever goes wrong on one of them, all stop after the same round."""
-    relay = _Relay(store, directory, files, peers)
+    relay = Relay(store, directory, files, peers)
     pieces = relay.pieces()
     found: dict[str, Shard] = {}
     for file in files:
@@ -536,86 +415,3 @@ def _read_in_pieces(
                 pass
             raise relay.problem from None
     return found
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A piece of a file; the last one is read with one byte more, which must not be there."""
-
-    file: FileInfo
-    name: str
-    start: int
-    size_bytes: int
-
-    @property
-    def is_last(self) -> bool:
-        return self.start + self.size_bytes == self.file.bytes
-
-    def check(self, data: bytes) -> None:
-        if len(data) != self.size_bytes:
-            found = "more" if len(data) > self.size_bytes else self.start + len(data)
-            raise Corrupt(f"{self.name}: expected {self.file.bytes} bytes, found {found}")
-
-
-class _Relay:
-    """Files in pieces, of which each rank reads its share and hands it on; one rank alone reads them all.
-
-    A round has a piece of each rank. What a rank sends begins with a byte that says whether anything has gone wrong there;
-    after a round in which it has, nobody goes on.
-    """
-
-    def __init__(self, store: Store, directory: str, files: Iterable[FileInfo], peers: Peers | None) -> None:
-        self.store = store
-        self.peers = peers
-        share_bytes = ROUND_BYTES // (peers.size if peers else 1)
-        self.piece_bytes = max(min(share_bytes, RANGE_BYTES), SMALLEST_PIECE_BYTES)
-        self.schedule = [
-            _Piece(file, f"{directory}/{file.name}", start, min(self.piece_bytes, file.bytes - start))
-            for file in files
-            for start in range(0, file.bytes, self.piece_bytes)
-        ]
-        self.problem: HarnessError | None = None
-
-    def count(self, file: FileInfo) -> int:
-        """How many pieces a file has."""
-        return -(-file.bytes // self.piece_bytes)
-
-    def pieces(self) -> Iterator[Buffer]:
-        """All pieces of all files, in order. Raises what this rank has failed of, or ``RankFailure`` when another has."""
-        if self.peers is None:
-            yield from self._own(self.schedule)
-            return
-        rank, size = self.peers.rank, self.peers.size
-        own = self._own(self.schedule[rank::size])
-        sent = torch.zeros(1 + self.piece_bytes, dtype=torch.uint8, device="cpu")
-        found = torch.empty((size, 1 + self.piece_bytes), dtype=torch.uint8, device="cpu")
-        for start in range(0, len(self.schedule), size):
-            pieces = self.schedule[start : start + size]
-            try:
-                if rank < len(pieces) and self.problem is None:
-                    data = next(own)
-                    sent.numpy()[1 : 1 + len(data)] = np.frombuffer(data, np.uint8)
-            except (CheckpointError, StoreError) as error:
-                self.problem = error
-            sent[0] = self.problem is not None
-            width = 1 + max(piece.size_bytes for piece in pieces)
-            self.peers.exchange(sent[:width], [row[:width] for row in found])
-            if self.problem is not None:
-                raise self.problem
-            if failed := found[:, 0].nonzero().flatten().tolist():
-                raise RankFailure(
-                    f"ranks {failed} could not read their share of the checkpoint, or found it corrupt; see their messages"
-                )
-            for piece, row in zip(pieces, found, strict=False):
-                yield row[1 : 1 + piece.size_bytes].numpy().data
-
-    def _own(self, share: Sequence[_Piece]) -> Iterator[bytes]:
-        ranges = ((piece.name, piece.start, piece.size_bytes + piece.is_last) for piece in share)
-        found = self.store.pieces(ranges)
-        for piece in share:
-            try:
-                data = next(found)
-            except FileNotFoundError:
-                raise Corrupt(f"{piece.name}: missing; expected {piece.file.bytes} bytes") from None
-            piece.check(data)
-            yield data

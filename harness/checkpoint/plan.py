@@ -13,6 +13,8 @@ one of its holders that has the least.
 
 import functools
 import heapq
+import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -39,6 +41,7 @@ from harness.checkpoint.format import (
 from harness.checkpoint.sharding import Key, Sharding
 from harness.checkpoint.tree import Encoded
 from harness.errors import Unsupported
+from harness.runtime.gc_pause import without_collections
 
 IsSteady = Callable[[torch.Tensor], bool]
 # Path, dtype, shape, strides to note, whether it can be cut, whether it may be divided.
@@ -98,15 +101,22 @@ class TensorBox(NamedTuple):  # of a large job there are hundreds of thousands
     part: str
     tensor: TensorInfo  # the whole one
     box: Box
+    nbytes: int
+
+    @property
+    def name(self) -> str:
+        """Under which the shard has it."""
+        return f"{self.tensor.path}{_suffix(self.box)}"
 
     @property
     def stored(self) -> TensorInfo:
         """What the shard has."""
-        return TensorInfo(piece_name(self.tensor.path, *self.box.offset), self.tensor.dtype, self.box.shape)
+        return TensorInfo(self.name, self.tensor.dtype, self.box.shape)
 
-    @property
-    def nbytes(self) -> int:
-        return self.box.items * self.tensor.itemsize
+
+@functools.lru_cache(1 << 16)  # most tensors are cut as others are
+def _suffix(box: Box) -> str:
+    return piece_name("", *box.offset)
 
 
 Piece = TensorSlice | TensorBox
@@ -178,13 +188,24 @@ def _boxes_of(name: str, path: str, part: Encoded, sharding: Sharding | None) ->
     return {} if sharding.is_whole(key, part.placed[path].shape) else sharding.boxes[key]
 
 
+def _boxes_with_sizes(boxes: Mapping[Box, Sequence[int]], itemsize: int) -> list[tuple[Box, int, Sequence[int]]]:
+    """Each box with its bytes and its holders."""
+    return [(box, box.items * itemsize, holders) for box, holders in boxes.items()]
+
+
 def _assigned(placed: Iterable[tuple[TensorBox, Sequence[int]]]) -> Iterator[tuple[int, TensorBox]]:
-    """Who writes which box: the largest first, each of its holders the one that has the least so far."""
+    """Who writes which box: its holder. Of several holders, for the largest first, the one that has the least so far."""
     sizes: dict[int, int] = {}
-    by_name = sorted(placed, key=lambda each: (each[0].part, each[0].tensor.path))
-    for size, (box, holders) in sorted(((each[0].nbytes, each) for each in by_name), key=lambda pair: -pair[0]):
-        rank = holders[0] if len(holders) == 1 else min(holders, key=lambda rank: (sizes.get(rank, 0), rank))
-        sizes[rank] = sizes.get(rank, 0) + size
+    several = []
+    for box, holders in placed:
+        if len(holders) > 1:
+            several.append((-box.nbytes, box.part, box.tensor.path, box.box.offset, box, holders))
+            continue
+        sizes[holders[0]] = sizes.get(holders[0], 0) + box.nbytes
+        yield holders[0], box
+    for *_, box, holders in sorted(several, key=operator.itemgetter(0, 1, 2, 3)):
+        rank = min(holders, key=lambda rank: (sizes.get(rank, 0), rank))
+        sizes[rank] = sizes.get(rank, 0) + box.nbytes
         yield rank, box
 
 
@@ -228,11 +249,14 @@ class SavePlan:
         undivided: list[TensorSlice] = []
         divided: list[TensorSlice] = []
         placed: list[tuple[TensorBox, Sequence[int]]] = []
+        sized: dict[tuple[int, int], list[tuple[Box, int, Sequence[int]]]] = {}  # tensors share what they have in common
         for name, forms in self._forms:
             for info, (path, *_, can_be_cut, may_be_divided) in zip(self.tensors[name], forms, strict=True):
                 boxes = _boxes_of(name, path, parts[name], sharding)
                 if boxes:
-                    placed += [(TensorBox(name, info, box), holders) for box, holders in boxes.items()]
+                    key = id(boxes), info.itemsize
+                    each = sized[key] if key in sized else sized.setdefault(key, _boxes_with_sizes(*(boxes, info.itemsize)))
+                    placed += [(TensorBox(name, info, box, nbytes), holders) for box, nbytes, holders in each]
                 else:
                     (divided if may_be_divided else undivided).append(TensorSlice(name, info, 0, info.nbytes, can_be_cut))
         shares: list[list[Piece]] = [[*self._fitting(share)] for share in divide(divided, len(ranks))]
@@ -273,16 +297,17 @@ class SavePlan:
     def shards(self) -> dict[int, list[Shard]]:
         """The shards of each writer."""
         own = self.writers.rank
-        return {rank: self.own_shards if rank == own else self._shards_of(rank) for rank in self.pieces}
+        with without_collections():  # of many ranks these are a million objects
+            return {rank: self.own_shards if rank == own else self._shards_of(rank) for rank in self.pieces}
 
     def _shards_of(self, rank: int) -> list[Shard]:
         shards = []
+        by_kind: dict[tuple[str, bool], list[TensorInfo]] = {}
+        for piece in self.pieces[rank]:
+            by_kind.setdefault((piece.part, isinstance(piece, TensorBox)), []).append(piece.stored)
         for name in self.tensors:
-            pieces = [piece for piece in self.pieces[rank] if piece.part == name]
             for are_boxes in (False, True):  # who needs no box of a file need not read it
-                found = plan_shards(
-                    (piece.stored for piece in pieces if isinstance(piece, TensorBox) == are_boxes), self._shard_bytes
-                )
+                found = plan_shards(by_kind.get((name, are_boxes), ()), self._shard_bytes)
                 suffix = rank if are_boxes or name in self._shared_parts else None
                 shards += [
                     Shard(shard_name(name, index, len(found), suffix), name, each) for index, each in enumerate(found)
@@ -349,13 +374,21 @@ class SavePlan:
 
     def boxes(self, part: str) -> dict[str, Boxes]:
         """Where the boxes of the tensors are that lie in boxes."""
-        shards = [shard for each in self.shards.values() for shard in each if shard.part == part]
-        files = {info.path: number for number, shard in enumerate(shards) for info in shard.tensors}
-        return {
-            path: Boxes.of(boxes[0].tensor, {each.box: files[each.stored.path] for each in boxes})
-            for (name, path), boxes in self._boxes.items()
-            if name == part
-        }
+        return self._places.get(part, {})
+
+    @functools.cached_property
+    def _places(self) -> dict[str, dict[str, Boxes]]:
+        """The same, of each part."""
+        files: dict[str, dict[str, int]] = {name: {} for name in self.tensors}
+        counts = dict.fromkeys(self.tensors, 0)
+        for shard in itertools.chain(*self.shards.values()):
+            files[shard.part] |= dict.fromkeys((info.path for info in shard.tensors), counts[shard.part])
+            counts[shard.part] += 1
+        found: dict[str, dict[str, Boxes]] = {}
+        for (name, path), boxes in self._boxes.items():
+            numbers = ((each.box, files[name][each.name]) for each in sorted(boxes, key=lambda each: each.box.offset))
+            found.setdefault(name, {})[path] = Boxes.of(boxes[0].tensor, dict(numbers))
+        return found
 
     def blocks(self, found: Found) -> dict[str, dict[str, Blocks]]:
         """The checksums of the whole tensors' blocks, by part and path, from those of what was written."""
@@ -363,7 +396,7 @@ class SavePlan:
         for name, tensors in self.tensors.items():
             for tensor in tensors:
                 if (boxes := self._boxes.get((name, tensor.path))) is not None:
-                    each = {piece.box: checksum_of_blocks(found[name][piece.stored.path]) for piece in boxes}
+                    each = {piece.box: checksum_of_blocks(found[name][piece.name]) for piece in boxes}
                     whole[name][tensor.path] = (checksum_of_boxes(each),)
                     continue
                 paths = [piece.stored.path for piece in self._cut.get((name, tensor.path), ())] or [tensor.path]

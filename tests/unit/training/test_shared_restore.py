@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from harness import Task
-from harness.checkpoint import commit, load
+from harness.checkpoint import commit, load, relay
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Attempt
 from harness.config import WorldConfig
@@ -121,7 +121,7 @@ def resumed(world: World, place: Path, flaw: Flaw | None = None) -> dict[str, An
     """Trains to step 6, then on from there with a flawed storage and in small pieces: from which step, and what was said."""
     train_here(build, world, url=place / "run", train=TRAIN, checkpoint=CHECKPOINT)
     Flawed.flaw = staticmethod(flaw or (lambda path, data: data))
-    load.ROUND_BYTES, load.SMALLEST_PIECE_BYTES = 0, 1000
+    relay.ROUND_BYTES, relay.SMALLEST_PIECE_BYTES = 0, 1000
     listener = Listener()
     logging.getLogger("harness.training.resume").addHandler(listener)
     try:
@@ -270,7 +270,7 @@ def die_in_the_middle(directory: Path, number: int) -> None:
         exchange(own, found)
 
     world.exchange = noted
-    load.ROUND_BYTES, load.SMALLEST_PIECE_BYTES = 0, 1000
+    relay.ROUND_BYTES, relay.SMALLEST_PIECE_BYTES = 0, 1000
     catalog = Catalog(open_store(str(directory / "run")))
     entry = catalog.newest()
     try:

@@ -1,0 +1,334 @@
+"""Reading for ranks that want different parts of a state: each byte leaves the storage once, and goes to those who want it.
+
+Each file is read by one rank, from its beginning to its end, and verified there. The headers go round first, and with them
+which box of each tensor each rank wants. From these all know what every piece of a file has for whom: a message between two
+ranks is nothing but items. A round has a piece of each rank; a rank holds its own piece and what the others send it of
+theirs. A byte for everybody says whether anything has gone wrong: after a round in which it has, nobody goes on.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from harness.checkpoint import relay
+from harness.checkpoint.boxes import Box
+from harness.checkpoint.format import HEADER_LIMIT_BYTES, INDEX_SUFFIX, FileInfo, TensorInfo, decode_header, hasher
+from harness.checkpoint.places import ITEMS, Overlap, Place, Wholes, overlaps
+from harness.checkpoint.relay import Peers
+from harness.errors import CheckpointError, Corrupt, HarnessError, StoreError
+from harness.storage.store import Store
+
+ROUND_BYTES = 64 << 20  # of all pieces of a round; a rank holds its own, and at most so much of what the others send it,
+_PIECE_BYTES = 16 << 20  # however few they are
+_FLAG_BYTES = 16  # so that the items behind it are aligned
+_HEADER_BYTES = 64 << 10  # of a file, that are asked for first
+
+
+class _Source(NamedTuple):
+    """What a file has under a name: bytes of a place's source, from one on."""
+
+    name: str
+    place: Place
+    start: int
+    nbytes: int
+
+
+class _File(NamedTuple):
+    """A file, its header, and what follows it, in order."""
+
+    info: FileInfo
+    header: bytes
+    part: str
+    sources: list[_Source]
+
+
+class _Stretch(NamedTuple):
+    """A part of a source, and where its bytes begin in a piece."""
+
+    part: str
+    place: Place
+    first: int  # its items, within the place's source
+    stop: int
+    at: int
+
+
+class _Piece(NamedTuple):
+    """Bytes of a file, and the whole items that they are."""
+
+    file: _File
+    start: int
+    size_bytes: int
+    stretches: list[_Stretch]
+
+
+class _Share(NamedTuple):
+    """What a rank wants of a stretch."""
+
+    stretch: _Stretch
+    overlap: Overlap
+
+    @property
+    def nbytes(self) -> int:
+        return self.overlap.common.items * self.stretch.place.info.itemsize
+
+
+def scattered(
+    store: Store,
+    directory: str,
+    files: Sequence[FileInfo],
+    parts: Mapping[str, str],
+    wholes: Mapping[str, Wholes],
+    peers: Peers,
+) -> dict[str, dict[TensorInfo, torch.Tensor]]:
+    """Reads files together with ``peers`` into the memory of ``wholes``, each of its part (``parts`` has them by file), and
+    returns the further tensors of each part. All ranks call it alike.
+
+    Raises ``Corrupt`` or ``StoreError`` where this rank has failed, ``RankFailure`` where another has.
+    """
+    headers = _headers(store, directory, files, peers)
+    tensors: dict[str, dict[TensorInfo, torch.Tensor]] = {name: {} for name in wholes}
+    found = []
+    for info, header in zip(files, headers, strict=True):
+        part = parts.get(info.name, "")
+        try:
+            sources = [*_sources(info, header, wholes[part], tensors[part])] if part else []
+        except Corrupt as error:
+            raise Corrupt(f"{directory}/{info.name}: {error}") from None
+        found.append(_File(info, header, part, sources))
+    for part, each in wholes.items():
+        if missing := each.places.keys() - {source.name for file in found if file.part == part for source in file.sources}:
+            raise Corrupt(f"{directory}: {part}: {min(missing)} is not there")
+    boxes = {(part, path): each.box for part, all_of in wholes.items() for path, each in all_of.landings.items()}
+    wanted = peers.all_gather({key: (box.offset, box.shape) for key, box in boxes.items()})
+    _Scatter(store, directory, found, wanted, peers).run()
+    return tensors
+
+
+def _sources(file: FileInfo, header: bytes, wholes: Wholes, tensors: dict[TensorInfo, torch.Tensor]) -> Iterator[_Source]:
+    """Where what is in a file goes here; ``tensors`` gets what goes nowhere yet."""
+    for info in decode_header(header[8:], file.bytes - len(header)):
+        place, start, fresh = wholes.place_of(info)
+        if fresh is not None and tensors.setdefault(info, fresh) is not fresh:
+            raise Corrupt(f"{info.path} is in another shard too")
+        yield _Source(info.path, place, start, info.nbytes)
+
+
+# --- the headers -----------------------------------------------------------------------------------------------------
+
+
+def _headers(store: Store, directory: str, files: Sequence[FileInfo], peers: Peers) -> list[bytes]:
+    """The first bytes of each file, up to the first tensor's; each rank reads some. They are verified with the rest."""
+    problem: HarnessError | None = None
+    own: list[bytes] = []
+    try:
+        own = [_header(store, f"{directory}/{file.name}", file) for file in files[peers.rank :: peers.size]]
+    except (CheckpointError, StoreError) as error:
+        problem = error
+    found = peers.all_gather((problem is not None, own))
+    if problem is not None:
+        raise problem
+    relay.raise_for(rank for rank, (has_failed, _) in enumerate(found) if has_failed)
+    return [found[index % peers.size][1][index // peers.size] for index in range(len(files))]
+
+
+def _header(store: Store, name: str, file: FileInfo) -> bytes:
+    if name.endswith(INDEX_SUFFIX):
+        return b""
+    try:
+        first = store.read_range(name, 0, min(_HEADER_BYTES, file.bytes))
+        size_bytes = int.from_bytes(first[:8], "little")
+        if len(first) < 8 or size_bytes > min(HEADER_LIMIT_BYTES, file.bytes - 8):
+            raise Corrupt(f"{name}: a header of {size_bytes} bytes in a file of {len(first)} or more; expected {file.bytes}")
+        rest_bytes = max(8 + size_bytes - len(first), 0)
+        text = first[: 8 + size_bytes] + store.read_range(name, len(first), rest_bytes)
+    except FileNotFoundError:
+        raise Corrupt(f"{name}: missing; expected {file.bytes} bytes") from None
+    if len(text) < 8 + size_bytes:
+        raise Corrupt(f"{name}: expected {file.bytes} bytes, found {len(text)}")
+    return text
+
+
+# --- who reads what --------------------------------------------------------------------------------------------------
+
+
+def _readers(files: Iterable[_File], wanted: Sequence[Mapping[Any, Box]]) -> dict[str, int]:
+    """The rank that reads each file: the one that has the least to do, if it counts what it would have to send away."""
+    loads = [0.0] * len(wanted)
+    found = {}
+    for file in sorted(files, key=lambda each: (-each.info.bytes, each.info.name)):
+        costs = [load + file.info.bytes * (1 - _affinity(file, boxes)) for load, boxes in zip(loads, wanted, strict=True)]
+        found[file.info.name] = rank = costs.index(min(costs))
+        loads[rank] += file.info.bytes
+    return found
+
+
+def _affinity(file: _File, boxes: Mapping[Any, Box]) -> float:
+    """How much a rank wants of a file, judged by its largest tensor: from 0 to 1."""
+    if not file.sources:
+        return 0
+    place = max(file.sources, key=lambda source: source.nbytes).place
+    common = _target(boxes, file.part, place.info).common(place.source)
+    return common.items / place.source.items if common is not None else 0
+
+
+def _target(boxes: Mapping[Any, Box], part: str, info: TensorInfo) -> Box:
+    return boxes.get((part, info.path)) or Box.whole(info.shape)
+
+
+# --- the rounds ------------------------------------------------------------------------------------------------------
+
+
+class _Scatter:
+    """Files on their way to the ranks."""
+
+    def __init__(
+        self,
+        store: Store,
+        directory: str,
+        files: Sequence[_File],
+        wanted: Sequence[Mapping[Any, tuple[Any, Any]]],
+        peers: Peers,
+    ) -> None:
+        self.store, self.directory, self.peers = store, directory, peers
+        self.wanted = [{key: Box(*box) for key, box in each.items()} for each in wanted]
+        readers = _readers(files, self.wanted)
+        self.files = [[file for file in files if readers[file.info.name] == rank] for rank in range(peers.size)]
+        self.piece_bytes = max(min(ROUND_BYTES // peers.size, _PIECE_BYTES) // 16 * 16, 16)  # of any items
+        self.problem: HarnessError | None = None
+
+    def run(self) -> None:
+        """Reads everything. Raises what this rank has failed of, or ``RankFailure``."""
+        rank = self.peers.rank
+        own = self._read(self._pieces(rank))
+        for pieces in itertools.zip_longest(*map(self._pieces, range(self.peers.size))):
+            data = self._next(own) if pieces[rank] is not None else None
+            self._exchange(pieces, data)
+
+    def _pieces(self, rank: int) -> Iterator[_Piece]:
+        """What a rank reads, piece after piece."""
+        for file in self.files[rank]:
+            yield from _cut(file, self.piece_bytes)
+
+    def _shares(self, piece: _Piece | None, rank: int) -> list[_Share]:
+        """What a rank wants of a piece, in the order of its bytes."""
+        return [
+            _Share(stretch, overlap)
+            for stretch in (piece.stretches if piece is not None else ())
+            for overlap in overlaps(
+                stretch.place.source,
+                _target(self.wanted[rank], stretch.part, stretch.place.info),
+                stretch.first,
+                stretch.stop,
+            )
+        ]
+
+    def _exchange(self, pieces: Sequence[_Piece | None], data: bytes | None) -> None:
+        rank, ranks = self.peers.rank, range(self.peers.size)
+        to = [self._shares(pieces[rank], other) for other in ranks]
+        of = [self._shares(pieces[other], rank) if other != rank else [] for other in ranks]
+        own, to[rank] = to[rank], []
+        sizes, sizes_found = ([_FLAG_BYTES + sum(share.nbytes for share in each) for each in both] for both in (to, of))
+        sent, found = np.zeros(sum(sizes), np.uint8), np.empty(sum(sizes_found), np.uint8)
+        if data is not None and self.problem is None:
+            _pack(data, to, sent, sizes)
+            for share in own:
+                _put(share, _items(data, share.stretch))
+        sent[_starts(sizes)] = self.problem is not None
+        self.peers.hand_out(torch.from_numpy(sent), sizes, torch.from_numpy(found), sizes_found)
+        if self.problem is not None:
+            raise self.problem
+        relay.raise_for(np.flatnonzero(found[_starts(sizes_found)]).tolist())
+        for start, shares in zip(_starts(sizes_found), of, strict=True):
+            at = start + _FLAG_BYTES
+            for share in shares:
+                common = share.overlap.common
+                items: Any = found[at : at + share.nbytes].view(ITEMS[share.stretch.place.info.itemsize])
+                share.stretch.place.items[common.within(share.stretch.place.target)] = items.reshape(common.shape)
+                at += share.nbytes
+
+    def _next(self, own: Iterator[bytes]) -> bytes | None:
+        """This rank's next piece; None where something has gone wrong."""
+        if self.problem is None:
+            try:
+                return next(own)
+            except (CheckpointError, StoreError) as error:
+                self.problem = error
+        return None
+
+    def _read(self, pieces: Iterable[_Piece]) -> Iterator[bytes]:
+        """The bytes of pieces, the next ones on their way; a file's last piece comes when all of the file is verified."""
+        pieces, coming = itertools.tee(pieces)
+        ranges = ((self._name(each), each.start, each.size_bytes + _is_last(each)) for each in coming)
+        found = self.store.pieces(ranges)
+        for piece in pieces:
+            info = piece.file.info
+            if not piece.start:
+                whole = hasher(algorithm := info.checksum.partition(":")[0])
+            try:
+                data = next(found)
+            except FileNotFoundError:
+                raise Corrupt(f"{self._name(piece)}: missing; expected {info.bytes} bytes") from None
+            if len(data) != piece.size_bytes:
+                there = "more" if len(data) > piece.size_bytes else piece.start + len(data)
+                raise Corrupt(f"{self._name(piece)}: expected {info.bytes} bytes, found {there}")
+            whole.update(data)
+            if not piece.start and not data.startswith(piece.file.header):
+                raise Corrupt(f"{self._name(piece)}: its header has just been another")
+            if _is_last(piece) and (checksum := f"{algorithm}:{whole.hexdigest()}") != info.checksum:
+                raise Corrupt(f"{self._name(piece)}: expected {info.checksum}, found {checksum}")
+            yield data
+
+    def _name(self, piece: _Piece) -> str:
+        return f"{self.directory}/{piece.file.info.name}"
+
+
+def _is_last(piece: _Piece) -> bool:
+    return piece.start + piece.size_bytes == piece.file.info.bytes
+
+
+def _cut(file: _File, most_bytes: int) -> Iterator[_Piece]:
+    """A file in pieces of about so many bytes, none of which ends within an item. The first one has the header, too."""
+    start, at = 0, len(file.header)
+    stretches: list[_Stretch] = []
+    if not file.sources and len(file.header) < file.info.bytes:  # an index
+        at = file.info.bytes
+    for source in file.sources:
+        itemsize, done = source.place.info.itemsize, 0
+        while done < source.nbytes:
+            if at - start >= most_bytes:
+                yield _Piece(file, start, at - start, stretches)
+                start, stretches = at, []
+            room = max((most_bytes - (at - start)) // 16 * 16, 16)
+            count = min(source.nbytes - done, room)
+            first = (source.start + done) // itemsize
+            stretches.append(_Stretch(file.part, source.place, first, first + count // itemsize, at - start))
+            done, at = done + count, at + count
+    yield _Piece(file, start, at - start, stretches)
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    return [0, *itertools.accumulate(sizes)][:-1]
+
+
+def _items(data: bytes, stretch: _Stretch) -> Any:
+    """Those of a stretch in a piece."""
+    return np.frombuffer(data, ITEMS[stretch.place.info.itemsize], stretch.stop - stretch.first, stretch.at)
+
+
+def _put(share: _Share, items: Any) -> None:
+    """What this rank wants of its own piece."""
+    place, common = share.stretch.place, share.overlap.common
+    place.items[common.within(place.target)] = share.overlap.of(items)
+
+
+def _pack(data: bytes, to: Sequence[Sequence[_Share]], sent: Any, sizes: Sequence[int]) -> None:
+    """What the others want of a piece."""
+    for start, shares in zip(_starts(sizes), to, strict=True):
+        at = start + _FLAG_BYTES
+        for share in shares:
+            there = sent[at : at + share.nbytes].view(ITEMS[share.stretch.place.info.itemsize])
+            there.reshape(share.overlap.common.shape)[...] = share.overlap.of(_items(data, share.stretch))
+            at += share.nbytes
