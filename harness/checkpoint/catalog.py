@@ -34,6 +34,7 @@ class Entry:
     state: Literal["whole", "corrupt", "unfinished"]
     manifest: Manifest | None = None
     problem: str = ""
+    holders: tuple[int, ...] = ()  # the ranks that can read it, if it is kept in the memory of their machines
 
 
 @dataclass(frozen=True, order=True)
@@ -150,15 +151,16 @@ class Catalog:
 
     # --- what to go on from ------------------------------------------------------------------------------------------
 
-    def candidates(self, seen: Seen | None = None) -> Iterator[Entry]:
+    def candidates(self, seen: Seen | None = None, kept: Mapping[SaveName, Entry] | None = None) -> Iterator[Entry]:
         """What a run may resume from, best first; corrupt ones are among them, so that they can be reported.
 
-        Each is looked at when it is asked for; the names of its objects go to ``seen``. Raises ``UnknownFormat``
+        Each is looked at when it is asked for; the names of its objects go to ``seen``. What is ``kept`` elsewhere is among
+        them. Raises ``UnknownFormat``
         when it has given none and there are names that begin as those of saves do: they are not taken for nothing.
         """
-        names, way, is_empty = self.store.names(), Line(), True
-        for save in saves_among(names):
-            if way.may_have(save.attempt, save.step) and way.take(entry := self._look(save, seen)):
+        names, way, is_empty, kept = self.store.names(), Line(), True, kept or {}
+        for save in saves_among([*names, *(save.directory for save in kept)]):
+            if way.may_have(save.attempt, save.step) and way.take(entry := kept.get(save) or self._look(save, seen)):
                 is_empty = False
                 yield entry
         strange = sorted(name for name in names if name.startswith("step-") and not parse_directory(name))

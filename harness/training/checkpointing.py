@@ -10,9 +10,10 @@ import harness
 from harness.checkpoint import commit, tree
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Attempt as AttemptId
+from harness.checkpoint.kept import KeptPlace
 from harness.checkpoint.plan import Writers
 from harness.checkpoint.retention import Retention
-from harness.checkpoint.saver import Saver, SaveRequest
+from harness.checkpoint.saver import Saved, Saver, SaveRequest
 from harness.checkpoint.sharding import Sharding
 from harness.checkpoint.staging import HostMemory
 from harness.checkpoint.tree import Encoded
@@ -22,6 +23,7 @@ from harness.runtime.environment import is_first_of_node
 from harness.state.parts import TRAINING
 from harness.telemetry.events import EventLog
 from harness.training import observer, resume
+from harness.training.keeper import keeper_for
 from harness.training.resume import Resumed
 from harness.training.run_context import RunContext
 from harness.training.save_log import SaveLog
@@ -41,6 +43,7 @@ class Checkpointing(Saves):
         resumed: Resumed,
         events: EventLog,
         memory: HostMemory,
+        place: KeptPlace | None = None,
     ) -> None:
         self._attempt, self._catalog = attempt, catalog
         self._state, self._about, self._policy = context.state, context.about, context.policy
@@ -64,6 +67,8 @@ class Checkpointing(Saves):
             on_failure=self._log.failed,
             proofs=PROOFS,
         )
+        self.keeper = keeper_for(context, attempt, resumed, store.url, place)
+        self.is_first_due = bool(resumed.kept)
         self._has_saved = False  # in this attempt
         self._last_time = time.monotonic()
 
@@ -73,16 +78,21 @@ class Checkpointing(Saves):
         self._saver.fence()
 
     def poll(self) -> None:
-        self._log.committed(self._saver.poll())
+        self._note(self._saver.poll())
+
+    def _note(self, saved: Saved | None) -> None:
+        self._log.committed(saved)
+        if saved is not None:
+            self.committed_step = saved.step
 
     def wait(self) -> None:
-        _on_writers(self._world, self._is_writer, lambda: self._log.committed(self._saver.wait()))
+        _on_writers(self._world, self._is_writer, lambda: self._note(self._saver.wait()))
 
     def let_end(self, seconds: float) -> None:
         self._saver.let_end(seconds)
 
     def give_up_after(self, seconds: float) -> None:
-        self._log.committed(self._saver.give_up_after(seconds))
+        self._note(self._saver.give_up_after(seconds))
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
@@ -178,7 +188,7 @@ class Checkpointing(Saves):
     ) -> None:
         """Saves this rank's share. What is each rank's own, rank 0 has of all ``ranks``."""
         checkpoint, progress, saver = self._config.checkpoint, self._state.progress, self._saver
-        self._log.committed(saver.wait())
+        self._note(saver.wait())
         parts: dict[str, Any] = self._state.capture() if sharded is None else {**sharded[0]}
         sharding = None if sharded is None else sharded[1]
         if ranks is not None:
@@ -196,7 +206,7 @@ class Checkpointing(Saves):
         self._log.begun(progress.step)
         observer.current.saving(directory)
         if must_succeed or checkpoint.mode == "sync":
-            self._log.committed(saver.save(parts, request, must_succeed=must_succeed))
+            self._note(saver.save(parts, request, must_succeed=must_succeed))
         else:
             saver.begin(parts, request, overlap=checkpoint.overlap, check=checkpoint.check_snapshots)
 

@@ -58,7 +58,12 @@ def train(config: Config, task: Task, world: World, stop: StopRequest, *, fresh:
     with contextlib.closing(run):
         try:
             for _ in run.steps(trainer.total_steps):
-                trainer.advance(run)
+                if run.evaluates_first():
+                    trainer.loss = (
+                        torch.tensor(run.state.progress.last["loss"], dtype=torch.float64, device="cpu") / world.size
+                    )
+                else:
+                    trainer.advance(run)
                 trainer.evaluate_if_due(run)
                 run.step(loss=trainer.mean_loss())
         except Exception as error:
@@ -209,6 +214,9 @@ class _Trainer:
         epochs = (self.loader.position.trained_epoch, self.loader.epoch)
         due = step >= self.total_steps or is_due(step, epochs, every.every_steps, every.every_epochs)
         if self.task.evaluation is not None and due:
+            # DDP overwrites the buffers of the other ranks with rank 0's before the next step. Judge with those.
+            self.world.broadcast_tensors([buffer for buffer in self.task.model.buffers() if buffer.numel()])
+            run.trained(loss=self.mean_loss())
             values = self.evaluate()
             run.evaluated(self.task.evaluation.metric, values, higher_is_better=self.task.evaluation.higher_is_better)
             if _waits_for_evaluations(self.task.scheduler):
@@ -218,8 +226,6 @@ class _Trainer:
         """Judges the model in ``eval()`` mode and leaves it, and the random states, as they were."""
         before = random_state(self.world.device)
         modes = [(module, module.training) for module in self.task.model.modules()]
-        # DDP overwrites the buffers of the other ranks with rank 0's before the next step. Judge with those.
-        self.world.broadcast_tensors([buffer for buffer in self.task.model.buffers() if buffer.numel()])
         self.task.model.eval()
         try:
             with torch.no_grad(), self.autocast():

@@ -151,11 +151,14 @@ class Run:
         Raises ``StoreError`` after too many failed saves in a row, ``Superseded`` if a newer attempt trains this run,
         ``Stopped`` (see the class), and ``ConfigError`` if the ranks pass different metrics.
         """
-        decision = self._decisions.decide(save_is_wanted=self._attempt.saves.is_wanted())
+        saves = self._attempt.saves
+        decision = self._decisions.decide(save_is_wanted=saves.is_wanted(), committed=saves.committed_step)
+        if decision.committed:
+            saves.keeper.committed(decision.committed)
         step, epoch = self._loop.reach_boundary(metrics, decision)
         self._attempt.events.reached(step, epoch)
         outcome.reached(step)
-        self._attempt.saves.poll()
+        saves.poll()
         self._watchdog.step()
         observer.current.reached(self, metrics)
         self._loop.end_unseen()
@@ -168,6 +171,7 @@ class Run:
         self._attempt.saves.wait()
         if not self._attempt.saves.has_end():
             self._attempt.saves.save(self._loop.describe_save, must_succeed=True)
+        self._attempt.saves.keeper.forget()
         message = f"done: step {self.global_step}  {metrics_in_words(self.state.progress.last)}"
         self.tell("done", message, step=self.global_step)
         self._attempt.events.flush()
@@ -186,6 +190,17 @@ class Run:
     def tell(self, event: str, message: str, /, **values: Any) -> None:
         """Logs an event on rank 0: ``message`` for people, the values for programs."""
         self._attempt.events.emit(event, message, **values)
+
+    def evaluates_first(self) -> bool:
+        """Whether the step that comes was trained by an attempt before this one, but not evaluated. Asked once."""
+        progress = self.state.progress
+        is_trained, progress.evaluates_first = progress.evaluates_first, False
+        return is_trained
+
+    def trained(self, **metrics: Any) -> None:
+        """Says that a step is trained but for an evaluation, which leaves the state as it is. All ranks call it, when they
+        have the buffers of rank 0. A death from here on does not take the step along."""
+        self._loop.trained(metrics)
 
     def can_roll_back(self) -> bool:
         """Whether there is a checkpoint to return to. All ranks call it."""
@@ -210,6 +225,7 @@ class Run:
         if error is not self._error and not isinstance(error, Stopped):
             self._error = error
             self.stop.settled = "error"
+            self._attempt.keep(type(error).__name__)
             self._attempt.remember(error)
 
     def close(self) -> None:
@@ -225,7 +241,7 @@ class Run:
         cloud = self.config.preemption.watch if is_first_of_node() else "none"
         with (
             self._host.loop(self, self.config.stop.grace_seconds),
-            watching(self.config) as self._watchdog,
+            watching(self.config, lambda: self._attempt.keep("a hang")) as self._watchdog,
             Watcher(cloud, self.config.preemption.base_url) as watcher,
         ):
             self._decisions = Agreement(self.world, self.stop, watcher)
@@ -243,6 +259,7 @@ class Run:
         """What is due at the end of a step's body."""
         self._attempt.saves.save(self._loop.describe_save, must_succeed=due is Due.STOP)
         if due is Due.STOP:
+            self._attempt.saves.keeper.forget()
             self._decisions.finish()
             saved = "which is saved" if self.config.checkpoint.url else "and nothing is saved: there is no checkpoint.url"
             reason = outcome.stop_reason() or self.stop.reason or "on another rank"
