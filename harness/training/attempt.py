@@ -162,6 +162,8 @@ def _begin(
             _start_anew(context, events)
         elif config.checkpoint.random == "carried":
             state.progress.random_keys = None
+        elif state.progress.random_keys and not state.random_to_restore:  # with other ranks the streams start anew
+            state.progress.random_keys = []
         resume.check_lockstep(world, state, context.about, resumed=resumed is not NEW)
         saves = Checkpointing(context, claimed, catalog, resumed, events, memory, place)
         _log_begin(events, claimed.number, resumed, catalog.store.url, world, state.progress.step)

@@ -133,8 +133,6 @@ def _restore(
     # With other ranks the random streams start anew, from the seed and the rank.
     is_alike = all(meta.get(key) == here.get(key) for key in ("world_size", "sharding"))
     state.random_to_restore = parts[RANDOM].get(str(world.rank), {}) if is_alike else {}
-    if not is_alike and state.progress.random_keys:
-        state.progress.random_keys = []
 
 
 def _refuse_together(world: World, problem: Mismatch | None) -> None:

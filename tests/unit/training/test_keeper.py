@@ -1,7 +1,6 @@
 """What a rank keeps on its way out, and when that counts: in the test process, with ``checkpoint.keep`` set to a directory."""
 
 import contextlib
-import json
 import os
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from harness import Loader, Run, StopRequest
-from harness.checkpoint import kept
 from harness.checkpoint.catalog import Catalog
 from harness.data.seeding import seed_everything
 from harness.storage.store import open_store
@@ -25,7 +23,9 @@ class Died(Exception):
 class Training:
     """A loop of a program's own with dropout, a schedule and a loader; ``die`` is called with the step and the place."""
 
-    def __init__(self, directory: Path, steps: int = 12, *, every: int | None = 4, batchnorm: bool = False, **config) -> None:
+    def __init__(
+        self, directory: Path, steps: int = 12, *, every: int | None = 4, batchnorm: bool = False, **config
+    ) -> None:
         seed_everything(0)
         norm = [nn.BatchNorm1d(16)] if batchnorm else []
         self.model = nn.Sequential(nn.Linear(4, 16), *norm, nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 1))
@@ -86,7 +86,8 @@ def places(directory: Path) -> list[Path]:
 
 
 def test_try(tmp_path):
-    (tmp_path / "a").mkdir(); (tmp_path / "b").mkdir()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
     Training(tmp_path / "a").train()
     t = Training(tmp_path / "b")
     with pytest.raises(Died):
