@@ -237,10 +237,13 @@ def that_count(catalog: Catalog, found: Sequence[Sequence[Entry]]) -> tuple[dict
             refused.append(f"{directory}: another run has kept it")
         elif len({_content(entry) for entry in copies.values()}) > 1:
             refused.append(f"{directory}: the machines have kept different states of this step")
-        elif not _stands(catalog, saves, first):
+        elif (stands_on := _stands_on(catalog, saves, first)) is None:
             refused.append(f"{directory}: the checkpoint that it stands on is not there any more")
         else:
-            counting[SaveName(first.attempt, first.step, directory)] = replace(first, holders=(*copies,))
+            assert first.manifest is not None, "it is whole"
+            meta = {**first.manifest.meta, KEPT: {**kept_of(first), "stands_on": stands_on or None}}
+            manifest = replace(first.manifest, meta=meta)
+            counting[SaveName(first.attempt, first.step, directory)] = replace(first, manifest=manifest, holders=(*copies,))
     return counting, refused
 
 
@@ -250,13 +253,23 @@ def _content(entry: Entry) -> tuple[Any, ...]:
     return parts, tuple((file.name, file.bytes, file.checksum) for file in entry.manifest.files)
 
 
-def _stands(catalog: Catalog, saves: Sequence[SaveName], entry: Entry) -> bool:
-    """Whether the newest checkpoint that a kept state knew of is there, or a later one of its own attempt."""
-    if not (known := kept_of(entry).get("stands_on")):
-        return True
-    attempt, step = Attempt(str(known[0])), int(known[1])
-    return any(
-        (save.attempt, save.step) == (attempt, step) or (save.attempt == entry.attempt and step < save.step <= entry.step)
-        for save in saves
-        if catalog.is_committed(save.directory)
-    )
+def _stands_on(catalog: Catalog, saves: Sequence[SaveName], entry: Entry) -> tuple[str, int] | tuple[()] | None:
+    """The attempt and the step of the newest checkpoint before a kept state, of those that there were; none where there was
+    none, None where it is not there any more.
+
+    Of a save that was under way the survivor does not know whether it was committed. If it was, and there is no trace of it,
+    somebody has deleted it; and if not, it has left something behind, nearly always.
+    """
+    about = kept_of(entry)
+    there = {(save.attempt.id, save.step): catalog.is_committed(save.directory) for save in saves}
+    if (saving := about.get("saving")) is not None:
+        if (of_saving := (entry.attempt.id, int(saving))) not in there:
+            return None
+        if there[of_saving]:
+            return of_saving
+    if not (known := about.get("stands_on")):
+        return ()
+    last = max((step for (attempt, step), whole in there.items() if attempt == entry.attempt.id and whole), default=-1)
+    if there.get(stands_on := (str(known[0]), int(known[1]))):
+        return stands_on
+    return (entry.attempt.id, last) if stands_on[0] == entry.attempt.id and last > stands_on[1] else None

@@ -14,13 +14,13 @@ class Decision:
 
     stop: bool = False
     save: bool = False
-    committed: int = 0  # the step of a save that rank 0 has committed; 0 where nobody has said so since
+    settled: int = 0  # the step of rank 0's newest save that has ended, twice, and 1 if it is durable; 0: nothing new
 
 
 class NoLoop:
     """Between two loops."""
 
-    def decide(self, *, save_is_wanted: bool, committed: int = 0) -> Decision:  # noqa: ARG002
+    def decide(self, *, save_is_wanted: bool, settled: int = 0) -> Decision:  # noqa: ARG002
         raise ConfigError("run.step() was called outside of a loop over run.epochs() or run.steps(); call it inside")
 
     def finish(self) -> None:
@@ -34,15 +34,15 @@ class Agreement:
         self._rounds = Maximum(world, wants=3)
         self._stop, self._watcher = stop, watcher
 
-    def decide(self, *, save_is_wanted: bool, committed: int = 0) -> Decision:
-        """What is to be done at this step boundary; this rank's wish counts now or at one of the next ones. ``committed`` is
-        the step of the newest save that it knows to be durable."""
+    def decide(self, *, save_is_wanted: bool, settled: int = 0) -> Decision:
+        """What is to be done at this step boundary; this rank's wish counts now or at one of the next ones. ``settled`` is
+        that of ``Decision``, as far as this rank knows."""
         if (notice := self._watcher.poll()) is not None and notice.kind == "stop":
             self._stop.ask(notice.text)
-        stop, save, committed = self._rounds.exchange(bool(self._stop), save_is_wanted, committed)
+        stop, save, settled = self._rounds.exchange(bool(self._stop), save_is_wanted, settled)
         if stop:
             self._stop.settled = "stop"
-        return _DECISIONS[bool(stop), bool(save)] if not committed else Decision(bool(stop), bool(save), committed)
+        return _DECISIONS[bool(stop), bool(save)] if not settled else Decision(bool(stop), bool(save), settled)
 
     def finish(self) -> None:
         """Waits for what is under way, after the last step."""

@@ -64,7 +64,7 @@ class Checkpointing(Saves):
             memory=memory,
             memory_limit_bytes=checkpoint.memory_limit_bytes,
             before_commit=events.flush,
-            on_failure=self._log.failed,
+            on_failure=self._failed,
             proofs=PROOFS,
         )
         self.keeper = keeper_for(context, attempt, resumed, store.url, place)
@@ -83,7 +83,11 @@ class Checkpointing(Saves):
     def _note(self, saved: Saved | None) -> None:
         self._log.committed(saved)
         if saved is not None:
-            self.committed_step = saved.step
+            self.settled = 2 * saved.step + 1
+
+    def _failed(self, step: int, error: str) -> None:
+        self._log.failed(step, error)
+        self.settled = 2 * step
 
     def wait(self) -> None:
         _on_writers(self._world, self._is_writer, lambda: self._note(self._saver.wait()))
@@ -141,6 +145,8 @@ class Checkpointing(Saves):
         meta = describe()
         ranks = self._world.gather(self._state.capture_rank())
         self._last_time = time.monotonic()
+        if self._config.checkpoint.when_busy == "wait":  # or else rank 0 alone knows whether one begins
+            self.keeper.saving(self._state.progress.step)
         directory = self._choose_directory(must_succeed=must_succeed)
         if directory is None:
             return

@@ -71,8 +71,11 @@ class NoKeeper:
     def keep(self, why: str) -> None:
         """Keeps the last boundary, on the way out. Any thread may call it; raises nothing."""
 
-    def committed(self, step: int) -> None:
-        """A checkpoint of this attempt is durable, as all ranks know now."""
+    def saving(self, step: int) -> None:
+        """A save begins. All ranks call it."""
+
+    def settled(self, step: int, is_durable: int) -> None:
+        """A save of this attempt has ended, as all ranks know now."""
 
     def forget(self) -> None:
         """What is kept is not needed any more. All ranks call it."""
@@ -123,7 +126,9 @@ class Keeper(NoKeeper):
         self._world, self._state = context.world, context.state
         self._conditions = resume.conditions(context.world, context.state)  # another thread has other numbers of threads
         self._pid, self._lock = os.getpid(), threading.Lock()
-        self._touches = 0
+        self._notes = self._touches = 0
+        self._saving: int | None = None  # the step of the save of which nobody here knows the end
+        self._settled = (-1, 0)
         self._boundary: _Boundary | None = None
         self._kept: _Boundary | None = None  # or tried to
         self._slow = 0  # notes in a row that took long
@@ -136,6 +141,9 @@ class Keeper(NoKeeper):
         self._touches += 1
 
     def note(self, *, evaluates_first: bool = False) -> None:
+        self._notes += 1
+        if self._notes == 2 and self._world.size > 1:  # on all ranks, whatever has become of one
+            self._loose.compare()
         if self._is_off:
             return
         began = time.perf_counter()
@@ -176,9 +184,17 @@ class Keeper(NoKeeper):
     def took_first_buffers(self) -> None:
         self._loose.take_first_buffers()
 
-    def committed(self, step: int) -> None:
-        self._stands_on = (self._attempt.id, step)
-        if is_first_of_node():
+    def saving(self, step: int) -> None:
+        self._saving = step
+
+    def settled(self, step: int, is_durable: int) -> None:
+        if (step, is_durable) <= self._settled:
+            return
+        self._settled = step, is_durable
+        self._saving = None if self._saving == step else self._saving
+        if is_durable:
+            self._stands_on = (self._attempt.id, step)
+        if is_durable and is_first_of_node():
             threading.Thread(target=self._forget, args=(self._attempt,), name="harness-forget", daemon=True).start()
 
     def forget(self) -> None:
@@ -288,6 +304,7 @@ class Keeper(NoKeeper):
                 "why": why,
                 "url": self._url,
                 "stands_on": self._stands_on and [*self._stands_on],
+                "saving": self._saving,
             },
         }
 
@@ -329,17 +346,12 @@ class Loose:
         self._own_at_first: list[int] = []  # their versions
         self._are_alike = self._world.rank == 0  # they, on all ranks
         self._refusal = ""
-        self._notes = 0
         self._ready: Any = None  # the event after which the copies are there, on a GPU
 
     def note(self) -> None:
         """A boundary."""
-        if not self._notes:
+        if not self._places:
             self._look()
-        self._notes += 1
-        if self._notes == 2 and self._own and self._world.size > 1:  # a step has changed what steps change
-            found = self._world.all_gather(commit.digest_of(self._own, "own"))
-            self._are_alike = self._are_alike or all(each == found[0] for each in found)
         if self._live:
             torch._foreach_copy_(self._copies, self._live)
         self._versions = [version(each) for _, each in self._watched]
@@ -347,13 +359,21 @@ class Loose:
             given.note()
         self._record()
 
+    def compare(self) -> None:
+        """Whether what DDP does not give to all ranks is alike on them, now that a step has changed what steps change. All
+        ranks call it."""
+        found = self._world.all_gather(commit.digest_of(self._own, "own"))
+        self._are_alike = self._are_alike or all(each == found[0] for each in found)
+
     def _look(self) -> None:
         """Finds the tensors, and who changes them."""
         is_steady, room = self._state.is_steady(), SMALL_BYTES
         groups = [group for each in self._state.optimizers.values() for group in each.param_groups]
         renormed = {each.data_ptr() for group in groups for each in group["params"] if each.requires_grad}
-        lives = [part.live for part in self._parts if self._world.rank and isinstance(part.live, DistributedDataParallel)]
-        self._of_first = [_FirstsBuffers(each, self._record) for each in lives if each.broadcast_buffers]
+        lives = [part.live for part in self._parts if isinstance(part.live, DistributedDataParallel)]
+        given = [each for each in lives if each.broadcast_buffers] if self._world.size > 1 else []
+        given_places = {buffer.data_ptr() for each in given for buffer in each.module.buffers()}
+        self._of_first = [_FirstsBuffers(each, self._record) for each in given] if self._world.rank else []
         steady: list[tuple[str, torch.Tensor]] = []
         captured = {(part.name, key): value for part in self._parts for key, value in part.capture().items()}
         for (part, key), value in sorted(captured.items(), key=lambda item: getattr(item[1], "nbytes", 0)):
@@ -377,7 +397,7 @@ class Loose:
                     giver.watched.append((name, value))
                 else:
                     self._watched.append((name, value))
-                if giver is None:
+                if value.data_ptr() not in given_places:
                     self._own[name] = value
                     if self._world.rank and value.data_ptr() in renormed:
                         self._refusal = f"{name} is changed in the forward pass, on each rank in its own way"

@@ -152,9 +152,9 @@ class Run:
         ``Stopped`` (see the class), and ``ConfigError`` if the ranks pass different metrics.
         """
         saves = self._attempt.saves
-        decision = self._decisions.decide(save_is_wanted=saves.is_wanted(), committed=saves.committed_step)
-        if decision.committed:
-            saves.keeper.committed(decision.committed)
+        decision = self._decisions.decide(save_is_wanted=saves.is_wanted(), settled=saves.settled)
+        if decision.settled:
+            saves.keeper.settled(*divmod(decision.settled, 2))
         step, epoch = self._loop.reach_boundary(metrics, decision)
         self._attempt.events.reached(step, epoch)
         outcome.reached(step)

@@ -11,7 +11,7 @@ class Saves:
 
     keeper = NoKeeper()
     is_first_due = False  # the first boundary is to be saved: what the attempt has resumed from is not durable
-    committed_step = 0  # the newest that this attempt has committed, as far as this rank knows
+    settled = 0  # of the newest save that has ended, as this rank knows: its step twice, and 1 if it is durable
 
     def fence(self) -> None:
         """Called before anything may change what a save may still be copying."""
