@@ -39,7 +39,7 @@ from harness.checkpoint.plan import SavePlan
 from harness.data.loader import Loader
 from harness.data.streams import stream_states
 from harness.errors import HarnessError
-from harness.runtime.environment import is_first_of_node
+from harness.runtime.environment import is_first_of_node, local_rank
 from harness.state.parts import RANDOM, TRAINING, OtherPart, Part
 from harness.telemetry.events import as_json
 from harness.torch_private import version
@@ -244,11 +244,11 @@ class Keeper(NoKeeper):
                 with self._loose.beside_the_training():
                     size_bytes = self._write(boundary, why)
                 seconds = time.monotonic() - began
-                log.warning(
-                    "kept step %d (%.1f MB) in %s, in %.2f s", boundary.step, size_bytes / 1e6, self._place.root, seconds
-                )
+                about = boundary.step, size_bytes / 1e6, self._place.root, seconds
+                log.log(_level(), "kept step %d (%.1f MB) in %s, in %.2f s", *about)
         except (Unusable, HarnessError, OSError) as error:
-            log.warning("step %d is not kept, the last checkpoint counts: %s", boundary.step, error)
+            if local_rank() <= 1:  # the first may be the one that has died
+                log.log(_level(), "step %d is not kept, the last checkpoint counts: %s", boundary.step, error)
         except Exception:
             log.exception("step %d is not kept, the last checkpoint counts", boundary.step)
 
@@ -307,6 +307,11 @@ class Keeper(NoKeeper):
                 "saving": self._saving,
             },
         }
+
+
+def _level() -> int:
+    """What is seen, though the rank that speaks for this machine may have died."""
+    return logging.WARNING if is_first_of_node() else logging.ERROR
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:

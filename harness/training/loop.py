@@ -58,14 +58,14 @@ def train(config: Config, task: Task, world: World, stop: StopRequest, *, fresh:
     with contextlib.closing(run):
         try:
             for _ in run.steps(trainer.total_steps):
-                if run.evaluates_first():
-                    trainer.loss = (
-                        torch.tensor(run.state.progress.last["loss"], dtype=torch.float64, device="cpu") / world.size
-                    )
-                else:
+                progress = run.state.progress
+                # An attempt before this one may have died between the training of a step and its boundary.
+                is_trained, progress.evaluates_first = progress.evaluates_first, False
+                if not is_trained:
                     trainer.advance(run)
+                run.trained()
                 trainer.evaluate_if_due(run)
-                run.step(loss=trainer.mean_loss())
+                run.step(**({} if is_trained else {"loss": trainer.mean_loss()}))
         except Exception as error:
             run.remember_crash(error)
             raise
@@ -216,7 +216,7 @@ class _Trainer:
         if self.task.evaluation is not None and due:
             # DDP overwrites the buffers of the other ranks with rank 0's before the next step. Judge with those.
             self.world.broadcast_tensors([buffer for buffer in self.task.model.buffers() if buffer.numel()])
-            run.trained(loss=self.mean_loss())
+            run.evaluating()
             values = self.evaluate()
             run.evaluated(self.task.evaluation.metric, values, higher_is_better=self.task.evaluation.higher_is_better)
             if _waits_for_evaluations(self.task.scheduler):

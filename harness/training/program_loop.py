@@ -183,13 +183,13 @@ class ProgramLoop:
         self._begin_streams(self._state.progress.step)
         self._saves.keeper.note()
 
-    def trained(self, metrics: Mapping[str, Any]) -> None:
-        """The optimizer has taken its step, and an evaluation that leaves the state as it is comes before the boundary. All
-        ranks have the buffers of rank 0."""
-        self._log.note(metrics)
-        self._log.average()
-        self._begin_streams(self._state.progress.step + 1)
+    def trained(self) -> None:
+        """The optimizer has taken its step, and nothing but an evaluation comes before the boundary."""
         self._saves.keeper.note(evaluates_first=True)
+
+    def evaluating(self) -> None:
+        """The evaluation begins, and draws from the streams of the boundary. All ranks have the buffers of rank 0."""
+        self._begin_streams(self._state.progress.step + 1)
         self._saves.keeper.took_first_buffers()
 
     def _begin_streams(self, step: int) -> None:

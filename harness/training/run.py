@@ -191,16 +191,14 @@ class Run:
         """Logs an event on rank 0: ``message`` for people, the values for programs."""
         self._attempt.events.emit(event, message, **values)
 
-    def evaluates_first(self) -> bool:
-        """Whether the step that comes was trained by an attempt before this one, but not evaluated. Asked once."""
-        progress = self.state.progress
-        is_trained, progress.evaluates_first = progress.evaluates_first, False
-        return is_trained
+    def trained(self) -> None:
+        """Says that a step is trained, and that nothing but an evaluation comes before ``step``. For ``harness train``, which
+        begins with that evaluation where an attempt has died in it."""
+        self._loop.trained()
 
-    def trained(self, **metrics: Any) -> None:
-        """Says that a step is trained but for an evaluation, which leaves the state as it is. All ranks call it, when they
-        have the buffers of rank 0. A death from here on does not take the step along."""
-        self._loop.trained(metrics)
+    def evaluating(self) -> None:
+        """Says that such an evaluation begins. All ranks have the buffers of rank 0."""
+        self._loop.evaluating()
 
     def can_roll_back(self) -> bool:
         """Whether there is a checkpoint to return to. All ranks call it."""
