@@ -14,7 +14,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -220,9 +220,11 @@ def remove_rubbish(place: KeptPlace) -> None:
 # --- which of them count ---------------------------------------------------------------------------------------------
 
 
-def that_count(catalog: Catalog, found: Sequence[Sequence[Entry]]) -> tuple[dict[SaveName, Entry], list[str]]:
+def that_count(
+    catalog: Catalog, found: Sequence[Sequence[Entry]], may_have_committed: Callable[[Attempt, int], bool]
+) -> tuple[dict[SaveName, Entry], list[str]]:
     """Of the states that each rank has ``found`` on its machine, those that a run may resume from, each with the ranks that
-    can read it; and why the others do not count.
+    can read it; and why the others do not count. ``may_have_committed`` is asked about a save of which there is no trace.
 
     The run's own URL has the last word. An attempt that it does not know, and a state that stands on a checkpoint which is
     not there any more, do not count: somebody has gone back, or has begun anew. Copies of two machines must be the same.
@@ -237,7 +239,7 @@ def that_count(catalog: Catalog, found: Sequence[Sequence[Entry]]) -> tuple[dict
             refused.append(f"{directory}: another run has kept it")
         elif len({_content(entry) for entry in copies.values()}) > 1:
             refused.append(f"{directory}: the machines have kept different states of this step")
-        elif (stands_on := _stands_on(catalog, saves, first)) is None:
+        elif (stands_on := _stands_on(catalog, saves, first, may_have_committed)) is None:
             refused.append(f"{directory}: the checkpoint that it stands on is not there any more")
         else:
             assert first.manifest is not None, "it is whole"
@@ -253,20 +255,23 @@ def _content(entry: Entry) -> tuple[Any, ...]:
     return parts, tuple((file.name, file.bytes, file.checksum) for file in entry.manifest.files)
 
 
-def _stands_on(catalog: Catalog, saves: Sequence[SaveName], entry: Entry) -> tuple[str, int] | tuple[()] | None:
+def _stands_on(
+    catalog: Catalog, saves: Sequence[SaveName], entry: Entry, may_have_committed: Callable[[Attempt, int], bool]
+) -> tuple[str, int] | tuple[()] | None:
     """The attempt and the step of the newest checkpoint before a kept state, of those that there were; none where there was
     none, None where it is not there any more.
 
     Of a save that was under way the survivor does not know whether it was committed. If it was, and there is no trace of it,
-    somebody has deleted it; and if not, it has left something behind, nearly always.
+    somebody has deleted it.
     """
     about = kept_of(entry)
     there = {(save.attempt.id, save.step): catalog.is_committed(save.directory) for save in saves}
     if (saving := about.get("saving")) is not None:
-        if (of_saving := (entry.attempt.id, int(saving))) not in there:
-            return None
-        if there[of_saving]:
+        of_saving = entry.attempt.id, int(saving)
+        if there.get(of_saving):
             return of_saving
+        if of_saving not in there and (not about.get("tells") or may_have_committed(entry.attempt, int(saving))):
+            return None
     if not (known := about.get("stands_on")):
         return ()
     last = max((step for (attempt, step), whole in there.items() if attempt == entry.attempt.id and whole), default=-1)

@@ -54,9 +54,9 @@ class Attempt:
     record_crash: Callable[[Crash], None] = lambda _crash: None
     next: "Callable[[], Attempt] | None" = None  # where there is something to roll back to
 
-    def keep(self, why: str) -> None:
+    def keep(self, why: str, seconds: float | None = None) -> None:
         """Keeps the last step boundary, since the process is about to end. Any thread may call it; raises nothing."""
-        self.saves.keeper.keep(why)
+        self.saves.keeper.keep(why, seconds)
 
     def remember(self, error: BaseException) -> None:
         """Leaves a record of an error in the training code, or in a sample, for the attempts to come."""

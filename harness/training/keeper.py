@@ -68,8 +68,9 @@ class NoKeeper:
     def took_first_buffers(self) -> None:
         """The buffers of the modules are rank 0's now."""
 
-    def keep(self, why: str) -> None:
-        """Keeps the last boundary, on the way out. Any thread may call it; raises nothing."""
+    def keep(self, why: str, seconds: float | None = None) -> None:
+        """Keeps the last boundary, on the way out, in ``seconds`` at most (None: ``stop.grace_seconds``). Any thread may
+        call it; raises nothing."""
 
     def saving(self, step: int) -> None:
         """A save begins. All ranks call it."""
@@ -213,10 +214,10 @@ class Keeper(NoKeeper):
 
     # --- on the way out ----------------------------------------------------------------------------------------------
 
-    def keep(self, why: str) -> None:
+    def keep(self, why: str, seconds: float | None = None) -> None:
         if os.getpid() != self._pid or self._boundary is None:
             return
-        limit_seconds = self._context.config.stop.grace_seconds
+        limit_seconds = self._context.config.stop.grace_seconds if seconds is None else seconds
         deadline = time.monotonic() + limit_seconds
         if not self._lock.acquire(timeout=limit_seconds):  # another thread is at it
             return
@@ -227,7 +228,7 @@ class Keeper(NoKeeper):
             self._kept = boundary
             worker = threading.Thread(target=self._keep, args=(boundary, why), name="harness-keeper", daemon=True)
             worker.start()
-            worker.join(deadline - time.monotonic())
+            worker.join(max(deadline - time.monotonic(), 0.0))
             if worker.is_alive():
                 log.warning("step %d is not kept: it takes more than %g s", boundary.step, limit_seconds)
         except RuntimeError as error:  # Python is about to end, and starts no thread
@@ -305,6 +306,7 @@ class Keeper(NoKeeper):
                 "url": self._url,
                 "stands_on": self._stands_on and [*self._stands_on],
                 "saving": self._saving,
+                "tells": self._context.config.metrics.every_seconds is not None,  # before it commits that
             },
         }
 

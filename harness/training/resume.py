@@ -16,7 +16,7 @@ import torch
 
 from harness.checkpoint import load
 from harness.checkpoint.catalog import Catalog, Entry, SaveName
-from harness.checkpoint.format import Ancestor
+from harness.checkpoint.format import Ancestor, Attempt
 from harness.checkpoint.kept import KeptPlace, Unusable, kept_of, that_count
 from harness.distributed.world import World
 from harness.errors import (
@@ -32,6 +32,7 @@ from harness.state.capture import State
 from harness.state.modules import some
 from harness.state.parts import RANDOM
 from harness.storage.store import Store
+from harness.telemetry import journal
 
 log = logging.getLogger(__name__)
 
@@ -152,10 +153,16 @@ def _kept(world: World, catalog: Catalog, place: KeptPlace) -> dict[SaveName, En
     found = world.all_gather(own)
     if world.rank or not any(found):
         return {}
-    counting, refused = that_count(catalog, found)
+    counting, refused = that_count(catalog, found, functools.partial(_may_have_committed, catalog))
     for each in refused:
         log.warning("NOT resuming from %s", each)
     return counting
+
+
+def _may_have_committed(catalog: Catalog, attempt: Attempt, step: int) -> bool:
+    """Whether an attempt may have committed a save: its events, which it writes before it commits, tell of it."""
+    told = journal.read_records(catalog.store, attempt).get(attempt, [])
+    return any(each["event"] == "saving" and each.get("step") == step for each in told)
 
 
 class Holders:

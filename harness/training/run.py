@@ -118,6 +118,8 @@ class Run:
             self._attempt = attempt.first_of(context, fresh=fresh)
             self.stop.before_leaving = lambda: self._attempt.end_soon(self.config.stop.grace_seconds, self._watchdog)
             self._closing.callback(setattr, self.stop, "before_leaving", nothing)
+            self.stop.keep = lambda seconds: self._attempt.keep("no step boundary within the grace", seconds)
+            self._closing.callback(setattr, self.stop, "keep", lambda _seconds: None)
         if reopen:
             self.state.progress.finished_loops = 0
         observer.current.begun(self)
@@ -192,7 +194,7 @@ class Run:
         self._attempt.events.emit(event, message, **values)
 
     def trained(self) -> None:
-        """Says that a step is trained, and that nothing but an evaluation comes before ``step``. For ``harness train``, which
+        """Says that a step is trained, and that only an evaluation comes before ``step``. For ``harness train``, which
         begins with that evaluation where an attempt has died in it."""
         self._loop.trained()
 

@@ -75,14 +75,14 @@ def build(place: str = ".", hold_at: int | None = None, alone: bool = False) -> 
     return Task(model, Noisy(), optimizer, loss, scheduler)
 
 
-def config(url: str, *, steps: int = STEPS, every: int = EVERY, workers: int = 0, **args) -> dict:
+def config(url: str, *, steps: int = STEPS, every: int = EVERY, workers: int = 0, keep: str | None = None, **args) -> dict:
     """The run of this file."""
     return {
         "task": f"{__file__}:build",
         "args": args,
         "train": {"steps": steps, "global_batch_size": 8, "clip_grad_norm": 1.0},
         "data": {"workers": workers},
-        "checkpoint": {"url": url, "every_steps": every},
+        "checkpoint": {"url": url, "every_steps": every, "keep": keep},
         "stop": {"grace_seconds": 5},  # for a rank that waits for one that died while they started
     }
 
@@ -186,6 +186,36 @@ def test_killed_at_any_moment_of_a_save(tmp_path, straight, steps):
             assert run.wait_for("resume", attempt=number + 1)["step"] == committed, moment
         run.succeed()
     assert digests(str(url)) == straight
+
+
+# --- what a survivor keeps -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.torchrun
+def test_a_survivor_keeps_the_step(tmp_path, straight):
+    """Two deaths, and nothing durable before the end: in one the survivor is in a long step of its own, and its thread keeps
+    the state, in the other it hears of the death in a collective. Each rank keeps states in a place of its own, as on two
+    machines: the one that has died is given the state by the other. No step is lost, and the bits are the same."""
+    for rank_ in range(2):
+        (tmp_path / f"keep-{rank_}").mkdir()
+    settings = config("run", every=1000, place=".", hold_at=10, alone=True, keep=f"{tmp_path}/keep-$RANK")
+    with launch(tmp_path, settings, ranks=2, max_restarts=2) as run:
+        run.wait(lambda: held(tmp_path / "step"), "the step that takes long")
+        run.kill_rank(1)
+        resumed = run.wait_for("resume", attempt=2)
+        release(tmp_path / "step")
+        assert resumed["step"] == 10, run.output()
+        (tmp_path / "slow").touch()
+        run.wait_for("train", step=12, attempt=2)
+        run.kill_rank(0)
+        resumed = run.wait_for("resume", attempt=3)
+        (tmp_path / "slow").unlink()
+        trained = max(each["step"] for each in run.events("train") if each["attempt"] < resumed["attempt"])
+        assert trained <= resumed["step"] <= trained + 1, run.output()
+        run.succeed()
+        assert [(each["rank"], each["step"]) for each in run.events("kept")] == [(0, 10), (1, resumed["step"])]
+    assert digests(str(tmp_path / "run")) == straight
+    assert list((tmp_path / "keep-0").iterdir()) == [], "the end is durable"
 
 
 # --- at random moments -----------------------------------------------------------------------------------------------
