@@ -222,7 +222,7 @@ def remove_rubbish(place: KeptPlace) -> None:
 
 def that_count(
     catalog: Catalog, found: Sequence[Sequence[Entry]], may_have_committed: Callable[[Attempt, int], bool]
-) -> tuple[dict[SaveName, Entry], list[str]]:
+) -> tuple[dict[SaveName, Entry], dict[SaveName, str]]:
     """Of the states that each rank has ``found`` on its machine, those that a run may resume from, each with the ranks that
     can read it; and why the others do not count. ``may_have_committed`` is asked about a save of which there is no trace.
 
@@ -230,22 +230,23 @@ def that_count(
     not there any more, do not count: somebody has gone back, or has begun anew. Copies of two machines must be the same.
     """
     counting: dict[SaveName, Entry] = {}
-    refused: list[str] = []
+    refused: dict[SaveName, str] = {}
     attempts, saves = {*catalog.attempts.all()}, saves_among(catalog.store.names())
     for directory in dict.fromkeys(entry.directory for entries in found for entry in entries):
         copies = {rank: entry for rank, entries in enumerate(found) for entry in entries if entry.directory == directory}
         first = next(iter(copies.values()))
+        name = SaveName(first.attempt, first.step, directory)
         if first.attempt not in attempts or kept_of(first).get("url") != catalog.store.url:
-            refused.append(f"{directory}: another run has kept it")
+            refused[name] = "it is another run's"
         elif len({_content(entry) for entry in copies.values()}) > 1:
-            refused.append(f"{directory}: the machines have kept different states of this step")
+            refused[name] = "the machines have kept different states of this step"
         elif (stands_on := _stands_on(catalog, saves, first, may_have_committed)) is None:
-            refused.append(f"{directory}: the checkpoint that it stands on is not there any more")
+            refused[name] = "the checkpoint that it stands on is not there any more"
         else:
             assert first.manifest is not None, "it is whole"
             meta = {**first.manifest.meta, KEPT: {**kept_of(first), "stands_on": stands_on or None}}
             manifest = replace(first.manifest, meta=meta)
-            counting[SaveName(first.attempt, first.step, directory)] = replace(first, manifest=manifest, holders=(*copies,))
+            counting[name] = replace(first, manifest=manifest, holders=(*copies,))
     return counting, refused
 
 

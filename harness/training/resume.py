@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from harness.checkpoint import load
-from harness.checkpoint.catalog import Catalog, Entry, SaveName
+from harness.checkpoint.catalog import Catalog, Entry, SaveName, saves_among
 from harness.checkpoint.format import Ancestor, Attempt
 from harness.checkpoint.kept import KeptPlace, Unusable, kept_of, that_count
 from harness.distributed.world import World
@@ -154,8 +154,10 @@ def _kept(world: World, catalog: Catalog, place: KeptPlace) -> dict[SaveName, En
     if world.rank or not any(found):
         return {}
     counting, refused = that_count(catalog, found, functools.partial(_may_have_committed, catalog))
-    for each in refused:
-        log.warning("NOT resuming from %s", each)
+    newest = max((*counting, *saves_among(catalog.store.names())), default=None)
+    for save, why in refused.items():
+        if newest is None or save > newest:
+            log.warning("NOT resuming from %s, which is kept on this machine or another one: %s", save.directory, why)
     return counting
 
 

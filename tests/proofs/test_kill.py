@@ -218,6 +218,40 @@ def test_a_survivor_keeps_the_step(tmp_path, straight):
     assert list((tmp_path / "keep-0").iterdir()) == [], "the end is durable"
 
 
+@pytest.mark.soak
+@pytest.mark.torchrun
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("ranks", "kills", "workers"), [(2, 20, 2), (3, 20, 0), (4, 10, 0)])
+def test_a_storm_that_survivors_see_through(tmp_path, ranks, kills, workers):
+    """Ranks are killed at random moments of the training, with hardly a checkpoint: in nine of ten cases no step is lost, in
+    no case more than a few, and the end has the same bits."""
+    steps = 25 * kills
+    (tmp_path / "straight").mkdir()
+    with launch(tmp_path / "straight", config("run", steps=steps, every=steps), ranks=ranks) as run:
+        run.succeed(seconds=600)
+    directory, dice, lost, attempt = tmp_path / "storm", random.Random(seed := random.randrange(10**6)), [], 0
+    directory.mkdir()
+    (directory / "slow").touch()
+    print(f"storm {seed=}")
+    settings = config("run", steps=steps, place=".", every=20, workers=workers, keep="auto")
+    with launch(directory, settings, ranks=ranks, max_restarts=kills) as run:
+        for _ in range(kills):
+            attempt = int(run.wait_for("train", attempt=attempt + 1)["attempt"][:6])
+            time.sleep(dice.uniform(0, 0.5))
+            run.kill_rank(dice.randrange(ranks))
+            name = run.wait_for("resume", attempt=attempt + 1)["attempt"]
+            found = [
+                each["step"] for each in run.events() if each["attempt"] == name and each["event"] in ("kept", "resume")
+            ]
+            lost.append(max(each["step"] for each in run.events("train") if each["attempt"] < name) - max(found))
+        (directory / "slow").unlink()
+        run.succeed(seconds=600)
+    print(f"lost {lost}")
+    assert sum(each <= 0 for each in lost) >= 0.9 * kills
+    assert max(lost) <= 20, "a checkpoint was made in between"
+    assert digests(str(directory / "run")) == digests(str(tmp_path / "straight" / "run"))
+
+
 # --- at random moments -----------------------------------------------------------------------------------------------
 
 
