@@ -103,7 +103,6 @@ class State:
             "last": self.progress.last,
             "best": self.progress.best,
             "finished_loops": self.progress.finished_loops,
-            **({"random_keys": self.progress.random_keys} if self.progress.random_keys else {}),
             **self.edits.described(),
         }
         return {**captured, TRAINING: training}
@@ -290,9 +289,8 @@ class State:
             part.restore(checked[part.name], saved)
         self.edits.reset()
         last, best = dict(training["last"]), dict(training["best"])
-        loops, keys = int(training.get("finished_loops", 0)), training.get("random_keys")
-        is_trained = bool(training.get("evaluates_first"))
-        self.progress = Progress(step - is_trained, int(training["epoch"]), last, best, loops, keys, is_trained)
+        loops, is_trained = int(training.get("finished_loops", 0)), bool(training.get("evaluates_first"))
+        self.progress = Progress(step - is_trained, int(training["epoch"]), last, best, loops, evaluates_first=is_trained)
 
     def _of_rank(self, parts: Mapping[str, Mapping[str, Any]], rank: int) -> dict[str, Mapping[str, Any]]:
         """The parts of a checkpoint as a rank has them. Raises ``Mismatch`` where they are not those of this state."""

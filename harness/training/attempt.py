@@ -160,10 +160,9 @@ def _begin(
         resumed = resume.resume(world, catalog, state, how=how, skip_newest=skip_newest, place=found_in)
         if resumed is NEW:
             _start_anew(context, events)
-        elif config.checkpoint.random == "carried":
-            state.progress.random_keys = None
-        elif state.progress.random_keys and not state.random_to_restore:  # with other ranks the streams start anew
-            state.progress.random_keys = []
+        elif config.checkpoint.random == "derived" and resumed.random_keys is not None:
+            # With other ranks the streams start anew.
+            state.progress.random_keys = resumed.random_keys if state.random_to_restore else []
         resume.check_lockstep(world, state, context.about, resumed=resumed is not NEW)
         saves = Checkpointing(context, claimed, catalog, resumed, events, memory, place)
         _log_begin(events, claimed.number, resumed, catalog.store.url, world, state.progress.step)

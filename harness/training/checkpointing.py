@@ -20,7 +20,7 @@ from harness.checkpoint.tree import Encoded
 from harness.config import RunConfig
 from harness.distributed.world import World
 from harness.runtime.environment import is_first_of_node
-from harness.state.parts import TRAINING
+from harness.state.parts import RANDOM, TRAINING
 from harness.telemetry.events import EventLog
 from harness.training import observer, resume
 from harness.training.keeper import keeper_for
@@ -199,6 +199,8 @@ class Checkpointing(Saves):
         sharding = None if sharded is None else sharded[1]
         if ranks is not None:
             parts |= {name: {str(rank): each[name] for rank, each in enumerate(ranks)} for name in ranks[0]}
+            for rank, keys in enumerate(progress.random_keys or ()):
+                parts[RANDOM][str(rank)]["keys"] = keys
         best = int(progress.best["step"]) if checkpoint.keep_best and progress.best else None
         whole = {
             **self._about,

@@ -286,7 +286,8 @@ class Keeper(NoKeeper):
             for group, options in now:
                 group.update(options)
         keys = self._state.progress.random_keys or []
-        states = {str(rank): stream_states(each, boundary.step, self._state.device) for rank, each in enumerate(keys)}
+        device = self._state.device
+        states = {str(rank): {**stream_states(each, boundary.step, device), "keys": each} for rank, each in enumerate(keys)}
         training = {**parts[TRAINING], **boundary.training}
         return {**self._loose.put_into(parts), **boundary.small, TRAINING: training, RANDOM: states}
 

@@ -48,6 +48,7 @@ class Resumed:
     skipped: Mapping[str, str]  # newer checkpoints that it does not go on from, and why
     stands_on: tuple[str, int] | None = None  # attempt and step of the newest durable checkpoint, where there is one
     kept: Mapping[str, Any] = field(default_factory=dict)  # of a state that was kept: by which rank, and why
+    random_keys: list[list[int]] | None = None  # by rank; None where random states were carried on
 
 
 NEW = Resumed("", 0, [], None, {})
@@ -100,7 +101,8 @@ def resume(
         kept = kept_of(entry) if entry.holders else {}
         stands_on = kept.get("stands_on") if kept else (entry.manifest.attempt, entry.step)
         seconds = save_seconds(entry.manifest.meta)
-        return Resumed(entry.directory, entry.step, lineage, seconds, skipped, stands_on and (*stands_on,), kept)
+        stood = stands_on and (*stands_on,)
+        return Resumed(entry.directory, entry.step, lineage, seconds, skipped, stood, kept, _keys_in(parts[RANDOM]))
     if storage_failed:  # what cannot be read today is not corrupt
         raise StoreError(f"{catalog.store.url}: no checkpoint could be read: {'; '.join(problems)}", transient=True)
     if lost:
@@ -134,6 +136,12 @@ def _restore(
     # With other ranks the random streams start anew, from the seed and the rank.
     is_alike = all(meta.get(key) == here.get(key) for key in ("world_size", "sharding"))
     state.random_to_restore = parts[RANDOM].get(str(world.rank), {}) if is_alike else {}
+
+
+def _keys_in(states: Mapping[str, Any]) -> list[list[int]] | None:
+    """The keys of the ranks' random streams in a checkpoint, by rank; None where it has none."""
+    found = [states[str(rank)].get("keys") for rank in range(len(states)) if str(rank) in states]
+    return [list(keys) for keys in found] if found and all(found) else None
 
 
 def _refuse_together(world: World, problem: Mismatch | None) -> None:
