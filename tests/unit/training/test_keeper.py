@@ -4,13 +4,17 @@ Real ranks are killed in ``tests/proofs/test_keep.py``.
 """
 
 import contextlib
+import json
 import os
 import shutil
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -19,6 +23,7 @@ from harness import Loader, Run, StopRequest
 from harness.checkpoint import commit, kept
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.kept import KeptPlace
+from harness.cli import cli
 from harness.data.seeding import random_state, seed_everything
 from harness.data.streams import keys_here, seed_streams, stream_states
 from harness.errors import StoreError
@@ -504,3 +509,56 @@ def _root(folder: Path) -> Path:
     root = Path(kept.root_in(str(folder / "keep")))
     root.mkdir(mode=0o700, exist_ok=True)
     return root
+
+
+# --- several machines, and what lies there ---------------------------------------------------------------------------
+
+
+def test_copies_of_two_machines_must_be_the_same(tmp_path):
+    """Or else none of them counts; of the same, every rank that has one can read it."""
+    die(tmp_path, 7)
+    catalog = Catalog(open_store(str(tmp_path / "run")))
+    (entry,) = Catalog(open_store(str(kept_in(tmp_path)))).entries()
+    counting, refused = kept.that_count(catalog, [[entry], [], [entry]], lambda *_: False)
+    assert [each.holders for each in counting.values()] == [(0, 2)]
+    assert not refused
+    parts = {**entry.manifest.parts, "model": replace(entry.manifest.parts["model"], digest="xxh3_128:0")}
+    other = replace(entry, manifest=replace(entry.manifest, parts=parts))
+    counting, refused = kept.that_count(catalog, [[entry], [other]], lambda *_: False)
+    assert (counting, *refused.values()) == ({}, "the machines have kept different states of this step")
+
+
+@pytest.mark.parametrize(("tells", "told", "counts"), [(True, False, True), (True, True, False), (False, False, False)])
+def test_a_save_of_which_there_is_no_trace(tmp_path, tells, told, counts):
+    """It may have been committed and deleted since. The events say whether it can have been."""
+    die(tmp_path, 7)
+    catalog = Catalog(open_store(str(tmp_path / "run")))
+    (entry,) = Catalog(open_store(str(kept_in(tmp_path)))).entries()
+    about = {**kept.kept_of(entry), "saving": 5, "tells": tells}
+    entry = replace(entry, manifest=replace(entry.manifest, meta={**entry.manifest.meta, "kept": about}))
+    counting, _ = kept.that_count(catalog, [[entry]], lambda *_: told)
+    assert bool(counting) == counts
+
+
+def test_rubbish_of_other_runs_goes_after_a_week(tmp_path):
+    """At the start of any run that keeps in the same place; what is younger stays."""
+    die(tmp_path, 7)
+    old, young = (kept_in(tmp_path).with_name(name) for name in ("000001-0000000a-b", "000001-0000000c-d"))
+    for each, days in ((old, 8), (young, 6)):
+        each.mkdir(mode=0o700)
+        os.utime(each, (time.time() - 86400 * days,) * 2)
+    assert Training(tmp_path).began_at == 6
+    assert (old.exists(), young.exists()) == (False, True)
+
+
+def test_clean_says_what_lies_there_and_deletes_it(tmp_path):
+    die(tmp_path, 7)
+    tried = CliRunner().invoke(cli, ["clean", str(tmp_path / "keep"), "--dry-run"])
+    assert f"step 6 of {tmp_path / 'run'}" in tried.output
+    assert tried.output.startswith("would delete")
+    assert kept_steps(tmp_path) == [6]
+    CliRunner().invoke(cli, ["clean", str(tmp_path / "keep"), "--older-than", "1"])
+    assert kept_steps(tmp_path) == [6]
+    done = CliRunner().invoke(cli, ["clean", str(tmp_path / "keep"), "--json"])
+    assert [each["steps"] for each in json.loads(done.output)] == [[6]]
+    assert list((tmp_path / "keep").iterdir()) == []
