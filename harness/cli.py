@@ -447,7 +447,7 @@ def prune(
 
 @cli.command()
 @click.argument("directory", default="/dev/shm")  # noqa: S108  # where runs keep states by themselves
-@click.option("--older-than", "days", type=float, default=0.0, help="Only what was written more than so many DAYS ago.")
+@click.option("--older-than", "days", type=float, default=0.0, help="Only what is older than this many DAYS.")
 @click.option("--dry-run", is_flag=True, help="Print what would be deleted, and delete nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def clean(directory: str, days: float, dry_run: bool, as_json: bool) -> None:

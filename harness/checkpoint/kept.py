@@ -84,7 +84,7 @@ class KeptPlace:
         return f"step-{step:012}-{attempt.id}-{_SUFFIX}"
 
     def check_room(self, size_bytes: int) -> None:
-        """Raises ``Unusable`` unless so many bytes fit, with something to spare."""
+        """Raises ``Unusable`` unless that many bytes fit, with something to spare."""
         rooms = dict(_rooms(self.path))
         where, room_bytes = min(rooms.items(), key=lambda item: item[1])
         if size_bytes > room_bytes * (1 - SPARE):

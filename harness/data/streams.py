@@ -1,7 +1,7 @@
 """Random streams that are derived anew at each step boundary: from a key of each generator and the step.
 
-So the state of every generator at a boundary is known to whoever has the keys: a rank that survives knows the streams of the
-ranks that have died. A key is a hash of the generator's own state when the run began. Ranks whose generators were alike then
+So a rank that has the keys knows the state of every generator at a boundary: one that survives knows the streams of those
+that have died. A key is a hash of the generator's own state when the run began. Ranks whose generators were alike then
 draw alike for ever, and others do not: a program may rely on either.
 """
 

@@ -40,7 +40,7 @@ class StopRequest:
         self.before_leaving: Callable[[], None] = lambda: None
         """What the training still wants to finish if the process must leave without it. Called in another thread."""
         self.keep: Callable[[float], None] = lambda _seconds: None
-        """Keeps the state, in so many seconds at most, when the grace is nearly over. Called in another thread."""
+        """Keeps the state, in at most the given seconds, when the grace is nearly over. Called in another thread."""
         self._before: dict[int, Any] = {}  # the handlers that ours have replaced
         self._bell: _Bell | None = None
 
