@@ -46,12 +46,13 @@ class KeptPlace:
 
     root: str
     path: str
+    url: str = ""  # of the run
 
     @classmethod
     def of(cls, directory: str, url: str, first: Attempt) -> "KeptPlace":
         """That of the run at a URL, whose ``first`` attempt is known; ``directory`` is where all runs' lie."""
         root = root_in(directory)
-        return cls(root, f"{root}/{first.id}-{hashlib.sha256(url.encode()).hexdigest()[:12]}")
+        return cls(root, f"{root}/{first.id}-{hashlib.sha256(url.encode()).hexdigest()[:12]}", url)
 
     @property
     def store(self) -> Store:
@@ -111,6 +112,11 @@ class KeptPlace:
         for each in (self.path, self.root):
             with contextlib.suppress(OSError):  # something is left in it
                 os.rmdir(each)
+
+
+def where(store: Store) -> str:
+    """Where a run is, for all who look from anywhere on this machine: a path may have been given as it is seen from here."""
+    return store.root if store.is_local else store.url
 
 
 def kept_of(entry: Entry) -> Mapping[str, Any]:
@@ -236,7 +242,7 @@ def that_count(
         copies = {rank: entry for rank, entries in enumerate(found) for entry in entries if entry.directory == directory}
         first = next(iter(copies.values()))
         name = SaveName(first.attempt, first.step, directory)
-        if first.attempt not in attempts or kept_of(first).get("url") != catalog.store.url:
+        if first.attempt not in attempts or kept_of(first).get("url") != where(catalog.store):
             refused[name] = "it is another run's"
         elif len({_content(entry) for entry in copies.values()}) > 1:
             refused[name] = "the machines have kept different states of this step"

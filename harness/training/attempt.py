@@ -12,7 +12,7 @@ from typing import Any
 
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Attempt as AttemptId
-from harness.checkpoint.kept import MEMORY, KeptPlace, remove_rubbish
+from harness.checkpoint.kept import MEMORY, KeptPlace, remove_rubbish, where
 from harness.checkpoint.staging import HostMemory
 from harness.config import CheckpointConfig, Config, RunConfig
 from harness.distributed.world import World, has_lost_a_peer, is_timeout
@@ -142,8 +142,9 @@ def _begin(
     world, config, state = context.world, context.config, context.state
     about: dict[str, Any] = {"launch": launch_id(), "world_size": world.size, "host": platform.node()}
     about |= {"pid": os.getpid(), "began": began(), "restarts": restarts(), "launcher_began": launcher_began()}
-    claimed, first = resume.on_first(world, lambda: (catalog.attempts.claim(about), min(catalog.attempts.all())))
-    place = _kept_place(config.checkpoint, catalog.store.url, first, world)
+    claimed = resume.on_first(world, lambda: catalog.attempts.claim(about))
+    first, url = resume.on_first(world, lambda: (min(catalog.attempts.all()), where(catalog.store)))
+    place = _kept_place(config.checkpoint, url, first, world)
     events = EventLog(config, active=world.rank == 0, attempt=claimed.id, store=catalog.store)
     attempt = Attempt(
         events,
@@ -178,15 +179,15 @@ def _log_begin(events: EventLog, number: int, resumed: Resumed, url: str, world:
     for directory, why in resumed.skipped.items():
         events.emit("fallback", "", directory=directory, why=why)  # which was logged when it was found
     if kept := resumed.kept:
-        where = f"rank {kept.get('rank')} on {kept.get('host')}"
+        who = f"rank {kept.get('rank')} on {kept.get('host')}"
         about = {name: kept[name] for name in ("rank", "host", "why") if name in kept}
-        events.emit("kept", f"step {resumed.step}  kept by {where}: {kept.get('why')}", step=resumed.step, **about)
+        events.emit("kept", f"step {resumed.step}  kept by {who}: {kept.get('why')}", step=resumed.step, **about)
     outcome.resumed(step)
     is_new = resumed is NEW
-    where = f"starting in {url}" if is_new else f"resuming from {resumed.directory}"
+    what = f"starting in {url}" if is_new else f"resuming from {resumed.directory}"
     events.emit(
         "start" if is_new else "resume",
-        f"attempt {number}: {where}, {world.size} x {world.device.type} ({world.backend}), step {step}",
+        f"attempt {number}: {what}, {world.size} x {world.device.type} ({world.backend}), step {step}",
         step=step,
         directory=resumed.directory or None,
         lineage=[(ancestor.attempt, ancestor.until_step) for ancestor in resumed.lineage],

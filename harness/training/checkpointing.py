@@ -67,7 +67,7 @@ class Checkpointing(Saves):
             on_failure=self._failed,
             proofs=PROOFS,
         )
-        self.keeper = keeper_for(context, attempt, resumed, store.url, place)
+        self.keeper = keeper_for(context, attempt, resumed, place)
         self.is_first_due = bool(resumed.kept)
         self._has_saved = False  # in this attempt
         self._last_time = time.monotonic()

@@ -85,14 +85,14 @@ class NoKeeper:
         """Takes the hooks away."""
 
 
-def keeper_for(context: RunContext, attempt: Attempt, resumed: Resumed, url: str, place: KeptPlace | None) -> NoKeeper:
+def keeper_for(context: RunContext, attempt: Attempt, resumed: Resumed, place: KeptPlace | None) -> NoKeeper:
     """The keeper of an attempt. Says once why a run cannot have one. All ranks call it."""
     if place is None:
         return NoKeeper()
     why = _why_not(context)
     if why and context.world.rank == 0:
         log.info("a rank that survives keeps nothing: %s", why)
-    return NoKeeper() if why else Keeper(context, attempt, resumed, url, place)
+    return NoKeeper() if why else Keeper(context, attempt, resumed, place)
 
 
 def _why_not(context: RunContext) -> str:
@@ -121,8 +121,8 @@ class _Boundary:
 class Keeper(NoKeeper):
     """Notes each boundary of an attempt, and keeps the last one."""
 
-    def __init__(self, context: RunContext, attempt: Attempt, resumed: Resumed, url: str, place: KeptPlace) -> None:
-        self._context, self._attempt, self._url, self._place = context, attempt, url, place
+    def __init__(self, context: RunContext, attempt: Attempt, resumed: Resumed, place: KeptPlace) -> None:
+        self._context, self._attempt, self._place = context, attempt, place
         self._lineage, self._stands_on = resumed.lineage, resumed.stands_on
         self._world, self._state = context.world, context.state
         self._conditions = resume.conditions(context.world, context.state)  # another thread has other numbers of threads
@@ -304,7 +304,7 @@ class Keeper(NoKeeper):
                 "rank": self._world.rank,
                 "host": platform.node(),
                 "why": why,
-                "url": self._url,
+                "url": self._place.url,
                 "stands_on": self._stands_on and [*self._stands_on],
                 "saving": self._saving,
                 "tells": self._context.config.metrics.every_seconds is not None,  # before it commits that

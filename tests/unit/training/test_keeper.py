@@ -54,7 +54,7 @@ class Training:
         self.loader = Loader(TensorDataset(x, x.sum(1, keepdim=True)), 8)
         (folder / "keep").mkdir(parents=True, exist_ok=True)
         state = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "loader": self.loader}
-        checkpoint = {"keep": str(folder / "keep"), **settings}
+        checkpoint = {"keep": str((folder / "keep").absolute()), **settings}
         config = {"log": {"every_steps": None}, "checkpoint": checkpoint}
         self.run = Run(str(folder / "run"), state, every_steps=every, stop=StopRequest(), config=config)
         self.began_at = self.run.global_step
@@ -476,11 +476,13 @@ def test_who_deletes_goes_back(tmp_path, act, began_at):
     assert Training(tmp_path).began_at == began_at
 
 
-def test_a_copy_of_the_run_does_not_find_it(tmp_path):
-    """Nor does the run find it when it was moved; the original does."""
-    die(tmp_path, 7)
+def test_a_copy_of_the_run_does_not_find_it(tmp_path, monkeypatch):
+    """Also where both are given as a path that is relative; the original does."""
+    monkeypatch.chdir(tmp_path)
+    die(Path(), 7)
     shutil.copytree(tmp_path / "run", tmp_path / "copy" / "run")
-    assert Training(tmp_path / "copy", keep=str(tmp_path / "keep")).began_at == 4
+    monkeypatch.chdir(tmp_path / "copy")
+    assert Training(Path(), keep=str(tmp_path / "keep")).began_at == 4
     assert Training(tmp_path).began_at == 6
 
 
