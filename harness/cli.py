@@ -457,6 +457,31 @@ def prune(
 
 
 @cli.command()
+@click.argument("directory", default="/dev/shm")  # noqa: S108  # where runs keep states by themselves
+@click.option("--older-than", "days", type=float, default=0.0, help="Only what is older than this many DAYS.")
+@click.option("--dry-run", is_flag=True, help="Print what would be deleted, and delete nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def clean(directory: str, days: float, dry_run: bool, as_json: bool) -> None:
+    """Delete the states that your runs have kept on this machine, in its memory or in the DIRECTORY of checkpoint.keep.
+
+    For runs that are to go on from their last checkpoint, or not at all. A run deletes its own, and what others have left
+    for a week.
+    """
+    from harness.checkpoint import kept  # noqa: PLC0415  # see the module's docstring
+
+    found = [each for each in kept.left_in(directory) if each.age_seconds >= 86400 * days]
+    for each in found if not dry_run else ():
+        kept.remove(each)
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(each) for each in found], indent=1))
+        return
+    for each in found:
+        steps = f"step {', '.join(map(str, each.steps))} of {each.url}" if each.steps else "nothing whole"
+        verb = "would delete" if dry_run else "deleted"
+        _print(f"{verb}  {each.bytes / 1e6:.1f} MB  {each.age_seconds / 3600:.1f} h old  {steps}  {each.path}")
+
+
+@cli.command()
 @_reads_run
 @click.argument("out")
 @click.option("--step", type=int, help="Take the checkpoint of this step instead of the newest whole one.")

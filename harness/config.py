@@ -169,6 +169,12 @@ class CheckpointConfig(_Section):
     restore: Literal["auto", "each", "shared"] = "auto"
     """``each``: every rank reads the whole checkpoint. ``shared``: each byte is read once, and the ranks pass it on.
     ``auto``: ``shared`` if the storage is remote, or the model sharded."""
+    random: Literal["derived", "carried"] = "derived"
+    """``derived``: at each step boundary, all global generators are seeded from their state when the run began and from the
+    step. ``carried``: they run on, and nothing can be kept. A run that began without ``derived`` goes on without it."""
+    keep: Literal["auto"] | _Place | None = "auto"
+    """Where a rank leaves the state of the last step boundary when another one dies. ``auto``: in its machine's memory
+    (``/dev/shm``), if there are several ranks or torchrun restarts them. Or a local directory. None: nowhere."""
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
     """Passed to the fsspec filesystem. May hold secrets; never logged or saved."""
 

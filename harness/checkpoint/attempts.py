@@ -17,6 +17,7 @@ class Attempts:
         self._store = store
         self._listed: Collection[str] | None = None  # for a claim that follows at once
         self._saves: list[str] | None = None  # for a resume that follows at once
+        self.first: Attempt | None = None  # of the run, once this process has claimed one
 
     def all(self) -> list[Attempt]:
         """Every start of the run that left a trace, the first one first."""
@@ -48,6 +49,7 @@ class Attempts:
             record = f"attempts/{attempt.id}.json"
             attempt = self._record(Attempt.after([saved]), about)
             self._store.delete(record)
+        self.first = min([*attempts, attempt])
         if resumes:
             self._saves = names
         return attempt

@@ -37,6 +37,7 @@ class Entry:
     state: Literal["whole", "corrupt", "unfinished", "old"]
     manifest: Manifest | None = None
     problem: str = ""
+    holders: tuple[int, ...] = ()  # the ranks that can read it, if it is kept in the memory of their machines
 
 
 @dataclass(frozen=True, order=True)
@@ -180,18 +181,18 @@ class Catalog:
 
     # --- what to go on from ------------------------------------------------------------------------------------------
 
-    def candidates(self, seen: Seen | None = None) -> Iterator[Entry]:
+    def candidates(self, seen: Seen | None = None, kept: Mapping[SaveName, Entry] | None = None) -> Iterator[Entry]:
         """What a run may resume from, best first; corrupt ones are among them, so that they can be reported.
 
-        Right after a claim with ``resumes``, these are the saves as they were then. Each is looked at when it is asked
-        for; the names of its objects go to ``seen``. Raises ``UnknownFormat`` when it has given none and there are names
-        that begin as those of saves do: they are not taken for nothing.
+        Right after a claim with ``resumes``, these are the saves as they were then. What is ``kept`` elsewhere is among
+        them. Each is looked at when it is asked for; the names of its objects go to ``seen``. Raises ``UnknownFormat`` when
+        it has given none and there are names that begin as those of saves do: they are not taken for nothing.
         """
         names = self.attempts.saves_after_claim()
-        names, way, is_empty = self.names() if names is None else names, Line(), True
+        names, way, is_empty, kept = self.names() if names is None else names, Line(), True, kept or {}
         self._names = names
-        for save in saves_among(names):
-            if way.may_have(save.attempt, save.step) and way.take(entry := self._look(save, seen)):
+        for save in saves_among([*names, *(save.directory for save in kept)]):
+            if way.may_have(save.attempt, save.step) and way.take(entry := kept.get(save) or self._look(save, seen)):
                 is_empty = False
                 yield entry
         strange = sorted(name for name in names if name.startswith("step-") and not parse_directory(name))

@@ -20,7 +20,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import torch
 
@@ -48,7 +48,7 @@ from harness.checkpoint.format import (
 from harness.checkpoint.places import Land, Landing, Place, Target, Wholes, bytes_of, empty, whole
 from harness.checkpoint.prefault import Pages, cut
 from harness.checkpoint.relay import Peers, Relay
-from harness.checkpoint.scatter import scattered
+from harness.checkpoint.scatter import Partners, scattered
 from harness.errors import CheckpointError, Corrupt
 from harness.runtime.gc_pause import without_collections
 from harness.runtime.threads import InTurn, in_order, threads_for
@@ -77,9 +77,9 @@ def read(
 ) -> dict[str, Any]:
     """The parts of a checkpoint (all of them, or those named) as they were given to ``commit.write``, on the CPU.
 
-    Tensors are fresh; tied ones are the same object. ``land`` says which of them are wanted in part. Raises ``Corrupt`` with
-    the file's name, what was expected and what was found, or ``StoreError``. With ``peers`` all of them call this alike, and
-    when one fails the others raise ``RankFailure``, unless it has failed after the last byte.
+    Tensors are fresh; tied ones are the same object. ``land`` says which of them are wanted in part; peers are ``Partners``
+    then. Raises ``Corrupt`` with the file's name, what was expected and what was found, or ``StoreError``. With ``peers``
+    all call this alike, and when one fails the others raise ``RankFailure``, unless it has failed after the last byte.
     """
     names = manifest.parts if parts is None else parts
     with without_collections():
@@ -111,7 +111,7 @@ def _read(
         needed = [files[name] for name in names if name not in left_out]
         pages = Pages(sum(file.bytes for file in needed))
         if peers is not None and land is not whole:
-            return _read_scattered(store, directory, needed, wanted, wholes, peers)
+            return _read_scattered(store, directory, needed, wanted, wholes, cast("Partners", peers))
         targets = {file: Target(wholes[name]) for name, part in wanted.items() for file in part.files}
         if in_pieces:
             shards = _read_in_pieces(store, directory, needed, targets, pages, peers)
@@ -129,7 +129,7 @@ def _read_scattered(
     files: Sequence[FileInfo],
     wanted: Mapping[str, Part],
     wholes: Mapping[str, Wholes],
-    peers: Peers,
+    peers: Partners,
 ) -> dict[str, "_Verified"]:
     """The parts of each rank, from files that are read once. The files have the checksums that the manifest says: that says
     as much as the digests, for which each rank would need all bytes."""

@@ -5,7 +5,7 @@ Whatever goes wrong on one of them, all stop after the same round.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,12 +27,6 @@ class Peers(Protocol):
 
     def exchange(self, own: torch.Tensor, found: Sequence[torch.Tensor]) -> None:
         """Fills ``found`` with every rank's bytes, by rank. All have the same size."""
-
-    def hand_out(self, own: torch.Tensor, sizes: list[int], found: torch.Tensor, sizes_found: list[int]) -> None:
-        """Gives each rank its part of ``own``, by rank, and fills ``found`` with what each has for this one."""
-
-    def all_gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank, on every rank."""
 
 
 def raise_for(ranks: Iterable[int]) -> None:

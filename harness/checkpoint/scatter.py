@@ -8,7 +8,7 @@ theirs. A byte for everybody says whether anything has gone wrong: after a round
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,16 @@ ROUND_BYTES = 64 << 20  # of all pieces of a round; a rank holds its own, and at
 _PIECE_BYTES = 16 << 20  # however few they are
 _FLAG_BYTES = 16  # so that the items behind it are aligned
 _HEADER_BYTES = 64 << 10  # of a file, that are asked for first
+
+
+class Partners(Peers, Protocol):
+    """Ranks of which each wants something else."""
+
+    def hand_out(self, own: torch.Tensor, sizes: list[int], found: torch.Tensor, sizes_found: list[int]) -> None:
+        """Gives each rank its part of ``own``, by rank, and fills ``found`` with what each has for this one."""
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank, on every rank."""
 
 
 class _Source(NamedTuple):
@@ -81,7 +91,7 @@ def scattered(
     files: Sequence[FileInfo],
     parts: Mapping[str, str],
     wholes: Mapping[str, Wholes],
-    peers: Peers,
+    peers: Partners,
 ) -> dict[str, dict[TensorInfo, torch.Tensor]]:
     """Reads files together with ``peers`` into the memory of ``wholes``, each of its part (``parts`` has them by file), and
     returns the further tensors of each part. All ranks call it alike.
@@ -119,7 +129,7 @@ def _sources(file: FileInfo, header: bytes, wholes: Wholes, tensors: dict[Tensor
 # --- the headers -----------------------------------------------------------------------------------------------------
 
 
-def _headers(store: Store, directory: str, files: Sequence[FileInfo], peers: Peers) -> list[bytes]:
+def _headers(store: Store, directory: str, files: Sequence[FileInfo], peers: Partners) -> list[bytes]:
     """The first bytes of each file, up to the first tensor's; each rank reads some. They are verified with the rest."""
     problem: HarnessError | None = None
     own: list[bytes] = []
@@ -190,7 +200,7 @@ class _Scatter:
         directory: str,
         files: Sequence[_File],
         wanted: Sequence[Mapping[Any, tuple[Any, Any]]],
-        peers: Peers,
+        peers: Partners,
     ) -> None:
         self.store, self.directory, self.peers = store, directory, peers
         self.wanted = [{key: Box(*box) for key, box in each.items()} for each in wanted]

@@ -14,12 +14,13 @@ class Decision:
 
     stop: bool = False
     save: bool = False
+    settled: int = 0  # the step of rank 0's newest save that has ended, twice, and 1 if it is durable; 0: nothing new
 
 
 class NoLoop:
     """Between two loops."""
 
-    def decide(self, *, save_is_wanted: bool) -> Decision:  # noqa: ARG002
+    def decide(self, *, save_is_wanted: bool, settled: int = 0) -> Decision:  # noqa: ARG002
         raise ConfigError("run.step() was called outside of a loop over run.epochs() or run.steps(); call it inside")
 
     def finish(self) -> None:
@@ -30,17 +31,18 @@ class Agreement:
     """Makes one decision of all ranks' stop requests, notices from the cloud, and wishes for a save."""
 
     def __init__(self, world: World, stop: StopRequest, watcher: Watcher) -> None:
-        self._rounds = Maximum(world, wants=2)
+        self._rounds = Maximum(world, wants=3)
         self._stop, self._watcher = stop, watcher
 
-    def decide(self, *, save_is_wanted: bool) -> Decision:
-        """What is to be done at this step boundary; this rank's wish counts now or at one of the next ones."""
+    def decide(self, *, save_is_wanted: bool, settled: int = 0) -> Decision:
+        """What is to be done at this step boundary; this rank's wish counts now or at one of the next ones. ``settled`` is
+        that of ``Decision``, as far as this rank knows."""
         if (notice := self._watcher.poll()) is not None and notice.kind == "stop":
             self._stop.ask(notice.text)
-        stop, save = self._rounds.exchange(bool(self._stop), save_is_wanted)
+        stop, save, settled = self._rounds.exchange(bool(self._stop), save_is_wanted, settled)
         if stop:
             self._stop.settled = "stop"
-        return _DECISIONS[bool(stop), bool(save)]
+        return _DECISIONS[bool(stop), bool(save)] if not settled else Decision(bool(stop), bool(save), settled)
 
     def finish(self) -> None:
         """Waits for what is under way, after the last step."""

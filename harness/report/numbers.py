@@ -173,6 +173,7 @@ NOTES = {
     "save_failed": "failed_saves",
     "skip": "skipped_saves",
     "fallback": "fallbacks",
+    "kept": "kept_states",
     "nonfinite": "nonfinite_steps",
     "straggler": "stragglers",
 }

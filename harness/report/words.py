@@ -94,6 +94,8 @@ def note(record: Record) -> str:
             return f"step {record['step']}: the previous save was still being written"
         case "fallback":
             return f"{record['directory']}: {record['why']}"
+        case "kept":
+            return f"step {record['step']}: rank {record['rank']} on {record['host']}, which ended with: {record['why']}"
         case "nonfinite":
             return f"step {record['step']}: {record['policy']}, samples {str(record['samples'])[:60]}"
     times = f"{record['seconds']:.3g} s of work in a step, others {record['median_seconds']:.3g} s"

@@ -39,6 +39,8 @@ class StopRequest:
         """How this process ends, once that is known: what becomes of the other ranks no longer matters then."""
         self.before_leaving: Callable[[], None] = lambda: None
         """What the training still wants to finish if the process must leave without it. Called in another thread."""
+        self.keep: Callable[[float], None] = lambda _seconds: None
+        """Keeps the state, in at most the given seconds, when the grace is nearly over. Called in another thread."""
         self._before: dict[int, Any] = {}  # the handlers that ours have replaced
         self._bell: _Bell | None = None
 

@@ -214,7 +214,8 @@ class State:
             part.restore(checked[part.name], saved)
         self.edits.reset()
         last, best = dict(training["last"]), dict(training["best"])
-        self.progress = Progress(step, int(training["epoch"]), last, best, int(training.get("finished_loops", 0)))
+        loops, is_trained = int(training.get("finished_loops", 0)), bool(training.get("evaluates_first"))
+        self.progress = Progress(step - is_trained, int(training["epoch"]), last, best, loops, evaluates_first=is_trained)
 
     def _of_rank(self, parts: Mapping[str, Mapping[str, Any]], rank: int) -> dict[str, Mapping[str, Any]]:
         """The parts of a checkpoint as a rank has them. Raises ``Mismatch`` where they are not those of this state."""

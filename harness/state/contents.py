@@ -20,7 +20,7 @@ class Contents:
     """The objects that a state has, and those that they have."""
 
     def __init__(self, parts: Mapping[str, Part]) -> None:
-        self._parts = parts
+        self.parts = parts
         self.loaders = [part.live for part in parts.values() if isinstance(part.live, Loader | DataLoader)]
         self.has_scaler = any(isinstance(part.live, torch.amp.GradScaler) for part in parts.values())
         # An object of the program's own may keep a position in the data, too.
@@ -28,14 +28,14 @@ class Contents:
 
     def objects(self) -> set[int]:
         """The ids of the objects, and of those that they have as attributes."""
-        lives = [part.live for part in self._parts.values()]
+        lives = [part.live for part in self.parts.values()]
         held = [each for live in lives for each in (live, *attributes(live).values())]
         held += [item for each in held if isinstance(each, list | tuple) for item in each]
         return {id(each) for each in held}
 
     def places(self) -> set[int]:
         """The addresses of the tensors."""
-        return {dtensors.address_of(tensor) for part in self._parts.values() for tensor in part.tensors()}
+        return {dtensors.address_of(tensor) for part in self.parts.values() for tensor in part.tensors()}
 
     def marks(self) -> dict[str, Any]:
         """By part, what shows that something has changed it, at little cost: plain values, and the versions of tensors.
@@ -43,7 +43,7 @@ class Contents:
         Modules, optimizers and loaders are left out, which change in each step.
         """
         found = {}
-        for name, part in self._parts.items():
+        for name, part in self.parts.items():
             if not isinstance(part.live, nn.Module | Optimizer | DataLoader | Loader):
                 encoded = tree.encode(part.capture(), name)
                 versions = {
@@ -57,12 +57,12 @@ class Contents:
 
         torch's schedulers, and those of others that follow them, note the rate that they begin with in the optimizer.
         """
-        others = [part.live for part in self._parts.values() if not isinstance(part.live, nn.Module | Optimizer)]
+        others = [part.live for part in self.parts.values() if not isinstance(part.live, nn.Module | Optimizer)]
         held = [each for other in others for each in (other, *attributes(other).values())]
         scheduled = {id(plain_optimizer(attributes(each).get("optimizer"))) for each in held}
         return [
             name
-            for name, part in self._parts.items()
+            for name, part in self.parts.items()
             if isinstance(part.live, Optimizer)
             if id(part.live) not in scheduled and any("initial_lr" in group for group in part.live.param_groups)
         ]

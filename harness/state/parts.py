@@ -72,6 +72,8 @@ class Progress:
     last: dict[str, float] = field(default_factory=dict)  # the newest metrics, the training loss among them
     best: dict[str, float] = field(default_factory=dict)  # the metrics and the step of the best evaluation
     finished_loops: int = 0  # of the program's loops, that are over although they have not come to their own end
+    random_keys: list[list[int]] | None = None  # by rank; none yet where it is empty, None where states are carried on
+    evaluates_first: bool = False  # the next step is trained already, but not evaluated
 
 
 def part_of(

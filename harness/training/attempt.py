@@ -11,13 +11,22 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from harness.checkpoint.catalog import Catalog
+from harness.checkpoint.format import Attempt as AttemptId
+from harness.checkpoint.kept import MEMORY, KeptPlace, remove_rubbish, where
 from harness.checkpoint.staging import HostMemory
-from harness.config import Config, RunConfig
+from harness.config import CheckpointConfig, Config, RunConfig
 from harness.distributed.world import World, has_lost_a_peer, is_timeout
 from harness.errors import ConfigError, HarnessError, StoreError
 from harness.launcher import outcome
 from harness.runtime.console import here
-from harness.runtime.environment import began, launch_id, launcher_began, restarts
+from harness.runtime.environment import (
+    began,
+    is_first_of_node,
+    is_under_torchrun,
+    launch_id,
+    launcher_began,
+    restarts,
+)
 from harness.runtime.watchdog import Watchdog
 from harness.state.capture import State
 from harness.storage.store import open_store
@@ -44,6 +53,10 @@ class Attempt:
     saves: Saves = field(default_factory=Saves)
     record_crash: Callable[[Crash], None] = lambda _crash: None
     next: "Callable[[], Attempt] | None" = None  # where there is something to roll back to
+
+    def keep(self, why: str, seconds: float | None = None) -> None:
+        """Keeps the last step boundary, since the process is about to end. Any thread may call it; raises nothing."""
+        self.saves.keeper.keep(why, seconds)
 
     def remember(self, error: BaseException) -> None:
         """Leaves a record of an error in the training code, or in a sample, for the attempts to come."""
@@ -79,6 +92,7 @@ class Attempt:
 
     def end_soon(self, grace_seconds: float, watchdog: Watchdog | NoWatchdog) -> None:
         """Another rank has died, and the process leaves: a save under way is worth some time. Called in any thread."""
+        self.keep("another rank has failed")
         self.saves.let_end(grace_seconds)
         self.events.flush()
         if watchdog.is_reporting:  # it ends the process when it is done
@@ -88,6 +102,7 @@ class Attempt:
         """Ends what is under way: a save that can be finished soon is worth it. ``left_at`` is the step at which the loop
         was left before its end."""
         self.saves.give_up_after(grace_seconds)
+        self.saves.keeper.close()
         if left_at is not None:
             self.saves.warn_of_lost_steps(left_at)
         self.events.close()
@@ -120,25 +135,37 @@ def first_of(context: RunContext, *, fresh: bool) -> Attempt:
     return attempt
 
 
-def _begin(context: RunContext, catalog: Catalog, memory: HostMemory, *, skip_newest: bool = False) -> Attempt:
-    """Claims an attempt, resumes, and makes sure that all ranks hold the same."""
+def _begin(
+    context: RunContext, catalog: Catalog, memory: HostMemory, *, skip_newest: bool = False, is_rollback: bool = False
+) -> Attempt:
+    """Claims an attempt, resumes, and makes sure that all ranks hold the same. A rollback goes to what is durable."""
     world, config, state = context.world, context.config, context.state
     about: dict[str, Any] = {"launch": launch_id(), "world_size": world.size, "host": platform.node()}
     about |= {"pid": os.getpid(), "began": began(), "restarts": restarts(), "launcher_began": launcher_began()}
     claimed = resume.on_first(world, lambda: catalog.attempts.claim(about, resumes=True))
+    first, url = resume.on_first(world, lambda: (catalog.attempts.first, where(catalog.store)))
+    place = _kept_place(config.checkpoint, url, first, world)
     events = EventLog(config, active=world.rank == 0, attempt=claimed.id, store=catalog.store)
     attempt = Attempt(
         events,
         context.course.place,
         record_crash=functools.partial(crashes.record_crash, catalog, claimed),
-        next=functools.partial(_begin, context, catalog, memory),
+        next=functools.partial(_begin, context, catalog, memory, is_rollback=True),
     )
     with attempt.remembering():
-        resumed = resume.resume(world, catalog, state, how=config.checkpoint.restore, skip_newest=skip_newest)
+        if place is not None and is_first_of_node():
+            remove_rubbish(place)
+            if is_rollback:
+                place.forget()
+        how, found_in = config.checkpoint.restore, None if is_rollback else place
+        resumed = resume.resume(world, catalog, state, how=how, skip_newest=skip_newest, place=found_in)
         if resumed is NEW:
             _start_anew(context, events)
+        elif config.checkpoint.random == "derived" and resumed.random_keys is not None:
+            # With other ranks the streams start anew.
+            state.progress.random_keys = resumed.random_keys if state.random_to_restore else []
         resume.check_lockstep(world, state, context.about, resumed=resumed is not NEW)
-        saves = Checkpointing(context, claimed, catalog, resumed, events, memory)
+        saves = Checkpointing(context, claimed, catalog, resumed, events, memory, place)
         _log_begin(events, claimed.number, resumed, catalog.store.url, world, state.progress.step)
     if world.rank == 0 and not context.policy.has_intervals:
         log.warning(
@@ -151,17 +178,28 @@ def _begin(context: RunContext, catalog: Catalog, memory: HostMemory, *, skip_ne
 def _log_begin(events: EventLog, number: int, resumed: Resumed, url: str, world: World, step: int) -> None:
     for directory, why in resumed.skipped.items():
         events.emit("fallback", "", directory=directory, why=why)  # which was logged when it was found
+    if kept := resumed.kept:
+        who = f"rank {kept.get('rank')} on {kept.get('host')}"
+        about = {name: kept[name] for name in ("rank", "host", "why") if name in kept}
+        events.emit("kept", f"step {resumed.step}  kept by {who}: {kept.get('why')}", step=resumed.step, **about)
     outcome.resumed(step)
     is_new = resumed is NEW
-    where = f"starting in {url}" if is_new else f"resuming from {resumed.directory}"
+    what = f"starting in {url}" if is_new else f"resuming from {resumed.directory}"
     events.emit(
         "start" if is_new else "resume",
-        f"attempt {number}: {where}, {world.size} x {world.device.type} ({world.backend}), step {step}",
+        f"attempt {number}: {what}, {world.size} x {world.device.type} ({world.backend}), step {step}",
         step=step,
         directory=resumed.directory or None,
         lineage=[(ancestor.attempt, ancestor.until_step) for ancestor in resumed.lineage],
         world_size=world.size,
     )
+
+
+def _kept_place(checkpoint: CheckpointConfig, url: str, first: AttemptId, world: World) -> KeptPlace | None:
+    """Where this machine keeps states of the run, if it does."""
+    if checkpoint.keep is None or (checkpoint.keep == "auto" and world.size == 1 and not is_under_torchrun()):
+        return None
+    return KeptPlace.of(MEMORY if checkpoint.keep == "auto" else checkpoint.keep, url, first)
 
 
 def _log_differences(config: RunConfig, state: State) -> None:
@@ -174,5 +212,6 @@ def _log_differences(config: RunConfig, state: State) -> None:
 
 def _start_anew(context: RunContext, events: EventLog) -> None:
     """Gives a new run what it is to begin with."""
+    context.state.progress.random_keys = [] if context.config.checkpoint.random == "derived" else None
     if what := context.initialize():
         events.emit("init", what)

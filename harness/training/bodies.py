@@ -18,8 +18,8 @@ from harness.training.save_policy import Due
 class Bodies:
     """Follows the bodies of the steps of a loop.
 
-    ``on_end`` is called with what is due when a body has ended, ``on_more`` when a loader shows that, and ``fence`` before
-    the loop may change what a save is still copying.
+    ``on_over`` is called when a body has ended, and then ``on_end`` where something is due, with that; ``on_more`` before,
+    when a loader shows that it has; and ``fence`` before the loop may change what a save is still copying.
     """
 
     def __init__(
@@ -29,10 +29,11 @@ class Bodies:
         *,
         fence: Callable[[], None],
         on_more: Callable[[], None],
+        on_over: Callable[[], None],
         on_end: Callable[[Due], None],
     ) -> None:
         self._state, self._loader = state, loader
-        self._fence, self._on_more, self._on_end = fence, on_more, on_end
+        self._fence, self._on_more, self._on_over, self._on_end = fence, on_more, on_over, on_end
         self._always_show = False  # the ends of the bodies of this loop
         self.ends_show = False
         """Whether the loop comes back here, or to a loader that tells, when it has done with a step."""
@@ -68,6 +69,10 @@ class Bodies:
         if due:
             self._due = max(self._due, due)
 
+    def save_next(self) -> None:
+        """Has a save made at the end of the next body."""
+        self._due = max(self._due, Due.SAVE)
+
     def save_at_end(self) -> None:
         """Has a save made at the end of this body; at once where that has come, and nobody sees the next one."""
         if self._is_open:
@@ -83,6 +88,7 @@ class Bodies:
     def end(self, due: Due = Due.NOTHING) -> None:
         """The loop has done with a step, and with all that it does after it: now is the time for what is due."""
         due, self._due, self._is_open = self._due or due, Due.NOTHING, False
+        self._on_over()
         if due:
             self._on_end(due)
 
@@ -94,6 +100,4 @@ class Bodies:
         """The loop asks for another batch, from the Loader in the state or from the loader that is ``asked``."""
         if self._is_open and asked is self._trained_from:
             self._on_more()
-            self._is_open = False
-            if self._due:
-                self.end()
+            self.end()

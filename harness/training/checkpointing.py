@@ -10,18 +10,20 @@ import harness
 from harness.checkpoint import commit
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Attempt as AttemptId
+from harness.checkpoint.kept import KeptPlace
 from harness.checkpoint.plan import Writers
 from harness.checkpoint.retention import Retention
-from harness.checkpoint.saver import Saver, SaveRequest
+from harness.checkpoint.saver import Saved, Saver, SaveRequest
 from harness.checkpoint.sharding import Sharding
 from harness.checkpoint.staging import HostMemory
 from harness.checkpoint.tree import Encoded
 from harness.config import RunConfig
 from harness.distributed.world import World
 from harness.runtime.environment import is_first_of_node
-from harness.state.parts import TRAINING
+from harness.state.parts import RANDOM, TRAINING
 from harness.telemetry.events import EventLog
 from harness.training import observer, resume
+from harness.training.keeper import keeper_for
 from harness.training.resume import Resumed
 from harness.training.run_context import RunContext
 from harness.training.save_log import SaveLog
@@ -41,6 +43,7 @@ class Checkpointing(Saves):
         resumed: Resumed,
         events: EventLog,
         memory: HostMemory,
+        place: KeptPlace | None = None,
     ) -> None:
         self._attempt, self._catalog = attempt, catalog
         self._state, self._about, self._policy = context.state, context.about, context.policy
@@ -61,9 +64,11 @@ class Checkpointing(Saves):
             memory=memory,
             memory_limit_bytes=checkpoint.memory_limit_bytes,
             before_commit=events.flush,
-            on_failure=self._log.failed,
+            on_failure=self._failed,
             proofs=PROOFS,
         )
+        self.keeper = keeper_for(context, attempt, resumed, place)
+        self.is_first_due = bool(resumed.kept)
         self._has_saved = False  # in this attempt
         self._last_time = time.monotonic()
 
@@ -73,16 +78,25 @@ class Checkpointing(Saves):
         self._saver.fence()
 
     def poll(self) -> None:
-        self._log.committed(self._saver.poll())
+        self._note(self._saver.poll())
+
+    def _note(self, saved: Saved | None) -> None:
+        self._log.committed(saved)
+        if saved is not None:
+            self.settled = 2 * saved.step + 1
+
+    def _failed(self, step: int, error: str) -> None:
+        self._log.failed(step, error)
+        self.settled = 2 * step
 
     def wait(self) -> None:
-        _on_writers(self._world, self._is_writer, lambda: self._log.committed(self._saver.wait()))
+        _on_writers(self._world, self._is_writer, lambda: self._note(self._saver.wait()))
 
     def let_end(self, seconds: float) -> None:
         self._saver.let_end(seconds)
 
     def give_up_after(self, seconds: float) -> None:
-        self._log.committed(self._saver.give_up_after(seconds))
+        self._note(self._saver.give_up_after(seconds))
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
@@ -131,6 +145,8 @@ class Checkpointing(Saves):
         meta = describe()
         ranks = self._world.gather(self._state.capture_rank())
         self._last_time = time.monotonic()
+        if self._config.checkpoint.when_busy == "wait":  # or else rank 0 alone knows whether one begins
+            self.keeper.saving(self._state.progress.step)
         directory = self._choose_directory(must_succeed=must_succeed)
         if directory is None:
             return
@@ -167,11 +183,13 @@ class Checkpointing(Saves):
     ) -> None:
         """Saves this rank's share. What is each rank's own, rank 0 has of all ``ranks``."""
         checkpoint, progress, saver = self._config.checkpoint, self._state.progress, self._saver
-        self._log.committed(saver.wait())
+        self._note(saver.wait())
         parts: dict[str, Any] = self._state.capture() if sharded is None else {**sharded[0]}
         sharding = None if sharded is None else sharded[1]
         if ranks is not None:
             parts |= {name: {str(rank): each[name] for rank, each in enumerate(ranks)} for name in ranks[0]}
+            for rank, keys in enumerate(progress.random_keys or ()):
+                parts[RANDOM][str(rank)]["keys"] = keys
         best = int(progress.best["step"]) if checkpoint.keep_best and progress.best else None
         whole = {
             **self._about,
@@ -185,7 +203,7 @@ class Checkpointing(Saves):
         self._log.begun(progress.step)
         observer.current.saving(directory)
         if must_succeed or checkpoint.mode == "sync":
-            self._log.committed(saver.save(parts, request, must_succeed=must_succeed))
+            self._note(saver.save(parts, request, must_succeed=must_succeed))
         else:
             saver.begin(parts, request, overlap=checkpoint.overlap, check=checkpoint.check_snapshots)
 

@@ -1,10 +1,12 @@
 """What is done about a run that hangs: its stacks are written beside the checkpoints, and the process ends."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 
 from harness.config import RunConfig
+from harness.data.loader import nothing
 from harness.distributed.world import leave_at_once
 from harness.runtime.console import print_error
 from harness.runtime.environment import rank
@@ -22,13 +24,15 @@ class NoWatchdog:
 
 
 @contextlib.contextmanager
-def watching(config: RunConfig) -> Iterator[Watchdog | NoWatchdog]:
-    """A watchdog for the time of the training, where one is wanted."""
+def watching(config: RunConfig, keep: Callable[[], None] = nothing) -> Iterator[Watchdog | NoWatchdog]:
+    """A watchdog for the time of the training, where one is wanted. It calls ``keep`` before it ends the process."""
     limits = config.watchdog
     if limits.timeout_seconds is None:
         yield NoWatchdog()
         return
-    watchdog = Watchdog(limits.timeout_seconds, limits.first_step_seconds, _report_to(config), _leave)
+    watchdog = Watchdog(
+        limits.timeout_seconds, limits.first_step_seconds, _report_to(config), functools.partial(_leave, keep)
+    )
     try:
         yield watchdog
     finally:
@@ -52,6 +56,7 @@ def _report_to(config: RunConfig) -> Callable[[str], None]:
     return report
 
 
-def _leave() -> None:
+def _leave(keep: Callable[[], None]) -> None:
+    keep()
     time.sleep(1)  # the other ranks hang with this one and finish their reports now; the first to leave ends them all
     leave_at_once(1)

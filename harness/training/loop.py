@@ -59,9 +59,14 @@ def train(config: Config, task: Task, world: World, stop: StopRequest, *, fresh:
     with contextlib.closing(run):
         try:
             for _ in run.steps(trainer.total_steps):
-                trainer.advance(run)
+                progress = run.state.progress
+                # An attempt before this one may have died between the training of a step and its boundary.
+                is_trained, progress.evaluates_first = progress.evaluates_first, False
+                if not is_trained:
+                    trainer.advance(run)
+                run.trained()
                 trainer.evaluate_if_due(run)
-                run.step(loss=trainer.mean_loss())
+                run.step(**({} if is_trained else {"loss": trainer.mean_loss()}))
         except Exception as error:
             run.remember_crash(error)
             raise
@@ -216,6 +221,8 @@ class _Trainer:
         epochs = (self.loader.position.trained_epoch, self.loader.epoch)
         due = step >= self.total_steps or is_due(step, epochs, every.every_steps, every.every_epochs)
         if self.task.evaluation is not None and due:
+            parallel.share_buffers(self.model, self.task.model, self.world)
+            run.evaluating()
             values = self.evaluate()
             run.evaluated(self.task.evaluation.metric, values, higher_is_better=self.task.evaluation.higher_is_better)
             if _waits_for_evaluations(self.scheduler):
@@ -225,7 +232,6 @@ class _Trainer:
         """Judges the model in ``eval()`` mode and leaves it, and the random states, as they were."""
         before = random_state(self.world.device)
         modes = [(module, module.training) for module in self.task.model.modules()]
-        parallel.share_buffers(self.model, self.task.model, self.world)
         self.task.model.eval()
         try:
             with torch.no_grad(), self.autocast():

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("harness")
 
 _LOOK_SECONDS = 0.1
+_LAST_OF_GRACE = 0.3  # in which the last step boundary is kept, if no other comes
 _MOST_LOOKS = 10_000  # calls: an error that a program passes over in silence is not waited for for ever
 OnError = Callable[[BaseException], None]
 
@@ -67,13 +68,17 @@ class Program:
 
     def _leave_in_time(self, over: threading.Event) -> None:
         """Ends the process when the grace is over, or as soon as the signal turns out to be another rank's death."""
-        deadline = math.inf
+        deadline, has_kept = math.inf, False
         while True:
             if not self.stop.settled and another_has_failed():
                 with contextlib.suppress(Exception):  # leaving comes first
                     self.stop.before_leaving()
                 _leave(RankFailure("another rank has failed; this rank exits, too"), speaks=is_first_of_node())
             deadline = min(deadline, time.monotonic() + self.grace_seconds)
+            left_seconds = deadline - time.monotonic()
+            if not self.stop.settled and not has_kept and left_seconds < _LAST_OF_GRACE * self.grace_seconds:
+                has_kept = True
+                self.stop.keep(max(left_seconds - _LOOK_SECONDS, 0.0))
             if time.monotonic() > deadline:
                 _leave(self._late(), speaks=True)
             if over.wait(_LOOK_SECONDS):

@@ -9,14 +9,16 @@ owner to decide. Random states come last, and nothing is trained until all ranks
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
 from harness.checkpoint import load, places
-from harness.checkpoint.catalog import Catalog, Entry
-from harness.checkpoint.format import Ancestor
+from harness.checkpoint.catalog import Catalog, Entry, SaveName, saves_among
+from harness.checkpoint.format import Ancestor, Attempt
+from harness.checkpoint.kept import KeptPlace, Unusable, kept_of, that_count
+from harness.checkpoint.relay import Peers
 from harness.distributed.world import World
 from harness.errors import (
     CheckpointError,
@@ -30,6 +32,8 @@ from harness.errors import (
 from harness.state.capture import State
 from harness.state.modules import some
 from harness.state.parts import RANDOM
+from harness.storage.store import Store
+from harness.telemetry import journal
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +47,9 @@ class Resumed:
     lineage: list[Ancestor]
     save_seconds: float | None  # what a save took then, where that is known
     skipped: Mapping[str, str]  # newer checkpoints that it does not go on from, and why
+    stands_on: tuple[str, int] | None = None  # attempt and step of the newest durable checkpoint, where there is one
+    kept: Mapping[str, Any] = field(default_factory=dict)  # of a state that was kept: by which rank, and why
+    random_keys: list[list[int]] | None = None  # by rank; None where random states were carried on
 
 
 NEW = Resumed("", 0, [], None, {})
@@ -56,40 +63,52 @@ def resume(
     *,
     how: Literal["auto", "each", "shared"] = "each",
     skip_newest: bool = False,
+    place: KeptPlace | None = None,
 ) -> Resumed:
     """Restores the newest checkpoint that all ranks can read; ``NEW`` when the run has none at all.
 
     One that does not fit the live state is a ``Mismatch``. ``how`` it is read is ``checkpoint.restore`` of the
-    configuration. ``skip_newest`` takes the checkpoint before the newest whole one, if there is one. Raises
+    configuration. ``skip_newest`` takes the checkpoint before the newest whole one, if there is one. What the ranks have
+    kept in ``place`` counts as checkpoints do; a machine that has kept nothing is given it by one that has. Raises
     ``NoCheckpoint`` when there are checkpoints and none is whole.
     """
-    entries = _each(world, catalog)
+    is_sharded = any(world.all_gather(state.sharded.is_sharded))
+    entries = _each(world, catalog, {} if place is None or is_sharded else _kept(world, catalog, place))
     skipped: dict[str, str] = {}
     if skip_newest:
         entries = _without_newest(entries, skipped)
-    is_sharded = any(world.all_gather(state.sharded.is_sharded))
     shared = world.size > 1 and (how == "shared" or (how == "auto" and (is_sharded or not catalog.store.is_local)))
     land = state.sharded.land() if is_sharded else places.whole
     agree = functools.partial(_refuse_together, world) if is_sharded else None
-    storage_failed = False
+    storage_failed, lost = False, 0
     for entry in entries:
-        parts, problems, was_storage = _read_together(world, catalog, entry, shared=shared, land=land)
+        store = catalog.store
+        peers: Peers | None = world if shared else None
+        if entry.holders:
+            assert place is not None, "it was found there"
+            store, peers = place.store, Holders.among(world, entry.holders)
+        parts, problems, was_storage = _read_together(world, store, entry, peers=peers, land=land)
         if problems:
-            storage_failed = storage_failed or was_storage
+            storage_failed = storage_failed or (was_storage and not entry.holders)
             skipped[entry.directory] = why = "; ".join(problems)
             log.error("NOT resuming from %s: %s", entry.directory, why)
+            lost += not entry.holders
             continue
         assert parts is not None, "no rank reported a problem"
         assert entry.manifest is not None
-        _restore(world, f"{catalog.store.url}/{entry.directory}", entry, parts, state, agree)
+        _restore(world, f"{store.url}/{entry.directory}", entry, parts, state, agree)
         lineage = [*entry.manifest.lineage, Ancestor(entry.manifest.attempt, entry.step)]
         on_first(world, functools.partial(_log_other_lines, catalog, entry, skipped))
-        return Resumed(entry.directory, entry.step, lineage, save_seconds(entry.manifest.meta), skipped)
+        kept = kept_of(entry) if entry.holders else {}
+        stands_on = kept.get("stands_on") if kept else (entry.manifest.attempt, entry.step)
+        seconds = save_seconds(entry.manifest.meta)
+        stood = stands_on and (*stands_on,)
+        return Resumed(entry.directory, entry.step, lineage, seconds, skipped, stood, kept, _keys_in(parts[RANDOM]))
     if storage_failed:  # what cannot be read today is not corrupt
         raise StoreError(f"{catalog.store.url}: no checkpoint could be read: {'; '.join(problems)}", transient=True)
-    if skipped:
+    if lost:
         raise NoCheckpoint(
-            f"{catalog.store.url}: expected a whole checkpoint, found {len(skipped)} corrupt ones; "
+            f"{catalog.store.url}: expected a whole checkpoint, found {lost} corrupt ones; "
             "restore one of them or start a run at another URL"
         )
     return NEW
@@ -120,6 +139,12 @@ def _restore(
     state.random_to_restore = parts[RANDOM].get(str(world.rank), {}) if is_alike else {}
 
 
+def _keys_in(states: Mapping[str, Any]) -> list[list[int]] | None:
+    """The keys of the ranks' random streams in a checkpoint, by rank; None where it has none."""
+    found = [states[str(rank)].get("keys") for rank in range(len(states)) if str(rank) in states]
+    return [list(keys) for keys in found] if found and all(found) else None
+
+
 def _refuse_together(world: World, problem: Mismatch | None) -> None:
     """Raises, on every rank, the ``Mismatch`` that one of them has found."""
     found = world.all_gather(str(problem) if problem else "")
@@ -127,10 +152,56 @@ def _refuse_together(world: World, problem: Mismatch | None) -> None:
         raise problem or Mismatch(what)
 
 
-def _each(world: World, catalog: Catalog) -> Iterator[Entry]:
+def _kept(world: World, catalog: Catalog, place: KeptPlace) -> dict[SaveName, Entry]:
+    """What ranks have kept on their machines and counts, on rank 0. All ranks call it."""
+    own: list[Entry] = []
+    try:
+        own = place.entries()
+    except (Unusable, CheckpointError, StoreError) as error:
+        log.warning("what is kept on this machine is not used: %s", error)
+    found = world.all_gather(own)
+    if world.rank or not any(found):
+        return {}
+    counting, refused = that_count(catalog, found, functools.partial(_may_have_committed, catalog))
+    newest = max((*counting, *saves_among(catalog.store.names())), default=None)
+    for save, why in refused.items():
+        if newest is None or save > newest:
+            log.warning("NOT resuming from %s, which is kept on this machine or another one: %s", save.directory, why)
+    return counting
+
+
+def _may_have_committed(catalog: Catalog, attempt: Attempt, step: int) -> bool:
+    """Whether an attempt may have committed a save: its events, which it writes before it commits, tell of it."""
+    told = journal.read_records(catalog.store, attempt).get(attempt, [])
+    return any(each["event"] == "saving" and each.get("step") == step for each in told)
+
+
+class Holders:
+    """The ranks as ``load.read`` knows them, where some of them alone can read: what those are given goes to all."""
+
+    def __init__(self, world: World, holders: Sequence[int]) -> None:
+        self._world, self._holders = world, holders
+        self.size = len(holders)
+        self.rank = holders.index(world.rank) if world.rank in holders else self.size
+
+    @classmethod
+    def among(cls, world: World, holders: Sequence[int]) -> "Holders | None":
+        """None where each rank can read for itself."""
+        return None if len(holders) == world.size else cls(world, holders)
+
+    def exchange(self, own: torch.Tensor, found: Sequence[torch.Tensor]) -> None:
+        """Gathers from all ranks, since each says in its first byte whether it has failed."""
+        rows = torch.empty((self._world.size, len(own)), dtype=torch.uint8, device="cpu")
+        self._world.exchange(own, [*rows])
+        for place, holder in zip(found, self._holders, strict=True):
+            place.copy_(rows[holder])
+        found[0][0] = rows[:, 0].max()
+
+
+def _each(world: World, catalog: Catalog, kept: Mapping[SaveName, Entry]) -> Iterator[Entry]:
     """What the run may resume from, best first, on every rank. Rank 0 looks at each when it is asked for: the others wait no
     longer than that takes, however many there are."""
-    candidates = catalog.candidates() if world.rank == 0 else iter(())
+    candidates = catalog.candidates(kept=kept) if world.rank == 0 else iter(())
     while (entry := on_first(world, lambda: next(candidates, None))) is not None:
         yield entry
 
@@ -230,14 +301,14 @@ def on_first(world: World, function: Any) -> Any:
 
 
 def _read_together(
-    world: World, catalog: Catalog, entry: Entry, *, shared: bool, land: places.Land
+    world: World, store: Store, entry: Entry, *, peers: Peers | None, land: places.Land
 ) -> tuple[dict[str, Any] | None, Sequence[str], bool]:
     """What this rank read, the problems of all ranks, and whether one is the storage's: where there are any, nobody uses
     anything."""
     parts, problem, is_storage = None, entry.problem, False
     if entry.manifest is not None and not problem:
         try:
-            parts = load.read(catalog.store, entry.directory, entry.manifest, peers=world if shared else None, land=land)
+            parts = load.read(store, entry.directory, entry.manifest, peers=peers, land=land)
         except (CheckpointError, StoreError) as error:
             problem, is_storage = f"{error} (rank {world.rank})", isinstance(error, StoreError)
         except RankFailure:  # the rank that has failed says why

@@ -118,6 +118,8 @@ class Run:
             self._attempt = attempt.first_of(context, fresh=fresh)
             self.stop.before_leaving = lambda: self._attempt.end_soon(self.config.stop.grace_seconds, self._watchdog)
             self._closing.callback(setattr, self.stop, "before_leaving", nothing)
+            self.stop.keep = lambda seconds: self._attempt.keep("no step boundary within the grace", seconds)
+            self._closing.callback(setattr, self.stop, "keep", lambda _seconds: None)
         if reopen:
             self.state.progress.finished_loops = 0
         observer.current.begun(self)
@@ -156,11 +158,14 @@ class Run:
         Raises ``StoreError`` after too many failed saves in a row, ``Superseded`` if a newer attempt trains this run,
         ``Stopped`` (see the class), and ``ConfigError`` if the ranks pass different metrics.
         """
-        decision = self._decisions.decide(save_is_wanted=self._attempt.saves.is_wanted())
+        saves = self._attempt.saves
+        decision = self._decisions.decide(save_is_wanted=saves.is_wanted(), settled=saves.settled)
+        if decision.settled:
+            saves.keeper.settled(*divmod(decision.settled, 2))
         step, epoch = self._loop.reach_boundary(metrics, decision)
         self._attempt.events.reached(step, epoch)
         outcome.reached(step)
-        self._attempt.saves.poll()
+        saves.poll()
         self._watchdog.step()
         observer.current.reached(self, metrics)
         self._loop.end_unseen()
@@ -173,6 +178,7 @@ class Run:
         self._attempt.saves.wait()
         if not self._attempt.saves.has_end():
             self._attempt.saves.save(self._loop.describe_save, must_succeed=True)
+        self._attempt.saves.keeper.forget()
         message = f"done: step {self.global_step}  {metrics_in_words(self.state.progress.last)}"
         self.tell("done", message, step=self.global_step)
         self._attempt.events.flush()
@@ -191,6 +197,15 @@ class Run:
     def tell(self, event: str, message: str, /, **values: Any) -> None:
         """Logs an event on rank 0: ``message`` for people, the values for programs."""
         self._attempt.events.emit(event, message, **values)
+
+    def trained(self) -> None:
+        """Says that a step is trained, and that only an evaluation comes before ``step``. For ``harness train``, which
+        begins with that evaluation where an attempt has died in it."""
+        self._loop.trained()
+
+    def evaluating(self) -> None:
+        """Says that such an evaluation begins. All ranks have the buffers of rank 0."""
+        self._loop.evaluating()
 
     def can_roll_back(self) -> bool:
         """Whether there is a checkpoint to return to. All ranks call it."""
@@ -215,6 +230,7 @@ class Run:
         if error is not self._error and not isinstance(error, Stopped):
             self._error = error
             self.stop.settled = "error"
+            self._attempt.keep(type(error).__name__)
             self._attempt.remember(error)
 
     def close(self) -> None:
@@ -230,7 +246,7 @@ class Run:
         cloud = self.config.preemption.watch if is_first_of_node() else "none"
         with (
             self._host.loop(self, self.config.stop.grace_seconds),
-            watching(self.config) as self._watchdog,
+            watching(self.config, lambda: self._attempt.keep("a hang")) as self._watchdog,
             Watcher(cloud, self.config.preemption.base_url) as watcher,
         ):
             self._decisions = Agreement(self.world, self.stop, watcher)
@@ -248,6 +264,7 @@ class Run:
         """What is due at the end of a step's body."""
         self._attempt.saves.save(self._loop.describe_save, must_succeed=due is Due.STOP)
         if due is Due.STOP:
+            self._attempt.saves.keeper.forget()
             self._decisions.finish()
             saved = "which is saved" if self.config.checkpoint.url else "and nothing is saved: there is no checkpoint.url"
             reason = outcome.stop_reason() or self.stop.reason or "on another rank"

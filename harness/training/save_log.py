@@ -19,7 +19,7 @@ class SaveLog:
     def __init__(self, context: RunContext, resumed: Resumed, events: EventLog) -> None:
         self._course, self._events, self._stop = context.course, events, context.config.stop
         self._is_first = context.world.rank == 0
-        self.step, self.directory = resumed.step, resumed.directory
+        self.step, self.directory = (0, "") if resumed.kept else (resumed.step, resumed.directory)
         self.seconds = resumed.save_seconds if self._is_first else None  # what the last save took, on rank 0
         self._has_warned = False
         self._warn_if_slow()

@@ -3,9 +3,15 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from harness.training.keeper import NoKeeper
+
 
 class Saves:
     """The saves of an attempt; of this very class where the run has no URL, and nothing is saved."""
+
+    keeper = NoKeeper()
+    is_first_due = False  # the first boundary is to be saved: what the attempt has resumed from is not durable
+    settled = 0  # of the newest save that has ended, as this rank knows: its step twice, and 1 if it is durable
 
     def fence(self) -> None:
         """Called before anything may change what a save may still be copying."""

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from harness import Evaluation, Run, StopRequest, Task
 from harness.data.schedule import Cursor, Schedule
+from harness.data.seeding import seed_everything
 from harness.state.ddp_buckets import BucketOrder
 from harness.tasks import gpt
 from tests.support.cluster import (
@@ -348,7 +349,7 @@ def hooked(world, place: Path):
     wraps, and whose gradients pass through hooks of parameters and a communication hook."""
     found = []
     for url, steps in (("straight", 4), ("halves", 2), ("halves", 4)):
-        torch.manual_seed(SEED)
+        seed_everything(SEED)
         plain = nn.Sequential(nn.Linear(6, 300), nn.Tanh(), nn.Linear(300, 3))
         unsaved: list[None] = []  # which nobody puts back
         for parameter in plain.parameters():

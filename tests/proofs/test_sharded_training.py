@@ -132,7 +132,7 @@ pytestmark = [pytest.mark.torchrun, pytest.mark.soak]
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Mapping[str, list[Any]]:
-    return scenes_played(__file__, tmp_path_factory.mktemp("sharded"), 4)
+    return scenes_played(__file__, tmp_path_factory.mktemp("sharded"))
 
 
 @pytest.mark.parametrize(("kind", "ranks"), CASES)

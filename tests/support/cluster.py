@@ -170,14 +170,15 @@ def launch(
     env: Mapping[str, str] | None = None,
 ) -> Iterator[Run]:
     """Starts ``harness train`` with a configuration and further arguments, in ``directory``: on ``ranks`` processes under
-    torchrun, or as one plain process. The configuration gets a ``log`` section where it has none, and each snapshot of
-    its state is checked. With another ``command`` and no configuration, starts that."""
+    torchrun, or as one plain process. The configuration gets a ``log`` section where it has none, each snapshot of
+    its state is checked, and nothing is kept in memory. With another ``command`` and no configuration, starts that."""
     directory.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex
     log = directory / "log.jsonl"
     if config is not None:
         path = directory / f"config-{token[:8]}.yaml"
-        checked = {"checkpoint": {"check_snapshots": True, **config["checkpoint"]}} if "checkpoint" in config else {}
+        careful = {"check_snapshots": True, "keep": None}  # most tests are about what is durable
+        checked = {"checkpoint": {**careful, **config["checkpoint"]}} if "checkpoint" in config else {}
         path.write_text(json.dumps({"log": {"every_steps": 1, "jsonl": str(log)}, **config, **checked}, indent=1))
         arguments = (str(path), *arguments)
     launcher = [*torchrun(ranks, agent), f"--max-restarts={max_restarts}"] if ranks else []

@@ -121,6 +121,7 @@ def test_the_numbers_are_those_of_the_docs(report):
         "failed_saves": 0,
         "skipped_saves": 0,
         "fallbacks": 1,
+        "kept_states": 0,
         "nonfinite_steps": 0,
         "stragglers": 0,
         "doubts": [],

@@ -12,6 +12,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 from harness import Run, StopRequest
+from harness.data.seeding import seed_everything
 from harness.state.capture import State
 from harness.state.ddp_buckets import BucketOrder
 from tests.support.cluster import newest
@@ -28,7 +29,7 @@ def one_rank():
 
 
 def net() -> nn.Module:
-    torch.manual_seed(0)
+    seed_everything(0)
     return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
 
 

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, StepLR
 from torch.utils.data import TensorDataset
 
 from harness import Evaluation, Run, StopRequest, Task, save
+from harness.data.seeding import seed_everything
 from harness.distributed.world import TorchrunWorld
 from harness.errors import ConfigError, Mismatch, Unsupported
 from harness.state.capture import State
@@ -210,7 +211,7 @@ def test_a_model_that_leaves_its_frozen_base_out_is_told_what_that_means(tmp_pat
 def test_an_adapter_alone_in_the_state(tmp_path):
     """The way that docs/guides/your-loop.md names: the trained parameters as a module of their own."""
     for expected in (0, 2):
-        torch.manual_seed(0)
+        seed_everything(0)
         model = Adapted()
         trained = nn.ParameterDict(
             {name.replace(".", "/"): each for name, each in model.named_parameters() if each.requires_grad}
@@ -269,7 +270,7 @@ def test_modules_that_have_their_own_way_go_on(tmp_path, kind):
 
     def train(url: Path, *steps: int) -> dict[str, str]:
         for until in steps:
-            torch.manual_seed(5)
+            seed_everything(5)
             model = nn.Sequential(nn.Linear(2, 2), OWN_WAYS[kind]())
             optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
             run = run_of({"model": model, "optimizer": optimizer}, url)
@@ -294,7 +295,7 @@ def grown(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 
 def growing(url: Path, steps: int, **options: Any) -> tuple[Run, torch.optim.Optimizer]:
     """A program whose optimizer gets a group before step 2."""
-    torch.manual_seed(1)
+    seed_everything(1)
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     optimizer = torch.optim.Adam(model[0].parameters(), lr=0.1)
 
@@ -482,7 +483,7 @@ def test_an_optimizer_within_another(tmp_path, monkeypatch, wrap):
 
     def train(url: Path, *steps: int) -> dict[str, Any]:
         for until in steps:
-            torch.manual_seed(2)
+            seed_everything(2)
             model = nn.Linear(2, 2)
             inner = torch.optim.Adam(model.parameters(), lr=0.1)
             optimizer = wrap(inner)
@@ -580,7 +581,7 @@ def test_a_default_device_of_the_programs(tmp_path):
     """What harness makes for itself lies in the host's memory, whatever the program has new tensors lie in."""
     digests = []
     for default, url, steps in (("cpu", "straight", 4), ("meta", "halves", 2), ("meta", "halves", 4)):
-        torch.manual_seed(0)
+        seed_everything(0)
         model = nn.Linear(2, 2)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         batch = torch.ones(2)

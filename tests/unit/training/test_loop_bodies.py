@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from harness import Loader, Run, StopRequest
+from harness.data.seeding import seed_everything
 from harness.errors import Stopped
 from tests.support.cluster import newest
 
@@ -43,7 +44,7 @@ class Program:
     def __init__(
         self, url: Path, loop: Callable, *, die_at: int | None = None, stop_at: int | None = None, **options
     ) -> None:
-        torch.manual_seed(3)
+        seed_everything(3)
         self.model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(0.2), nn.Linear(4, 1))
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.1)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 1, 0.7)

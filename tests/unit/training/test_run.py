@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import harness
 from harness import Loader, Run, StopRequest
+from harness.data.seeding import seed_everything
 from harness.distributed.world import SoloWorld
 from harness.errors import ConfigError, Mismatch, NoCheckpoint, Stopped, StoreError, Unsupported
 from tests.support.cluster import newest
@@ -33,7 +34,7 @@ class Script:
         every_steps: int | None = None,
         **options,
     ):
-        torch.manual_seed(3)
+        seed_everything(3)
         self.model = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.2), nn.Linear(4, 1))
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.1)
         self.loader = Loader(TensorDataset(torch.randn(SAMPLES, 2)), batch, seed=3)
@@ -335,7 +336,7 @@ def test_anything_with_a_state(tmp_path):
 def test_an_optimizer_of_two_modules(tmp_path):
     """Its state is filed under the names of both."""
     for _ in range(2):
-        torch.manual_seed(0)
+        seed_everything(0)
         one, two = nn.Linear(1, 1), nn.Linear(1, 1)
         optimizer = torch.optim.Adam([*one.parameters(), *two.parameters()])
         state = {"one": one, "two": two, "optimizer": optimizer}

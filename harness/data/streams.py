@@ -1,0 +1,53 @@
+"""Random streams that are derived anew at each step boundary: from a key of each generator and the step.
+
+So a rank that has the keys knows the state of every generator at a boundary: one that survives knows the streams of those
+that have died. A key is a hash of the generator's own state when the run began. Ranks whose generators were alike then
+draw alike for ever, and others do not: a program may rely on either.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from harness.data.seeding import PROCESS, mix, state_of
+
+Keys = Sequence[int]  # of a rank's generators, in this order: Python's, NumPy's, torch's, the device's
+
+
+def keys_here(device: torch.device) -> list[int]:
+    """The keys of this process's generators as they are now."""
+    states = [random.getstate(), PROCESS["numpy"].get_state(), torch.default_generator.get_state()]
+    states += [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [xxhash.xxh3_64_intdigest(_bytes_of(state)) >> 1 for state in states]
+
+
+def _bytes_of(state: Any) -> bytes:
+    if isinstance(state, torch.Tensor):
+        return state.numpy().tobytes()
+    return b"".join(each.tobytes() if isinstance(each, np.ndarray) else repr(each).encode() for each in state)
+
+
+def seed_streams(keys: Keys, step: int, device: torch.device) -> None:
+    """Begins the streams of a step. It asks the generators themselves: ``torch.manual_seed`` takes half a millisecond."""
+    random.seed(mix(keys[0], step))
+    np.random.seed(mix(keys[1], step) & 0xFFFFFFFF)  # noqa: NPY002  # the global generator is the one that users draw from
+    torch.default_generator.manual_seed(mix(keys[2], step))
+    if len(keys) > 3 and device.type == "cuda":
+        torch.cuda.default_generators[_index_of(device)].manual_seed(mix(keys[3], step))
+
+
+def stream_states(keys: Keys, step: int, device: torch.device) -> dict[str, Any]:
+    """What ``random_state`` gives on the rank that has these keys, when the streams of a step have just begun."""
+    numpy = np.random.RandomState(mix(keys[1], step) & 0xFFFFFFFF)
+    torchs = torch.Generator(device="cpu").manual_seed(mix(keys[2], step))
+    found = {"python": random.Random(mix(keys[0], step)), "numpy": numpy, "torch": torchs}
+    cuda = torch.Generator(device=device).manual_seed(mix(keys[3], step)).get_state() if len(keys) > 3 else None
+    return {**{name: state_of(each) for name, each in found.items()}, "cuda": cuda}
+
+
+def _index_of(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
