@@ -28,7 +28,7 @@ from harness.data.seeding import random_state, seed_everything
 from harness.data.streams import keys_here, seed_streams, stream_states
 from harness.errors import StoreError
 from harness.storage.store import Store, open_store
-from harness.training import keeper, resume
+from harness.training import loose, resume
 from tests.support.states import bits
 
 CPU = torch.device("cpu")
@@ -263,7 +263,7 @@ def test_what_a_forward_pass_changes_is_copied_while_it_is_small(tmp_path, monke
     assert kept_steps(tmp_path / "small") == [6]
     Training(tmp_path / "small", model=Counting(4)).train()
     assert digests(tmp_path / "small") == digests(tmp_path / "straight")
-    monkeypatch.setattr(keeper, "SMALL_BYTES", 1000)
+    monkeypatch.setattr(loose, "SMALL_BYTES", 1000)
     die(tmp_path / "large", 7, model=Counting(400))
     assert kept_steps(tmp_path / "large") == []
     assert "model.seen changed outside of optimizer.step()" in caplog.text
