@@ -135,8 +135,9 @@ class CheckpointConfig(_Section):
     """Refuse a ``url`` without a checkpoint (exit code 66). This finds a mistyped URL or a disk that is not mounted."""
     every_steps: int | None = Field(default=None, ge=1)
     """Save every this many optimizer steps."""
-    every_seconds: float | None = Field(default=None, gt=0)
-    """Save every this many seconds, by rank 0's clock."""
+    every_seconds: Annotated[float, Field(gt=0)] | Literal["auto"] | None = None
+    """Save every this many seconds, by rank 0's clock. ``auto``: the interval that loses least time, from what saves cost
+    and from the run's own deaths."""
     every_epochs: int | None = Field(default=None, ge=1)
     """Save every this many epochs. The end of the run is always saved."""
     keep_last: int | None = Field(default=None, ge=1)
@@ -375,7 +376,7 @@ def _validated(model: type[C], value: Any, where: str) -> C:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}{line}" for line in map(_describe_mistake, error.errors()))) from None
+        raise ConfigError("\n".join(f"{where}{line}" for line in _describe_mistakes(error.errors()))) from None
 
 
 def parse_overrides(
@@ -408,9 +409,28 @@ def _may_be_secret(path: str) -> bool:
     return "storage_option" in path or is_secret_name(path)
 
 
-def _describe_mistake(error: ErrorDetails) -> str:
+# What pydantic puts behind a key that may have values of several kinds: the one that was tried.
+_KIND = re.compile(r"constrained-\w+|literal\[.*\]|function-\w+\[.*\]|str|float|int|bool")
+
+
+def _describe_mistakes(errors: Iterable[ErrorDetails]) -> Iterator[str]:
+    """A line about each thing that is wrong. Where a value of several kinds would do, there is an error for each of them."""
+    by_key: dict[tuple[Any, ...], list[ErrorDetails]] = {}
+    for error in errors:
+        key = error["loc"]
+        by_key.setdefault(key[:-1] if len(key) > 1 and _KIND.fullmatch(str(key[-1])) else key, []).append(error)
+    for key, found in by_key.items():
+        path = ".".join(map(str, key))
+        lines = [_describe_mistake(each, path) for each in found]
+        expected = [line.partition(": expected ")[2].rpartition(", found ") for line in lines]
+        if len(lines) == 1 or not all(separator for _, separator, _ in expected):
+            yield from lines
+        else:
+            yield f"{path}: expected {' or '.join(what for what, _, _ in expected)}, found {expected[0][2]}"
+
+
+def _describe_mistake(error: ErrorDetails, path: str) -> str:
     """One line about one thing that is wrong."""
-    path = ".".join(str(key) for key in error["loc"])
     match error["type"]:
         case "relation":
             return f"{path}: {error['msg']}"

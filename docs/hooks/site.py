@@ -121,6 +121,8 @@ def _type(schema: dict) -> str:
     """A type in words: ``integer, at least 1, or null``."""
     if "anyOf" in schema:
         return ", or ".join(_type(each) for each in schema["anyOf"])
+    if "const" in schema:
+        return f"`{schema['const']}`"
     if "enum" in schema:
         return " or ".join(f"`{value}`" for value in schema["enum"])
     name = {"object": "mapping", "array": "list"}.get(schema["type"], schema["type"])

@@ -23,6 +23,7 @@ from harness.runtime.environment import is_first_of_node
 from harness.state.parts import RANDOM, TRAINING
 from harness.telemetry.events import EventLog
 from harness.training import observer, resume
+from harness.training.interval import Deaths, Interval, deaths_before
 from harness.training.keeper import keeper_for
 from harness.training.resume import Resumed
 from harness.training.run_context import RunContext
@@ -67,7 +68,9 @@ class Checkpointing(Saves):
             on_failure=self._failed,
             proofs=PROOFS,
         )
-        self.keeper = keeper_for(context, attempt, resumed, place)
+        self._is_auto = checkpoint.every_seconds == "auto" and world.rank == 0
+        self._auto = Interval(deaths_before(catalog, attempt, resumed) if self._is_auto else Deaths())
+        self.keeper = keeper_for(context, attempt, resumed, place, lambda: self._auto.deaths)
         self.is_first_due = bool(resumed.kept)
         self._has_saved = False  # in this attempt
         self._last_time = time.monotonic()
@@ -78,12 +81,15 @@ class Checkpointing(Saves):
         self._saver.fence()
 
     def poll(self) -> None:
+        self._auto.step(is_saving=self._saver.is_busy)
         self._note(self._saver.poll())
 
     def _note(self, saved: Saved | None) -> None:
         self._log.committed(saved)
         if saved is not None:
             self.settled = 2 * saved.step + 1
+            if (changed := self._auto.saved(saved)) is not None and self._is_auto:
+                self._log.interval(changed)
 
     def _failed(self, step: int, error: str) -> None:
         self._log.failed(step, error)
@@ -136,7 +142,7 @@ class Checkpointing(Saves):
 
     def is_wanted(self) -> bool:
         seconds = time.monotonic() - self._last_time
-        return self._saver.must_repeat or (self._world.rank == 0 and self._policy.is_overdue(seconds))
+        return self._saver.must_repeat or (self._world.rank == 0 and self._policy.is_overdue(seconds, self._auto.seconds))
 
     def save(self, describe: Callable[[], Mapping[str, Any]], *, must_succeed: bool) -> None:
         if not self._has_saved:
@@ -195,6 +201,7 @@ class Checkpointing(Saves):
             **self._about,
             **meta,
             **resume.conditions(self._world, self._state),
+            "deaths": self._auto.deaths.as_json(),
             "save_seconds": self._log.seconds,  # the save before this one; None at the first
             "python": platform.python_version(),
             "harness": harness.__version__,

@@ -20,7 +20,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +41,7 @@ from harness.state.parts import RANDOM, TRAINING, OtherPart, Part
 from harness.telemetry.events import as_json
 from harness.torch_private import version
 from harness.training import resume
+from harness.training.interval import Deaths
 from harness.training.loose import SMALL_BYTES, Loose
 from harness.training.resume import Resumed
 from harness.training.run_context import RunContext
@@ -81,14 +82,16 @@ class NoKeeper:
         """Takes the hooks away."""
 
 
-def keeper_for(context: RunContext, attempt: Attempt, resumed: Resumed, place: KeptPlace | None) -> NoKeeper:
+def keeper_for(
+    context: RunContext, attempt: Attempt, resumed: Resumed, place: KeptPlace | None, deaths: Callable[[], Deaths]
+) -> NoKeeper:
     """The keeper of an attempt. Says once why a run cannot have one. All ranks call it."""
     if place is None:
         return NoKeeper()
     why = _why_not(context)
     if why and context.world.rank == 0:
         log.info("a rank that survives keeps nothing: %s", why)
-    return NoKeeper() if why else Keeper(context, attempt, resumed, place)
+    return NoKeeper() if why else Keeper(context, attempt, resumed, place, deaths)
 
 
 def _why_not(context: RunContext) -> str:
@@ -117,7 +120,15 @@ class _Boundary:
 class Keeper(NoKeeper):
     """Notes each boundary of an attempt, and keeps the last one."""
 
-    def __init__(self, context: RunContext, attempt: Attempt, resumed: Resumed, place: KeptPlace) -> None:
+    def __init__(
+        self,
+        context: RunContext,
+        attempt: Attempt,
+        resumed: Resumed,
+        place: KeptPlace,
+        deaths: Callable[[], Deaths],
+    ) -> None:
+        self._deaths = deaths
         self._context, self._attempt, self._place = context, attempt, place
         self._lineage, self._stands_on = resumed.lineage, resumed.stands_on
         self._world, self._state = context.world, context.state
@@ -294,6 +305,7 @@ class Keeper(NoKeeper):
             "epoch": boundary.shown_epoch,
             "metrics": {"last": as_json(training["last"]), "best": as_json(training["best"])},
             **self._conditions,
+            "deaths": self._deaths().as_json(),
             "python": platform.python_version(),
             "harness": harness.__version__,
             KEPT: {

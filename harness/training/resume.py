@@ -50,6 +50,7 @@ class Resumed:
     stands_on: tuple[str, int] | None = None  # attempt and step of the newest durable checkpoint, where there is one
     kept: Mapping[str, Any] = field(default_factory=dict)  # of a state that was kept: by which rank, and why
     random_keys: list[list[int]] | None = None  # by rank; None where random states were carried on
+    meta: Mapping[str, Any] = field(default_factory=dict)  # of the manifest
 
 
 NEW = Resumed("", 0, [], None, {})
@@ -103,7 +104,8 @@ def resume(
         stands_on = kept.get("stands_on") if kept else (entry.manifest.attempt, entry.step)
         seconds = save_seconds(entry.manifest.meta)
         stood = stands_on and (*stands_on,)
-        return Resumed(entry.directory, entry.step, lineage, seconds, skipped, stood, kept, _keys_in(parts[RANDOM]))
+        keys, meta = _keys_in(parts[RANDOM]), entry.manifest.meta
+        return Resumed(entry.directory, entry.step, lineage, seconds, skipped, stood, kept, keys, meta)
     if storage_failed:  # what cannot be read today is not corrupt
         raise StoreError(f"{catalog.store.url}: no checkpoint could be read: {'; '.join(problems)}", transient=True)
     if lost:

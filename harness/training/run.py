@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -50,7 +50,8 @@ class Run:
                 run.step(loss=loss)
 
     Every rank makes the run with the same arguments, after ``init_process_group`` and after it has wrapped the model. The
-    run saves every ``every_steps`` steps, ``every_seconds`` seconds and ``every_epochs`` epochs, and at the end. It keeps
+    run saves every ``every_steps`` steps, ``every_seconds`` seconds (``"auto"``: at the interval that loses least time) and
+    ``every_epochs`` epochs, and at the end. It keeps
     the last ``keep_last`` checkpoints (None: all). A save, or a stop, waits until the loop asks for its next batch, or for
     the next epoch after the last batch. So a checkpoint holds everything that the body of the loop has done. ``config``
     takes the sections of ``harness train``: ``{"checkpoint": {…}, "watchdog": {…}}``.
@@ -76,7 +77,7 @@ class Run:
         state: Mapping[str, Any],
         *,
         every_steps: int | None = None,
-        every_seconds: float | None = None,
+        every_seconds: float | Literal["auto"] | None = None,
         every_epochs: int | None = None,
         keep_last: int | None = None,
         config: Mapping[str, Any] | RunConfig | None = None,

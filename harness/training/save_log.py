@@ -1,6 +1,7 @@
 """Logs the saves of an attempt, and knows which one was committed last."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 
 from harness.checkpoint.saver import Saved
@@ -47,6 +48,12 @@ class SaveLog:
         message = f"step {self._course.shown(saved.step)}  saved {saved.directory} {times}"
         self._events.emit("save", message, **asdict(saved))
         self._warn_if_slow()
+
+    def interval(self, changed: Mapping[str, float]) -> None:
+        """``checkpoint.every_seconds: auto`` means another interval from now on."""
+        cost_seconds, between_hours = changed["cost_seconds"], changed["between_deaths_seconds"] / 3600
+        because = f"a save costs {cost_seconds:.3f} s, and {between_hours:.1f} h are expected between deaths"
+        self._events.emit("interval", f"saving every {changed['seconds']:.0f} s from now on: {because}", **changed)
 
     def warn_of_lost_steps(self, step: int) -> None:
         """Says so where what came before ``step`` is not saved, and the loop was left."""

@@ -1,6 +1,7 @@
 """When a run saves: decided from numbers alone, without a clock."""
 
 import enum
+import math
 from dataclasses import dataclass
 
 from harness.config import CheckpointConfig
@@ -21,9 +22,10 @@ class SavePolicy:
 
     config: CheckpointConfig
 
-    def is_overdue(self, seconds: float) -> bool:
-        """Whether another save is due, ``seconds`` after the last one."""
-        return self.config.every_seconds is not None and seconds >= self.config.every_seconds
+    def is_overdue(self, seconds: float, auto_seconds: float = math.inf) -> bool:
+        """Whether another save is due, ``seconds`` after the last one; ``auto_seconds`` is what ``auto`` means now."""
+        every = auto_seconds if self.config.every_seconds == "auto" else self.config.every_seconds
+        return every is not None and seconds >= every
 
     def due(self, step: int, epochs: tuple[int, int], *, is_asked: bool, is_best: bool, is_stop: bool) -> Due:
         """What follows from the boundary of ``step``. ``epochs`` are those of the boundary before and of this one.
