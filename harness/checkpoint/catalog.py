@@ -62,7 +62,7 @@ class Catalog:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.attempts = Attempts(store)
-        self._names: list[str] = []  # as ``candidates`` has found them
+        self.found: list[str] = []  # the names, as ``candidates`` has found them
         self._opened: dict[str, Manifest] = {}  # committed directories are never modified: a look at their objects will do
 
     def names(self) -> list[str]:
@@ -101,13 +101,13 @@ class Catalog:
     ) -> list[Entry]:
         """What saves are now. An object store tells the objects of many in one request; ``among`` are all that lie there."""
         if not self.store.has_ranges:
-            return self.for_each(functools.partial(self._look, seen=seen), saves)
+            return self.for_each(functools.partial(self.look, seen=seen), saves)
         wanted = {save.directory for save in saves}
         listed: dict[str, dict[str, int]] = {directory: {} for directory in wanted}
         for beginning in beginnings(sorted(wanted.union(among or ())), wanted):
             for directory, objects in self.objects(beginning).items():
                 listed.get(directory, {}).update(objects)
-        return self.for_each(lambda save: self._look(save, seen, listed[save.directory]), saves)
+        return self.for_each(lambda save: self.look(save, seen, listed[save.directory]), saves)
 
     def objects(self, beginning: str = "step-") -> dict[str, dict[str, int]]:
         """The objects, with their sizes in bytes, of each save whose name begins so. For object stores alone."""
@@ -116,12 +116,8 @@ class Catalog:
             found.setdefault(name.partition("/")[0], {})[name] = size_bytes
         return found
 
-    def look(self, save: SaveName, objects: Mapping[str, int] | None = None) -> Entry:
-        """What a save is now; its objects need not be listed where they are given."""
-        return self._look(save, objects=objects)
-
-    def _look(self, save: SaveName, seen: Seen | None = None, objects: Mapping[str, int] | None = None) -> Entry:
-        """What a save is now. The names of its objects go to ``seen``."""
+    def look(self, save: SaveName, seen: Seen | None = None, objects: Mapping[str, int] | None = None) -> Entry:
+        """What a save is now. Its objects are not listed if they are given; their names go to ``seen``."""
         directory, objects = save.directory, self.store.list(save.directory) if objects is None else objects
         if seen is not None:
             seen[directory] = {*objects}
@@ -143,7 +139,7 @@ class Catalog:
         """What a save is, without another look at one that was whole."""
         if (manifest := self._opened.get(save.directory)) is not None:
             return Entry(save.directory, save.step, save.attempt, "whole", manifest)
-        return self._look(save)
+        return self.look(save)
 
     def is_committed(self, directory: str) -> bool:
         """Whether a save has a manifest now."""
@@ -151,7 +147,7 @@ class Catalog:
 
     def open(self, directory: str) -> Manifest:
         """The manifest of a checkpoint. Raises ``Corrupt`` or ``UnknownFormat``; ``NoCheckpoint`` when there is none."""
-        return self._decode(directory, self.store.get(f"{directory}/{MANIFEST}", MANIFEST_LIMIT_BYTES))
+        return _decoded(self.store.url, directory, self.store.get(f"{directory}/{MANIFEST}", MANIFEST_LIMIT_BYTES))
 
     def _read(self, directory: str, size_bytes: int) -> Manifest:
         """As ``open``, in one request: the size is known from a listing."""
@@ -159,21 +155,7 @@ class Catalog:
             text = self.store.read_range(f"{directory}/{MANIFEST}", 0, min(size_bytes, MANIFEST_LIMIT_BYTES))
         except FileNotFoundError:
             text = None
-        return self._decode(directory, text)
-
-    def _decode(self, directory: str, text: bytes | None) -> Manifest:
-        if text is None:
-            raise NoCheckpoint(f"{self.store.url}/{directory}: there is no {MANIFEST}")
-        try:
-            manifest = Manifest.decode(text)
-        except CheckpointError as error:
-            raise type(error)(f"{directory}/{error}") from None
-        if parse_directory(directory) != (manifest.step, Attempt(manifest.attempt)):
-            raise Corrupt(
-                f"{directory}/{MANIFEST}: expected the step and the attempt in the directory's name, found "
-                f"step {manifest.step}, attempt {manifest.attempt}"
-            )
-        return manifest
+        return _decoded(self.store.url, directory, text)
 
     def add(self, directory: str, manifest: Manifest) -> None:
         """Tells of a checkpoint that was committed, and its manifest read back, just now."""
@@ -190,9 +172,9 @@ class Catalog:
         """
         names = self.attempts.saves_after_claim()
         names, way, is_empty, kept = self.names() if names is None else names, Line(), True, kept or {}
-        self._names = names
+        self.found = names
         for save in saves_among([*names, *(save.directory for save in kept)]):
-            if way.may_have(save.attempt, save.step) and way.take(entry := kept.get(save) or self._look(save, seen)):
+            if way.may_have(save.attempt, save.step) and way.take(entry := kept.get(save) or self.look(save, seen)):
                 is_empty = False
                 yield entry
         strange = sorted(name for name in names if name.startswith("step-") and not parse_directory(name))
@@ -241,10 +223,20 @@ class Catalog:
             transient=True,
         )
 
-    def further(self, newest: Entry) -> list[Entry]:
-        """What goes further than the newest checkpoint of the line, and is not on it: the last whole one of each other
-        line. Of the saves that were there when the newest was found among the ``candidates``."""
-        return beyond(saves_among(self._names), newest.step, self._look)
+
+def _decoded(url: str, directory: str, text: bytes | None) -> Manifest:
+    if text is None:
+        raise NoCheckpoint(f"{url}/{directory}: there is no {MANIFEST}")
+    try:
+        manifest = Manifest.decode(text)
+    except CheckpointError as error:
+        raise type(error)(f"{directory}/{error}") from None
+    if parse_directory(directory) != (manifest.step, Attempt(manifest.attempt)):
+        raise Corrupt(
+            f"{directory}/{MANIFEST}: expected the step and the attempt in the directory's name, found "
+            f"step {manifest.step}, attempt {manifest.attempt}"
+        )
+    return manifest
 
 
 def _only_grew(before: Seen | None, seen: Seen, found: Entry) -> bool:
@@ -296,6 +288,12 @@ def line(entries: Iterable[Entry]) -> Iterator[Entry]:
     """Of all saves, the latest attempt's first, those that a run may resume from."""
     way = Line()
     return (entry for entry in entries if way.take(entry))
+
+
+def further(catalog: Catalog, newest: Entry) -> list[Entry]:
+    """What goes further than the newest checkpoint of the line, and is not on it: the last whole one of each other line. Of
+    the saves that were there when the newest was found among the ``candidates``."""
+    return beyond(saves_among(catalog.found), newest.step, catalog.look)
 
 
 def beyond(saves: Iterable[SaveName], step: int, look: Callable[[SaveName], Entry]) -> list[Entry]:

@@ -59,7 +59,7 @@ class Pruner:
         listed = catalog.objects() if catalog.store.has_ranges else None
         saves = saves_among(catalog.names() if listed is None else listed)
         last = max({*catalog.attempts.all(), *(save.attempt for save in saves)}, default=None)
-        look = functools.cache(lambda save: catalog.look(save, None if listed is None else listed[save.directory]))
+        look = functools.cache(lambda save: catalog.look(save, objects=None if listed is None else listed[save.directory]))
         kept = self._kept(saves, retention, best_step, look)
         old = {*self._old(saves, kept, look)}
 

@@ -235,6 +235,14 @@ class ModulePart(Part):
         restore_model(self.live, sent(saved, self.device), checkpoint[TRAINING]["module_versions"].get(self.name))
 
 
+def _parameters_of(optimizer: Optimizer) -> list[torch.Tensor]:
+    return [each for group in optimizer.param_groups for each in group["params"]]
+
+
+def _has_sharded(optimizer: Optimizer) -> bool:
+    return any(map(dtensors.is_sharded, _parameters_of(optimizer)))
+
+
 class OptimizerPart(Part):
     checked, restored = 2, 1
     is_named = resets = True
@@ -277,23 +285,21 @@ class OptimizerPart(Part):
     def capture(self) -> dict[str, Any]:
         attributes = self.attributes.changed()
         state = optimizer_state(self.live, self.owner)
-        if self._is_sharded():
+        if _has_sharded(self.live):
             check_sharded_state(state, self.parameters())
         return {**state, **({"attributes": attributes} if attributes else {})}
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        return tensors_in([self._parameters(), *self.live.state.values()]) if self._is_sharded() else super().tensors()
-
-    def _parameters(self) -> list[torch.Tensor]:
-        return [each for group in self.live.param_groups for each in group["params"]]
-
-    def _is_sharded(self) -> bool:
-        return any(map(dtensors.is_sharded, self._parameters()))
+        return (
+            tensors_in([_parameters_of(self.live), *self.live.state.values()])
+            if _has_sharded(self.live)
+            else super().tensors()
+        )
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """Those that the optimizer has, by their plain names."""
         names = parameter_names(self.live, self.owner)
-        return dict(zip(names, self._parameters(), strict=True))
+        return dict(zip(names, _parameters_of(self.live), strict=True))
 
     def landing(self, path: str, shape: tuple[int, ...], live: Mapping[str, torch.Tensor]) -> dtensors.Landing | None:
         """State that has its parameter's shape goes where the parameter is: there may be none yet."""
@@ -309,8 +315,8 @@ class OptimizerPart(Part):
 
     def check(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         checked = check_optimizer(self.live, self.owner, saved)
-        parameters = self._parameters()
-        if not self._is_sharded():
+        parameters = _parameters_of(self.live)
+        if not _has_sharded(self.live):
             return checked
         state = {
             key: {name: _as_live(each, parameters[key], name) if _dims(each) else each for name, each in values.items()}

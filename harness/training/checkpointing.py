@@ -13,7 +13,7 @@ from harness.checkpoint.format import Attempt as AttemptId
 from harness.checkpoint.kept import KeptPlace
 from harness.checkpoint.plan import Writers
 from harness.checkpoint.retention import Retention
-from harness.checkpoint.saver import Saved, Saver, SaveRequest
+from harness.checkpoint.saver import Saver, SaveRequest
 from harness.checkpoint.sharding import Sharding
 from harness.checkpoint.staging import HostMemory
 from harness.checkpoint.tree import Encoded
@@ -49,7 +49,9 @@ class Checkpointing(Saves):
         self._attempt, self._catalog = attempt, catalog
         self._state, self._about, self._policy = context.state, context.about, context.policy
         self._world, self._config = world, config = context.world, context.config
-        self._log = SaveLog(context, resumed, events)
+        is_auto = config.checkpoint.every_seconds == "auto" and world.rank == 0
+        self._auto = Interval(deaths_before(catalog, attempt, resumed) if is_auto else Deaths())
+        self._log = SaveLog(context, resumed, events, self._auto if is_auto else None)
         self._is_sharded = context.state.sharded.is_sharded
         checkpoint, store, writers = config.checkpoint, catalog.store, _writers(world, config, all_of_them=self._is_sharded)
         self._is_writer = world.rank in writers.ranks  # else nothing is ever under way here
@@ -65,11 +67,9 @@ class Checkpointing(Saves):
             memory=memory,
             memory_limit_bytes=checkpoint.memory_limit_bytes,
             before_commit=events.flush,
-            on_failure=self._failed,
+            on_failure=self._log.failed,
             proofs=PROOFS,
         )
-        self._is_auto = checkpoint.every_seconds == "auto" and world.rank == 0
-        self._auto = Interval(deaths_before(catalog, attempt, resumed) if self._is_auto else Deaths())
         self.keeper = keeper_for(context, attempt, resumed, place, lambda: self._auto.deaths)
         self.is_first_due = bool(resumed.kept)
         self._has_saved = False  # in this attempt
@@ -82,27 +82,20 @@ class Checkpointing(Saves):
 
     def poll(self) -> None:
         self._auto.step(is_saving=self._saver.is_busy)
-        self._note(self._saver.poll())
+        self._log.committed(self._saver.poll())
 
-    def _note(self, saved: Saved | None) -> None:
-        self._log.committed(saved)
-        if saved is not None:
-            self.settled = 2 * saved.step + 1
-            if (changed := self._auto.saved(saved)) is not None and self._is_auto:
-                self._log.interval(changed)
-
-    def _failed(self, step: int, error: str) -> None:
-        self._log.failed(step, error)
-        self.settled = 2 * step
+    @property
+    def settled(self) -> int:
+        return self._log.settled
 
     def wait(self) -> None:
-        _on_writers(self._world, self._is_writer, lambda: self._note(self._saver.wait()))
+        _on_writers(self._world, self._is_writer, lambda: self._log.committed(self._saver.wait()))
 
     def let_end(self, seconds: float) -> None:
         self._saver.let_end(seconds)
 
     def give_up_after(self, seconds: float) -> None:
-        self._note(self._saver.give_up_after(seconds))
+        self._log.committed(self._saver.give_up_after(seconds))
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
@@ -189,7 +182,7 @@ class Checkpointing(Saves):
     ) -> None:
         """Saves this rank's share. What is each rank's own, rank 0 has of all ``ranks``."""
         checkpoint, progress, saver = self._config.checkpoint, self._state.progress, self._saver
-        self._note(saver.wait())
+        self._log.committed(saver.wait())
         parts: dict[str, Any] = self._state.capture() if sharded is None else {**sharded[0]}
         sharding = None if sharded is None else sharded[1]
         if ranks is not None:
@@ -210,7 +203,7 @@ class Checkpointing(Saves):
         self._log.begun(progress.step)
         observer.current.saving(directory)
         if must_succeed or checkpoint.mode == "sync":
-            self._note(saver.save(parts, request, must_succeed=must_succeed))
+            self._log.committed(saver.save(parts, request, must_succeed=must_succeed))
         else:
             saver.begin(parts, request, overlap=checkpoint.overlap, check=checkpoint.check_snapshots)
 

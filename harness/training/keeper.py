@@ -37,6 +37,7 @@ from harness.data.loader import Loader
 from harness.data.streams import stream_states
 from harness.errors import HarnessError
 from harness.runtime.environment import is_first_of_node, local_rank
+from harness.state.capture import State
 from harness.state.parts import RANDOM, TRAINING, OtherPart, Part
 from harness.telemetry.events import as_json
 from harness.torch_private import version
@@ -158,32 +159,12 @@ class Keeper(NoKeeper):
         try:
             self._boundary = None
             self._loose.note()
-            self._boundary = self._noted(evaluates_first=evaluates_first)
+            self._boundary = _noted(self._context, self._small, self._touches, evaluates_first=evaluates_first)
         except Exception as error:  # of an object of the program's, say: a save tells of it
             self._give_up(f"{type(error).__name__}: {error}".partition("\n")[0])
         self._slow = self._slow + 1 if time.perf_counter() - began > SLOW_SECONDS else 0
         if self._slow > _MOST_SLOW:
             self._give_up(f"noting a step boundary takes more than {1000 * SLOW_SECONDS:g} ms")
-
-    def _noted(self, *, evaluates_first: bool) -> _Boundary:
-        progress, loader, watched = self._state.progress, self._context.loader, list[tuple[torch.Tensor, int]]()
-        training: dict[str, Any] = {
-            "epoch": progress.epoch,
-            "last": dict(progress.last),
-            "best": dict(progress.best),
-            "finished_loops": progress.finished_loops,
-        }
-        if evaluates_first:
-            training["evaluates_first"] = True
-        return _Boundary(
-            progress.step + evaluates_first,
-            self._touches,
-            progress.epoch if loader is None else loader.epoch,
-            training,
-            {part.name: _small(part, watched) for part in self._small},
-            [(group, _options(group)) for each in self._state.optimizers.values() for group in each.param_groups],
-            watched,
-        )
 
     def _give_up(self, why: str) -> None:
         self._boundary, self._is_off = None, True
@@ -271,7 +252,7 @@ class Keeper(NoKeeper):
 
     def _write(self, boundary: _Boundary, why: str) -> int:
         """Commits the state, and returns its size. What has changed it meanwhile is found before the commit."""
-        encoded = commit.encode(self._captured(boundary))
+        encoded = commit.encode(_captured(self._state, self._loose, boundary))
         plan = SavePlan(encoded, SHARD_BYTES)
         size_bytes = sum(shard.size_bytes for shard in plan.own_shards)
         self._place.check_room(size_bytes)
@@ -281,22 +262,6 @@ class Keeper(NoKeeper):
         header = commit.Header(boundary.step, self._attempt, self._lineage, self._meta(boundary, why))
         commit.publish(store, directory, plan, encoded, [receipt], header)
         return size_bytes
-
-    def _captured(self, boundary: _Boundary) -> dict[str, Any]:
-        """All parts, as they were at the boundary."""
-        now = [(group, _options(group)) for group, _ in boundary.options]
-        try:
-            for group, options in boundary.options:
-                group.update(options)
-            parts: dict[str, Any] = self._state.capture()
-        finally:
-            for group, options in now:
-                group.update(options)
-        keys = self._state.progress.random_keys or []
-        device = self._state.device
-        states = {str(rank): {**stream_states(each, boundary.step, device), "keys": each} for rank, each in enumerate(keys)}
-        training = {**parts[TRAINING], **boundary.training}
-        return {**self._loose.put_into(parts), **boundary.small, TRAINING: training, RANDOM: states}
 
     def _meta(self, boundary: _Boundary, why: str) -> dict[str, Any]:
         training = boundary.training
@@ -318,6 +283,44 @@ class Keeper(NoKeeper):
                 "tells": self._context.config.metrics.every_seconds is not None,  # before it commits that
             },
         }
+
+
+def _noted(context: RunContext, small: Sequence[Part], touches: int, *, evaluates_first: bool) -> _Boundary:
+    state, loader, watched = context.state, context.loader, list[tuple[torch.Tensor, int]]()
+    progress = state.progress
+    training: dict[str, Any] = {
+        "epoch": progress.epoch,
+        "last": dict(progress.last),
+        "best": dict(progress.best),
+        "finished_loops": progress.finished_loops,
+    }
+    if evaluates_first:
+        training["evaluates_first"] = True
+    return _Boundary(
+        progress.step + evaluates_first,
+        touches,
+        progress.epoch if loader is None else loader.epoch,
+        training,
+        {part.name: _small(part, watched) for part in small},
+        [(group, _options(group)) for each in state.optimizers.values() for group in each.param_groups],
+        watched,
+    )
+
+
+def _captured(state: State, loose: Loose, boundary: _Boundary) -> dict[str, Any]:
+    """All parts, as they were at the boundary."""
+    now = [(group, _options(group)) for group, _ in boundary.options]
+    try:
+        for group, options in boundary.options:
+            group.update(options)
+        parts: dict[str, Any] = state.capture()
+    finally:
+        for group, options in now:
+            group.update(options)
+    keys = enumerate(state.progress.random_keys or [])
+    states = {str(rank): {**stream_states(each, boundary.step, state.device), "keys": each} for rank, each in keys}
+    training = {**parts[TRAINING], **boundary.training}
+    return {**loose.put_into(parts), **boundary.small, TRAINING: training, RANDOM: states}
 
 
 def _level() -> int:

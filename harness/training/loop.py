@@ -64,7 +64,7 @@ def train(config: Config, task: Task, world: World, stop: StopRequest, *, fresh:
                 is_trained, progress.evaluates_first = progress.evaluates_first, False
                 if not is_trained:
                     trainer.advance(run)
-                run.trained()
+                run.boundary.trained()
                 trainer.evaluate_if_due(run)
                 run.step(**({} if is_trained else {"loss": trainer.mean_loss()}))
         except Exception as error:
@@ -222,7 +222,7 @@ class _Trainer:
         due = step >= self.total_steps or is_due(step, epochs, every.every_steps, every.every_epochs)
         if self.task.evaluation is not None and due:
             parallel.share_buffers(self.model, self.task.model, self.world)
-            run.evaluating()
+            run.boundary.evaluating()
             values = self.evaluate()
             run.evaluated(self.task.evaluation.metric, values, higher_is_better=self.task.evaluation.higher_is_better)
             if _waits_for_evaluations(self.scheduler):

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from harness.config import Config
-from harness.data.streams import keys_here, seed_streams
 from harness.distributed.agreement import Decision
 from harness.errors import ConfigError
 from harness.state.optimizers import stepping
 from harness.telemetry.events import as_json
 from harness.training.bodies import Bodies
+from harness.training.boundary import Boundary
 from harness.training.course import Length
 from harness.training.omissions import Omissions
 from harness.training.progress_log import ProgressLog
@@ -29,13 +29,14 @@ class ProgramLoop:
 
     def __init__(self, context: RunContext, emit: Callable[..., None], on_due: Callable[[Due], None]) -> None:
         world, state, loader = context.world, context.state, context.loader
-        self._world, self._config, self._state, self._loader = world, context.config, state, loader
+        self._config, self._state, self._loader = context.config, state, loader
+        self.boundary = Boundary(world, state)
         self._saves, self._on_due = Saves(), on_due
         self._policy, self._course = context.policy, context.course
         self._own_work = OwnWork(world.device, state.modules.values(), loader)
         self._omissions = Omissions(state, self._own_work, loader, is_active=world.rank == 0)
         self._log = ProgressLog(context, self._own_work, emit)
-        more, over, end = self._omissions.at_next_batch, self._at_boundary, self._at_end_of_body
+        more, over, end = self._omissions.at_next_batch, self.boundary.reached, self._at_end_of_body
         self._bodies = Bodies(state, loader, fence=self._fence, on_more=more, on_over=over, on_end=end)
         self.end_unseen = self._bodies.end_unseen
         """To be called when the boundary is over: the body ends with it where nobody would see its end."""
@@ -73,9 +74,7 @@ class ProgramLoop:
         self._log.begin_here()
         self._state.check_lengths(steps_in_all, self._course.length.epochs, each_step=isinstance(self._config, Config))
         self._state.restore_random()
-        progress = self._state.progress
-        if progress.random_keys == []:
-            progress.random_keys = self._world.all_gather(keys_here(self._state.device))
+        self.boundary.begin_here(saves)
         if saves.is_first_due:
             self._bodies.save_next()
         return steps_in_all
@@ -177,24 +176,6 @@ class ProgramLoop:
                 self._log.log()
         self._omissions.at_epoch_end()
         self._bodies.end(due)
-
-    def _at_boundary(self) -> None:
-        """The body of a step is over: the state is what a checkpoint of this step has."""
-        self._begin_streams(self._state.progress.step)
-        self._saves.keeper.note()
-
-    def trained(self) -> None:
-        """The optimizer has taken its step, and nothing but an evaluation comes before the boundary."""
-        self._saves.keeper.note(evaluates_first=True)
-
-    def evaluating(self) -> None:
-        """The evaluation begins, and draws from the streams of the boundary. All ranks have the buffers of rank 0."""
-        self._begin_streams(self._state.progress.step + 1)
-        self._saves.keeper.took_first_buffers()
-
-    def _begin_streams(self, step: int) -> None:
-        if keys := self._state.progress.random_keys:
-            seed_streams(keys[self._world.rank], step, self._state.device)
 
     def _at_end_of_body(self, due: Due) -> None:
         if not self._course.length.is_reached(self._state.progress.step, self._course.epoch):  # the end is saved by itself

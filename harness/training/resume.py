@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from harness.checkpoint import load, places
-from harness.checkpoint.catalog import Catalog, Entry, SaveName, saves_among
+from harness.checkpoint.catalog import Catalog, Entry, SaveName, further, saves_among
 from harness.checkpoint.format import Ancestor, Attempt
 from harness.checkpoint.kept import KeptPlace, Unusable, kept_of, that_count
 from harness.checkpoint.relay import Peers
@@ -224,7 +224,7 @@ def _without_newest(entries: Iterator[Entry], skipped: dict[str, str]) -> Iterat
 
 
 def _log_other_lines(catalog: Catalog, newest: Entry, skipped: Mapping[str, str]) -> None:
-    for entry in catalog.further(newest):
+    for entry in further(catalog, newest):
         if entry.directory in skipped:
             continue
         log.warning(

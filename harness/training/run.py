@@ -115,6 +115,7 @@ class Run:
             parts = self.world, self.config, self.state, self.loader, self._course
             context = RunContext(*parts, about or {}, initialize or nothing)
             self._loop = ProgramLoop(context, self.tell, self._do)
+            self.boundary = self._loop.boundary
             self._closing.callback(self._loop.close)
             self._attempt = attempt.first_of(context, fresh=fresh)
             self.stop.before_leaving = lambda: self._attempt.end_soon(self.config.stop.grace_seconds, self._watchdog)
@@ -198,15 +199,6 @@ class Run:
     def tell(self, event: str, message: str, /, **values: Any) -> None:
         """Logs an event on rank 0: ``message`` for people, the values for programs."""
         self._attempt.events.emit(event, message, **values)
-
-    def trained(self) -> None:
-        """Says that a step is trained, and that only an evaluation comes before ``step``. For ``harness train``, which
-        begins with that evaluation where an attempt has died in it."""
-        self._loop.trained()
-
-    def evaluating(self) -> None:
-        """Says that such an evaluation begins. All ranks have the buffers of rank 0."""
-        self._loop.evaluating()
 
     def can_roll_back(self) -> bool:
         """Whether there is a checkpoint to return to. All ranks call it."""

@@ -8,6 +8,7 @@ from harness.checkpoint.saver import Saved
 from harness.launcher import outcome
 from harness.runtime.environment import shutdown_grace_seconds
 from harness.telemetry.events import EventLog
+from harness.training.interval import Interval
 from harness.training.resume import Resumed
 from harness.training.run_context import RunContext
 
@@ -17,11 +18,13 @@ log = logging.getLogger(__name__)
 class SaveLog:
     """Logs what becomes of saves. Before the first of them, the newest checkpoint is the one that was resumed from."""
 
-    def __init__(self, context: RunContext, resumed: Resumed, events: EventLog) -> None:
+    def __init__(self, context: RunContext, resumed: Resumed, events: EventLog, auto: Interval | None) -> None:
         self._course, self._events, self._stop = context.course, events, context.config.stop
         self._is_first = context.world.rank == 0
         self.step, self.directory = (0, "") if resumed.kept else (resumed.step, resumed.directory)
         self.seconds = resumed.save_seconds if self._is_first else None  # what the last save took, on rank 0
+        self.settled = 0  # as ``Decision`` has it
+        self._auto = auto
         self._has_warned = False
         self._warn_if_slow()
 
@@ -36,6 +39,7 @@ class SaveLog:
 
     def failed(self, step: int, error: str) -> None:
         """A save has failed, which was logged where it did."""
+        self.settled = 2 * step
         self._events.emit("save_failed", "", step=step, error=error)
 
     def committed(self, saved: Saved | None) -> None:
@@ -43,13 +47,16 @@ class SaveLog:
         if saved is None:
             return
         self.step, self.directory, self.seconds = saved.step, saved.directory, saved.seconds
+        self.settled = 2 * saved.step + 1
         outcome.saved(saved.step)
         times = f"in {saved.seconds:.2f} s, of which training waited {saved.blocked_seconds:.3f} s"
         message = f"step {self._course.shown(saved.step)}  saved {saved.directory} {times}"
         self._events.emit("save", message, **asdict(saved))
         self._warn_if_slow()
+        if self._auto is not None and (changed := self._auto.saved(saved)) is not None:
+            self._log_interval(changed)
 
-    def interval(self, changed: Mapping[str, float]) -> None:
+    def _log_interval(self, changed: Mapping[str, float]) -> None:
         """``checkpoint.every_seconds: auto`` means another interval from now on."""
         cost_seconds, between_hours = changed["cost_seconds"], changed["between_deaths_seconds"] / 3600
         because = f"a save costs {cost_seconds:.3f} s, and {between_hours:.1f} h are expected between deaths"

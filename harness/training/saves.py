@@ -11,7 +11,11 @@ class Saves:
 
     keeper = NoKeeper()
     is_first_due = False  # the first boundary is to be saved: what the attempt has resumed from is not durable
-    settled = 0  # of the newest save that has ended, as this rank knows: its step twice, and 1 if it is durable
+
+    @property
+    def settled(self) -> int:
+        """Of the newest save that has ended, as this rank knows: its step twice, and 1 if it is durable."""
+        return 0
 
     def fence(self) -> None:
         """Called before anything may change what a save may still be copying."""

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 import harness
-from harness.checkpoint.catalog import Catalog
+from harness.checkpoint.catalog import Catalog, further
 from harness.checkpoint.format import MANIFEST, new_directory
 from harness.checkpoint.retention import Pruner, Retention
 from harness.cli import cli
@@ -215,7 +215,7 @@ def test_how_often_a_run_of_many_checkpoints_and_starts_is_listed_on_s3(s3, tmp_
     assert not is_looping(catalog, 3)
     catalog.attempts.claim({}, resumes=True)
     newest = next(catalog.candidates())
-    assert (newest.step, catalog.further(newest)) == (count, [])
+    assert (newest.step, further(catalog, newest)) == (count, [])
     started = requests.lists()
     assert started == pages + 2 <= 12, "the names, the attempts, the newest one's objects"
 

@@ -10,7 +10,7 @@ import torch
 
 import harness
 from harness.checkpoint import commit
-from harness.checkpoint.catalog import Catalog, Entry, verify, verify_all
+from harness.checkpoint.catalog import Catalog, Entry, further, verify, verify_all
 from harness.checkpoint.format import Ancestor, Attempt, checksum, parse_directory
 from harness.checkpoint.retention import Pruner, Retention
 from harness.errors import Corrupt, NoCheckpoint, StoreError, UnknownFormat
@@ -439,7 +439,7 @@ def test_a_line_that_was_left_goes(store):
     corrupt = save(store, 40, FIRST)
     remove(store, corrupt, "model.safetensors")
     catalog = Catalog(store)
-    assert steps(catalog.further(catalog.newest())) == [(1, 30)]
+    assert steps(further(catalog, catalog.newest())) == [(1, 30)]
     gone = Pruner(catalog).prune(Retention(keep_last=2))
     assert steps(gone) == [(1, 40), (1, 25), (1, 15)]
     assert (kept(store), catalog.newest().directory) == ([10, 20, 30], newest)
@@ -462,7 +462,7 @@ def test_two_lines_that_have_one_past(store):
     save(store, 230, fourth, stands_on)
     catalog = Catalog(store)
     assert steps(catalog.candidates()) == [(4, 230), (3, 220), (2, 210), (1, 200)]
-    assert steps(catalog.further(catalog.newest())) == [(2, 400)]
+    assert steps(further(catalog, catalog.newest())) == [(2, 400)]
     claimed = catalog.attempts.claim({})
     save(store, 240, claimed, [*stands_on, (fourth, 230)])
     Pruner(catalog).tidy(Retention(keep_last=1), None, claimed)
