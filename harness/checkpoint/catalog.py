@@ -72,7 +72,7 @@ class Catalog:
     def entries(self, last: int | None = None, *, without: Collection[str] = ()) -> list[Entry]:
         """All saves, the latest attempt's first, within an attempt the latest step first.
 
-        With ``last`` no more than so many of the latest: nothing else is looked into. Those of ``without`` are left out.
+        With ``last`` at most this number of the latest: nothing else is looked into. Those of ``without`` are left out.
         """
         for count in range(_TRIES):
             there, seen = {*self.names()}, Seen()

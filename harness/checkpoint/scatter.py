@@ -300,7 +300,7 @@ def _is_last(piece: _Piece) -> bool:
 
 
 def _cut(file: _File, most_bytes: int) -> Iterator[_Piece]:
-    """A file in pieces of about so many bytes, none of which ends within an item. The first one has the header, too."""
+    """A file in pieces of about this size, none of which ends within an item. The first one has the header, too."""
     start, at = 0, len(file.header)
     stretches: list[_Stretch] = []
     if not file.sources and len(file.header) < file.info.bytes:  # an index

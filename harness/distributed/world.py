@@ -78,7 +78,7 @@ class World(Protocol):
 
     def hand_out(self, own: torch.Tensor, sizes: list[int], found: torch.Tensor, sizes_found: list[int]) -> None:
         """Gives each rank its part of ``own``, by rank, and fills ``found`` with what each has for this one: flat tensors of
-        bytes on the CPU, in parts of so many bytes."""
+        bytes on the CPU, in parts of these sizes."""
 
     def begin_max(self, values: Sequence[int]) -> Callable[[], list[int]]:
         """Begins to find the largest of each value over the ranks, and does not wait: that does what is returned."""

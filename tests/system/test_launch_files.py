@@ -264,7 +264,8 @@ def test_a_command_line_is_one_that_its_programs_take(file, monkeypatch):
         verb, *words = said(file, index=index)
         assert verb == "launch"
         options, arguments = words[: words.index("--")], words[words.index("--") + 1 :]
-        parsed = get_args_parser().parse_args(command(options, arguments)[3:])
+        started = command(options, arguments)
+        parsed = get_args_parser().parse_args(started[started.index("harness.launcher.agent") + 1 :])
         assert parsed.rdzv_backend == "c10d"
         assert not parsed.standalone
         assert (parsed.nnodes, parsed.nproc_per_node, parsed.max_restarts) == ("2", "auto", 3)
