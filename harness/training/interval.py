@@ -23,7 +23,8 @@ LONGEST_SECONDS = 1800.0
 MOST_OF_TIME = 0.01  # that saves may cost
 PRIOR_SECONDS = 24 * 3600.0  # without a death, that each run is taken to have behind it
 _STEPS = 64  # whose median says what a step takes without a save
-_LEAST_CHANGE = 0.2  # that is logged
+_SAVES = 5  # whose median says what a save costs: single ones differ by a factor
+_LEAST_CHANGE = 0.5  # that is logged
 _PLANNED = ("stop", "done")
 
 
@@ -76,6 +77,7 @@ class Interval:
         self._began = self._last = time.monotonic()
         self._quiet: deque[float] = deque(maxlen=_STEPS)  # what steps took without a save beside them
         self._beside: list[float] = []  # what they took since the last save began, while it was under way
+        self._costs: deque[float] = deque(maxlen=_SAVES)
         self.seconds = FIRST_SECONDS
         self._logged_seconds = FIRST_SECONDS
 
@@ -96,7 +98,8 @@ class Interval:
         slower = sum(self._beside) - len(self._beside) * statistics.median(self._quiet) if self._quiet else 0.0
         self._beside.clear()
         # The steps beside a save include what it blocks, as long as the training goes on meanwhile.
-        cost_seconds = max(saved.blocked_seconds, slower)
+        self._costs.append(max(saved.blocked_seconds, slower))
+        cost_seconds = statistics.median(self._costs)
         between_seconds = self.deaths.between_seconds
         self.seconds = best_seconds(cost_seconds, saved.seconds, between_seconds)
         if abs(self.seconds - self._logged_seconds) <= _LEAST_CHANGE * self._logged_seconds:
