@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 
 import harness
 from harness.errors import ConfigError
-from harness.integrations.prepared import Position
+from harness.integrations.prepared import Prepared
 
 T = TypeVar("T")
 
@@ -161,7 +161,7 @@ class _Course:
         """Makes the run, which restores what it finds. Returns the epoch to be trained, and no batches to be skipped."""
         trainer = self._trainer
         self.prepared = prepared
-        self._position = Position("train_dataloader", self.loader, trainer.args.world_size)
+        self._position = Prepared("train_dataloader", self.loader, trainer.args.world_size)
         self._position.on_return = self._end_body
         self._counts, self._story = _Counts(trainer), _Story(trainer)
         state = {"model": trainer.model_wrapped, "optimizer": trainer.optimizer, "scheduler": trainer.lr_scheduler}
@@ -172,7 +172,7 @@ class _Course:
         self._steps = self._run.steps(max_steps)
         self._is_over = self._has_begun = False
         self._body_is_open = True
-        return self._position.loader.iteration, 0
+        return self._position.epoch, 0
 
     def begin_epoch(self, options: dict[str, Any]) -> bool:
         """Puts the trainer's loop where the run is. Returns whether anything is left to be trained."""
