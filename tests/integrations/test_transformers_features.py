@@ -1,7 +1,5 @@
 """What a ``Trainer`` can do, continued exactly: in this process, stopped twice in the middle of an epoch."""
 
-import os
-
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -18,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 def _installed(monkeypatch, tmp_path):
     require("transformers", "accelerate")
     if LIBRARIES:
-        monkeypatch.syspath_prepend(os.path.abspath(LIBRARIES))
+        monkeypatch.syspath_prepend(LIBRARIES)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)

@@ -12,7 +12,7 @@ from tests.support.cluster import launch, newest, wait_until
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples" / "integrations"
-LIBRARIES = os.environ.get("INTEGRATION_LIBRARIES", "")  # where `make test-integrations` has installed them
+LIBRARIES = str(Path(folder).absolute()) if (folder := os.environ.get("INTEGRATION_LIBRARIES")) else ""  # where `make test-integrations` has installed them
 PATIENCE_SECONDS = 400.0  # importing these libraries takes long on a busy machine
 
 
@@ -28,7 +28,7 @@ def run(directory: Path, script: Path, *arguments: str, ranks: int, kills: int =
     rank is killed."""
     saved = directory / "runs"
     command = ("-m", "harness", "launch", f"--max-restarts={kills}", f"--nproc-per-node={ranks}", "--", str(script))
-    path = os.pathsep.join([*([str(Path(LIBRARIES).absolute())] if LIBRARIES else []), str(ROOT)])
+    path = os.pathsep.join([*([LIBRARIES] if LIBRARIES else []), str(ROOT)])
     variables = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **env}
     with launch(directory, None, *arguments, command=command, env=variables) as started:
         for number in range(1, kills + 1):
