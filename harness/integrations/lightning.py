@@ -1,8 +1,8 @@
 """Lightning 2: ``Trainer(callbacks=[Resilient(url)])``.
 
-The trainer's loops stay. When the training begins, the callback restores the newest whole checkpoint, sets the loops to where
-it was made, and gives them a loader that continues there. All that a checkpoint of Lightning has is in it: the module, the
-optimizers and schedules, the callbacks' states, the data module's, the precision's.
+The trainer's loops stay. When the training begins, the callback restores the newest whole checkpoint, sets the loops to its
+position, and gives them a loader that continues there. The checkpoint has what one of Lightning has: the module, the
+optimizers and schedules, the states of the callbacks and of the data module, the gradient scaler.
 """
 
 import os
@@ -21,7 +21,7 @@ except ImportError:  # the package of another name, with the same contents
 
 
 class Resilient(Callback):
-    """Has a Lightning training survive the death of its processes: ``Trainer(callbacks=[Resilient("runs/mine", every_steps=50)])``.
+    """Has a Lightning training survive the death of its processes: ``Trainer(callbacks=[Resilient("runs/mine")])``.
 
     ``fit()`` then begins, or continues, the run at ``url``; leave ``ckpt_path`` out. ``options`` are those of
     ``harness.Run``; a step is a batch after which an optimizer has stepped. Raises ``ConfigError`` for a training that it
@@ -71,7 +71,7 @@ class Resilient(Callback):
             self.run.step(**({} if loss is None else {"loss": loss.detach()}))
             self._body_is_open = True
 
-    def on_train_end(self, trainer: Any, _pl_module: Any) -> None:
+    def on_train_end(self, _trainer: Any, _pl_module: Any) -> None:
         """The loop is over, perhaps before its end."""
         self._position.end_epoch()
         self._loops.put_in()

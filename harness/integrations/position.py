@@ -4,7 +4,7 @@ A resume must give the same batches, and leave the random numbers of the trainin
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -124,7 +124,7 @@ class Position:
         is_plain = not isinstance(loader.dataset, IterableDataset) and loader.num_workers == 0
         return is_plain and hasattr(loader.batch_sampler, "__len__")
 
-    def _from_here(self) -> Iterator[Any]:
+    def _from_here(self) -> Generator[Any, None, None]:
         loader, skipped = self.loader, self.batches
         kept = harness.random_state(_CPU)
         if skipped:
@@ -150,7 +150,7 @@ class Position:
         finally:
             self._end()
 
-    def _from_the_beginning(self) -> Iterator[Any]:
+    def _from_the_beginning(self) -> Generator[Any, None, None]:
         stream, skipped = _Stream(self._began["process"]), self.batches
         with stream.drawn_from():
             if skipped:

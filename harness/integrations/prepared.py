@@ -34,7 +34,7 @@ class Prepared(Position):
         """Also for the batch samplers that Accelerate has wrapped, which it forgets."""
         self.loader.set_epoch(epoch)
         self.loader.iteration = epoch  # a DataLoaderDispatcher has it elsewhere
-        inner = getattr(getattr(self.loader, "batch_sampler", None), "batch_sampler", None)
+        inner: Any = getattr(getattr(self.loader, "batch_sampler", None), "batch_sampler", None)
         if hasattr(inner, "set_epoch"):
             inner.set_epoch(epoch)
 

@@ -31,7 +31,7 @@ _COUNTED = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "curren
 
 
 def resilient(trainer: T, url: str | os.PathLike[str] | None, **options: Any) -> T:
-    """Has a ``Trainer`` survive the death of its processes: ``trainer = resilient(Trainer(…), "runs/mine", every_steps=50)``.
+    """Has a ``Trainer`` survive the death of its processes: ``trainer = resilient(Trainer(…), "runs/mine")``.
 
     ``train()`` then begins, or continues, the run at ``url``. ``options`` are those of ``harness.Run``. Returns the trainer.
     Raises ``ConfigError`` for a trainer that it cannot continue exactly.

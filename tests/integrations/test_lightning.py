@@ -107,7 +107,12 @@ def fitted(url, stop, *, at=None, optimizers=1, workers=0, callbacks=list, data=
 
     L.seed_everything(7, verbose=False)
     made = module(optimizers=optimizers)
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "accelerator": "cpu",
+    }
     trainer = L.Trainer(
         **{**quiet, "max_epochs": 2, "log_every_n_steps": 3, **options},
         logger=Lines(),
@@ -177,4 +182,10 @@ def test_what_it_refuses():
             return iter(Points())
 
     with pytest.raises(ConfigError, match="with a length"):
-        fitted("refused", harness.StopRequest(), data=lambda: DataLoader(Stream(), batch_size=2), limit_val_batches=0, max_steps=3)
+        fitted(
+            "refused",
+            harness.StopRequest(),
+            data=lambda: DataLoader(Stream(), batch_size=2),
+            limit_val_batches=0,
+            max_steps=3,
+        )

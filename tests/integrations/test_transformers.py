@@ -31,7 +31,7 @@ def assert_alike(killed, straight):
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_killed_in_the_middle_of_an_epoch(tmp_path, ranks):
-    """Three ranks are killed, one after the other; the logs, in the middle of whose intervals they die, are the same, too."""
+    """Three ranks are killed, one after the other; they die between two lines of the log, which is the same, too."""
     run(tmp_path / "straight", EXAMPLES / "trainer.py", ranks=ranks)
     run(tmp_path / "killed", EXAMPLES / "trainer.py", ranks=ranks, kills=3)
     straight = end_of(tmp_path / "straight")

@@ -70,7 +70,13 @@ def trainer(url, model=None, dataset=None, collate=padded, callbacks=(), evaluat
 
     set_seed(7)
     args = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 3}
-    args |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}
+    args |= {
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
     made = Trainer(
         model() if model else small(),
         TrainingArguments(f"{url}-output", **{**args, **options}),
@@ -111,7 +117,9 @@ def trained_twice(**options):
 
 
 def timeless(history):
-    return [{key: value for key, value in line.items() if "_runtime" not in key and "_per_second" not in key} for line in history]
+    return [
+        {key: value for key, value in line.items() if "_runtime" not in key and "_per_second" not in key} for line in history
+    ]
 
 
 def assert_alike(alone, last):

@@ -12,7 +12,9 @@ from tests.support.cluster import launch, newest, wait_until
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples" / "integrations"
-LIBRARIES = str(Path(folder).absolute()) if (folder := os.environ.get("INTEGRATION_LIBRARIES")) else ""  # where `make test-integrations` has installed them
+LIBRARIES = (
+    str(Path(folder).absolute()) if (folder := os.environ.get("INTEGRATION_LIBRARIES")) else ""
+)  # where `make test-integrations` has installed them
 PATIENCE_SECONDS = 400.0  # importing these libraries takes long on a busy machine
 
 

@@ -1,4 +1,4 @@
-"""Lightning: a classifier with a schedule, gradients accumulated over two batches, and the best kept by ``ModelCheckpoint``."""
+"""Lightning: a classifier with a schedule, gradients accumulated over two batches, and ``ModelCheckpoint``."""
 
 import os
 
