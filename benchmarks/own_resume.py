@@ -60,11 +60,11 @@ def transformers(**options):
     module.Trainer = functools.partial(module.Trainer, **options)
 
     class Kills(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_step_end(self, _args, state, control, **_):
             if not control.should_save:
                 trained(state.global_step)
 
-        def on_save(self, args, state, control, **kwargs):
+        def on_save(self, _args, state, _control, **_):
             trained(state.global_step)
 
     def plain(trainer, *_args, **_options):

@@ -12,6 +12,7 @@ from typing import Any
 
 import harness
 from harness.errors import ConfigError
+from harness.integrations import named
 from harness.integrations.position import Position
 
 try:
@@ -52,8 +53,8 @@ class Resilient(Callback):
         fit._combined_loader.flattened = [self._position]
         iter(fit._data_fetcher)  # fetches nothing: the length of the loader is known
         state: dict[str, Any] = {"module": trainer.strategy.model}
-        state |= _named("optimizer", trainer.optimizers)
-        state |= _named("scheduler", [each.scheduler for each in trainer.lr_scheduler_configs])
+        state |= named("optimizer", trainer.optimizers)
+        state |= named("scheduler", [each.scheduler for each in trainer.lr_scheduler_configs])
         state |= {"loops": self._loops, "position": self._position}
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             state["scaler"] = trainer.precision_plugin.scaler
@@ -110,13 +111,6 @@ def _refuse(trainer: Any, loaders: list[Any]) -> None:
         ) from None
     if trainer.reload_dataloaders_every_n_epochs:
         raise ConfigError("Resilient: cannot continue exactly with reload_dataloaders_every_n_epochs; leave it out")
-
-
-def _named(name: str, objects: list[Any]) -> dict[str, Any]:
-    """One or several objects, as parts of a state."""
-    if len(objects) == 1:
-        return {name: objects[0]}
-    return {f"{name}_{index}": each for index, each in enumerate(objects)}
 
 
 def _steps_in_all(trainer: Any, module: Any) -> int:
