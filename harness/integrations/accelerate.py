@@ -92,7 +92,7 @@ class Resilient:
         self._has_stepped = True
 
     def _steps_in(self, epochs: int) -> int:
-        """How many steps so many epochs have, where that is known; else a number that is never reached."""
+        """The number of steps in these epochs, where that is known; else a number that is never reached."""
         try:
             accumulated = int(self._accelerator.gradient_accumulation_steps)
             return epochs * -(-len(self._position) // accumulated)

@@ -5,10 +5,13 @@ position, and gives them a loader that continues there. The checkpoint has what 
 optimizers and schedules, the states of the callbacks and of the data module, the gradient scaler.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from torch import nn
 
 import harness
 from harness.errors import ConfigError
@@ -16,9 +19,11 @@ from harness.integrations import named
 from harness.integrations.position import Position
 
 try:
-    from lightning.pytorch import Callback
+    from lightning.pytorch import Callback, LightningModule
 except ImportError:  # the package of another name, with the same contents
-    from pytorch_lightning import Callback
+    from pytorch_lightning import Callback, LightningModule
+
+log = logging.getLogger(__name__)
 
 
 class Resilient(Callback):
@@ -55,6 +60,7 @@ class Resilient(Callback):
         state: dict[str, Any] = {"module": trainer.strategy.model}
         state |= named("optimizer", trainer.optimizers)
         state |= named("scheduler", [each.scheduler for each in trainer.lr_scheduler_configs])
+        state |= _models_of(trainer, self)
         state |= {"loops": self._loops, "position": self._position}
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             state["scaler"] = trainer.precision_plugin.scaler
@@ -111,6 +117,31 @@ def _refuse(trainer: Any, loaders: list[Any]) -> None:
         ) from None
     if trainer.reload_dataloaders_every_n_epochs:
         raise ConfigError("Resilient: cannot continue exactly with reload_dataloaders_every_n_epochs; leave it out")
+
+
+def _models_of(trainer: Any, own: Callback) -> dict[str, nn.Module]:
+    """The modules that callbacks have beside the trainer's: an average of the weights. Warns of state that is left out."""
+    known = {id(trainer.lightning_module), id(trainer.strategy.model)}
+    found: dict[str, nn.Module] = {}
+    for index, each in enumerate(trainer.callbacks):
+        kind = type(each).__name__
+        held = {name: value for name, value in vars(each).items() if isinstance(value, nn.Module) and id(value) not in known}
+        found |= {f"{kind}_{index}_{name.strip('_')}": value for name, value in held.items()}
+        if each is not own and not held and type(each).on_save_checkpoint is not Callback.on_save_checkpoint:
+            _warn_of_hook(kind, trainer)
+    module = type(trainer.lightning_module)
+    if module.on_save_checkpoint is not LightningModule.on_save_checkpoint:
+        _warn_of_hook(module.__name__, trainer)
+    return found
+
+
+def _warn_of_hook(kind: str, trainer: Any) -> None:
+    if trainer.is_global_zero:
+        log.warning(
+            "%s.on_save_checkpoint is not called: what it keeps would start over after a restart. Keep it in the "
+            "state_dict() of a callback, or in a buffer of the module",
+            kind,
+        )
 
 
 def _steps_in_all(trainer: Any, module: Any) -> int:

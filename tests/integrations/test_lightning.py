@@ -147,6 +147,7 @@ def patience():
         pytest.param({"optimizers": 2}, id="two-optimizers"),
         pytest.param({"max_steps": 17, "max_epochs": -1}, id="max-steps"),
         pytest.param({"precision": "bf16-mixed"}, id="bf16"),
+        pytest.param({"callbacks": averaging}, id="weight-averaging"),
         pytest.param({"callbacks": patience, "max_epochs": 9}, id="early-stopping"),
     ],
 )
@@ -167,11 +168,23 @@ def test_stopped_twice_in_the_middle_of_an_epoch(options):
     straight, stopped = newest("straight"), newest("stopped")
     assert stopped["step"] == straight["step"]
     for name, digest in straight["digests"].items():
-        if name.startswith(("module", "optimizer", "scheduler")):
+        if name.startswith(("module", "optimizer", "scheduler", "WeightAveraging")):
             assert stopped["digests"][name] == digest, name
     assert last.global_step == alone.global_step
     assert found == [line for line in expected if line in found], "the rest of the log is the same"
     assert found, "the last attempt has logged"
+
+
+def test_a_hook_that_is_not_called(caplog):
+    """State that only ``on_save_checkpoint`` would keep is named."""
+    import lightning as L
+
+    class Keeps(L.Callback):
+        def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+            checkpoint["mine"] = 1
+
+    fitted("hook", harness.StopRequest(), callbacks=lambda: [Keeps()], max_epochs=1)
+    assert "Keeps.on_save_checkpoint is not called" in caplog.text
 
 
 def test_what_it_refuses():
