@@ -1,4 +1,4 @@
-"""``transformers.Trainer``: an adapter of PEFT on a small GPT-2, trained on a shuffled stream with tokens hidden at random."""
+"""``transformers.Trainer``: an adapter of PEFT, trained on a shuffled stream with tokens hidden at random."""
 
 from collections.abc import Iterator
 
