@@ -86,7 +86,7 @@ class _Resilient:
         prepared = super()._prepare_for_training(max_steps, self._harness.loader, None)  # type: ignore[misc]
         return self._harness.begin(prepared, max_steps)
 
-    def _prepare_for_training(self, *_args: Any) -> Any:
+    def _prepare_for_training(self, *_args: Any, **_options: Any) -> Any:
         return self._harness.prepared
 
     def _run_epoch(self, **options: Any) -> None:
