@@ -20,8 +20,10 @@ from harness.integrations.position import Position
 
 try:
     from lightning.pytorch import Callback, LightningModule
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 except ImportError:  # the package of another name, with the same contents
     from pytorch_lightning import Callback, LightningModule
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +149,10 @@ def _warn_of_hook(kind: str, trainer: Any) -> None:
 def _steps_in_all(trainer: Any, module: Any) -> int:
     """The steps of the whole training, where they are known; a number that is never reached where they are not."""
     if module.automatic_optimization:
-        steps = trainer.estimated_stepping_batches
+        try:
+            steps = trainer.estimated_stepping_batches
+        except MisconfigurationException:  # a GradientAccumulationScheduler
+            return sys.maxsize
         return int(steps) if steps not in (-1, float("inf")) else sys.maxsize
     if trainer.max_steps != -1 or trainer.max_epochs in (None, -1):  # such a step is one of any optimizer
         return sys.maxsize
