@@ -131,6 +131,12 @@ def averaging():
     return [WeightAveraging(avg_fn=get_ema_avg_fn(0.9))]
 
 
+def accumulating():
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+    return [GradientAccumulationScheduler({0: 1, 1: 3})]
+
+
 def patience():
     from lightning.pytorch.callbacks import EarlyStopping
 
@@ -148,6 +154,7 @@ def patience():
         pytest.param({"max_steps": 17, "max_epochs": -1}, id="max-steps"),
         pytest.param({"precision": "bf16-mixed"}, id="bf16"),
         pytest.param({"callbacks": averaging}, id="weight-averaging"),
+        pytest.param({"callbacks": accumulating}, id="accumulation-that-changes"),
         pytest.param({"callbacks": patience, "max_epochs": 9}, id="early-stopping"),
     ],
 )
