@@ -11,10 +11,13 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python;
 
 BENCH := build/bench-venv
 
-.PHONY: help check test coverage soak demo docs dist bench clean
+INTEGRATIONS := build/integrations
+
+.PHONY: help check test test-integrations coverage soak demo docs dist bench clean
 help:
 	@echo 'make demo    train a small GPT on 2 processes, kill it in ten ways, and compare with the run that was not killed'
 	@echo 'make test    the test suite'
+	@echo 'make test-integrations  transformers, Lightning and Accelerate, killed and compared: 10 minutes'
 	@echo 'make check   formatting, lint, types, which package imports which, prose'
 	@echo 'make coverage  the test suite, and which lines it has run'
 	@echo 'make soak    the proofs that take long'
@@ -28,6 +31,14 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -m 'not soak' -n 4 --dist loadfile --no-loadscope-reorder
+
+# The libraries lie beside the environment, whose torch they use.
+test-integrations: $(INTEGRATIONS)/ready
+	INTEGRATION_LIBRARIES=$(INTEGRATIONS) $(BIN)/python -m pytest -n 2 --dist loadfile tests/integrations
+
+$(INTEGRATIONS)/ready: $(READY) tests/integrations/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(INTEGRATIONS) --requirement tests/integrations/requirements.txt
+	@touch $@
 
 # Beside what it takes to count, the tests are the same; no threshold.
 coverage: $(READY)

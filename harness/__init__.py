@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # see ``__getattr__``
     from harness.checkpoint.checkpointer import Checkpointer, latest, load, save
     from harness.data.loader import Loader
     from harness.data.schedule import Schedule
+    from harness.data.seeding import random_state, restore_random_state
     from harness.distributed.world import join_world
     from harness.errors import HarnessError
     from harness.runtime.signals import StopRequest
@@ -31,6 +32,8 @@ __all__ = [
     "join_world",
     "latest",
     "load",
+    "random_state",
+    "restore_random_state",
     "save",
 ]
 
@@ -46,6 +49,8 @@ _HOMES = {
     "join_world": "distributed.world",
     "latest": "checkpoint.checkpointer",
     "load": "checkpoint.checkpointer",
+    "random_state": "data.seeding",
+    "restore_random_state": "data.seeding",
     "save": "checkpoint.checkpointer",
 }
 

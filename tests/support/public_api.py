@@ -94,4 +94,8 @@ def who() -> tuple[int, int, torch.device]:
         raise SystemExit(error.exit_code) from error
     schedule = harness.Schedule(samples=10, seed=0, global_batch_size=4, micro_batch_size=None)
     assert len(schedule.order(0)) == schedule.samples
+    before = harness.random_state(world.device)
+    drawn = torch.rand(())
+    harness.restore_random_state(before, world.device)
+    assert torch.rand(()) == drawn
     return world.rank, world.size, world.device

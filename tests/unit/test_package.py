@@ -27,7 +27,8 @@ def modules() -> dict[str, ast.Module]:
 
 def test_the_public_names():
     """What ``import harness`` offers; a name that comes or goes is a decision."""
-    names = "Checkpointer Evaluation HarnessError Loader Run Schedule StopRequest Task join_world latest load save"
+    names = "Checkpointer Evaluation HarnessError Loader Run Schedule StopRequest Task join_world latest load"
+    names += " random_state restore_random_state save"
     assert harness.__all__ == names.split()
     for name in harness.__all__:
         assert len(getattr(harness, name).__doc__) > 60, f"{name}: say what it is, in what units, and what it raises"
@@ -38,6 +39,21 @@ def test_the_public_names_are_listed():
     code = "import sys, harness; print(set(harness.__all__) <= set(dir(harness)), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "True False\n"
+
+
+def test_importing_harness_imports_no_library_of_others():
+    """An integration is imported by who asks for it, and stands on the public surface alone."""
+    code = "import harness, sys; [getattr(harness, name) for name in harness.__all__]; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = {name.partition(".")[0] for name in done.stdout.split()} | set(done.stdout.split())
+    assert not found & {"transformers", "lightning", "pytorch_lightning", "accelerate", "harness.integrations"}
+    for name, module in modules().items():
+        imported = [each.module or "" for each in ast.walk(module) if isinstance(each, ast.ImportFrom)]
+        ours = {each for each in imported if each.startswith("harness")}
+        if name.startswith("integrations."):
+            assert all(each == "harness.errors" or each.startswith("harness.integrations") for each in ours), (name, ours)
+        else:
+            assert not any("integrations" in each for each in ours), name
 
 
 @pytest.mark.parametrize("name", sorted({name.partition(".")[0] for name in modules() if "." in name}))
