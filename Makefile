@@ -34,7 +34,7 @@ test: $(READY)
 
 # The libraries lie beside the environment, whose torch they use.
 test-integrations: $(INTEGRATIONS)/ready
-	INTEGRATION_LIBRARIES=$(INTEGRATIONS) $(BIN)/python -m pytest -n 2 --dist loadfile tests/integrations
+	INTEGRATION_LIBRARIES=$(INTEGRATIONS) PYTHONPATH=$(INTEGRATIONS) $(BIN)/python -m pytest -n 2 --dist loadfile tests/integrations
 
 $(INTEGRATIONS)/ready: $(READY) tests/integrations/requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(INTEGRATIONS) --requirement tests/integrations/requirements.txt

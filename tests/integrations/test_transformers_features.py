@@ -181,7 +181,7 @@ def test_the_best_model():
 
     options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "num_train_epochs": 4, "learning_rate": 0.3}
-    patience = lambda: [EarlyStoppingCallback(early_stopping_patience=4)]
+    patience = lambda: [EarlyStoppingCallback(early_stopping_patience=3)]
     alone, last = trained_twice(callbacks=patience, evaluation=Sequences(), **options)
     assert_alike(alone, last)
     assert 9 < alone.state.global_step < 44, "patience has ended it"

@@ -362,6 +362,7 @@ def test_long_kill_storm(tmp_path, ranks, kills, workers):
 # --- on an object store ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 @pytest.mark.torchrun
 def test_killed_on_s3(tmp_path, straight, s3):
     """The same end to end on a real S3 server: a kill, a restart, a resume, the same bits; the verbs read it, too."""
