@@ -375,9 +375,9 @@ def test_a_lost_peer_is_told_from_an_error_here(tmp_path):
         output = run.output()
     lines = [line for line in output.splitlines() if "harness:" in line]
     assert len(lines) == 1
-    lost = "harness: lost contact with another rank: .+; this rank was at the boundary of step"
-    assert (place := re.fullmatch(rf"rank 0 on {re.escape(platform.node())}: {lost} (\d+)", lines[0])), lines
-    assert int(place[1]) >= 100
+    lost = r"lost contact with another rank: .+; this rank was at the boundary of step \d{3,}"
+    ended = "another rank has failed; this rank exits, too"  # the agent was faster than gloo
+    assert re.fullmatch(rf"rank 0 on {re.escape(platform.node())}: harness: ({lost}|{ended})", lines[0]), lines
     assert output.count("Traceback") == 1, "torchrun's own"
 
 
