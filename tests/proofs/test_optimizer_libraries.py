@@ -205,7 +205,8 @@ class Trial:
     def under_a_run(self, url: str, seed: int, until: int) -> Any:
         net, optimizer = self.built(seed)
         state = {"model": net, "optimizer": optimizer}
-        config = {"log": {"every_steps": None}}
+        # The comparison is with a training without harness, and some of these draw random numbers.
+        config = {"log": {"every_steps": None}, "checkpoint": {"random": "carried"}}
         run = Run(url, state, every_steps=SAVED, stop=StopRequest(), config=config, reopen=True)  # ended early, it trains on
         try:
             for index in run.steps(STEPS):

@@ -31,7 +31,7 @@ x = torch.randn(64, 5)
 data = TensorDataset(x, x.sum(1, keepdim=True) + 0.5 * torch.randn(64, 1))
 model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
-patience = Patience(4)
+patience = Patience(9)
 loader = harness.Loader(data, 8)
 state = {"model": model, "optimizer": optimizer, "patience": patience, "loader": loader}
 run = harness.Run("run", state, every_epochs=1)
