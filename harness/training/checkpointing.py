@@ -49,9 +49,9 @@ class Checkpointing(Saves):
         self._attempt, self._catalog = attempt, catalog
         self._state, self._about, self._policy = context.state, context.about, context.policy
         self._world, self._config = world, config = context.world, context.config
-        is_auto = config.checkpoint.every_seconds == "auto" and world.rank == 0
-        self._auto = Interval(deaths_before(catalog, attempt, resumed) if is_auto else Deaths())
-        self._log = SaveLog(context, resumed, events, self._auto if is_auto else None)
+        self._is_auto = config.checkpoint.every_seconds == "auto" and world.rank == 0
+        self._auto = Interval(deaths_before(catalog, attempt, resumed) if self._is_auto else Deaths())
+        self._log = SaveLog(context, resumed, events, self._auto if self._is_auto else None)
         self._is_sharded = context.state.sharded.is_sharded
         checkpoint, store, writers = config.checkpoint, catalog.store, _writers(world, config, all_of_them=self._is_sharded)
         self._is_writer = world.rank in writers.ranks  # else nothing is ever under way here
@@ -81,7 +81,8 @@ class Checkpointing(Saves):
         self._saver.fence()
 
     def poll(self) -> None:
-        self._auto.step(is_saving=self._saver.is_busy)
+        if self._is_auto:
+            self._auto.step(is_saving=self._saver.is_busy)
         self._log.committed(self._saver.poll())
 
     @property
