@@ -142,8 +142,9 @@ def _begin(
     world, config, state = context.world, context.config, context.state
     about: dict[str, Any] = {"launch": launch_id(), "world_size": world.size, "host": platform.node()}
     about |= {"pid": os.getpid(), "began": began(), "restarts": restarts(), "launcher_began": launcher_began()}
-    claimed = resume.on_first(world, lambda: catalog.attempts.claim(about, resumes=True))
-    first, url = resume.on_first(world, lambda: (catalog.attempts.first, where(catalog.store)))
+    claimed, first, url = resume.on_first(
+        world, lambda: (catalog.attempts.claim(about, resumes=True), catalog.attempts.first, where(catalog.store))
+    )
     place = _kept_place(config.checkpoint, url, first, world)
     events = EventLog(config, active=world.rank == 0, attempt=claimed.id, store=catalog.store)
     attempt = Attempt(
