@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import torch
@@ -325,5 +325,6 @@ def build_task(config: Config, builder: Any) -> Task:
             f"task: train.parallel {config.train.parallel} needs an optimizer that is made after the model is sharded; "
             "return functions: Task(optimizer=lambda model: AdamW(model.parameters()), scheduler=lambda optimizer: ...)"
         )
-    _check_steps(config, task, *task.optimizer_and_scheduler())
-    return task
+    optimizer, scheduler = task.optimizer_and_scheduler()
+    _check_steps(config, task, optimizer, scheduler)
+    return replace(task, scheduler=scheduler)  # made once: another one would scale the learning rate again

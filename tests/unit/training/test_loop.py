@@ -1,5 +1,6 @@
 """The training loop: what is done when, and what it leaves as it was."""
 
+import functools
 import json
 import logging
 import os
@@ -273,6 +274,15 @@ def test_a_sharded_model_needs_a_function_that_makes_the_optimizer():
     built = make()
     late = replace(built, optimizer=lambda model: type(built.optimizer)(model.parameters(), lr=0.1))
     assert train_here(lambda: late, train={**TRAIN, "parallel": "fsdp"}).step == train_here(make, train=TRAIN).step
+
+
+def test_a_scheduler_is_made_once():
+    """By a function, of an optimizer that is there: a second one would scale the learning rate again."""
+    linear = functools.partial(torch.optim.lr_scheduler.LinearLR, start_factor=0.5, total_iters=4)
+    config = Config.model_validate({"task": "here:build", "train": TRAIN})
+    task = build_task(config, lambda: replace(make(), scheduler=linear))
+    optimizer, _ = task.optimizer_and_scheduler()
+    assert optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["initial_lr"] / 2
 
 
 def test_a_builder_finds_everything_seeded():
