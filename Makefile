@@ -27,7 +27,7 @@ help:
 	@echo 'make clean   delete what these make; runs/ stays'
 
 demo: $(READY)
-	$(BIN)/harness drill configs/gpt.yaml checkpoint.keep=null
+	$(BIN)/harness drill configs/gpt.yaml
 
 test: $(READY)
 	$(BIN)/python -m pytest -m 'not soak' -n 4 --dist loadfile --no-loadscope-reorder

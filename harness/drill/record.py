@@ -12,6 +12,7 @@ from harness.drill.plan import Plan, read_records
 Line = Mapping[str, Any]
 
 KINDS = ("samples", "inputs", "metrics", "lr", "parts")  # what counts, in the order in which a step comes to it
+_KINDS_OF_HALF = KINDS[3:]  # of a step that was trained before a death, and evaluated after it
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _order(entry: tuple[Line, int]) -> tuple[int, int, int]:
 def _kinds(line: Line, expected: Line, noise: frozenset[str]) -> dict[str, list[str]]:
     """What differs between two lines of one step."""
     found: dict[str, list[str]] = {}
-    for kind in KINDS:
+    for kind in _KINDS_OF_HALF if line["is_half"] else KINDS:
         one, other = line[kind], expected[kind]
         if isinstance(one, Mapping):
             names = [

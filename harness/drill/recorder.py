@@ -51,6 +51,7 @@ class Recorder(Observer):
         self._samples: list[int] = []  # of the first of them
         self._evaluations = 0  # forward passes in ``eval()`` since then
         self._seeded: list[str] = []  # where the program has seeded a generator since its Run was made
+        self._is_half = False  # the next step was trained before the death, and only its evaluation comes now
 
     # --- what the run says -------------------------------------------------------------------------------------------
 
@@ -97,6 +98,7 @@ class Recorder(Observer):
         if self._plan.leaves_out == "random" and run.global_step:
             for seed in (random.seed, np.random.seed, torch.manual_seed):
                 seed(_OTHER_SEED + run.world.rank)
+        self._is_half = run.state.progress.half is not None
         self._write("loop", step=run.global_step, reach=self._reachable.values())
 
     def reached(self, run: "Run", metrics: Mapping[str, Any]) -> None:
@@ -105,6 +107,7 @@ class Recorder(Observer):
         step = run.global_step
         self._write("step", step=step, **self._describe_step(run, metrics))
         self._inputs, self._samples, self._evaluations, self._seeded = xxhash.xxh3_64(), [], 0, []
+        self._is_half = False
         self._faults.clear_the_way()
         if run.epoch != self._epoch:
             self._epoch = run.epoch
@@ -135,6 +138,7 @@ class Recorder(Observer):
             "evaluations": self._evaluations,
             "seeded": self._seeded,
             "epoch": run.epoch,
+            "is_half": self._is_half,
         }
 
     def _write(self, at: str, **values: Any) -> None:

@@ -33,19 +33,26 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 class StopRequest:
     """Whether a signal or the cloud has asked for a stop; ``reason`` names it. A second SIGINT interrupts at once."""
 
+    before_leaving: Callable[[], None]
+    """What the training still wants to finish if the process must leave without it. Called in another thread."""
+    keep: Callable[[float], None]
+    """Keeps the state, in at most the given seconds, when the grace is nearly over. Called in another thread."""
+
     def __init__(self) -> None:
         self.reason = ""
         self.settled: Literal["", "stop", "error"] = ""
         """How this process ends, once that is known: what becomes of the other ranks no longer matters then."""
-        self.before_leaving: Callable[[], None] = lambda: None
-        """What the training still wants to finish if the process must leave without it. Called in another thread."""
-        self.keep: Callable[[float], None] = lambda _seconds: None
-        """Keeps the state, in at most the given seconds, when the grace is nearly over. Called in another thread."""
+        self.forget_training()
         self._before: dict[int, Any] = {}  # the handlers that ours have replaced
         self._bell: _Bell | None = None
 
     def __bool__(self) -> bool:
         return bool(self.reason)
+
+    def forget_training(self) -> None:
+        """There is no training any more that could finish or keep anything."""
+        self.before_leaving = lambda: None
+        self.keep = lambda _seconds: None
 
     def ask(self, why: str) -> None:
         """Asks for a stop from within the process; the first word stands."""

@@ -214,8 +214,8 @@ class State:
             part.restore(checked[part.name], saved)
         self.edits.reset()
         last, best = dict(training["last"]), dict(training["best"])
-        loops, is_trained = int(training.get("finished_loops", 0)), bool(training.get("evaluates_first"))
-        self.progress = Progress(step - is_trained, int(training["epoch"]), last, best, loops, evaluates_first=is_trained)
+        loops, half = int(training.get("finished_loops", 0)), training.get("half")
+        self.progress = Progress(step - (half is not None), int(training["epoch"]), last, best, loops, half=half)
 
     def _of_rank(self, parts: Mapping[str, Mapping[str, Any]], rank: int) -> dict[str, Mapping[str, Any]]:
         """The parts of a checkpoint as a rank has them. Raises ``Mismatch`` where they are not those of this state."""

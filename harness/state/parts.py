@@ -73,7 +73,7 @@ class Progress:
     best: dict[str, float] = field(default_factory=dict)  # the metrics and the step of the best evaluation
     finished_loops: int = 0  # of the program's loops, that are over although they have not come to their own end
     random_keys: list[list[int]] | None = None  # by rank; none yet where it is empty, None where states are carried on
-    evaluates_first: bool = False  # the next step is trained already, but not evaluated
+    half: Mapping[str, float] | None = None  # the metrics of the next step, where that is trained, but not evaluated
 
 
 def part_of(

@@ -137,15 +137,6 @@ class Filesystem:
         """Removes an empty directory."""
         self.fs.rmdir(path)
 
-    def missing(self, path: str) -> Iterator[str]:
-        """Of a path and those above it, those that are not there, the innermost first."""
-        try:
-            if path:
-                self.fs.info(path)
-        except FileNotFoundError:
-            yield path
-            yield from self.missing(os.path.dirname(path))
-
 
 class OtherFilesystem(Filesystem):
     """A filesystem of which nothing is known but what fsspec asks of all."""

@@ -26,10 +26,11 @@ What a URL means, ``harness.storage.urls`` says.
 
 import contextlib
 import functools
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, Self, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 from fsspec.spec import AbstractFileSystem
@@ -73,10 +74,6 @@ class Store:
     def retries(self) -> int:
         """The calls so far that failed for the moment."""
         return self.calls.retries
-
-    def within(self, tries: int, deadline_seconds: float) -> Self:
-        """The same store, with tighter limits."""
-        return type(self)(self.filesystem.at(self.root, self.url), tries, deadline_seconds)
 
     def together(self, function: Callable[[], T]) -> Background[T]:
         """Begins a function that makes many calls, which on a local filesystem share its thread.
@@ -255,17 +252,32 @@ class _RangedStore(Store):
             raise StoreError(f"read {self.url}/{name}: {reason}", transient=is_transient(error)) from error
 
 
+def limited(store: Store, tries: int, deadline_seconds: float) -> Store:
+    """The same objects, within tighter limits."""
+    return type(store)(store.filesystem.at(store.root, store.url), tries, deadline_seconds)
+
+
 @contextlib.contextmanager
 def without_traces(store: Store) -> Iterator[None]:
     """Takes those directories away afterwards that had to be made on the way to the root, where they are empty."""
     filesystem = store.filesystem
-    made = store.calls.call("stat", "", lambda: list(filesystem.missing(store.root))) if filesystem.has_directories else []
+    made = store.calls.call("stat", "", lambda: list(_missing(filesystem, store.root))) if filesystem.has_directories else []
     try:
         yield
     finally:
         for path in made:
             with contextlib.suppress(OSError, StoreError):
                 store.calls.call("remove", "", lambda path=path: filesystem.remove_directory(path))  # type: ignore[misc]
+
+
+def _missing(filesystem: Filesystem, path: str) -> Iterator[str]:
+    """Of a path and those above it, those that are not there, the innermost first."""
+    try:
+        if path:
+            filesystem.fs.info(path)
+    except FileNotFoundError:
+        yield path
+        yield from _missing(filesystem, os.path.dirname(path))
 
 
 class Calls:

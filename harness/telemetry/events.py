@@ -14,7 +14,7 @@ from harness.errors import ConfigError
 from harness.runtime import console
 from harness.runtime.console import LiveLine, here, number
 from harness.secrecy import scrubbed, without_secrets
-from harness.storage.store import Store
+from harness.storage.store import Store, limited
 from harness.telemetry.dashboards import Prometheus, TensorBoard
 from harness.telemetry.journal import Journal
 
@@ -76,7 +76,7 @@ class EventLog:
             self._sinks.append(Prometheus(metrics.prometheus))
         if store is not None and metrics.every_seconds is not None:
             # Two short tries: a save waits for it, and the lines that it does not take are put later.
-            self._journal = Journal(store.within(tries=2, deadline_seconds=5), attempt, metrics.every_seconds)
+            self._journal = Journal(limited(store, tries=2, deadline_seconds=5), attempt, metrics.every_seconds)
             self._sinks.append(self._journal)
 
     def emit(self, name: str, message: str, /, **values: Any) -> None:

@@ -6,7 +6,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from harness.checkpoint.kept import MEMORY, KeptPlace, remove_rubbish, where
 from harness.checkpoint.staging import HostMemory
 from harness.config import CheckpointConfig, Config, RunConfig
 from harness.distributed.world import World, has_lost_a_peer, is_timeout
-from harness.errors import ConfigError, HarnessError, StoreError
+from harness.errors import ConfigError, HarnessError, NoCheckpoint, Stopped, StoreError
 from harness.launcher import outcome
 from harness.runtime.console import here
 from harness.runtime.environment import (
@@ -29,10 +29,11 @@ from harness.runtime.environment import (
 )
 from harness.runtime.watchdog import Watchdog
 from harness.state.capture import State
+from harness.state.parts import Progress
 from harness.storage.store import open_store
 from harness.telemetry import crashes
 from harness.telemetry.crashes import Crash
-from harness.telemetry.events import EventLog
+from harness.telemetry.events import EventLog, metrics_in_words
 from harness.training import resume
 from harness.training.checkpointing import Checkpointing
 from harness.training.course import Place
@@ -90,6 +91,34 @@ class Attempt:
         self.saves.begin_here()
         self.events.show(step, steps_in_all)
 
+    def finish(self, progress: Progress, describe_save: Callable[[], Mapping[str, Any]]) -> None:
+        """Saves the end, if the newest checkpoint does not have it, and waits for the save. All ranks call it."""
+        self.saves.wait()
+        if not self.saves.has_end():
+            self.saves.save(describe_save, must_succeed=True)
+        self.saves.keeper.forget()
+        self.events.emit("done", f"done: step {progress.step}  {metrics_in_words(progress.last)}", step=progress.step)
+        self.events.flush()
+
+    def stopped(self, step: int, reason: str) -> Stopped:
+        """What ends the program after a stop, at a step that has been saved if the run has a URL."""
+        self.saves.keeper.forget()
+        self.events.emit("stop", "", step=step, reason=reason)  # how the program ends is logged when it does
+        saved = "which is saved" if self.next is not None else "and nothing is saved: there is no checkpoint.url"
+        return Stopped(f"asked to stop ({reason}) at step {step}, {saved}")
+
+    def rolled_back(self, step: int) -> "Attempt":
+        """Ends at a step, and begins the attempt that follows, at the newest checkpoint. All ranks call it.
+
+        Raises ``NoCheckpoint`` if there is none.
+        """
+        if self.next is None or not self.saves.can_roll_back():
+            raise NoCheckpoint("run.roll_back: there is no checkpoint to return to yet")
+        self.saves.refuse_superseded()
+        self.events.emit("rollback", "", step=step)
+        self.events.close()
+        return self.next()
+
     def end_soon(self, grace_seconds: float, watchdog: Watchdog | NoWatchdog) -> None:
         """Another rank has died, and the process leaves: a save under way is worth some time. Called in any thread."""
         self.keep("another rank has failed")
@@ -108,8 +137,9 @@ class Attempt:
         self.events.close()
 
 
-def first_of(context: RunContext, *, fresh: bool) -> Attempt:
-    """Begins the run's next attempt, or its first. ``fresh`` refuses a URL that holds a run. All ranks call it."""
+def first_of(context: RunContext, *, fresh: bool, reopen: bool) -> Attempt:
+    """Begins the run's next attempt, or its first. ``fresh`` refuses a URL that holds a run; with ``reopen`` the run trains
+    on that an earlier attempt has ended early. All ranks call it."""
     world, config, state = context.world, context.config, context.state
     checkpoint = config.checkpoint
     if checkpoint.url is None:
@@ -130,6 +160,8 @@ def first_of(context: RunContext, *, fresh: bool) -> Attempt:
     is_looping = resume.on_first(world, lambda: crashes.is_looping(catalog, config.crash_loop.same_failures))
     memory = HostMemory(pinned=world.device.type == "cuda")
     attempt = _begin(context, catalog, memory, skip_newest=is_looping)
+    if reopen:
+        state.progress.finished_loops = 0
     if world.rank == 0:
         _log_differences(config, state)
     return attempt

@@ -60,8 +60,9 @@ class NoKeeper:
     def touch(self) -> None:
         """An optimizer is about to change the state."""
 
-    def note(self, *, evaluates_first: bool = False) -> None:
-        """The body of a step is over; or all but its evaluation, with which a resume has to begin then."""
+    def note(self, half: Mapping[str, float] | None = None) -> None:
+        """The body of a step is over; or all but its evaluation, with which a resume has to begin then. In that case,
+        ``half`` has the metrics of the step, as far as all ranks know them."""
 
     def took_first_buffers(self) -> None:
         """The buffers of the modules are rank 0's now."""
@@ -149,7 +150,7 @@ class Keeper(NoKeeper):
     def touch(self) -> None:
         self._touches += 1
 
-    def note(self, *, evaluates_first: bool = False) -> None:
+    def note(self, half: Mapping[str, float] | None = None) -> None:
         self._notes += 1
         if self._notes == 2 and self._world.size > 1:  # on all ranks, whatever has become of one
             self._loose.compare()
@@ -159,7 +160,7 @@ class Keeper(NoKeeper):
         try:
             self._boundary = None
             self._loose.note()
-            self._boundary = _noted(self._context, self._small, self._touches, evaluates_first=evaluates_first)
+            self._boundary = _noted(self._context, self._small, self._touches, half)
         except Exception as error:  # of an object of the program's, say: a save tells of it
             self._give_up(f"{type(error).__name__}: {error}".partition("\n")[0])
         self._slow = self._slow + 1 if time.perf_counter() - began > SLOW_SECONDS else 0
@@ -285,7 +286,7 @@ class Keeper(NoKeeper):
         }
 
 
-def _noted(context: RunContext, small: Sequence[Part], touches: int, *, evaluates_first: bool) -> _Boundary:
+def _noted(context: RunContext, small: Sequence[Part], touches: int, half: Mapping[str, float] | None) -> _Boundary:
     state, loader, watched = context.state, context.loader, list[tuple[torch.Tensor, int]]()
     progress = state.progress
     training: dict[str, Any] = {
@@ -294,10 +295,10 @@ def _noted(context: RunContext, small: Sequence[Part], touches: int, *, evaluate
         "best": dict(progress.best),
         "finished_loops": progress.finished_loops,
     }
-    if evaluates_first:
-        training["evaluates_first"] = True
+    if half is not None:
+        training["half"] = dict(half)
     return _Boundary(
-        progress.step + evaluates_first,
+        progress.step + (half is not None),
         touches,
         progress.epoch if loader is None else loader.epoch,
         training,

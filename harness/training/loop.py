@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
@@ -59,14 +60,12 @@ def train(config: Config, task: Task, world: World, stop: StopRequest, *, fresh:
     with contextlib.closing(run):
         try:
             for _ in run.steps(trainer.total_steps):
-                progress = run.state.progress
-                # An attempt before this one may have died between the training of a step and its boundary.
-                is_trained, progress.evaluates_first = progress.evaluates_first, False
-                if not is_trained:
-                    trainer.advance(run)
+                metrics = run.boundary.take_half()
+                if metrics is None:
+                    metrics = {"loss": trainer.advance(run)}
                 run.boundary.trained()
-                trainer.evaluate_if_due(run)
-                run.step(**({} if is_trained else {"loss": trainer.mean_loss()}))
+                trainer.evaluate_if_due(run, metrics)
+                run.step(**metrics)
         except Exception as error:
             run.remember_crash(error)
             raise
@@ -125,19 +124,17 @@ class _Trainer:
         loaded = interchange.load_into(self.task.model, optimizer, foreign)
         return f"initialized from {foreign.source} ({foreign.what}): {loaded}"
 
-    def mean_loss(self) -> torch.Tensor:
-        """This rank's loss of the last step, such that the mean over the ranks is that over the global batch."""
-        return self.loss * self.world.size
-
     # --- a step ------------------------------------------------------------------------------------------------------
 
-    def advance(self, run: Run) -> None:
-        """Trains the next batch, or skips it."""
+    def advance(self, run: Run) -> torch.Tensor:
+        """Trains the next batch, or skips it. Returns this rank's loss, such that the mean over the ranks is that over the
+        global batch."""
         while (micro_batches := self.loader.next_step()) and not self.step(micro_batches):
             if not self.skip(run):
                 break
         if self.scheduler is not None and not _waits_for_evaluations(self.scheduler):
             self.scheduler.step()
+        return self.loss * self.world.size
 
     def step(self, micro_batches: Step) -> bool:
         """One optimizer step; False where it was not taken, because the loss or the gradients are not finite."""
@@ -215,14 +212,14 @@ class _Trainer:
 
     # --- at a step boundary ------------------------------------------------------------------------------------------
 
-    def evaluate_if_due(self, run: Run) -> None:
+    def evaluate_if_due(self, run: Run, metrics: Mapping[str, Any]) -> None:
         """Evaluates where an interval ends with the step that was just trained, or the run does."""
         every, step = self.config.evaluation, run.global_step + 1
         epochs = (self.loader.position.trained_epoch, self.loader.epoch)
         due = step >= self.total_steps or is_due(step, epochs, every.every_steps, every.every_epochs)
         if self.task.evaluation is not None and due:
             parallel.share_buffers(self.model, self.task.model, self.world)
-            run.boundary.evaluating()
+            run.boundary.evaluating(metrics)
             values = self.evaluate()
             run.evaluated(self.task.evaluation.metric, values, higher_is_better=self.task.evaluation.higher_is_better)
             if _waits_for_evaluations(self.scheduler):

@@ -9,7 +9,7 @@ from harness.config import Config
 from harness.distributed.agreement import Decision
 from harness.errors import ConfigError
 from harness.state.optimizers import stepping
-from harness.telemetry.events import as_json
+from harness.telemetry.events import as_json, metrics_in_words
 from harness.training.bodies import Bodies
 from harness.training.boundary import Boundary
 from harness.training.course import Length
@@ -30,12 +30,12 @@ class ProgramLoop:
     def __init__(self, context: RunContext, emit: Callable[..., None], on_due: Callable[[Due], None]) -> None:
         world, state, loader = context.world, context.state, context.loader
         self._config, self._state, self._loader = context.config, state, loader
-        self.boundary = Boundary(world, state)
-        self._saves, self._on_due = Saves(), on_due
+        self._saves, self._on_due, self._emit = Saves(), on_due, emit
         self._policy, self._course = context.policy, context.course
         self._own_work = OwnWork(world.device, state.modules.values(), loader)
         self._omissions = Omissions(state, self._own_work, loader, is_active=world.rank == 0)
         self._log = ProgressLog(context, self._own_work, emit)
+        self.boundary = Boundary(world, state, self._log)
         more, over, end = self._omissions.at_next_batch, self.boundary.reached, self._at_end_of_body
         self._bodies = Bodies(state, loader, fence=self._fence, on_more=more, on_over=over, on_end=end)
         self.end_unseen = self._bodies.end_unseen
@@ -74,6 +74,7 @@ class ProgramLoop:
         self._log.begin_here()
         self._state.check_lengths(steps_in_all, self._course.length.epochs, each_step=isinstance(self._config, Config))
         self._state.restore_random()
+        self._has_stepped = self._state.progress.half is not None
         self.boundary.begin_here(saves)
         if saves.is_first_due:
             self._bodies.save_next()
@@ -111,6 +112,8 @@ class ProgramLoop:
 
     def reach_boundary(self, metrics: Mapping[str, Any], decision: Decision) -> tuple[int, int]:
         """The optimizer has taken its step, and all ranks are here. Returns the step, and the epoch of the next batch."""
+        if decision.settled:
+            self._saves.keeper.settled(*divmod(decision.settled, 2))
         course, progress = self._course, self._state.progress
         epochs = course.reach_boundary()
         step = progress.step
@@ -133,8 +136,8 @@ class ProgramLoop:
         self._course.roll_back()
         self._bodies.forget()
 
-    def evaluated(self, metric: str, values: Mapping[str, float], *, higher_is_better: bool) -> int:
-        """Notes what an evaluation found, and returns the step that it judged."""
+    def evaluated(self, metric: str, values: Mapping[str, float], *, higher_is_better: bool) -> None:
+        """Notes what an evaluation found, and logs it with the step that it judged."""
         self._fence()  # weights may be put in another place for an evaluation, and back after it
         progress = self._state.progress
         if metric not in values:
@@ -145,7 +148,8 @@ class ProgramLoop:
             progress.best = {**values, "step": judged}
             if self._config.checkpoint.keep_best and not self._has_stepped:
                 self._bodies.save_at_end()
-        return judged
+        message = f"step {self._course.shown(judged)}  evaluation  {metrics_in_words(dict(values))}"
+        self._emit("evaluate", message, step=judged, **values)
 
     def describe_save(self) -> dict[str, Any]:
         """What a manifest says of where the loop is, when a save is made here. All ranks call it."""

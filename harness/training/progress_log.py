@@ -62,6 +62,12 @@ class ProgressLog:
         self._state.progress.last |= dict(zip(self._metrics, means, strict=True))
         return list(seconds)
 
+    def means(self, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """The means of a step's metrics over the ranks. All ranks call it."""
+        self.note(metrics)
+        self.average()
+        return {name: self._state.progress.last[name] for name in metrics}
+
     def is_due(self, epochs: tuple[int, int]) -> bool:
         """Whether the step that was just taken is to be logged; ``epochs`` as for the function ``is_due``."""
         return is_due(self._state.progress.step, epochs, self._every.every_steps, self._every.every_epochs)

@@ -17,7 +17,7 @@ from harness.config import RunConfig, run_config
 from harness.data.loader import Loader, nothing
 from harness.distributed.agreement import Agreement, NoLoop
 from harness.distributed.world import World, world_of_program
-from harness.errors import ConfigError, NoCheckpoint, Stopped
+from harness.errors import ConfigError, Stopped
 from harness.launcher import outcome
 from harness.runtime.environment import is_first_of_node
 from harness.runtime.preemption import Watcher
@@ -25,7 +25,7 @@ from harness.runtime.signals import StopRequest
 from harness.runtime.watchdog import Watchdog
 from harness.state.capture import Adapt, State
 from harness.storage.urls import shown
-from harness.telemetry.events import EventLog, metrics_in_words
+from harness.telemetry.events import EventLog
 from harness.training import attempt, observer, program
 from harness.training.attempt import Attempt
 from harness.training.course import Course, Length
@@ -51,16 +51,16 @@ class Run:
 
     Every rank makes the run with the same arguments, after ``init_process_group`` and after it has wrapped the model. The
     run saves every ``every_steps`` steps, ``every_seconds`` seconds (``"auto"``: at the interval that loses least time) and
-    ``every_epochs`` epochs, and at the end. It keeps
-    the last ``keep_last`` checkpoints (None: all). A save, or a stop, waits until the loop asks for its next batch, or for
-    the next epoch after the last batch. So a checkpoint holds everything that the body of the loop has done. ``config``
-    takes the sections of ``harness train``: ``{"checkpoint": {…}, "watchdog": {…}}``.
+    ``every_epochs`` epochs, and at the end. It keeps the last ``keep_last`` checkpoints (None: all). A save, or a stop,
+    waits until the loop asks for its next batch, or for the next epoch after the last batch. So a checkpoint holds
+    everything that the body of the loop has done. ``config`` takes the sections of ``harness train``:
+    ``{"checkpoint": {…}, "watchdog": {…}}``.
 
     If there is no checkpoint, ``initialize`` is called, for example to load weights; what it returns is logged. ``about``
     goes into each manifest, and must be the same on all ranks. A resume takes learning rates and schedules from the
-    checkpoint, except those named in ``reset_options`` (``["lr"]``), which it takes from the program. If the model or the
-    optimizer grows during training, ``adapt(step, epoch, names)`` rebuilds what they had at that step. ``names`` gives the
-    dtype and the shape of each tensor in the checkpoint, by part and name.
+    checkpoint, and those named in ``reset_options`` (``["lr"]``) from the program. If the model or the optimizer grows
+    during training, ``adapt(step, epoch, names)`` rebuilds what they had at that step; ``names`` gives the dtype and the
+    shape of each tensor in the checkpoint, by part and name.
 
     A stop signal, or a cloud's notice, ends the program after the step: the run saves, and the exit code is 75 (0 under
     torchrun). If you pass a ``stop`` request, the loop raises ``Stopped`` instead. ``fresh`` refuses a URL that holds a run;
@@ -91,11 +91,11 @@ class Run:
         reopen: bool = False,
         must_exist: bool = False,
     ) -> None:
-        given = {"every_steps": every_steps, "every_seconds": every_seconds, "every_epochs": every_epochs}
-        given |= {"keep_last": keep_last, "must_exist": must_exist or None}
         self._host = program.host() if stop is None else program.Guest(stop)
         self.stop = self._host.stop
         with self._host.preparing():
+            given = {"every_steps": every_steps, "every_seconds": every_seconds, "every_epochs": every_epochs}
+            given |= {"keep_last": keep_last, "must_exist": must_exist or None}
             self.config = observer.current.settings(settings_of(url, given, config))
         observer.current.making(self.config, state, world, fresh)
         self._watchdog: Watchdog | NoWatchdog = NoWatchdog()
@@ -105,25 +105,20 @@ class Run:
         self._closing = contextlib.ExitStack()
         self._closing.callback(self._host.let_go, self)
         with self._host.start(self), watching(self.config):
-            self.world = world or world_of_program(device_of(state), self.config.world.timeout_seconds)
-            if world is None:
-                self._closing.callback(self.world.let_go)
-            speaks = self.world.rank == 0
-            self.state = State(state, self.world.device, reset_options=reset_options, adapt=adapt, speaks=speaks)
-            self.loader = loader_of(state, self.world)
-            self._course = Course(self.world.rank, self.state, self.loader)
-            parts = self.world, self.config, self.state, self.loader, self._course
-            context = RunContext(*parts, about or {}, initialize or nothing)
+            world = self.world = world or self._closing.enter_context(world_of(state, self.config))
+            self.state = State(state, world.device, reset_options=reset_options, adapt=adapt, speaks=world.rank == 0)
+            self.loader = loader_of(state, world)
+            self._course = Course(world.rank, self.state, self.loader)
+            context = RunContext(
+                world, self.config, self.state, self.loader, self._course, about or {}, initialize or nothing
+            )
             self._loop = ProgramLoop(context, self.tell, self._do)
             self.boundary = self._loop.boundary
             self._closing.callback(self._loop.close)
-            self._attempt = attempt.first_of(context, fresh=fresh)
+            self._attempt = attempt.first_of(context, fresh=fresh, reopen=reopen)
             self.stop.before_leaving = lambda: self._attempt.end_soon(self.config.stop.grace_seconds, self._watchdog)
-            self._closing.callback(setattr, self.stop, "before_leaving", nothing)
             self.stop.keep = lambda seconds: self._attempt.keep("no step boundary within the grace", seconds)
-            self._closing.callback(setattr, self.stop, "keep", lambda _seconds: None)
-        if reopen:
-            self.state.progress.finished_loops = 0
+            self._closing.callback(self.stop.forget_training)
         observer.current.begun(self)
 
     @property
@@ -162,8 +157,6 @@ class Run:
         """
         saves = self._attempt.saves
         decision = self._decisions.decide(save_is_wanted=saves.is_wanted(), settled=saves.settled)
-        if decision.settled:
-            saves.keeper.settled(*divmod(decision.settled, 2))
         step, epoch = self._loop.reach_boundary(metrics, decision)
         self._attempt.events.reached(step, epoch)
         outcome.reached(step)
@@ -177,13 +170,7 @@ class Run:
 
         Call it after you leave the loop by ``break``. ``epochs`` and ``steps`` save at their own end."""
         self._loop.finish()
-        self._attempt.saves.wait()
-        if not self._attempt.saves.has_end():
-            self._attempt.saves.save(self._loop.describe_save, must_succeed=True)
-        self._attempt.saves.keeper.forget()
-        message = f"done: step {self.global_step}  {metrics_in_words(self.state.progress.last)}"
-        self.tell("done", message, step=self.global_step)
-        self._attempt.events.flush()
+        self._attempt.finish(self.state.progress, self._loop.describe_save)
         self._host.has_finished(self)
 
     def evaluated(self, metric: str, values: Mapping[str, float], *, higher_is_better: bool = False) -> None:
@@ -192,9 +179,7 @@ class Run:
         The best ``metric`` is remembered; ``checkpoint.keep_best`` keeps its checkpoint. NaN is never the best. The values
         belong to the step of the last ``step()``, or to the next one if an optimizer has taken a step since.
         """
-        judged = self._loop.evaluated(metric, values, higher_is_better=higher_is_better)
-        message = f"step {self._course.shown(judged)}  evaluation  {metrics_in_words(dict(values))}"
-        self.tell("evaluate", message, step=judged, **values)
+        self._loop.evaluated(metric, values, higher_is_better=higher_is_better)
 
     def tell(self, event: str, message: str, /, **values: Any) -> None:
         """Logs an event on rank 0: ``message`` for people, the values for programs."""
@@ -205,17 +190,9 @@ class Run:
         return self._attempt.saves.can_roll_back()
 
     def roll_back(self) -> None:
-        """Returns all ranks to the newest checkpoint and begins a new attempt, as after a restart. All ranks call it.
-
-        Raises ``NoCheckpoint`` if there is none."""
-        if not self.can_roll_back():
-            raise NoCheckpoint(f"{self.config.checkpoint.url}: there is no checkpoint to return to yet")
+        """Returns all ranks to the newest checkpoint, as a restart does; ``NoCheckpoint`` if there is none. All call it."""
+        self._attempt = self._attempt.rolled_back(self.global_step)
         self._loop.roll_back()
-        self._attempt.saves.refuse_superseded()
-        self.tell("rollback", "", step=self.global_step)
-        self._attempt.events.close()
-        assert self._attempt.next is not None, "there is a checkpoint"
-        self._attempt = self._attempt.next()
         self._attempt.begin_here(self.global_step, self._loop.begin_here(self._attempt.saves))
 
     def remember_crash(self, error: BaseException) -> None:
@@ -236,11 +213,11 @@ class Run:
     @contextlib.contextmanager
     def _training(self, length: Length) -> Iterator[None]:
         """The time of the loop: somebody watches; afterwards the end is saved."""
-        cloud = self.config.preemption.watch if is_first_of_node() else "none"
+        preemption = self.config.preemption
         with (
             self._host.loop(self, self.config.stop.grace_seconds),
             watching(self.config, lambda: self._attempt.keep("a hang")) as self._watchdog,
-            Watcher(cloud, self.config.preemption.base_url) as watcher,
+            Watcher(preemption.watch if is_first_of_node() else "none", preemption.base_url) as watcher,
         ):
             self._decisions = Agreement(self.world, self.stop, watcher)
             try:
@@ -257,12 +234,9 @@ class Run:
         """What is due at the end of a step's body."""
         self._attempt.saves.save(self._loop.describe_save, must_succeed=due is Due.STOP)
         if due is Due.STOP:
-            self._attempt.saves.keeper.forget()
             self._decisions.finish()
-            saved = "which is saved" if self.config.checkpoint.url else "and nothing is saved: there is no checkpoint.url"
             reason = outcome.stop_reason() or self.stop.reason or "on another rank"
-            self.tell("stop", "", step=self.global_step, reason=reason)  # how the program ends is logged when it does
-            self._host.end(self, Stopped(f"asked to stop ({reason}) at step {self.global_step}, {saved}"))
+            self._host.end(self, self._attempt.stopped(self.global_step, reason))
 
 
 def settings_of(
@@ -288,6 +262,16 @@ def settings_of(
             f"Run: expected one URL, found {shown(str(place))} and checkpoint.url {shown(str(before))} in config"
         )
     return settings
+
+
+@contextlib.contextmanager
+def world_of(state: Mapping[str, Any], config: RunConfig) -> Iterator[World]:
+    """The ranks of a program that has started them itself, as long as the run needs them."""
+    world = world_of_program(device_of(state), config.world.timeout_seconds)
+    try:
+        yield world
+    finally:
+        world.let_go()
 
 
 def loader_of(state: Mapping[str, Any], world: World) -> Loader | None:

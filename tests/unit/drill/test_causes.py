@@ -14,7 +14,12 @@ def line(step: int, start: int = 0, **values: Any) -> dict[str, Any]:
     """What a step of a right run leaves."""
     made = {"at": "step", "step": step, "start": start, "time": float(step + 100 * start), "epoch": (step - 1) // 6}
     made |= {"metrics": {"loss": 1 / step}, "lr": [0.1], "samples": [step, step + 50], "inputs": f"input {step}"}
-    made |= {"parts": {"model/weight": f"weight {step}", "random/torch": f"state {step}"}, "evaluations": 0, "seeded": []}
+    made |= {
+        "parts": {"model/weight": f"weight {step}", "random/torch": f"state {step}"},
+        "evaluations": 0,
+        "seeded": [],
+        "is_half": False,
+    }
     return {**made, "reach": {"main: step": str(step), "model.0.p": "0.5"}, **values}
 
 
