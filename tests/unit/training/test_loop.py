@@ -257,6 +257,41 @@ def test_the_best_is_remembered_through_a_resume(run, tmp_path, told, higher_is_
     assert {key: best[key] for key in ("step", "mse", "x")} == saved
 
 
+def test_a_death_in_an_evaluation_loses_nothing(run, tmp_path, told):
+    """The step is kept, and the next attempt begins with its evaluation: of the same step, beside the loss of that step."""
+
+    class Gone(Exception):
+        """In place of a peer's death."""
+
+    def dies() -> Task:
+        task, calls = judged(), iter(range(100))
+
+        def measure(model: nn.Module, batch) -> dict[str, torch.Tensor]:
+            if next(calls) == 6:  # of four in each evaluation
+                raise Gone
+            return task.evaluation.measure(model, batch)
+
+        return replace(task, evaluation=replace(task.evaluation, measure=measure))
+
+    def values() -> list[list[float]]:
+        names = "event", "step", "loss", "mse", "lr"
+        return [[line.get(name) for name in names] for line in told("train") + told("evaluate")]
+
+    intervals = {"evaluation": {"every_steps": 4}, "log": {**told.log, "every_steps": 1}}
+    expected = tmp_path / "straight"
+    train_here(judged, url=expected, train=TRAIN, **intervals)
+    before = values()
+    (tmp_path / "log.jsonl").unlink()
+    (tmp_path / "keep").mkdir()
+    intervals["checkpoint"] = {"keep": str(tmp_path / "keep"), "every_steps": 5}
+    with pytest.raises(Gone):
+        run(dies, **intervals)
+    run(judged, **intervals)
+    assert [line["step"] for line in told("kept")] == [8]
+    assert values() == before
+    assert newest(tmp_path / "run")["digests"] == newest(expected)["digests"]
+
+
 # --- when it goes wrong ----------------------------------------------------------------------------------------------
 
 
