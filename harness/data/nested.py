@@ -38,5 +38,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """A batch on a device: its tensors are moved, everything else stays."""
+    """A batch on a device: its tensors are moved, everything else stays. Loaders make them on the CPU."""
+    if device.type == "cpu":
+        return value
     return mapped(lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf, value)

@@ -416,7 +416,7 @@ class Maximum:
     the next one begins: about every ``interval_seconds``, by the ranks' own measure of a step.
     """
 
-    def __init__(self, world: World, wants: int, interval_seconds: float = 0.2) -> None:
+    def __init__(self, world: World, wants: int, interval_seconds: float = 0.05) -> None:
         self._world = world
         self._nothing = [0] * wants
         self._interval_seconds = interval_seconds
