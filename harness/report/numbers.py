@@ -79,6 +79,26 @@ class Life:
 
 
 @dataclass(frozen=True)
+class Death:
+    """An attempt that died, and what became of its work."""
+
+    life: Life
+    kept: Record | None  # what the next attempt says of the rank that kept the last step; None: a checkpoint counted
+    seconds: float | None  # from its last sign of life until an attempt trained; None where none has
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "attempt": self.life.number,
+            "ending": self.life.ending,
+            "last_step": self.life.last_step,
+            "lost_steps": self.life.lost_steps,
+            "lost_steps_are_exact": self.life.is_complete,
+            "kept_by": None if self.kept is None else {"rank": self.kept["rank"], "host": self.kept["host"]},
+            "recovery_seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True)
 class Save:
     """A checkpoint that was committed."""
 
@@ -104,6 +124,7 @@ class RunReport:
     spans: Sequence[Span]  # the whole wall time
     saves: Sequence[Save]
     recoveries_seconds: Sequence[float]  # of each death after which training went on
+    known_deaths: Sequence[Death] = ()  # of attempts
     notes: Mapping[str, Sequence[Record]] = field(default_factory=dict)  # what else was told, by event
     unclaimed_deaths: int = 0  # starts of the ranks that ended before they had an attempt
     doubts: Sequence[str] = ()  # what cannot be known, or could not be read
@@ -128,7 +149,7 @@ class RunReport:
     @property
     def deaths(self) -> int:
         """How often it died, as far as that is known."""
-        return sum(life.is_dead for life in self.lives) + self.unclaimed_deaths
+        return len(self.known_deaths) + self.unclaimed_deaths
 
     @property
     def lost_steps(self) -> int:
@@ -164,6 +185,8 @@ class RunReport:
             "save_gigabytes_per_second_median": _median(speeds),
             "save_retries": sum(save.retries for save in self.saves),
             **{name: len(self.notes.get(event, ())) for event, name in NOTES.items()},
+            "kept_states": sum(death.kept is not None for death in self.known_deaths),
+            "known_deaths": [death.as_json() for death in self.known_deaths],
             "doubts": list(self.doubts),
         }
 
@@ -173,7 +196,6 @@ NOTES = {
     "save_failed": "failed_saves",
     "skip": "skipped_saves",
     "fallback": "fallbacks",
-    "kept": "kept_states",
     "nonfinite": "nonfinite_steps",
     "straggler": "stragglers",
 }
@@ -249,6 +271,7 @@ def of(
         list(_whole(lives, began)),
         [_save(attempt, record) for attempt in attempts for record in events[attempt] if record["event"] == "save"],
         list(_recoveries(lives)),
+        list(_deaths(lives, {attempt.number: found for attempt, found in events.items()})),
         {event: [each for found in events.values() for each in found if each["event"] == event] for event in NOTES},
         _unclaimed([known[attempt] for attempt in attempts]),
         [*doubts, *more_doubts],
@@ -346,6 +369,17 @@ def _recoveries(lives: Sequence[Life]) -> Iterable[float]:
             since = None
         if life.is_dead and since is None:
             since = life.ended
+
+
+def _deaths(lives: Sequence[Life], events: Mapping[int, Sequence[Record]]) -> Iterable[Death]:
+    for index, life in enumerate(lives):
+        if life.is_dead:
+            successor = next((each for each in lives[index + 1 :] if each.opened is not None), None)
+            if successor is None or successor.opened is None:
+                yield Death(life, None, None)
+                continue
+            kept = next((each for each in events[successor.number] if each["event"] == "kept"), None)
+            yield Death(life, kept, max(successor.opened - life.ended, 0.0))
 
 
 def _ending(timed: Timed, error: str | None, now: float | None) -> str:

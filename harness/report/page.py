@@ -42,6 +42,7 @@ def page(report: RunReport, records: Mapping[Attempt, Sequence[Record]]) -> str:
         _key_figures(report),
         f"<h2>{for_html(name, _MOST_CHARACTERS)}</h2>{figures.losses(report, name, curves)}",
         f"<h2>Attempts</h2>{figures.timeline(report)}{_attempts(report)}",
+        *([f"<h2>Deaths</h2>{_deaths(report)}"] if report.known_deaths else []),
         f"<h2>Where the time went</h2>{_times(report, figures.COLOURS)}",
         f"<h2>Saves</h2>{figures.saves(report) if report.saves else ''}{_saves(report)}",
         *_notes(report),
@@ -98,6 +99,20 @@ def _attempts(report: RunReport) -> str:
     found = table(("attempt", "host", "ranks", "trained", "#lived", "ended"), rows, "attempts")
     many = len(report.lives) > words.MOST_LINES
     return f"<details><summary>All {len(report.lives)} attempts</summary>{found}</details>" if many else found
+
+
+def _deaths(report: RunReport) -> str:
+    rows = (
+        (
+            death.life.number,
+            "" if death.life.last_step is None else death.life.last_step,
+            words.lost(death.life.lost_steps, is_exact=death.life.is_complete),
+            words.continued(death),
+            death.life.ending,
+        )
+        for death in report.known_deaths
+    )
+    return table(("attempt", "#last step", "#steps lost", "what followed", "died of"), rows, "deaths")
 
 
 def _times(report: RunReport, colours: Mapping[numbers.Kind, str]) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from harness.report.numbers import KINDS, Life, RunReport
+from harness.report.numbers import KINDS, Death, Life, RunReport
 from harness.report.units import amount, duration
 from harness.runtime.escapes import for_terminal
 from harness.telemetry.journal import Record
@@ -22,7 +22,7 @@ _MOST_CHARACTERS = 400  # of a line
 def short(report: RunReport) -> str:
     """The report in half a page, each line as a terminal may show it."""
     lines = [headline(report), *(f"doubt      {doubt}" for doubt in report.doubts), "", *_times(report), ""]
-    lines += [*_save_lines(report), *_notes(report), "", *_attempts(report.lives)]
+    lines += [*_save_lines(report), *_notes(report), "", *_deaths(report.known_deaths), *_attempts(report.lives)]
     return "\n".join(for_terminal(line, _MOST_CHARACTERS) for line in lines)
 
 
@@ -94,12 +94,31 @@ def note(record: Record) -> str:
             return f"step {record['step']}: the previous save was still being written"
         case "fallback":
             return f"{record['directory']}: {record['why']}"
-        case "kept":
-            return f"step {record['step']}: rank {record['rank']} on {record['host']}, which ended with: {record['why']}"
         case "nonfinite":
             return f"step {record['step']}: {record['policy']}, samples {str(record['samples'])[:60]}"
     times = f"{record['seconds']:.3g} s of work in a step, others {record['median_seconds']:.3g} s"
     return f"step {record['step']}: rank {record['rank']} on {record['host']}: {times}"
+
+
+def _deaths(deaths: Sequence[Death]) -> Iterable[str]:
+    if len(deaths) > MOST_LINES:
+        yield f"the last {MOST_LINES} of {len(deaths)} deaths"
+    for death in deaths[-MOST_LINES:]:
+        loss = f"{lost(death.life.lost_steps, is_exact=death.life.is_complete)} lost"
+        yield f"death   {death.life.number:<3}{_last_step(death.life)}, {loss}; {continued(death)}"
+
+
+def _last_step(life: Life) -> str:
+    return "no step" if life.last_step is None else f"step {life.last_step}"
+
+
+def continued(death: Death) -> str:
+    """From what training went on after a death, and how soon."""
+    if death.seconds is None:
+        return "training has not continued"
+    kept = death.kept
+    source = "the last checkpoint" if kept is None else f"what rank {kept['rank']} on {kept['host']} kept"
+    return f"training continued from {source} after {duration(death.seconds)}"
 
 
 def _attempts(lives: Sequence[Life]) -> Iterable[str]:

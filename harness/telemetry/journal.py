@@ -278,6 +278,7 @@ _REQUIRED: Mapping[str, _Checks] = {
     "fallback": {"directory": _is_text, "why": _is_text},
     "nonfinite": {**_STEP, "policy": _is_text, "samples": lambda value: isinstance(value, list)},
     "straggler": {**_STEP, "rank": _is_count, "host": _is_text, "seconds": _is_seconds, "median_seconds": _is_seconds},
+    "kept": {**_STEP, "rank": _is_count, "host": _is_text},
     "error": {"error": _is_text},
 }
 _GIVEN: Mapping[str, _Checks] = {**{event: {"lineage": _is_lineage} for event in OPENINGS}, "save": {"retries": _is_count}}

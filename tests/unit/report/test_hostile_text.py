@@ -68,6 +68,11 @@ def told(text: str) -> list[dict]:
     ]
 
 
+def told_after(text: str) -> list[dict]:
+    """What the attempt says that goes on from what a survivor has kept."""
+    return [record("kept", 1010, 3, rank=1, host=text, why=text), record("resume", 1011, 3, lineage=[])]
+
+
 def written(url: str, *lines: list) -> tuple[Catalog, journal.Records]:
     """A run whose attempts told these lines (bytes, or records), as whoever reports on it finds it."""
     store = open_store(url)
@@ -90,13 +95,13 @@ def shown(catalog: Catalog, records: journal.Records) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def elements():
     """What a page is made of where nobody means harm."""
-    return Elements(shown(*written("memory://hostile/plain", told("harmless")))[1]).found
+    return Elements(shown(*written("memory://hostile/plain", told("harmless"), told_after("harmless")))[1]).found
 
 
 @pytest.mark.parametrize("text", NASTY[:6])  # a page takes a second; the others go through the same functions below
 def test_text_is_text_on_the_page_and_on_the_terminal(text, elements):
     """A metric's name, an error, a host, a directory: none adds an element or an attribute to the page, or fails."""
-    catalog, records = written(f"memory://hostile/{abs(hash(text))}", told(text))
+    catalog, records = written(f"memory://hostile/{abs(hash(text))}", told(text), told_after(text))
     about = json.dumps({"host": text, "world_size": text, "launch": text}, default=str).encode()
     catalog.store.put(f"attempts/{ATTEMPTS[0].id}.json", lambda: [about], len(about))
     terminal, html = shown(catalog, records)
@@ -148,6 +153,7 @@ HOSTILE_LINES = {
         {**PLAIN, "event": "save", "bytes": 1, "seconds": -1, "blocked_seconds": 0}
     ).encode(),
     "an error that is none": json.dumps({**PLAIN, "event": "error", "error": {"a": 1}}).encode(),
+    "a rank without a host": json.dumps({**PLAIN, "event": "kept", "rank": 1}).encode(),
     "another attempt's": json.dumps({**PLAIN, "attempt": ATTEMPTS[2].id}).encode(),
     "other letters": b'{"event": "train", "time": 1, "step": 1, "x": "\xe9"}',
     "no letters": b"\xff\xfe\xfd",

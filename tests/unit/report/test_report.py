@@ -121,9 +121,24 @@ def test_the_numbers_are_those_of_the_docs(report):
         "failed_saves": 0,
         "skipped_saves": 0,
         "fallbacks": 1,
-        "kept_states": 0,
         "nonfinite_steps": 0,
         "stragglers": 0,
+        "kept_states": 0,
+        "known_deaths": [
+            {
+                "attempt": number,
+                "ending": ending,
+                "last_step": last_step,
+                "lost_steps": lost,
+                "lost_steps_are_exact": is_exact,
+                "kept_by": None,
+                "recovery_seconds": seconds,
+            }
+            for number, ending, last_step, lost, is_exact, seconds in [
+                (1, "killed", 45, 25, False, 90),
+                (2, "StoreError: no answer", None, 0, True, 40),
+            ]
+        ],
         "doubts": [],
     }
 
@@ -142,6 +157,23 @@ def test_a_run_that_was_asked_to_stop(report):
     found = numbers.of("there", CLAIMS, {**RECORDS, FIRST: stopped, SECOND: []}, {}, now=9999)
     assert [life.ending for life in found.lives] == ["stopped", "killed", "done"]
     assert found.recoveries_seconds == [1160 - 1105]
+
+
+def test_a_death_that_a_survivor_has_seen_through():
+    """The report says who kept the step, that nothing was lost, and how soon training went on."""
+    records = {
+        FIRST: RECORDS[FIRST],
+        SECOND: told(
+            ("kept", 1108, {"step": 45, "rank": 1, "host": "b", "why": "RuntimeError"}),
+            ("resume", 1110, {"step": 45, "lineage": lineage((FIRST, 45))}),
+            ("done", 1120, {"step": 60}),
+        ),
+    }
+    report = numbers.of("there", {FIRST: CLAIMS[FIRST], SECOND: CLAIMS[SECOND]}, records, {}, now=9999)
+    (death,) = report.as_json()["known_deaths"]
+    assert (death["last_step"], death["lost_steps"], death["kept_by"]) == (45, 0, {"rank": 1, "host": "b"})
+    assert death["recovery_seconds"] == 40
+    assert "step 45, at least 0 lost; training continued from what rank 1 on b kept after 40.0 s" in words.short(report)
 
 
 def test_what_a_rank_died_of():
