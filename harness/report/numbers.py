@@ -249,6 +249,7 @@ def of(
     attempts = sorted(claims)
     known = {attempt: Claim.of(about) for attempt, about in claims.items()}
     times, more_doubts = on_one_clock(known, records)
+    seen_through = dict(_seen_through(records))
     lives = []
     for attempt, successor in [*pairwise(attempts), (attempts[-1], None)]:
         timed = times[attempt]
@@ -258,6 +259,7 @@ def of(
             until_step = max([committed.get(attempt, 0), *_saved_steps(timed.events)])
         limit = None if successor is None else times[successor].began
         about = {"host": known[attempt].host, "ranks": known[attempt].ranks, "is_in_line": attempt in kept}
+        about["is_complete"] = attempt.id in seen_through
         lives.append(_life(attempt, about, timed, ending, until_step, limit))
     events = {attempt: timed.events for attempt, timed in times.items()}
     silent = [str(attempt.number) for attempt in kept if not records.get(attempt)]
@@ -271,7 +273,7 @@ def of(
         list(_whole(lives, began)),
         [_save(attempt, record) for attempt in attempts for record in events[attempt] if record["event"] == "save"],
         list(_recoveries(lives)),
-        list(_deaths(lives, {attempt.number: found for attempt, found in events.items()})),
+        list(_deaths(lives, seen_through)),
         {event: [each for found in events.values() for each in found if each["event"] == event] for event in NOTES},
         _unclaimed([known[attempt] for attempt in attempts]),
         [*doubts, *more_doubts],
@@ -317,14 +319,19 @@ def _life(
     )  # two that overlap: the later one is the run
     opening = journal.opening_of(events)
     says_end = ending == "running" or any(record["event"] in ("error", *_SAID) for record in events)
-    about = {**about, "number": attempt.number, "id": attempt.id, "ending": ending, "is_complete": says_end}
+    about = {**about, "number": attempt.number, "id": attempt.id, "ending": ending}
+    about["is_complete"] |= says_end
     if opening is None:
         spans = [Span("starting", began, min(claimed, ended)), Span("loading", min(claimed, ended), ended)]
         return Life(**about, from_step=None, last_step=None, kept_step=None, spans=spans)
     opened = min(opening["time"], ended)
     from_step = opening.get("step", 0)
     last_step = max(
-        [from_step, *(record["step"] for record in events if record["event"] in _SAYS_STEP and "step" in record)]
+        [
+            from_step,
+            until_step or 0,  # who goes on from a step knows that it was trained
+            *(record["step"] for record in events if record["event"] in _SAYS_STEP and "step" in record),
+        ]
     )
     kept_step = last_step if until_step is None else min(max(until_step, from_step), last_step)
     kept_time = ended if until_step is None else min(max(_reached(events, kept_step, opened), opened), ended)
@@ -371,15 +378,21 @@ def _recoveries(lives: Sequence[Life]) -> Iterable[float]:
             since = life.ended
 
 
-def _deaths(lives: Sequence[Life], events: Mapping[int, Sequence[Record]]) -> Iterable[Death]:
+def _seen_through(records: Mapping[Attempt, Sequence[Record]]) -> Iterable[tuple[str, Record]]:
+    """The attempts whose last step a surviving rank has kept, and what the attempts that went on from there say of it."""
+    for events in records.values():
+        opening = journal.opening_of(events)
+        kept = next((each for each in events if each["event"] == "kept"), None)
+        if kept is not None and opening is not None and opening.get("lineage"):
+            yield opening["lineage"][-1][0], kept
+
+
+def _deaths(lives: Sequence[Life], seen_through: Mapping[str, Record]) -> Iterable[Death]:
     for index, life in enumerate(lives):
         if life.is_dead:
-            successor = next((each for each in lives[index + 1 :] if each.opened is not None), None)
-            if successor is None or successor.opened is None:
-                yield Death(life, None, None)
-                continue
-            kept = next((each for each in events[successor.number] if each["event"] == "kept"), None)
-            yield Death(life, kept, max(successor.opened - life.ended, 0.0))
+            opened = next((each.opened for each in lives[index + 1 :] if each.opened is not None), None)
+            seconds = None if opened is None else max(opened - life.ended, 0.0)
+            yield Death(life, seen_through.get(life.id), seconds)
 
 
 def _ending(timed: Timed, error: str | None, now: float | None) -> str:

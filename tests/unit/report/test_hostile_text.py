@@ -70,7 +70,7 @@ def told(text: str) -> list[dict]:
 
 def told_after(text: str) -> list[dict]:
     """What the attempt says that goes on from what a survivor has kept."""
-    return [record("kept", 1010, 3, rank=1, host=text, why=text), record("resume", 1011, 3, lineage=[])]
+    return [record("kept", 1010, 3, rank=1, host=text, why=text), record("resume", 1011, 3, lineage=[[ATTEMPTS[0].id, 3]])]
 
 
 def written(url: str, *lines: list) -> tuple[Catalog, journal.Records]:

@@ -164,16 +164,16 @@ def test_a_death_that_a_survivor_has_seen_through():
     records = {
         FIRST: RECORDS[FIRST],
         SECOND: told(
-            ("kept", 1108, {"step": 45, "rank": 1, "host": "b", "why": "RuntimeError"}),
-            ("resume", 1110, {"step": 45, "lineage": lineage((FIRST, 45))}),
+            ("kept", 1108, {"step": 47, "rank": 1, "host": "b", "why": "RuntimeError"}),
+            ("resume", 1110, {"step": 47, "lineage": lineage((FIRST, 47))}),
             ("done", 1120, {"step": 60}),
         ),
     }
     report = numbers.of("there", {FIRST: CLAIMS[FIRST], SECOND: CLAIMS[SECOND]}, records, {}, now=9999)
     (death,) = report.as_json()["known_deaths"]
-    assert (death["last_step"], death["lost_steps"], death["kept_by"]) == (45, 0, {"rank": 1, "host": "b"})
+    assert (death["last_step"], death["lost_steps"], death["kept_by"]) == (47, 0, {"rank": 1, "host": "b"})
     assert death["recovery_seconds"] == 40
-    assert "step 45, at least 0 lost; training continued from what rank 1 on b kept after 40.0 s" in words.short(report)
+    assert "step 47, 0 lost; training continued from what rank 1 on b kept after 40.0 s" in words.short(report)
 
 
 def test_what_a_rank_died_of():
