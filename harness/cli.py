@@ -161,7 +161,15 @@ def launch(arguments: tuple[str, ...]) -> None:
     """
     from harness.launcher.launch import halves, launch  # noqa: PLC0415  # see the module's docstring
 
-    sys.exit(launch(*halves(arguments)))
+    sys.exit(launch(*halves(arguments), carry=_carry))
+
+
+def _carry(path: str) -> None:
+    """Takes what a rank has kept on this machine to its run."""
+    from harness.checkpoint.carry import carry_and_tell  # noqa: PLC0415  # see the module's docstring
+    from harness.telemetry.journal import tells_of_save  # noqa: PLC0415
+
+    carry_and_tell(path, tells_of_save)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})

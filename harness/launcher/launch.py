@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple, Self
@@ -147,8 +147,11 @@ def command(torchrun_options: Sequence[str], arguments: Sequence[str]) -> list[s
     return [sys.executable, "-u", "-m", "harness.launcher.agent", *options, *torchrun_options, *program]
 
 
-def launch(options: Sequence[str], arguments: Sequence[str]) -> int:
-    """Runs ``harness``, or a script, under torchrun and returns the exit code of the launch."""
+def launch(options: Sequence[str], arguments: Sequence[str], carry: Callable[[str], None] = lambda _path: None) -> int:
+    """Runs ``harness``, or a script, under torchrun and returns the exit code of the launch.
+
+    ``carry`` is called where the launch fails and a rank has kept a state on this machine, with the path to that.
+    """
     own, torchrun_options = Own.of(options)
     is_script = os.path.isfile(arguments[0]) if arguments else False
     with contextlib.ExitStack() as stack:
@@ -182,6 +185,8 @@ def launch(options: Sequence[str], arguments: Sequence[str]) -> int:
         outcomes = outcome.read_outcomes(directory)
         code = outcome.exit_code(agent.returncode, outcomes, asked_to_stop=asked_to_stop)
         code = 130 if interrupted and code == 1 else code
+        if code and not interrupted and (path := outcome.kept_path(directory)):
+            carry(path)
         is_verdict = any(each.verdict and each.exit_code == code for each in outcomes)
         if code and not is_verdict:  # where it is the doctor's, it has been printed
             end = _describe_end(code, agent.returncode, outcomes, directory)

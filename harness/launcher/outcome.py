@@ -133,6 +133,12 @@ def saved(step: int) -> None:
         _write(_in_own("saved"), str(step))
 
 
+def kept(path: str) -> None:
+    """Notes where a rank of this machine has kept a state."""
+    if is_wanted():
+        _write(_in_own("kept"), path)
+
+
 def reached(step: int) -> None:
     """Notes a step boundary. It costs no system call but the first time, and outlives this process."""
     if not is_wanted():
@@ -190,6 +196,14 @@ def resumed_step(directory: str) -> int | None:
 def saved_step(directory: str) -> int | None:
     """The step of the newest checkpoint that rank 0 has noted; 0 before the first one. None where rank 0 is elsewhere."""
     return _number_in(Path(directory, "saved"))
+
+
+def kept_path(directory: str) -> str:
+    """Where a rank of this machine has kept a state; empty where none has."""
+    try:
+        return Path(directory, "kept").read_text()
+    except OSError:
+        return ""
 
 
 def reached_step(directory: str, rank: int) -> int | None:

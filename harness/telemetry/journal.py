@@ -181,6 +181,12 @@ def line(records: Mapping[Attempt, Sequence[Record]], lineage: Sequence[Ancestor
     return {**committed}
 
 
+def tells_of_save(store: Store, attempt: Attempt, step: int) -> bool:
+    """Whether the events of an attempt, which it writes before it commits a save, tell of one."""
+    told = read_records(store, attempt).get(attempt, [])
+    return any(each["event"] == "saving" and each.get("step") == step for each in told)
+
+
 def opening_of(records: Iterable[Record]) -> Record | None:
     """With what an attempt began to train; None where it did not come so far."""
     return next((record for record in records if record["event"] in OPENINGS), None)

@@ -36,6 +36,7 @@ from harness.checkpoint.plan import SavePlan
 from harness.data.loader import Loader
 from harness.data.streams import stream_states
 from harness.errors import HarnessError
+from harness.launcher import outcome
 from harness.runtime.environment import is_first_of_node, local_rank
 from harness.state.capture import State
 from harness.state.parts import RANDOM, TRAINING, OtherPart, Part
@@ -233,6 +234,7 @@ class Keeper(NoKeeper):
             if self._place.claim(self._attempt, boundary.step):
                 with self._loose.beside_the_training():
                     size_bytes = self._write(boundary, why)
+                outcome.kept(self._place.path)
                 seconds = time.monotonic() - began
                 about = boundary.step, size_bytes / 1e6, self._place.root, seconds
                 log.log(_level(), "kept step %d (%.1f MB) in %s, in %.2f s", *about)

@@ -16,7 +16,7 @@ import torch
 
 from harness.checkpoint import load, places
 from harness.checkpoint.catalog import Catalog, Entry, SaveName, further, saves_among
-from harness.checkpoint.format import Ancestor, Attempt
+from harness.checkpoint.format import Ancestor
 from harness.checkpoint.kept import KeptPlace, Unusable, kept_of, that_count
 from harness.checkpoint.relay import Peers
 from harness.distributed.world import World
@@ -164,18 +164,12 @@ def _kept(world: World, catalog: Catalog, place: KeptPlace) -> dict[SaveName, En
     found = world.all_gather(own)
     if world.rank or not any(found):
         return {}
-    counting, refused = that_count(catalog, found, functools.partial(_may_have_committed, catalog))
+    counting, refused = that_count(catalog, found, functools.partial(journal.tells_of_save, catalog.store))
     newest = max((*counting, *saves_among(catalog.store.names())), default=None)
     for save, why in refused.items():
         if newest is None or save > newest:
             log.warning("NOT resuming from %s, which is kept on this machine or another one: %s", save.directory, why)
     return counting
-
-
-def _may_have_committed(catalog: Catalog, attempt: Attempt, step: int) -> bool:
-    """Whether an attempt may have committed a save: its events, which it writes before it commits, tell of it."""
-    told = journal.read_records(catalog.store, attempt).get(attempt, [])
-    return any(each["event"] == "saving" and each.get("step") == step for each in told)
 
 
 class Holders:

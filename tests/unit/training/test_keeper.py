@@ -6,6 +6,7 @@ Real ranks are killed in ``tests/proofs/test_keep.py``.
 import contextlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from torch.utils.data import TensorDataset
 
 from harness import Loader, Run, StopRequest
 from harness.checkpoint import commit, kept
+from harness.checkpoint.carry import carry, carry_and_tell
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.kept import KeptPlace
 from harness.cli import cli
@@ -28,6 +30,7 @@ from harness.data.seeding import random_state, seed_everything
 from harness.data.streams import keys_here, seed_streams, stream_states
 from harness.errors import StoreError
 from harness.storage.store import Store, open_store
+from harness.telemetry.journal import tells_of_save
 from harness.training import loose, resume
 from tests.support.states import bits
 
@@ -474,6 +477,44 @@ def test_who_deletes_goes_back(tmp_path, act, began_at):
     assert kept_steps(tmp_path) == [9]
     act(tmp_path)
     assert Training(tmp_path).began_at == began_at
+
+
+# --- the end of a launch ---------------------------------------------------------------------------------------------
+
+
+def test_what_is_kept_becomes_a_checkpoint(tmp_path, straight):
+    """Where no rank of this machine goes on, the launcher copies it: a machine that has nothing continues from it."""
+    die(tmp_path, 7)
+    where = kept_in(tmp_path)
+    assert carry(str(where), tells_of_save) == (6, str(tmp_path / "run"))
+    assert not where.exists()
+    assert CliRunner().invoke(cli, ["verify", str(tmp_path / "run")]).exit_code == 0
+    training = Training(tmp_path, keep=None)
+    assert training.began_at == 6
+    training.train()
+    assert digests(tmp_path) == straight
+
+
+def test_who_has_gone_back_is_not_overruled_at_the_end_of_a_launch(tmp_path):
+    """The newest checkpoint was deleted; or a later attempt has passed the step."""
+    die(tmp_path, 10)
+    delete_newest(tmp_path)
+    assert carry(str(kept_in(tmp_path)), tells_of_save) is None
+    assert kept_steps(tmp_path) == [9]
+    Training(tmp_path, keep=None).train()
+    assert carry(str(kept_in(tmp_path)), tells_of_save) is None
+
+
+def test_a_run_that_takes_nothing_at_the_end_of_a_launch(tmp_path, capsys):
+    """What is kept stays, and one line says what to do."""
+    die(tmp_path, 7)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "run").write_text("no directory")
+    carry_and_tell(str(kept_in(tmp_path)), tells_of_save)
+    assert re.search(
+        r"could not be copied to the run \(.*\); start the same command on this machine", capsys.readouterr().err
+    )
+    assert kept_steps(tmp_path) == [6]
 
 
 def test_a_copy_of_the_run_does_not_find_it(tmp_path, monkeypatch):
