@@ -6,14 +6,14 @@ draw alike for ever, and others do not: a program may rely on either.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
 
-from harness.data.seeding import PROCESS, mix, state_of
+from harness.data.seeding import PROCESS, mix, random_state, state_of
 
 Keys = Sequence[int]  # of a rank's generators, in this order: Python's, NumPy's, torch's, the device's
 
@@ -47,6 +47,17 @@ def stream_states(keys: Keys, step: int, device: torch.device) -> dict[str, Any]
     found = {"python": random.Random(mix(keys[0], step)), "numpy": numpy, "torch": torchs}
     cuda = torch.Generator(device=device).manual_seed(mix(keys[3], step)).get_state() if len(keys) > 3 else None
     return {**{name: state_of(each) for name, each in found.items()}, "cuda": cuda}
+
+
+def have_just_begun(keys: Keys, step: int, device: torch.device) -> bool:
+    """Whether nothing has been drawn from the streams of a step yet, so that a checkpoint need not hold their states."""
+    return _are_alike(random_state(device), stream_states(keys, step, device))
+
+
+def _are_alike(one: Any, other: Any) -> bool:
+    if isinstance(one, Mapping):
+        return all(_are_alike(one[name], other[name]) for name in one)
+    return bool(np.array_equal(one, other))
 
 
 def _index_of(device: torch.device) -> int:

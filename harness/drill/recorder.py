@@ -133,7 +133,7 @@ class Recorder(Observer):
             "lr": rates,
             "samples": self._samples,
             "inputs": self._inputs.hexdigest(),
-            "parts": of_parts({**run.state.capture(), **run.state.capture_rank()}),
+            "parts": of_parts({**run.state.capture(), **run.state.capture_rank(run.world.rank)}),
             "reach": self._reachable.values(),
             "evaluations": self._evaluations,
             "seeded": self._seeded,

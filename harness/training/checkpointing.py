@@ -143,7 +143,7 @@ class Checkpointing(Saves):
             resume.check_alike(self._world, self._state)
             self._has_saved = True
         meta = describe()
-        ranks = self._world.gather(self._state.capture_rank())
+        ranks = self._world.gather(self._state.capture_rank(self._world.rank))
         self._last_time = time.monotonic()
         if self._config.checkpoint.when_busy == "wait":  # or else rank 0 alone knows whether one begins
             self.keeper.saving(self._state.progress.step)

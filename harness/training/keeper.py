@@ -34,7 +34,6 @@ from harness.checkpoint.format import Attempt
 from harness.checkpoint.kept import KEPT, KeptPlace, Unusable
 from harness.checkpoint.plan import SavePlan
 from harness.data.loader import Loader
-from harness.data.streams import stream_states
 from harness.errors import HarnessError
 from harness.launcher import outcome
 from harness.runtime.environment import is_first_of_node, local_rank
@@ -320,8 +319,7 @@ def _captured(state: State, loose: Loose, boundary: _Boundary) -> dict[str, Any]
     finally:
         for group, options in now:
             group.update(options)
-    keys = enumerate(state.progress.random_keys or [])
-    states = {str(rank): {**stream_states(each, boundary.step, state.device), "keys": each} for rank, each in keys}
+    states = {str(rank): {"keys": keys} for rank, keys in enumerate(state.progress.random_keys or [])}
     training = {**parts[TRAINING], **boundary.training}
     return {**loose.put_into(parts), **boundary.small, TRAINING: training, RANDOM: states}
 

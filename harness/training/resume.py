@@ -19,6 +19,7 @@ from harness.checkpoint.catalog import Catalog, Entry, SaveName, further, saves_
 from harness.checkpoint.format import Ancestor
 from harness.checkpoint.kept import KeptPlace, Unusable, kept_of, that_count
 from harness.checkpoint.relay import Peers
+from harness.data.streams import stream_states
 from harness.distributed.world import World
 from harness.errors import (
     CheckpointError,
@@ -138,7 +139,9 @@ def _restore(
     _warn_if_inexact(meta, here)
     # With other ranks the random streams start anew, from the seed and the rank.
     is_alike = all(meta.get(key) == here.get(key) for key in ("world_size", "sharding"))
-    state.random_to_restore = parts[RANDOM].get(str(world.rank), {}) if is_alike else {}
+    random = parts[RANDOM].get(str(world.rank), {}) if is_alike else {}
+    is_known = "keys" in random and "python" not in random  # nothing was drawn since the boundary
+    state.random_to_restore = stream_states(random["keys"], entry.step, state.device) if is_known else random
 
 
 def _keys_in(states: Mapping[str, Any]) -> list[list[int]] | None:

@@ -93,7 +93,7 @@ def test_it_resumes_with_the_bits_that_were_saved(tmp_path):
     found = {name: digest_of(captured[name], name) for name in parts}
     assert found == {name: manifest.parts[name].digest for name in parts}
     run.state.restore_random()
-    random = {"0": run.state.capture_rank()["random"]}
+    random = {"0": run.state.capture_rank(0)["random"]}
     assert digest_of(random, "random") == manifest.parts["random"].digest
     run.close()
 

@@ -118,7 +118,7 @@ class Walk:
         return found
 
     def saved(self) -> dict[str, Any]:
-        return copy.deepcopy(self.state.capture_rank())
+        return copy.deepcopy(self.state.capture_rank(0))
 
     def restore(self, saved: dict[str, Any]) -> None:
         self.state.restore({"loader": {"0": saved["loader"]}, TRAINING: self.state.capture()[TRAINING]}, 1)

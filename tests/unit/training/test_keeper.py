@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+import harness
 from harness import Loader, Run, StopRequest
 from harness.checkpoint import commit, kept
 from harness.checkpoint.carry import carry, carry_and_tell
@@ -158,6 +159,31 @@ def test_a_run_goes_on_as_it_began(tmp_path):
     Training(tmp_path).train()
     Training(tmp_path / "straight", random="carried").train()
     assert digests(tmp_path) == digests(tmp_path / "straight")
+
+
+def test_a_save_holds_keys_and_no_states(tmp_path):
+    """The states follow from them, unless something was drawn since the boundary: here after the loop was left."""
+
+    def saved() -> list[str]:
+        return [*harness.load(str(tmp_path / "run"))["random"]["0"]]
+
+    die(tmp_path, 6)
+    assert saved() == ["keys"]
+    training = Training(tmp_path)
+    for _ in training.run.epochs(3):
+        for _ in training.loader:
+            training.run.step()
+            break
+        break
+    drawn = torch.rand(3)
+    training.run.finish()
+    assert {"keys", "python", "numpy", "torch"} <= {*saved()}
+    after = torch.rand(3)
+    training.run.close()
+    again = Training(tmp_path)
+    again.run.state.restore_random()
+    assert torch.equal(torch.rand(3), after) and not torch.equal(after, drawn)
+    again.run.close()
 
 
 def test_with_other_ranks_the_keys_are_made_anew(tmp_path, monkeypatch):
@@ -326,7 +352,7 @@ class Cut(BaseException):
     """The process is killed."""
 
 
-_FILES = ("model.safetensors", "optimizer.safetensors", "random.safetensors", "manifest.json")
+_FILES = ("model.safetensors", "optimizer.safetensors", "manifest.json")
 CUTS = [
     "before the claim",
     "after the claim",
