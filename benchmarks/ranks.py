@@ -31,8 +31,8 @@ from harness import Loader, Run, StopRequest
 from harness.distributed.world import TorchrunWorld, World, join_world
 from harness.errors import Stopped
 
-EVERY, STEPS = 10, 25
-MOMENTS = ("a start", "a resume", "a step", "a logged step", "a save", "a stop")
+EVERY, LOGGED, STOP_AT = 10, 13, 25  # steps
+MOMENTS = ("a start", "a resume", "a step", "a logged step", "the first save", "a save", "a stop")
 
 
 class Count:
@@ -75,34 +75,23 @@ def rank(url: str) -> None:
     loader = Loader(TensorDataset(torch.ones(4096, 8)), world.size)
     is_new = not Path(url).exists()
     count.moment = "a start" if is_new else "a resume"
-    stop, log = StopRequest(), {"every_steps": 7}
-    state = {"model": model, "optimizer": optimizer, "loader": loader}
-    run = Run(url, state, every_steps=EVERY, world=world, stop=stop, config={"log": log})
+    stop, state = StopRequest(), {"model": model, "optimizer": optimizer, "loader": loader}
+    run = Run(url, state, every_steps=EVERY, world=world, stop=stop, config={"log": {"every_steps": LOGGED}})
     with contextlib.closing(run), contextlib.suppress(Stopped):
         for _ in run.epochs(100):
             for (x,) in loader:
                 model(x).mean().backward()
                 optimizer.step()
                 step = run.global_step + 1
-                count.moment = "a logged step" if step % log["every_steps"] == 0 else f"{step}"
-                if step == STEPS - 1:
-                    stop.ask("the end")
-                if step >= STEPS - 1 or not is_new:
-                    count.moment = "a stop"
+                count.moment = "a logged step" if step == LOGGED else "a step" if step < STOP_AT else "a stop"
+                if step >= STOP_AT:
                     stop.ask("the end")
                 run.step(loss=step)
-                count.moment = "a save" if step % EVERY == 0 else count.moment
-    if world.rank == 0 and is_new:
-        plain = [each for moment, each in count.found.items() if moment.isdecimal()]
-        rest = {moment: each for moment, each in count.found.items() if not moment.isdecimal()}
-        steps = STEPS - 2 - len([step for step in range(1, STEPS - 1) if step % log["every_steps"] == 0])
-        rest["a step"] = [sum(each[0] for each in plain) / steps, sum(each[1] for each in plain) / steps]
-        logged, saves = (STEPS - 2) // log["every_steps"], (STEPS - 2) // EVERY
-        for name, times in (("a logged step", logged), ("a save", saves)):
-            rest[name] = [number / times for number in rest[name]]
-        print(json.dumps(rest))
-    elif world.rank == 0:
-        print(json.dumps({"a resume": count.found["a resume"]}))
+                count.moment = {EVERY: "the first save", 2 * EVERY: "a save"}.get(step, count.moment)
+    if world.rank == 0:
+        found = {moment: count.found[moment] for moment in MOMENTS if moment in count.found}
+        found.get("a step", [0, 0])[:] = [each / (STOP_AT - 2) for each in found.get("a step", [0, 0])]
+        print(json.dumps(found if is_new else {"a resume": found["a resume"]}))
     world.close()
 
 

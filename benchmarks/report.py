@@ -143,7 +143,7 @@ def ratio_with_spread(one: dict[int, float], other: dict[int, float]) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    return "\n".join(f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in lines) + "\n"
 
 
 def in_a_line(run: Run) -> str:
@@ -181,8 +181,8 @@ def conditions(machine: dict[str, Any], figures: Figures) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     hardware = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB; {machine['filesystem']}"
     rounds = len({run["repeat"] for run in figures.runs})
-    took = f"{rounds} rounds, {machine['minutes']} minutes, load before: {machine['load_before']}"
-    return f"{machine['date']}; {hardware}; Linux {machine['kernel']}; {versions}; {took}.\n"
+    took = f"It took {rounds} rounds and {machine['minutes']} minutes. The load before was {machine['load_before']}"
+    return f"{machine['date']}. {hardware}; Linux {machine['kernel']}. {took}.\n\nVersions: {versions}.\n"
 
 
 def headline(figures: Figures) -> list[str]:
