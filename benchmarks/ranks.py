@@ -115,7 +115,7 @@ def table(numbers: Sequence[int], up_to: int) -> str:
     *_, low, high = sorted(numbers)
     lines = [
         f"| of | collectives | {' | '.join(f'bytes, {ranks} ranks' for ranks in numbers)} | a further rank | at {up_to:,} |",
-        "| --- | ---: |" + " ---: |" * (len(numbers) + 2),
+        "| --- | --- |" + " --- |" * (len(numbers) + 2),
     ]
     for moment in MOMENTS:
         own = [found[ranks][moment] for ranks in numbers]
