@@ -10,6 +10,7 @@ import harness
 from harness.checkpoint import commit
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Attempt as AttemptId
+from harness.checkpoint.frozen import nothing_is_frozen
 from harness.checkpoint.kept import KeptPlace
 from harness.checkpoint.plan import Writers
 from harness.checkpoint.retention import Retention
@@ -200,7 +201,8 @@ class Checkpointing(Saves):
             "python": platform.python_version(),
             "harness": harness.__version__,
         }
-        request = SaveRequest(progress.step, whole, best, directory, self._state.is_steady(), sharding)
+        is_frozen = self._state.is_frozen() if checkpoint.incremental else nothing_is_frozen
+        request = SaveRequest(progress.step, whole, best, directory, self._state.is_steady(), sharding, is_frozen)
         self._log.begun(progress.step)
         observer.current.saving(directory)
         if must_succeed or checkpoint.mode == "sync":
