@@ -96,7 +96,7 @@ class Pruner:
         one: somebody may be writing them. Where nothing is whole, nothing else goes.
 
         Only what decides is looked into, and what goes is deleted many saves at a time, the latest first. Files stay that a
-        checkpoint names which stays; of a save of which nothing else is left, nothing is told.
+        checkpoint names which stays. A save of which nothing else is left is not among what goes.
         """
         catalog = self.catalog
         listed = catalog.objects() if catalog.store.has_ranges else None

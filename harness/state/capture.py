@@ -128,12 +128,13 @@ class State:
         places -= self._renormed()
         return lambda tensor: address_of(tensor) in places
 
-    def is_frozen(self) -> Callable[[torch.Tensor], bool]:
-        """Tells the parameters that no optimizer trains. Something else may move them: a hint, and no promise."""
+    def untrained(self) -> dict[int, int]:
+        """The parameters that no optimizer trains: where each begins, and its version, which moves when something else
+        changes it. Sharded ones are left out."""
         is_steady, renormed = self.is_steady(), self._renormed()
-        parameters = [each for model in self.modules.values() for each in model.parameters()]
-        places = {address_of(each) for each in parameters if each.numel() and not is_steady(each)} - renormed
-        return lambda tensor: address_of(tensor) in places
+        parameters = (each for model in self.modules.values() for each in model.parameters())
+        found = (each for each in parameters if each.numel() and not dtensors.is_sharded(each) and not is_steady(each))
+        return {place: torch_private.version(each) for each in found if (place := address_of(each)) not in renormed}
 
     def _renormed(self) -> set[int]:
         """Where those weights are that a forward pass changes."""

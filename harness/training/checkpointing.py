@@ -9,8 +9,9 @@ from typing import Any
 import harness
 from harness.checkpoint import commit
 from harness.checkpoint.catalog import Catalog
+from harness.checkpoint.dtensors import address_of
 from harness.checkpoint.format import Attempt as AttemptId
-from harness.checkpoint.frozen import nothing_is_frozen
+from harness.checkpoint.frozen import IsFrozen, nothing_is_frozen
 from harness.checkpoint.kept import KeptPlace
 from harness.checkpoint.plan import Writers
 from harness.checkpoint.retention import Retention
@@ -74,6 +75,7 @@ class Checkpointing(Saves):
         self.keeper = keeper_for(context, attempt, resumed, place, lambda: self._auto.deaths)
         self.is_first_due = bool(resumed.kept)
         self._has_saved = False  # in this attempt
+        self._untrained = context.state.untrained()  # where, and with which version at first
         self._last_time = time.monotonic()
 
     # --- a save under way --------------------------------------------------------------------------------------------
@@ -158,6 +160,14 @@ class Checkpointing(Saves):
         elif self._is_writer:
             share()
 
+    def _is_frozen(self) -> IsFrozen:
+        """Tells the parameters that nothing has changed since this attempt began, or since the save at which they were found
+        to be trained no longer. What writes past the version counters, the saver finds."""
+        now = self._state.untrained() if self._config.checkpoint.incremental else {}
+        self._untrained = {**now, **self._untrained}
+        places = {place for place, version in now.items() if self._untrained[place] == version}
+        return (lambda tensor: address_of(tensor) in places) if places else nothing_is_frozen
+
     def _choose_directory(self, *, must_succeed: bool) -> str | None:
         """Where to save, as rank 0 says to all that need to know; None where this rank does not, or where the save before is
         still being written, and is not to be waited for."""
@@ -201,8 +211,7 @@ class Checkpointing(Saves):
             "python": platform.python_version(),
             "harness": harness.__version__,
         }
-        is_frozen = self._state.is_frozen() if checkpoint.incremental else nothing_is_frozen
-        request = SaveRequest(progress.step, whole, best, directory, self._state.is_steady(), sharding, is_frozen)
+        request = SaveRequest(progress.step, whole, best, directory, self._state.is_steady(), sharding, self._is_frozen())
         self._log.begun(progress.step)
         observer.current.saving(directory)
         if must_succeed or checkpoint.mode == "sync":
