@@ -128,13 +128,12 @@ class State:
         places -= self._renormed()
         return lambda tensor: address_of(tensor) in places
 
-    def untrained(self) -> dict[int, int]:
-        """The parameters that no optimizer trains: where each begins, and its version, which moves when something else
-        changes it. Sharded ones are left out."""
+    def untrained(self) -> list[torch.Tensor]:
+        """The parameters that no optimizer trains now. Sharded ones are left out, and those that a forward pass changes."""
         is_steady, renormed = self.is_steady(), self._renormed()
         parameters = (each for model in self.modules.values() for each in model.parameters())
         found = (each for each in parameters if each.numel() and not dtensors.is_sharded(each) and not is_steady(each))
-        return {place: torch_private.version(each) for each in found if (place := address_of(each)) not in renormed}
+        return [each for each in found if address_of(each) not in renormed]
 
     def _renormed(self) -> set[int]:
         """Where those weights are that a forward pass changes."""
