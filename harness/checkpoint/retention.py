@@ -102,7 +102,8 @@ class Pruner:
         listed = catalog.objects() if catalog.store.has_ranges else None
         saves = saves_among(catalog.names() if listed is None else listed)
         last = max({*catalog.attempts.all(), *(save.attempt for save in saves)}, default=None)
-        look = functools.cache(lambda save: catalog.look(save, objects=None if listed is None else listed[save.directory]))
+        there = {} if listed is None else {**listed}
+        look = functools.cache(lambda save: catalog.look(save, objects=there.get(save.directory), bases=there))
         kept = self._kept(saves, retention, best_step, look)
         old = {*self._old(saves, kept, look)}
 
@@ -144,8 +145,11 @@ class Pruner:
         kept = self._kept(saves, retention, best_step, self.catalog.known, by_name=True)
         until = time.monotonic() + _TIDYING_SECONDS
         old = self._old(saves, kept, self.catalog.known)
-        going = {*old}
-        in_use = _named_by([save for save in saves if save not in going], self.catalog.known)
+
+        def in_use(names: Iterable[str]) -> set[str]:
+            going = {*old}
+            return _named_by((save for save in saves if save not in going), self.catalog.known)(names)
+
         for count, save in enumerate(old, 1):
             self.delete(save.directory, in_use)
             if count >= _TIDYING_SAVES and time.monotonic() > until:
