@@ -1,10 +1,12 @@
 """Frozen parameters lie where an earlier save has them: what is written, what is read, what stays, and what is refused."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,14 @@ from torch.utils.data import TensorDataset
 from harness import Loader, Run, StopRequest
 from harness.checkpoint import commit, frozen, load
 from harness.checkpoint.boxes import Box
-from harness.checkpoint.catalog import Catalog, verify_all
+from harness.checkpoint.catalog import Catalog, Entry, verify_all
 from harness.checkpoint.format import MANIFEST, Ancestor, Attempt, FileInfo, Manifest
 from harness.checkpoint.retention import Pruner, Retention
 from harness.checkpoint.saver import Saver, SaveRequest
 from harness.cli import cli
 from harness.data.seeding import seed_everything
 from harness.distributed.world import SoloWorld
-from harness.errors import Corrupt, StoreError
+from harness.errors import Corrupt, NoCheckpoint, StoreError
 from harness.interchange import export_model
 from harness.storage.store import open_store
 from tests.support.cluster import newest
@@ -383,6 +385,41 @@ def test_a_base_behind_a_link_stays(tmp_path):
     assert first.is_symlink() and len(here(tmp_path / "moved")) > 3
     save(writer, 30, base=torch.zeros(10, 100), embedding=torch.zeros(300, dtype=torch.int64))
     assert not first.is_symlink() and len(here(tmp_path / "moved")) > 3
+
+
+def test_who_reads_meanwhile_never_lacks_a_file(tmp_path):
+    """While a run saves, refers and deletes, every reader gets a whole checkpoint, and none is called corrupt."""
+    is_over = threading.Event()
+
+    def run() -> None:
+        lineage: list[Ancestor] = []
+        try:
+            for number in range(1, 9):  # a start of the run each, whose frozen parameters are others
+                attempt = Attempt(f"{number:06}-00000000")
+                writer = saver(str(tmp_path), attempt=attempt, lineage=lineage, retention=Retention(1), shard_bytes=LIMIT)
+                for step in range(10 * number, 10 * number + 4):
+                    save(writer, step, base=torch.full((10, 100), float(number // 2)))
+                lineage = [*lineage, Ancestor(attempt.id, 10 * number + 3)]
+        finally:
+            is_over.set()
+
+    def read(entry: Entry) -> int:
+        found = load.read(store, entry.directory, entry.manifest)
+        expected = parts(entry.step, base=torch.full((10, 100), float(entry.step // 10 // 2)))
+        assert bits(found) == bits(expected)
+        return entry.step
+
+    store = open_store(str(tmp_path))
+    thread = threading.Thread(target=run)
+    thread.start()
+    steps = set()
+    while not is_over.is_set():
+        with contextlib.suppress(NoCheckpoint):
+            steps.add(Catalog(store).reading(read))
+        assert not [entry for entry in Catalog(store).entries() if entry.state == "corrupt"]
+    thread.join()
+    assert Catalog(store).reading(read) == 83
+    assert len(steps) > 1
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
