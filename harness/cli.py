@@ -25,6 +25,7 @@ from harness.secrecy import scrubbed
 
 if TYPE_CHECKING:
     from harness.checkpoint.catalog import Catalog, Entry
+    from harness.checkpoint.format import Manifest
     from harness.config import Config
     from harness.doctor.findings import Finding
     from harness.task import Task
@@ -320,11 +321,12 @@ _LISTED = 50  # a run may have thousands, and each is looked into
     "--last", type=click.IntRange(min=1), help=f"Number of the latest saves to list; by default {_LISTED}, with --json all."
 )
 def ls(url: str, storage_options: tuple[str, ...], as_json: bool, last: int | None) -> None:
-    """List the saves of a run: whole, corrupt, unfinished, or abandoned (on a line that the run has left).
+    """List the saves of a run: whole, corrupt, unfinished, abandoned (on a line that the run has left), or base (deleted,
+    but for files of later checkpoints).
 
     The latest attempt comes first, and within it the latest step. Exit code 66 if there is no run at all.
     """
-    from harness.checkpoint.catalog import line  # noqa: PLC0415  # see the module's docstring
+    from harness.checkpoint.catalog import line, shared_files  # noqa: PLC0415  # see the module's docstring
 
     catalog = _open_catalog(url, storage_options)
     last = last or (None if as_json else _LISTED)
@@ -336,13 +338,23 @@ def ls(url: str, storage_options: tuple[str, ...], as_json: bool, last: int | No
         return
     if not entries:
         click.echo("no checkpoints")
+    shared = shared_files(entries)
     for entry in entries:
         about = entry.manifest
         state = "abandoned" if entry.state == "whole" and entry.directory not in in_line else entry.state
-        what = f"epoch {about.meta.get('epoch')}  {about.bytes / 1e6:.1f} MB  {about.created}" if about else ""
+        what = f"epoch {about.meta.get('epoch')}  {_size(about)}  {about.created}" if about else ""
+        if entry.state == "base":
+            what = f"{sum(shared[entry.directory].values()) / 1e6:.1f} MB of later checkpoints"
         _print(f"{state:<10}  step {entry.step:<10} {what}  {entry.directory}  {entry.problem}".rstrip())
     if len(entries) == last:
         click.echo(f"the latest {last}; --last lists more")
+
+
+def _size(manifest: "Manifest") -> str:
+    """How much a checkpoint has itself, and with others."""
+    own_bytes = manifest.bytes - manifest.shared_bytes
+    more = f" + {manifest.shared_bytes / 1e6:.1f} MB shared" if manifest.bases else ""
+    return f"{own_bytes / 1e6:.1f} MB{more}"
 
 
 def _print(line: str) -> None:
@@ -575,9 +587,13 @@ def _summary(entry: "Entry") -> dict[str, Any]:
     if entry.problem:
         known["problem"] = entry.problem
     if entry.manifest is not None:
-        known |= {"created": entry.manifest.created, "bytes": entry.manifest.bytes}
+        manifest = entry.manifest
+        known |= {"created": manifest.created, "bytes": manifest.bytes, "shared_bytes": manifest.shared_bytes}
         known |= {key: value for key, value in entry.manifest.meta.items() if key not in _OWN_KEYS}
     return known
 
 
-_OWN_KEYS = {"directory", "state", "step", "attempt", "problem", "created", "bytes", "in_line", "digest", "files", "lineage"}
+_OWN_KEYS = {
+    *("directory", "state", "step", "attempt", "problem", "created", "bytes", "shared_bytes"),
+    *("in_line", "digest", "files", "lineage"),
+}

@@ -165,6 +165,9 @@ class CheckpointConfig(_Section):
     writers: Literal["rank0", "node", "all"] = "rank0"
     """``rank0``: rank 0 writes everything. ``node``: the first rank of each machine writes a share. ``all``: every rank
     does. Parameters and optimizer states are divided, and must have the same bits on all ranks."""
+    incremental: bool = True
+    """Write frozen parameters once: later checkpoints refer to the file of an earlier one while it has the same bytes. Done
+    if they are at least 64 MiB and a quarter of the state. Off: each checkpoint lies in one directory."""
     streams: int | None = Field(default=None, ge=1)
     """Number of shards sent at once. None: 1 to a disk, 8 to an object store."""
     restore: Literal["auto", "each", "shared"] = "auto"

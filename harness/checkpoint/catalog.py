@@ -16,6 +16,7 @@ from harness.storage.store import Store
 T = TypeVar("T")
 Item = TypeVar("Item")
 Seen = dict[str, set[str]]  # the names of the objects in each directory that was looked into
+Listed = dict[str, dict[str, int]]  # the objects in directories, with their sizes in bytes
 
 _TRIES = 50  # to find a run as it is, while it goes on
 _LOOKS_AT_ONCE = 8
@@ -27,14 +28,15 @@ class Entry:
     """The directory of one save.
 
     ``state`` is ``whole`` when the manifest is valid and all objects are there with their sizes, ``corrupt`` when it is not
-    so (``problem`` says how), ``unfinished`` when there is no manifest: still being written, or abandoned. ``old`` is what
-    goes for its name alone, since it is older than what is kept.
+    so (``problem`` says how), ``unfinished`` when there is no manifest: still being written, or abandoned. ``base`` is one
+    without a manifest that has files of later checkpoints. ``old`` is what goes for its name alone, since it is older than
+    what is kept.
     """
 
     directory: str
     step: int
     attempt: Attempt
-    state: Literal["whole", "corrupt", "unfinished", "old"]
+    state: Literal["whole", "corrupt", "unfinished", "base", "old"]
     manifest: Manifest | None = None
     problem: str = ""
     holders: tuple[int, ...] = ()  # the ranks that can read it, if it is kept in the memory of their machines
@@ -77,7 +79,7 @@ class Catalog:
         for count in range(_TRIES):
             there, seen = {*self.names()}, Seen()
             saves = saves_among(there.difference(without))
-            found = self.look_at_all(saves[:last], seen, among=there)
+            found = _with_bases(self.look_at_all(saves[:last], seen, among=there))
             doubtful = {entry.directory for entry in found if entry.state == "unfinished"}
             if not doubtful:
                 break
@@ -100,24 +102,32 @@ class Catalog:
         self, saves: Sequence[SaveName], seen: Seen | None = None, *, among: Collection[str] | None = None
     ) -> list[Entry]:
         """What saves are now. An object store tells the objects of many in one request; ``among`` are all that lie there."""
+        bases = Listed()
         if not self.store.has_ranges:
-            return self.for_each(functools.partial(self.look, seen=seen), saves)
+            return self.for_each(functools.partial(self.look, seen=seen, bases=bases), saves)
         wanted = {save.directory for save in saves}
-        listed: dict[str, dict[str, int]] = {directory: {} for directory in wanted}
+        listed: Listed = {directory: {} for directory in wanted}
         for beginning in beginnings(sorted(wanted.union(among or ())), wanted):
             for directory, objects in self.objects(beginning).items():
                 listed.get(directory, {}).update(objects)
-        return self.for_each(lambda save: self.look(save, seen, listed[save.directory]), saves)
+        return self.for_each(lambda save: self.look(save, seen, listed[save.directory], bases), saves)
 
-    def objects(self, beginning: str = "step-") -> dict[str, dict[str, int]]:
+    def objects(self, beginning: str = "step-") -> Listed:
         """The objects, with their sizes in bytes, of each save whose name begins so. For object stores alone."""
-        found: dict[str, dict[str, int]] = {}
+        found = Listed()
         for name, size_bytes in self.store.list(beginning=beginning).items():
             found.setdefault(name.partition("/")[0], {})[name] = size_bytes
         return found
 
-    def look(self, save: SaveName, seen: Seen | None = None, objects: Mapping[str, int] | None = None) -> Entry:
-        """What a save is now. Its objects are not listed if they are given; their names go to ``seen``."""
+    def look(
+        self,
+        save: SaveName,
+        seen: Seen | None = None,
+        objects: Mapping[str, int] | None = None,
+        bases: Listed | None = None,
+    ) -> Entry:
+        """What a save is now. Its objects are not listed if they are given; their names go to ``seen``. The objects of its
+        bases go to ``bases``, where the next one may find them."""
         directory, objects = save.directory, self.store.list(save.directory) if objects is None else objects
         if seen is not None:
             seen[directory] = {*objects}
@@ -126,8 +136,11 @@ class Catalog:
         manifest = self._opened.get(directory)
         try:
             manifest = manifest or self._read(directory, objects[f"{directory}/{MANIFEST}"])
+            listed = {} if bases is None else bases
+            for base in sorted(manifest.bases - listed.keys()):
+                listed[base] = self.store.list(base)
             for file in manifest.files:
-                _check_size(file, objects.get(f"{directory}/{file.name}"))
+                _check_size(file, (listed[file.base] if file.base else objects).get(file.path(directory)))
         except CheckpointError as error:
             if not self.is_committed(directory):  # any longer
                 return Entry(directory, save.step, save.attempt, "unfinished")
@@ -236,6 +249,9 @@ def _decoded(url: str, directory: str, text: bytes | None) -> Manifest:
             f"{directory}/{MANIFEST}: expected the step and the attempt in the directory's name, found "
             f"step {manifest.step}, attempt {manifest.attempt}"
         )
+    later = [save.directory for save in saves_among(manifest.bases) if save >= saves_among([directory])[0]]
+    if later:  # what goes is deleted the latest first
+        raise Corrupt(f"{directory}/{MANIFEST}: expected files of earlier saves, found one of {later[0]}")
     return manifest
 
 
@@ -282,6 +298,25 @@ class Line:
             known = self._until.get(ancestor.attempt, math.inf)
             self._until[ancestor.attempt] = min(known, ancestor.until_step)
         return True
+
+
+def _with_bases(entries: Sequence[Entry]) -> list[Entry]:
+    """The same; of what has no manifest, that which has files of others is a base."""
+    bases = shared_files(entries)
+    return [
+        replace(entry, state="base") if entry.state == "unfinished" and entry.directory in bases else entry
+        for entry in entries
+    ]
+
+
+def shared_files(entries: Iterable[Entry]) -> Listed:
+    """The files that checkpoints have in the directories of earlier saves, by these, with their sizes in bytes."""
+    found = Listed()
+    for entry in entries:
+        for file in entry.manifest.files if entry.manifest is not None else ():
+            if file.base:
+                found.setdefault(file.base, {})[file.path(entry.directory)] = file.bytes
+    return found
 
 
 def line(entries: Iterable[Entry]) -> Iterator[Entry]:
@@ -338,25 +373,32 @@ def verify_all(catalog: Catalog, *, step: int | None = None, deep: bool = False)
     """The committed saves of a run (or those of one step), as ``Catalog.entries`` has them; with ``deep`` after every byte
     has been read. What the run has deleted meanwhile is not among them."""
     for _ in range(_TRIES):
-        entries = [entry for entry in catalog.entries() if entry.state != "unfinished" and step in (None, entry.step)]
-        found = [entry for each in entries if (entry := _verified(catalog, each))] if deep else entries
+        there = (entry for entry in catalog.entries() if entry.state in ("whole", "corrupt"))
+        entries = [entry for entry in there if step in (None, entry.step)]
+        verified = set[str]()
+        found = [entry for each in entries if (entry := _verified(catalog, each, verified))] if deep else entries
         if found or not entries:
             break
     return found
 
 
-def verify(catalog: Catalog, entry: Entry) -> None:
-    """Reads every byte of a checkpoint and compares it with the manifest. Raises ``Corrupt``."""
+def verify(catalog: Catalog, entry: Entry, verified: set[str] | None = None) -> None:
+    """Reads every byte of a checkpoint and compares it with the manifest. Raises ``Corrupt``. What others have as well is
+    not read again if it is among what was ``verified``."""
+    verified = set() if verified is None else verified
     for file in catalog.open(entry.directory).files:
-        verify_file(catalog.store, f"{entry.directory}/{file.name}", file)
+        path = file.path(entry.directory)
+        if f"{path} {file.checksum}" not in verified:
+            verify_file(catalog.store, path, file)
+            verified.add(f"{path} {file.checksum}")
 
 
-def _verified(catalog: Catalog, entry: Entry) -> Entry | None:
+def _verified(catalog: Catalog, entry: Entry, verified: set[str]) -> Entry | None:
     """A save after every byte has been read; None where it was deleted meanwhile."""
     if entry.state != "whole":
         return entry
     try:
-        verify(catalog, entry)
+        verify(catalog, entry, verified)
     except CheckpointError as error:
         return replace(entry, state="corrupt", problem=str(error)) if catalog.is_committed(entry.directory) else None
     return entry
@@ -365,7 +407,8 @@ def _verified(catalog: Catalog, entry: Entry) -> Entry | None:
 def _check_size(file: FileInfo, found_bytes: int | None) -> None:
     if found_bytes != file.bytes:
         found = "it is missing" if found_bytes is None else f"found {found_bytes}"
-        raise Corrupt(f"{file.name}: expected {file.bytes} bytes, {found}")
+        where = f" in the directory of an earlier save, {file.base}" if file.base else ""
+        raise Corrupt(f"{file.name}: expected {file.bytes} bytes{where}, {found}")
 
 
 def verify_file(store: Store, name: str, file: FileInfo) -> None:

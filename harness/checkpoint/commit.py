@@ -129,18 +129,32 @@ class Content(Protocol):
     def __call__(self) -> Iterator[Buffer]:
         """All bytes; called once for each try of the upload."""
 
+    def hash(self) -> None:
+        """Returns when the checksums are known, though nobody asks for the bytes."""
 
-def write_share(store: Store, directory: str, plan: SavePlan, contents: Sequence[Content], streams: int = 1) -> Receipt:
-    """Writes this rank's shards, so many at once. They are durable when it returns."""
 
-    def put(content: Content) -> None:
-        store.put(f"{directory}/{content.shard.name}", content, content.shard.size_bytes)
+Shared = Mapping[tuple[str, int, str], FileInfo]  # frozen shards of earlier saves, by part, size in bytes and checksum
 
-    in_threads(streams, put, contents)  # after an error no further one is begun
+
+def write_share(
+    store: Store, directory: str, plan: SavePlan, contents: Sequence[Content], streams: int = 1, shared: Shared | None = None
+) -> Receipt:
+    """Writes this rank's shards, so many at once. They are durable when it returns. A frozen one is not written where the
+    same bytes are among the ``shared``."""
+
+    def put(content: Content) -> FileInfo:
+        shard = content.shard
+        if shared and shard.is_frozen:
+            content.hash()
+            if (found := shared.get((shard.part, shard.size_bytes, content.checksum))) is not None:
+                return found
+        store.put(f"{directory}/{shard.name}", content, shard.size_bytes)
+        return FileInfo(shard.name, shard.size_bytes, content.checksum)
+
+    files = in_threads(streams, put, contents)  # after an error no further one is begun
     blocks: dict[str, dict[str, Blocks]] = {}
     for content in contents:
         blocks.setdefault(content.shard.part, {}).update(content.blocks)
-    files = [FileInfo(content.shard.name, content.shard.size_bytes, content.checksum) for content in contents]
     return Receipt(plan.writers.rank, plan.checksum, files, blocks)
 
 
@@ -219,8 +233,10 @@ def publish(
         whole = plan.blocks(found)
         if expected is not None:
             _compare(plan, whole, expected)
-        parts = {name: _part(plan, name, part, whole[name]) for name, part in encoded.items()}
-        indexes = _indexes(plan, parts)
+        own = zip(plan.own_shards, receipts[0].files, strict=True)
+        elsewhere = {shard.name: file.name for shard, file in own if file.base}
+        parts = {name: _part(plan, name, part, whole[name], elsewhere) for name, part in encoded.items()}
+        indexes = _indexes(plan, parts, elsewhere)
         manifest = Manifest(
             step=header.step,
             attempt=header.attempt.id,
@@ -246,9 +262,9 @@ def publish(
     return manifest
 
 
-def _part(plan: SavePlan, name: str, part: tree.Encoded, blocks: Mapping[str, Blocks]) -> Part:
+def _part(plan: SavePlan, name: str, part: tree.Encoded, blocks: Mapping[str, Blocks], elsewhere: Mapping[str, str]) -> Part:
     digest = _digest(part.tree, part.aliases, plan.tensors[name], blocks)
-    files = [shard.name for shard in _shards(plan, name)]
+    files = [elsewhere.get(shard.name, shard.name) for shard in _shards(plan, name)]
     return Part(files, part.tree, part.aliases, digest, plan.slices(name), plan.boxes(name))
 
 
@@ -318,14 +334,15 @@ def _digest(rest: Any, aliases: Mapping[str, str], tensors: Sequence[TensorInfo]
     return digest({**hashes, **same}, rest)
 
 
-def _indexes(plan: SavePlan, parts: Mapping[str, Part]) -> dict[str, bytes]:
+def _indexes(plan: SavePlan, parts: Mapping[str, Part], elsewhere: Mapping[str, str]) -> dict[str, bytes]:
     """What Hugging Face's loaders expect of a part, unless all of it is in one file of its name, or some is cut."""
     found = {}
     for name, part in parts.items():
         if part.files not in ([], [shard_name(name, 0, 1)]) and not (part.slices or part.boxes):
             shards = _shards(plan, name)
             total_bytes = sum(shard.data_bytes for shard in shards)
-            places = {tensor.path: shard.name for shard in shards for tensor in shard.tensors}
+            names = {shard.name: elsewhere.get(shard.name, shard.name) for shard in shards}
+            places = {tensor.path: names[shard.name] for shard in shards for tensor in shard.tensors}
             index = {"metadata": {"total_size": total_bytes}, "weight_map": places}
             found[f"{name}{INDEX_SUFFIX}"] = json.dumps(index, indent=1).encode()
     return found
@@ -357,15 +374,20 @@ class _Streamed:
             self.blocks[tensor.path] = own.blocks()
         self.checksum = f"{CHECKSUM}:{whole.hexdigest()}"
 
+    def hash(self) -> None:
+        for _ in self():
+            pass
+
 
 def _put_bytes(store: Store, name: str, data: bytes) -> None:
     store.put(name, lambda: [data], len(data))
 
 
 def _confirm(store: Store, directory: str, files: Sequence[FileInfo]) -> None:
-    objects = store.list(directory)  # which is where a reader will look for them, too
+    places = sorted({file.base or directory for file in files} | {directory})
+    objects = {name: size for place in places for name, size in store.list(place).items()}  # where a reader will look, too
     for file in files:
-        found = objects.get(name := f"{directory}/{file.name}")
+        found = objects.get(name := file.path(directory))
         if found != file.bytes:
             raise _differs(store, name, file.bytes, "no such object" if found is None else f"{found} bytes")
 

@@ -42,6 +42,11 @@ each is a tensor of its own in some shard of the part, under ``<path>~2<offset,o
 dtype and shape, and for each box the text ``<offsets>:<sizes>@<index in the part's files>``. The boxes tile the tensor. A
 checkpoint in which nothing is sharded has no ``boxes``, and a tensor that is whole on rank 0 lies there like any other.
 
+**Frozen shards.** Parameters that nothing trains may lie in shards of their own, ``<part>-frozen…safetensors``. A later
+checkpoint whose shard would have the same bytes does not have it, and names it as ``../<directory>/<file>``, in the
+directory that really has it: of an earlier save of the run. Such a manifest has ``version`` 2, all others have 1. What was
+deleted of an earlier save but such files is their *base*: a directory without a manifest.
+
 **Checksums** are ``<algorithm>:<hex>``. ``files`` in the manifest has one per object, over all its bytes. The manifest's own
 is its last line and covers every byte before that line.
 
@@ -65,7 +70,7 @@ import operator
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, Self
 
 import xxhash
@@ -75,6 +80,7 @@ from harness.errors import Corrupt, UnknownFormat, Unsupported
 
 FORMAT = "harness-checkpoint"
 VERSION = 1
+VERSION_OF_REFERENCES = 2  # of a manifest that names files of earlier saves
 MANIFEST = "manifest.json"
 INDEX_SUFFIX = ".safetensors.index.json"
 MANIFEST_LIMIT_BYTES = 256 << 20
@@ -176,8 +182,10 @@ def checksum_of_blocks(blocks: Blocks) -> str:
 _DIRECTORY = re.compile(r"step-([0-9]{12})-([0-9]{6}-[0-9a-f]{8})-([0-9a-f]{8})")
 _STEPS = 10**12  # as many as the name of a directory can tell apart
 _ATTEMPT_ID = re.compile(r"[0-9]{6}-[0-9a-f]{8}")
+_UP = "../"
 _STRIDES = re.compile(r"[0-9]{1,15}(,[0-9]{1,15})*")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
+_FROZEN_NAME = re.compile(rf"{_FILE_NAME.pattern}-frozen(-rank[0-9]+)?(-[0-9]{{5,}}-of-[0-9]{{5,}})?\.safetensors")
 
 
 @dataclass(frozen=True, order=True)
@@ -237,13 +245,20 @@ def parse_directory(name: str) -> tuple[int, Attempt] | None:
 
 def check_part_name(name: str) -> None:
     """Raises ``Unsupported`` for a name of a part that cannot be the beginning of a file's name."""
-    if not _FILE_NAME.fullmatch(shard_name(name, 99_998, 99_999, 99_999)):
+    if not _FILE_NAME.fullmatch(shard_name(name, 99_998, 99_999, 99_999, is_frozen=True)):
         raise Unsupported(f"part {name!r}: expected letters, digits, '.', '_' and '-'")
 
 
-def shard_name(part: str, index: int, count: int, rank: int | None = None) -> str:
+def is_sharable(name: str) -> bool:
+    """Whether later checkpoints may refer to the file of this name, whatever directory it is in."""
+    return "-frozen" in name and _FROZEN_NAME.fullmatch(name.rpartition("/")[2]) is not None
+
+
+def shard_name(part: str, index: int, count: int, rank: int | None = None, *, is_frozen: bool = False) -> str:
     """The name of a part's shard, in Hugging Face's layout; ``index`` counts from 0. Where several ranks have shards of
     the part, each counts its own."""
+    if is_frozen:
+        part = f"{part}-frozen"
     if rank is not None:
         part = f"{part}-rank{rank}"
     return f"{part}.safetensors" if count == 1 and rank is None else f"{part}-{index + 1:05}-of-{count:05}.safetensors"
@@ -408,14 +423,33 @@ def digest(tensors: Mapping[TensorInfo, str], tree: Any) -> str:
 
 @dataclass(frozen=True)
 class FileInfo:
-    """An object of a checkpoint: its name within the directory, its size, its checksum."""
+    """An object of a checkpoint: its name within the directory, its size, its checksum. One of an earlier save is named from
+    there, ``../<directory>/<file>``."""
 
     name: str
     bytes: int
     checksum: str
 
+    @property
+    def base(self) -> str:
+        """The directory of the earlier save that has it; empty where the checkpoint has it itself."""
+        return self.name.split("/")[1] if self.name.startswith(_UP) else ""
+
+    def path(self, directory: str) -> str:
+        """Its name in the store, for a checkpoint in a directory."""
+        return self.name.removeprefix(_UP) if self.base else f"{directory}/{self.name}"
+
+    def seen_from_later(self, directory: str) -> "FileInfo":
+        """The same, as later checkpoints name it: by the directory that really has it."""
+        return replace(self, name=f"{_UP}{self.path(directory)}")
+
     def check(self) -> None:
-        if not (type(self.name) is str and _FILE_NAME.fullmatch(self.name)) or self.name == MANIFEST:
+        name = self.name
+        if type(name) is str and name.startswith(_UP):
+            base, _, name = name.removeprefix(_UP).partition("/")
+            if not parse_directory(base) or not is_sharable(name):
+                raise Corrupt(f"{MANIFEST}: {self.name!r} is no file that a checkpoint may have in an earlier one")
+        if not (type(name) is str and _FILE_NAME.fullmatch(name)) or name == MANIFEST:
             raise Corrupt(f"{MANIFEST}: {self.name!r} is not a name of a file in this directory")
         if type(self.bytes) is not int or not 0 <= self.bytes < 1 << 48:
             raise Corrupt(f"{MANIFEST}: {self.name}: impossible size {self.bytes!r}")
@@ -568,7 +602,7 @@ class Manifest:
     meta: dict[str, Any] = field(default_factory=dict)  # what the trainer says: epoch, world size, metrics …
 
     def encode(self) -> bytes:
-        body = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        body = {"format": FORMAT, "version": self._version, **asdict(self)}
         for part in body["parts"].values():
             if not part["boxes"]:  # of which harness 0.2 knows nothing
                 del part["boxes"]
@@ -578,8 +612,9 @@ class Manifest:
     def decode(cls, text: bytes) -> Self:
         """Raises ``Corrupt`` for bytes that are not a whole manifest, ``UnknownFormat`` for one of another version."""
         value = _unsealed(MANIFEST, text)
-        if value.pop("format", None) != FORMAT or value.pop("version", None) != VERSION:
-            raise UnknownFormat(f"{MANIFEST}: expected {FORMAT} version {VERSION}")
+        version = value.pop("version", None)
+        if value.pop("format", None) != FORMAT or version not in (VERSION, VERSION_OF_REFERENCES):
+            raise UnknownFormat(f"{MANIFEST}: expected {FORMAT} version {VERSION} or {VERSION_OF_REFERENCES}")
         try:
             value["files"] = [FileInfo(**file) for file in value["files"]]
             value["parts"] = {name: Part.of(**part) for name, part in value["parts"].items()}
@@ -588,6 +623,8 @@ class Manifest:
         except (TypeError, KeyError, AttributeError) as error:
             raise Corrupt(f"{MANIFEST}: {error}") from None
         manifest._check()
+        if version == VERSION and manifest.bases:
+            raise Corrupt(f"{MANIFEST}: version {VERSION} has no files in other directories, found {min(manifest.bases)}")
         return manifest
 
     def _check(self) -> None:
@@ -613,6 +650,20 @@ class Manifest:
     def bytes(self) -> int:
         """The bytes of all objects that the manifest names."""
         return sum(file.bytes for file in self.files)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Those of the objects that earlier saves have."""
+        return sum(file.bytes for file in self.files if file.base)
+
+    @property
+    def bases(self) -> set[str]:
+        """The directories of the earlier saves that have some of the objects."""
+        return {file.base for file in self.files if file.base}
+
+    @property
+    def _version(self) -> int:
+        return VERSION_OF_REFERENCES if self.bases else VERSION
 
 
 def _is_step(value: Any) -> bool:

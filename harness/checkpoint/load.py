@@ -117,8 +117,7 @@ def _read(
             shards = _read_in_pieces(store, directory, needed, targets, pages, peers)
         else:
             shards = {
-                each.name: read_shard(store, f"{directory}/{each.name}", each, targets.get(each.name), pages)
-                for each in needed
+                each.name: read_shard(store, each.path(directory), each, targets.get(each.name), pages) for each in needed
             }
         return {name: _assemble(directory, name, part, shards, wholes[name]) for name, part in wanted.items()}
 
@@ -410,7 +409,7 @@ def _read_in_pieces(
         try:
             found[file.name] = _consume(joined(islice(pieces, relay.count(file))), file, targets.get(file.name), pages)
         except CheckpointError as error:
-            relay.problem = relay.problem or type(error)(f"{directory}/{file.name}: {error}")
+            relay.problem = relay.problem or type(error)(f"{file.path(directory)}: {error}")
             for _ in pieces:  # the others learn of it with the next round, if there is one
                 pass
             raise relay.problem from None

@@ -15,7 +15,7 @@ import functools
 import heapq
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -124,11 +124,12 @@ Piece = TensorSlice | TensorBox
 
 @dataclass(frozen=True)
 class Shard:
-    """A file: its name, its part, and the tensors in it."""
+    """A file: its name, its part, and the tensors in it. Of a frozen one, an earlier save may have the bytes."""
 
     name: str
     part: str
     tensors: list[TensorInfo]
+    is_frozen: bool = False
 
     @functools.cached_property
     def header(self) -> bytes:
@@ -230,7 +231,7 @@ class SavePlan:
     """What each writer puts into which shards.
 
     It is the same on all of them as far as it concerns what may be divided: that for which ``is_steady``. What else there
-    is, only the first of them knows.
+    is, only the first of them knows; what of that is ``frozen`` gets shards of its own.
     """
 
     def __init__(
@@ -240,10 +241,11 @@ class SavePlan:
         writers: Writers | None = None,
         is_steady: IsSteady = nothing_is_steady,
         sharding: Sharding | None = None,
+        frozen: Collection[Key] = (),
     ) -> None:
         self.writers = writers or Writers()
         self.tensors = {name: [part.info(path) for path in part.tensors] for name, part in parts.items()}
-        self._shard_bytes, self._sharding = shard_bytes, sharding
+        self._shard_bytes, self._sharding, self._frozen = shard_bytes, sharding, frozen
         self._forms = _forms_of(parts, self.writers, is_steady, sharding)
         ranks = self.writers.ranks
         undivided: list[TensorSlice] = []
@@ -273,10 +275,11 @@ class SavePlan:
         writers: Writers,
         is_steady: IsSteady = nothing_is_steady,
         sharding: Sharding | None = None,
+        frozen: Collection[Key] = (),
     ) -> bool:
         """Whether the plan for these would be the same, which is found in a tenth of the time that a new one takes."""
-        alike = (shard_bytes, writers) == (self._shard_bytes, self.writers) and sharding == self._sharding
-        return alike and _forms_of(parts, writers, is_steady, sharding) == self._forms
+        alike = (shard_bytes, writers, frozen) == (self._shard_bytes, self.writers, self._frozen)
+        return alike and sharding == self._sharding and _forms_of(parts, writers, is_steady, sharding) == self._forms
 
     def _fitting(self, pieces: Iterable[TensorSlice]) -> list[TensorSlice]:
         """The same, and none that can be cut is larger than a shard."""
@@ -303,15 +306,22 @@ class SavePlan:
     def _shards_of(self, rank: int) -> list[Shard]:
         shards = []
         by_kind: dict[tuple[str, bool], list[TensorInfo]] = {}
+        frozen: dict[str, list[TensorInfo]] = {}
         for piece in self.pieces[rank]:
-            by_kind.setdefault((piece.part, isinstance(piece, TensorBox)), []).append(piece.stored)
+            if self._frozen and (piece.part, piece.tensor.path) in self._frozen:
+                frozen.setdefault(piece.part, []).append(piece.stored)
+            else:
+                by_kind.setdefault((piece.part, isinstance(piece, TensorBox)), []).append(piece.stored)
         for name in self.tensors:
             for are_boxes in (False, True):  # who needs no box of a file need not read it
                 found = plan_shards(by_kind.get((name, are_boxes), ()), self._shard_bytes)
                 suffix = rank if are_boxes or name in self._shared_parts else None
-                shards += [
-                    Shard(shard_name(name, index, len(found), suffix), name, each) for index, each in enumerate(found)
-                ]
+                still = [] if are_boxes else plan_shards(frozen.get(name, ()), self._shard_bytes)
+                count = len(still) + len(found)
+                for index, each in enumerate([*still, *found]):
+                    is_frozen = index < len(still)
+                    file = shard_name(name, index, count, suffix, is_frozen=is_frozen)
+                    shards.append(Shard(file, name, each, is_frozen))
         return shards
 
     @functools.cached_property
@@ -419,7 +429,8 @@ def planned(
     writers: Writers,
     is_steady: IsSteady,
     sharding: Sharding | None = None,
+    frozen: Collection[Key] = (),
 ) -> SavePlan:
     """The plan of the save before, unless a tensor has come, gone or changed its form since."""
-    given = parts, shard_bytes, writers, is_steady, sharding
+    given = parts, shard_bytes, writers, is_steady, sharding, frozen
     return before if before is not None and before.is_for(*given) else SavePlan(*given)

@@ -69,7 +69,7 @@ class Relay:
         share_bytes = ROUND_BYTES // (peers.size if peers else 1)
         self.piece_bytes = max(min(share_bytes, RANGE_BYTES), SMALLEST_PIECE_BYTES)
         self.schedule = [
-            Piece(file, f"{directory}/{file.name}", start, min(self.piece_bytes, file.bytes - start))
+            Piece(file, file.path(directory), start, min(self.piece_bytes, file.bytes - start))
             for file in files
             for start in range(0, file.bytes, self.piece_bytes)
         ]

@@ -1,4 +1,8 @@
-"""Which checkpoints stay, and the deleting of the others. No torch."""
+"""Which checkpoints stay, and the deleting of the others. No torch.
+
+A checkpoint may name files of earlier saves (see ``harness.checkpoint.frozen``). What a checkpoint that stays names is not
+deleted with the save that has it. The later saves go first, so that none that is still there has lost a file.
+"""
 
 import contextlib
 import functools
@@ -7,13 +11,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 
 from harness.checkpoint.catalog import Catalog, Entry, Line, SaveName, beyond, saves_among
-from harness.checkpoint.format import MANIFEST, Attempt, new_directory
+from harness.checkpoint.format import MANIFEST, Attempt, is_sharable, new_directory
 from harness.errors import StoreError
 from harness.runtime.threads import in_threads
 
 _TIDYING_SECONDS = 1.0  # so long at most are old checkpoints deleted after a commit,
 _TIDYING_SAVES = 16  # if they are more than so many
 _DELETED_AT_ONCE = 1000  # saves of which the manifests go together
+
+InUse = Callable[[Iterable[str]], set[str]]  # of files that later checkpoints may name, those that must stay
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,42 @@ class Retention:
         if self.keep_last is None or age < self.keep_last or step == best_step:
             return True
         return self.keep_every_steps is not None and step % self.keep_every_steps == 0
+
+
+def _nothing_is_in_use(_names: Iterable[str]) -> set[str]:
+    """For a save that was not committed: no other one names its files."""
+    return set()
+
+
+def _bases_of(saves: Iterable[SaveName], look: Callable[[SaveName], Entry], all_of_them: set[str]) -> set[str]:
+    """The directories that have files of these saves; where a manifest cannot be read, it may be any."""
+    found = set[str]()
+    for entry in map(look, saves):
+        if entry.manifest is not None:
+            found |= entry.manifest.bases
+        elif entry.state == "corrupt":
+            return all_of_them
+    return found
+
+
+def _named_by(saves: Iterable[SaveName], look: Callable[[SaveName], Entry]) -> InUse:
+    """Of files, those that these saves name, which are the latest first. All that may be, where a manifest cannot be read.
+    No more saves are looked at than it takes."""
+
+    def in_use(names: Iterable[str]) -> set[str]:
+        names = {*names}
+        free, owners = {*names}, saves_among({name.partition("/")[0] for name in names})
+        for save in saves:
+            if not free or save <= owners[-1]:  # which names at most files of earlier saves still
+                break
+            entry = look(save)
+            if entry.manifest is not None:
+                free -= {file.path(save.directory) for file in entry.manifest.files}
+            elif entry.state == "corrupt":
+                return names
+        return names - free
+
+    return in_use
 
 
 class Pruner:
@@ -53,13 +95,15 @@ class Pruner:
         Of what is newer, the unfinished saves of attempts before the last one go, and with ``unfinished`` those of the last
         one: somebody may be writing them. Where nothing is whole, nothing else goes.
 
-        Only what decides is looked into, and what goes is deleted many saves at a time, the oldest first.
+        Only what decides is looked into, and what goes is deleted many saves at a time, the latest first. Files stay that a
+        checkpoint names which stays. A save of which nothing else is left is not among what goes.
         """
         catalog = self.catalog
         listed = catalog.objects() if catalog.store.has_ranges else None
         saves = saves_among(catalog.names() if listed is None else listed)
         last = max({*catalog.attempts.all(), *(save.attempt for save in saves)}, default=None)
-        look = functools.cache(lambda save: catalog.look(save, objects=None if listed is None else listed[save.directory]))
+        there = {} if listed is None else {**listed}
+        look = functools.cache(lambda save: catalog.look(save, objects=there.get(save.directory), bases=there))
         kept = self._kept(saves, retention, best_step, look)
         old = {*self._old(saves, kept, look)}
 
@@ -70,9 +114,21 @@ class Pruner:
             return entry if (unfinished or is_abandoned) and (entry := look(save)).state == "unfinished" else None
 
         gone = [entry for save in saves if (entry := goes(save))]
+        going = {entry.directory for entry in gone}
+        stays = [save for save in saves if save.directory not in going]
+        bases = going & _bases_of(stays, look, going)
+        in_use = _named_by(stays, look)
+        done = {each for each in bases if self._is_done(each, in_use)}
         if not dry_run:
-            self._delete_all([entry.directory for entry in reversed(gone)], listed)
-        return gone
+            self._delete_all([each.directory for each in gone if each.directory not in done], bases, listed, in_use)
+        return [entry for entry in gone if entry.directory not in done]
+
+    def _is_done(self, directory: str, in_use: InUse) -> bool:
+        """Whether nothing of a save can be deleted, because checkpoints that stay name what is left of it."""
+        store = self.catalog.store
+        names = {*store.list(directory)}
+        used = in_use(filter(is_sharable, names))
+        return names == used or (bool(used) and store.is_link(directory))
 
     def tidy(self, retention: Retention, best_step: int | None, attempt: Attempt) -> None:
         """Deletes what is not to be kept, as ``prune`` does, after a commit and by the only writer, that of an attempt.
@@ -88,8 +144,14 @@ class Pruner:
         self.catalog.attempts.refuse_superseded(attempt)
         kept = self._kept(saves, retention, best_step, self.catalog.known, by_name=True)
         until = time.monotonic() + _TIDYING_SECONDS
-        for count, save in enumerate(reversed(self._old(saves, kept, self.catalog.known)), 1):
-            self.delete(save.directory)
+        old = self._old(saves, kept, self.catalog.known)
+
+        def in_use(names: Iterable[str]) -> set[str]:
+            going = {*old}
+            return _named_by((save for save in saves if save not in going), self.catalog.known)(names)
+
+        for count, save in enumerate(old, 1):
+            self.delete(save.directory, in_use)
             if count >= _TIDYING_SAVES and time.monotonic() > until:
                 break
 
@@ -132,17 +194,19 @@ class Pruner:
 
         Who wakes up and finishes one of those will have committed what is corrupt, and is on nobody's line.
         """
-        rubbish = []
+        rubbish, others = list[str](), list[SaveName]()
         for save in saves_among(self.catalog.names()):
             entry = self.catalog.known(save)
             if entry.state == "whole":
                 break
             if entry.state == "unfinished" and save.attempt < attempt:
                 rubbish.append(save.directory)
+            else:
+                others.append(save)
         else:
             return  # where nothing is whole, it may be all that its owner has left
         for directory in rubbish:
-            self.delete(directory)
+            self.delete(directory, _named_by(others, self.catalog.known))
 
     @contextlib.contextmanager
     def new_directory(self, step: int, attempt: Attempt) -> Iterator[str]:
@@ -161,29 +225,47 @@ class Pruner:
         if not self.catalog.is_committed(directory):
             self.delete(directory)
 
-    def _delete_all(self, directories: Sequence[str], listed: Mapping[str, Collection[str]] | None) -> None:
-        """Removes saves. Of those that go together, all manifests go first. ``listed`` are the objects of each, where these
-        are known."""
+    def _delete_all(
+        self, directories: Sequence[str], bases: Collection[str], listed: Mapping[str, Collection[str]] | None, in_use: InUse
+    ) -> None:
+        """Removes saves. Of those that go together, all manifests go first, and so do those of ``bases``, which have files
+        in use. ``listed`` are the objects of each, where these are known."""
         store = self.catalog.store
-        if store.delete_directories(directories, MANIFEST):
+        kept = [each for each in directories if each in bases]
+        directories = [each for each in directories if each not in bases]
+        self.catalog.for_each(store.delete, [f"{each}/{MANIFEST}" for each in kept])
+        if not store.delete_directories(directories, MANIFEST):
+            for start in range(0, len(directories), _DELETED_AT_ONCE):
+                self._delete_together(directories[start : start + _DELETED_AT_ONCE], listed)
+        for directory in kept:
+            self.delete(directory, in_use)
+
+    def _delete_together(self, directories: Sequence[str], listed: Mapping[str, Collection[str]] | None) -> None:
+        store = self.catalog.store
+        if listed is None:
+            self.catalog.for_each(self.delete, directories)  # one after the other
             return
-        if listed is None or not store.deletes_many:
-            self.catalog.for_each(self.delete, directories)
-            return
-        for start in range(0, len(directories), _DELETED_AT_ONCE):
-            names = [name for each in directories[start : start + _DELETED_AT_ONCE] for name in listed[each]]
-            manifests = [name for name in names if name.endswith(f"/{MANIFEST}")]
+        names = [name for each in directories for name in listed[each]]
+        manifests = [name for name in names if name.endswith(f"/{MANIFEST}")]
+        if store.deletes_many:
             store.delete_many(manifests)
             store.delete_many(sorted({*names}.difference(manifests)))
+        else:
+            self.catalog.for_each(store.delete, manifests)
+            self.catalog.for_each(self.delete, directories)
 
-    def delete(self, directory: str) -> None:
-        """Removes a save. Its manifest goes first, so that a deletion that is cut short leaves no checkpoint. Of a link only
-        the link goes."""
+    def delete(self, directory: str, in_use: InUse = _nothing_is_in_use) -> None:
+        """Removes a save, but for files that are ``in_use``. Its manifest goes first, so that a deletion that is cut short
+        leaves no checkpoint. Of a link only the link goes, and not if it leads to files in use."""
         store = self.catalog.store
-        if store.unlink(directory):
+        if store.is_link(directory):
+            if in_use is _nothing_is_in_use or not in_use(filter(is_sharable, store.list(directory))):
+                store.delete(directory)
             return
         objects = store.list(directory, follow=False)
         if (manifest := f"{directory}/{MANIFEST}") in objects:
             store.delete(manifest)
-        in_threads(store.streams, store.delete, sorted(objects.keys() - {manifest}))
-        store.delete_directory(directory)
+        stays = in_use(sharable) if (sharable := [*filter(is_sharable, objects)]) else set()
+        in_threads(store.streams, store.delete, sorted(objects.keys() - stays - {manifest}))
+        if not stays:
+            store.delete_directory(directory)

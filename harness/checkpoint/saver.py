@@ -33,9 +33,10 @@ from harness.checkpoint import commit, staging
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.commit import Torn
 from harness.checkpoint.format import Ancestor, Attempt, Receipt, new_directory
+from harness.checkpoint.frozen import Frozen, IsFrozen, nothing_is_frozen
 from harness.checkpoint.plan import Found, IsSteady, SavePlan, Writers, nothing_is_steady, planned
 from harness.checkpoint.retention import Pruner, Retention
-from harness.checkpoint.sharding import Sharding
+from harness.checkpoint.sharding import Key, Sharding
 from harness.checkpoint.staging import HostMemory, Snapshot
 from harness.checkpoint.tree import Encoded
 from harness.errors import HarnessError, StoreError
@@ -56,7 +57,7 @@ class Saved:
 
     step: int
     directory: str
-    bytes: int
+    bytes: int  # that were written: those of earlier saves that it refers to do not count
     seconds: float  # until it was committed, and what is not to be kept was deleted
     blocked_seconds: float  # of these, how long the training waited for it
     retries: int = 0  # calls of the storage that had to be tried again, whoever made them
@@ -69,7 +70,7 @@ class SaveRequest:
     ``meta`` is JSON for the manifest; ``best_step`` is a step whose checkpoint is kept whatever its age. ``directory`` is
     where, the same for all writers; the first one chooses it where it is empty. ``is_steady`` says which tensors change in
     the optimizer's step alone, and are the same on all writers. ``sharding`` says which rank has which part of what is
-    sharded; None where nothing is.
+    sharded; None where nothing is. ``is_frozen`` says which tensors nothing is expected to change.
     """
 
     step: int
@@ -78,6 +79,7 @@ class SaveRequest:
     directory: str = ""
     is_steady: IsSteady = nothing_is_steady
     sharding: Sharding | None = None
+    is_frozen: IsFrozen = nothing_is_frozen
 
 
 @dataclass
@@ -166,6 +168,7 @@ class Saver:
     _directories: int = 0  # that were named
     _changes_elsewhere: bool = False  # what is copied beside the training
     _plan: SavePlan | None = None  # of the save before
+    _frozen: Frozen | None = None  # made where anything may be
     _under_way: "_Writing | None" = None
     _worker: Worker = field(default_factory=lambda: Worker(_THREAD))
     _housekeeper: _Housekeeper = field(default_factory=_Housekeeper)
@@ -247,7 +250,11 @@ class Saver:
         self._under_way.blocked_seconds = time.monotonic() - began
 
     def _planned(self, encoded: Mapping[str, Encoded], request: SaveRequest) -> SavePlan:
-        return planned(self._plan, encoded, self.shard_bytes, self.writers, request.is_steady, request.sharding)
+        frozen = frozenset[Key]()
+        if self.writers.is_first and request.is_frozen is not nothing_is_frozen:
+            self._frozen = self._frozen or Frozen(self.catalog, self.lineage)
+            frozen = self._frozen.among(encoded, request.is_frozen)
+        return planned(self._plan, encoded, self.shard_bytes, self.writers, request.is_steady, request.sharding, frozen)
 
     def fence(self) -> None:
         """To be called before anything steady is changed: waits until the snapshot does not need it any more."""
@@ -330,7 +337,9 @@ class Saver:
         store, request, directory = self.catalog.store, order.request, order.request.directory
 
         def write_share() -> Receipt:
-            receipt = commit.write_share(store, directory, plan, contents, self.streams)
+            has_frozen = any(content.shard.is_frozen for content in contents)
+            shared = self._frozen.there() if self._frozen is not None and has_frozen else None
+            receipt = commit.write_share(store, directory, plan, contents, self.streams, shared)
             confirm()
             if order.expected is not None:
                 commit.refuse_changed_boxes(plan, receipt, order.expected)
@@ -350,9 +359,11 @@ class Saver:
                 header = commit.Header(request.step, self.attempt, self.lineage, request.meta)
                 manifest = commit.publish(store, directory, plan, parts, receipts, header, order.expected)
             self.catalog.add(directory, manifest)
+            if self._frozen is not None:
+                self._frozen.committed(directory, manifest, plan, receipt)
             if owner is not None:
                 self._housekeeper.tidy(pruner, owner, self.retention, request.best_step)
-            return directory, manifest.bytes
+            return directory, manifest.bytes - manifest.shared_bytes
 
     @contextlib.contextmanager
     def _telling(self, order: _Order) -> Iterator[None]:

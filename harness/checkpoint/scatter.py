@@ -106,7 +106,7 @@ def scattered(
         try:
             sources = [*_sources(info, header, wholes[part], tensors[part])] if part else []
         except Corrupt as error:
-            raise Corrupt(f"{directory}/{info.name}: {error}") from None
+            raise Corrupt(f"{info.path(directory)}: {error}") from None
         found.append(_File(info, header, part, sources))
     for part, each in wholes.items():
         if missing := each.places.keys() - {source.name for file in found if file.part == part for source in file.sources}:
@@ -134,7 +134,7 @@ def _headers(store: Store, directory: str, files: Sequence[FileInfo], peers: Par
     problem: HarnessError | None = None
     own: list[bytes] = []
     try:
-        own = [_header(store, f"{directory}/{file.name}", file) for file in files[peers.rank :: peers.size]]
+        own = [_header(store, file.path(directory), file) for file in files[peers.rank :: peers.size]]
     except (CheckpointError, StoreError) as error:
         problem = error
     found = peers.all_gather((problem is not None, own))
@@ -292,7 +292,7 @@ class _Scatter:
             yield data
 
     def _name(self, piece: _Piece) -> str:
-        return f"{self.directory}/{piece.file.info.name}"
+        return piece.file.info.path(self.directory)
 
 
 def _is_last(piece: _Piece) -> bool:

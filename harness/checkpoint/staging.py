@@ -233,6 +233,10 @@ class Image:
             yield window
         self._wait_for(done)  # where there are no bytes, too
 
+    def hash(self) -> None:
+        """Returns when all is copied and hashed. Raises what has kept the image from being filled."""
+        self._wait_for(self.shard.data_bytes)
+
     def copy(self, wanted: Callable[[torch.Tensor], bool], last_first: bool = False) -> list[torch.Tensor]:
         """Copies those tensors that are wanted and missing, and returns them; from a GPU, in the current stream and without
         waiting. Two threads may do so at the same time."""

@@ -123,20 +123,30 @@ class State:
         A frozen parameter in an optimizer's groups is moved by somebody else, if at all: a momentum encoder. So is the
         weight of an embedding with ``max_norm``, by its forward pass.
         """
-        renormed = {
-            address_of(module.weight)
-            for model in self.modules.values()
-            for module in model.modules()
-            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
-        }
         places = set()
         for optimizer in self.optimizers.values():
             parameters = [each for group in optimizer.param_groups for each in group["params"] if each.requires_grad]
             found = [*tensors_in([parameters, *optimizer.state.values()])]
             places |= {tensor.data_ptr() for tensor in found if not dtensors.is_sharded(tensor)}
             places |= {address for tensor in found if dtensors.is_sharded(tensor) if (address := address_of(tensor))}
-        places -= renormed
+        places -= self._renormed()
         return lambda tensor: address_of(tensor) in places
+
+    def untrained(self) -> list[torch.Tensor]:
+        """The parameters that no optimizer trains now. Sharded ones are left out, and those that a forward pass changes."""
+        is_steady, renormed = self.is_steady(), self._renormed()
+        parameters = (each for model in self.modules.values() for each in model.parameters())
+        found = (each for each in parameters if each.numel() and not dtensors.is_sharded(each) and not is_steady(each))
+        return [each for each in found if address_of(each) not in renormed]
+
+    def _renormed(self) -> set[int]:
+        """Where those weights are that a forward pass changes."""
+        return {
+            address_of(module.weight)
+            for model in self.modules.values()
+            for module in model.modules()
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+        }
 
     # --- comparing ---
 

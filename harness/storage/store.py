@@ -201,15 +201,9 @@ class Store:
             self.calls.call("delete", f"{some[0]} and others" if len(some) > 1 else some[0], remove)
         return self.is_local
 
-    def unlink(self, name: str) -> bool:
-        """Removes a name that is a link, and nothing of what it leads to; false where it is none."""
-
-        def unlink() -> bool:
-            if is_link := self.filesystem.is_link(self.filesystem.path(name)):
-                self.filesystem.remove(self.filesystem.path(name))
-            return is_link
-
-        return self.calls.call("delete", name, unlink)
+    def is_link(self, name: str) -> bool:
+        """Whether a name is a link."""
+        return self.calls.call("stat", name, lambda: self.filesystem.is_link(self.filesystem.path(name)))
 
     def delete_directory(self, name: str) -> None:
         """Removes a directory in which no object is left, where the filesystem keeps such things. Best effort."""

@@ -7,11 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import harness
+from harness import torch_private
 from harness.checkpoint import commit
 from harness.checkpoint.catalog import Catalog
+from harness.checkpoint.dtensors import address_of
 from harness.checkpoint.format import Attempt as AttemptId
+from harness.checkpoint.frozen import IsFrozen, nothing_is_frozen
 from harness.checkpoint.kept import KeptPlace
-from harness.checkpoint.plan import Writers
+from harness.checkpoint.plan import IsSteady, Writers
 from harness.checkpoint.retention import Retention
 from harness.checkpoint.saver import Saver, SaveRequest
 from harness.checkpoint.sharding import Sharding
@@ -73,6 +76,8 @@ class Checkpointing(Saves):
         self.keeper = keeper_for(context, attempt, resumed, place, lambda: self._auto.deaths)
         self.is_first_due = bool(resumed.kept)
         self._has_saved = False  # in this attempt
+        untrained = context.state.untrained() if checkpoint.incremental else []
+        self._untrained = [(each, address_of(each), torch_private.version(each)) for each in untrained]
         self._last_time = time.monotonic()
 
     # --- a save under way --------------------------------------------------------------------------------------------
@@ -157,6 +162,16 @@ class Checkpointing(Saves):
         elif self._is_writer:
             share()
 
+    def _is_frozen(self, is_steady: IsSteady) -> IsFrozen:
+        """Tells the parameters that nothing has trained or changed since this attempt began. What writes past the version
+        counters, the saver finds."""
+        places = {
+            place
+            for each, place, version in self._untrained
+            if (address_of(each), torch_private.version(each)) == (place, version) and not is_steady(each)
+        }
+        return (lambda tensor: address_of(tensor) in places) if places else nothing_is_frozen
+
     def _choose_directory(self, *, must_succeed: bool) -> str | None:
         """Where to save, as rank 0 says to all that need to know; None where this rank does not, or where the save before is
         still being written, and is not to be waited for."""
@@ -200,7 +215,8 @@ class Checkpointing(Saves):
             "python": platform.python_version(),
             "harness": harness.__version__,
         }
-        request = SaveRequest(progress.step, whole, best, directory, self._state.is_steady(), sharding)
+        is_steady = self._state.is_steady()
+        request = SaveRequest(progress.step, whole, best, directory, is_steady, sharding, self._is_frozen(is_steady))
         self._log.begun(progress.step)
         observer.current.saving(directory)
         if must_succeed or checkpoint.mode == "sync":

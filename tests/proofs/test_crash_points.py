@@ -19,6 +19,7 @@ accepted. The model of the disk is simple: writes append, directories change nam
 """
 
 import contextlib
+import itertools
 import os
 import re
 import threading
@@ -32,12 +33,13 @@ from typing import Any
 import pytest
 
 import harness.checkpoint.format
+import harness.checkpoint.frozen
 import harness.storage.filesystem
-from harness.checkpoint import commit, saver
+from harness.checkpoint import commit, retention, saver
 from harness.checkpoint.attempts import Attempts
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import MANIFEST
-from harness.checkpoint.retention import Pruner
+from harness.checkpoint.retention import Pruner, Retention
 from harness.errors import HarnessError, StoreError, Superseded
 from harness.storage import direct_io
 from harness.storage.store import Store, open_store
@@ -150,13 +152,15 @@ class Left:
     allowed: tuple[int | None, ...]
 
 
-def crashes(trace: list[Call | Mark], root: str, points: Counter[str], start: int = 0) -> Iterator[Left]:
+def crashes(
+    trace: list[Call | Mark], root: str, points: Counter[str], start: int = 0, *, power_cuts: bool = True
+) -> Iterator[Left]:
     """Every disk that a crash may leave, at each point of a trace from ``start`` on; counts the points of each verb."""
     disk, mark = Disk(root), Mark((None,), "claim")
 
     def crash(place: str, torn: Call | None = None, length: int = 0) -> Iterator[Left]:
         yield Left(below(disk.now(torn, length), "run"), mark.verb, place, False, mark.allowed)
-        for tree in disk.after_power_cut(torn, length):
+        for tree in disk.after_power_cut(torn, length) if power_cuts else ():
             yield Left(below(tree, "run"), mark.verb, place, True, mark.allowed)
 
     for number, call in enumerate(trace):
@@ -226,7 +230,7 @@ class Judge:
         _, restored = resume_from(objects)
         if restored.step != later or not restored.exact:
             return f"{step}, and from {restored.step} after it had saved {later}"
-        rubbish = [name for name in objects.objects if not name.startswith(("attempts/", saved.directory))]
+        rubbish = left_but(objects, saved.directory)
         return f"{step}, and never swept up {rubbish}" if rubbish else step
 
     def summary(self) -> str:
@@ -234,20 +238,36 @@ class Judge:
         return f"{self.points.total()} crash points ({verbs}), {self.states} disks, {len(self.seen)} of them different"
 
 
-def explore(trace: list[Call | Mark], root: Path, tell: Callable[[str], None], *, goes_on: bool = True) -> Judge:
+def left_but(store: Store, directory: str) -> list[str]:
+    """What lies there and belongs to no start of the run and not to a checkpoint, wherever that has its files."""
+    manifest = Catalog(store).open(directory)
+    own = {f"{directory}/{MANIFEST}", *(file.path(directory) for file in manifest.files)}
+    return [name for name in store.list() if not name.startswith("attempts/") and name not in own]
+
+
+def explore(
+    trace: list[Call | Mark],
+    root: Path,
+    tell: Callable[[str], None],
+    *,
+    start: int = 0,
+    goes_on: bool = True,
+    power_cuts: bool = True,
+) -> Judge:
     """Whatever a crash may leave at any point of a trace, the old or the new checkpoint is found on it."""
     judge = Judge(goes_on=goes_on)
-    for left in crashes(trace, str(root), judge.points):
+    for left in crashes(trace, str(root), judge.points, start, power_cuts=power_cuts):
         judge.judge(left)
     tell(judge.summary())
     assert not judge.wrong, judge.wrong[:5]
     return judge
 
 
-def assert_found(trace: list[Call | Mark], root: Path) -> None:
+def assert_found(trace: list[Call | Mark], root: Path, start: int = 0, *, power_cuts: bool = True) -> None:
     """The explorer finds a crash point of a trace with a bug at which neither the old nor the new checkpoint is left."""
     judge = Judge(goes_on=False)
-    assert any(judge.judge(left) or judge.wrong for left in crashes(trace, str(root), judge.points)), "not found"
+    disks = crashes(trace, str(root), judge.points, start, power_cuts=power_cuts)
+    assert any(judge.judge(left) or judge.wrong for left in disks), "not found"
 
 
 # --- local disks -----------------------------------------------------------------------------------------------------
@@ -354,6 +374,110 @@ def test_a_manifest_before_direct_writes_is_found(direct, tmp_path, monkeypatch)
     assert_found(trace, tmp_path)
 
 
+# --- files of earlier saves ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def frozen(monkeypatch):
+    """A run with two frozen parameters, of which one changes between step 20 and step 30 all the same."""
+    monkeypatch.setattr(faults, "FROZEN_STEPS", 25)
+    monkeypatch.setattr(harness.checkpoint.frozen, "LEAST_BYTES", 1)
+    monkeypatch.setattr(harness.checkpoint.frozen, "LEAST_PART", 0.0)
+
+
+def bases_at_the_end(trace: list[Call | Mark], root: Path) -> set[str]:
+    """The directories that have files of the last checkpoint."""
+    disk = Disk(str(root))
+    for call in trace:
+        if isinstance(call, Call):
+            disk.apply(call)
+    manifest = Catalog(Objects(below(disk.now(), "run"))).newest().manifest
+    return {base.split("-")[1].lstrip("0") for base in manifest.bases}
+
+
+power_cuts = pytest.mark.parametrize(  # of which there are many: no name that goes is flushed at once
+    "power_cuts", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["killed", "power cut"]
+)
+
+
+@power_cuts
+def test_every_crash_of_a_run_that_refers_to_files_of_earlier_saves(frozen, monkeypatch, tmp_path, tell, power_cuts):
+    """At every point of a save and a prune that leave the files of later checkpoints where they are: the old or the new
+    checkpoint, each with all that it refers to; and what nobody refers to any longer goes."""
+    trace = record(str(tmp_path))
+    assert bases_at_the_end(trace, tmp_path) == {"10", "30"}, "one parameter has moved, in another start of the run"
+    monkeypatch.setattr(Disk, "ALL_SUBSETS", 6)
+    judge = explore(trace, tmp_path, tell, power_cuts=power_cuts)
+    assert judge.points.total() > 270
+
+
+@pytest.mark.soak
+def test_a_crash_and_then_another_of_such_a_run(frozen, monkeypatch, tmp_path, tell):
+    """A process dies at any point, its successor refers to what it finds, the power fails at any point: what was committed
+    is there, and what it refers to."""
+    monkeypatch.setattr(Disk, "ALL_SUBSETS", 4)
+    judge = Judge(goes_on=False)
+    for kill_at in itertools.count():
+        root = tmp_path / str(kill_at)
+        root.mkdir()
+        recorder = Recorder(root=str(root), kill_at=kill_at)
+        with system_calls_through(recorder):
+            try:
+                Life(recorder.store(), shard_bytes=1 << 20).save(10)
+                break  # the program made fewer calls
+            except Killed:
+                start = len(recorder.trace)
+            recorder.restart()
+            Life(recorder.store(), shard_bytes=1 << 20).save(20)
+        for left in crashes(recorder.trace, str(root), judge.points, start):
+            judge.judge(left)
+    tell(f"killed at {kill_at} points, then {judge.summary()}")
+    assert not judge.wrong, judge.wrong[:5]
+
+
+def record_prune(root: str) -> tuple[list[Call | Mark], int]:
+    """A run that keeps everything, whose checkpoints are then pruned from outside; and where that begins."""
+    recorder = Recorder(root=root)
+    with system_calls_through(recorder):
+        for steps in [10, 15, 20], [30, 40, 45]:
+            life = Life(recorder.store(), keep_last=None)
+            for step in steps:
+                life.save(step)
+        start = len(recorder.trace)
+        recorder.remark("prune")
+        Pruner(Catalog(recorder.store())).prune(Retention(1))
+    return recorder.trace, start
+
+
+@power_cuts
+def test_every_crash_of_a_prune_of_such_a_run(frozen, monkeypatch, tmp_path, tell, power_cuts):
+    """At every point of ``harness prune``: the newest checkpoint is there, and none has lost a file."""
+    monkeypatch.setattr(Disk, "ALL_SUBSETS", 3)
+    trace, start = record_prune(str(tmp_path))
+    judge = explore(trace, tmp_path, tell, start=start, power_cuts=power_cuts)
+    assert judge.points["prune"] > 30
+
+
+def without_references(monkeypatch):
+    monkeypatch.setattr(retention, "_named_by", lambda saves, look: lambda names: set())
+
+
+def the_earliest_first(monkeypatch):
+    def delete_all(pruner, directories, bases, listed, in_use):
+        for directory in reversed(directories):
+            pruner.delete(directory, in_use)
+
+    monkeypatch.setattr(Pruner, "_delete_all", delete_all)
+
+
+@pytest.mark.parametrize("plant", [without_references, the_earliest_first])
+def test_a_prune_that_takes_files_away_is_found(frozen, monkeypatch, tmp_path, plant):
+    """Files that the newest checkpoint names, or those of a checkpoint that is still there: both are found."""
+    plant(monkeypatch)
+    trace, start = record_prune(str(tmp_path))
+    assert_found(trace, tmp_path, start, power_cuts=False)
+
+
 # --- several writers -------------------------------------------------------------------------------------------------
 
 
@@ -378,6 +502,13 @@ def test_a_crash_of_two_writers(small_blocks, tmp_path, tell):
     judge = explore(trace, tmp_path, tell)
     assert sum("receipt" in call.target for call in trace if isinstance(call, Call)) == 2
     assert judge.points.total() > 150
+
+
+def test_a_crash_of_two_writers_that_refer_to_files_of_earlier_saves(frozen, small_blocks, tmp_path, tell):
+    """The first writer leaves frozen parameters out, which only it would write; the second one writes as ever."""
+    trace = record_two(str(tmp_path))
+    assert bases_at_the_end(trace, tmp_path) == {"10"}
+    explore(trace, tmp_path, tell, power_cuts=False)
 
 
 def without_the_seconds_fsync(trace):
@@ -464,6 +595,18 @@ def live_in(contents: Contents, witness: Witness, tries: int) -> None:
 )
 def test_every_request_to_an_object_store_can_fail(monkeypatch, tell, is_served, is_deadly, tries):
     """A kill, a failed request or a lost reply, at each request of a run in a bucket: the old or the new checkpoint."""
+    judge = judge_requests(monkeypatch, tell, is_served=is_served, is_deadly=is_deadly, tries=tries)
+    assert judge.points["COMPLETE"] and judge.points["DELETE"] and judge.points.total() > 50
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("is_deadly", [True, False], ids=["killed", "a failed try"])
+def test_every_request_of_a_run_that_refers_to_objects_of_earlier_saves_can_fail(frozen, monkeypatch, tell, is_deadly):
+    """In a bucket, too."""
+    judge_requests(monkeypatch, tell, is_served=True, is_deadly=is_deadly, tries=1)
+
+
+def judge_requests(monkeypatch, tell, *, is_served, is_deadly, tries):
     monkeypatch.setattr(harness.storage.filesystem, "SMALL_BYTES", 150)  # so that there are uploads in parts
     monkeypatch.setattr(harness.storage.filesystem, "BLOCK_BYTES", 64)
     judge = Judge()
@@ -482,7 +625,7 @@ def test_every_request_to_an_object_store_can_fail(monkeypatch, tell, is_served,
             assert not contents.uploads or trouble.what.startswith(("BEGIN", "ABORT")), trouble.what
     tell(judge.summary())
     assert not judge.wrong, judge.wrong[:5]
-    assert judge.points["COMPLETE"] and judge.points["DELETE"] and judge.points.total() > 50
+    return judge
 
 
 # --- writers that were believed dead ---------------------------------------------------------------------------------
@@ -544,10 +687,11 @@ def judge_line(store: Store, zombie: Zombie, successor: Life) -> str | None:
         return f"then resumed from {restored.step}"
     own = successor.save(13).directory
     others = [entry for entry in Catalog(store).entries() if entry.directory != own]
+    others = [entry for entry in others if entry.state != "base"]
     if [entry.state for entry in others] not in ([], ["whole"]) or any(entry.step <= 13 for entry in others):
         return f"left more than what the zombie has last committed: {others}"
     saved = successor.save(31)  # further than that
-    left = [name for name in store.list() if not name.startswith(("attempts/", saved.directory))]
+    left = left_but(store, saved.directory)
     return f"never swept up {left}" if left else None
 
 
@@ -610,6 +754,15 @@ def test_a_zombie_in_between(tell):
     tell(f"{len(found)} pairs of points")
     assert not wrong, (len(wrong), wrong[:5])
     assert len(found) > 600
+
+
+@pytest.mark.soak
+def test_a_zombie_of_a_run_that_refers_to_files_of_earlier_saves(frozen, tell):
+    """The same where both leave out what the checkpoint has that they stand on."""
+    found = list(zombies())
+    wrong = [(where, problem) for where, problem in found if problem]
+    tell(f"{len(found)} pairs of points")
+    assert not wrong, (len(wrong), wrong[:5])
 
 
 def test_a_zombie_on_a_real_disk(tmp_path, tell):

@@ -40,6 +40,7 @@ import harness.storage.filesystem
 from harness.checkpoint import commit
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import MANIFEST
+from harness.checkpoint.frozen import IsFrozen, nothing_is_frozen
 from harness.checkpoint.plan import Writers
 from harness.checkpoint.retention import Retention
 from harness.checkpoint.saver import Saved, Saver, SaveRequest
@@ -56,13 +57,16 @@ Tree = Mapping[str, bytes]  # what lies on a disk or in a bucket: the objects' n
 
 
 SIDE = 4  # of the largest tensors, which are squares
+FROZEN_STEPS = 0  # so long stays one of the parameters that nothing trains as it is, another one for ever; 0: there are none
 
 
 def parts_at(step: int) -> dict[str, dict[str, Any]]:
     """What a run holds at a step: several shards in two of its parts, tied and empty tensors, a part without tensors."""
     weight = torch.arange(SIDE**2, dtype=torch.float32).reshape(SIDE, SIDE) * 0.1 + step
+    frozen = {"base": torch.full((16,), float(step // FROZEN_STEPS)), "still": torch.arange(16.0)} if FROZEN_STEPS else {}
     return {
         "model": {
+            **frozen,
             "weight": weight,
             "tied": weight,
             "half": torch.full((3,), step, dtype=torch.bfloat16),
@@ -132,7 +136,15 @@ class Life:
         )
 
     def save(self, step: int, *, must_succeed: bool = True) -> Saved | None:
-        return self.saver.save(parts_at(step), SaveRequest(step, {"world_size": 2}), must_succeed=must_succeed)
+        parts = parts_at(step)
+        request = SaveRequest(step, {"world_size": 2}, is_frozen=frozen_of(parts))
+        return self.saver.save(parts, request, must_succeed=must_succeed)
+
+
+def frozen_of(parts: Mapping[str, Any]) -> IsFrozen:
+    """Tells the parameters that nothing trains."""
+    places = {each.data_ptr() for name, each in parts["model"].items() if name in ("base", "still")}
+    return (lambda tensor: tensor.data_ptr() in places) if places else nothing_is_frozen
 
 
 class Pair(Life):
@@ -148,14 +160,22 @@ class Pair(Life):
 
     def save(self, step: int, *, must_succeed: bool = True) -> Saved | None:
         directory = self.saver.new_directory(step)
-        request = SaveRequest(step, {"world_size": 2}, directory=directory, is_steady=lambda tensor: True)
+        parts = parts_at(step)
+        is_frozen = frozen_of(parts)
+        request = SaveRequest(
+            step,
+            {"world_size": 2},
+            directory=directory,
+            is_steady=lambda tensor: not is_frozen(tensor),
+            is_frozen=is_frozen,
+        )
 
         def share(_seconds: float) -> None:
-            self.second.save(parts_at(step), request)
+            self.second.save(parts, request)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(commit, "time", SimpleNamespace(monotonic=time.monotonic, sleep=share))
-            return self.saver.save(parts_at(step), request, must_succeed=must_succeed)
+            return self.saver.save(parts, request, must_succeed=must_succeed)
 
 
 def committed_step(name: str) -> int | None:
@@ -595,7 +615,7 @@ class Objects(Store):
         self.before("delete", name)
         self.objects.pop(name, None)
 
-    def unlink(self, name: str) -> bool:
+    def is_link(self, name: str) -> bool:
         return False
 
     def delete_directory(self, name: str) -> None:

@@ -19,12 +19,14 @@ from pydantic import BaseModel
 from harness import errors
 from harness.checkpoint import commit
 from harness.checkpoint.format import Attempt
+from harness.checkpoint.saver import SaveRequest
 from harness.cli import cli
 from harness.config import Config
 from harness.doctor import examination
 from harness.drill.results import SURVIVES_INEXACTLY
 from harness.storage.store import open_store
 from tests.support.cluster import PATIENCE_SECONDS, environment, harness, newest
+from tests.support.saving import saver
 
 REPOSITORY = Path(__file__).parents[2]
 README = REPOSITORY / "README.md"
@@ -155,6 +157,21 @@ def test_the_formats_reader_puts_pieces_together(tmp_path, monkeypatch):
     step, tensors = load(tmp_path / "reader.py").read(tmp_path / "run" / directory)
     assert step == 7
     assert all((tensors[f"model/{name}"] == tensor.numpy()).all() for name, tensor in expected.items())
+
+
+def test_the_formats_reader_finds_files_of_earlier_saves(tmp_path, monkeypatch):
+    """The reader in docs/reference/format.md reads a checkpoint that names a file of another one."""
+    monkeypatch.setattr("harness.checkpoint.frozen.LEAST_BYTES", 1)
+    write_files("format.md", tmp_path)
+    writer, base = saver(str(tmp_path / "run")), torch.arange(9.0)
+    for step in (7, 8):
+        state = {"model": {"base": base, "trained": torch.full((2,), float(step))}}
+        request = SaveRequest(step, is_frozen=lambda tensor: tensor.data_ptr() == base.data_ptr())
+        writer.save(state, request, must_succeed=True)
+    reader = load(tmp_path / "reader.py")
+    step, tensors = reader.read(reader.newest(tmp_path / "run"))
+    assert step == 8 and (tensors["model/base"] == base.numpy()).all() and (tensors["model/trained"] == 8).all()
+    assert len([*(tmp_path / "run").glob("*/model-frozen-*")]) == 1
 
 
 def test_the_formats_reader_notices_damage(ring, tmp_path):

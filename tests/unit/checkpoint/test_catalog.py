@@ -117,7 +117,7 @@ def test_a_manifest_of_another_version(store, tmp_path):
     """What a newer harness wrote is not called corrupt, and not resumed from."""
     directory = save(store, 10)
     path = tmp_path / directory / "manifest.json"
-    text = path.read_bytes().replace(b'"version": 1', b'"version": 2').rpartition(b' "checksum"')[0]
+    text = path.read_bytes().replace(b'"version": 1', b'"version": 3').rpartition(b' "checksum"')[0]
     path.write_bytes(text + f' "checksum": "{checksum(text)}"\n}}'.encode())
     (entry,) = Catalog(store).entries()
     assert (entry.state, "expected harness-checkpoint version 1" in entry.problem) == ("corrupt", True)

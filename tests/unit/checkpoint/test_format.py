@@ -294,7 +294,7 @@ def changed(**changes) -> bytes:
     return sealed(json.dumps(body, indent=1))
 
 
-@pytest.mark.parametrize("changes", [{"version": 2}, {"version": "1"}, {"version": None}, {"format": "other"}], ids=str)
+@pytest.mark.parametrize("changes", [{"version": 3}, {"version": "1"}, {"version": None}, {"format": "other"}], ids=str)
 def test_another_version_is_not_called_corrupt(changes):
     """A whole manifest of a format that this program does not read is an error of its own, whatever else is in it."""
     assert Manifest.decode(changed()) == MANIFEST

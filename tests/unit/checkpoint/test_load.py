@@ -200,7 +200,7 @@ def test_a_store_that_fails_is_no_damage(written):
 def test_another_version_of_the_format(written):
     """A checkpoint of a version that this program does not know is told apart from a corrupt one."""
     manifest = written.path / "manifest.json"
-    text = manifest.read_bytes().replace(b'"version": 1', b'"version": 2').rpartition(b' "checksum"')[0]
+    text = manifest.read_bytes().replace(b'"version": 1', b'"version": 3').rpartition(b' "checksum"')[0]
     manifest.write_bytes(text + f' "checksum": "{checksum(text)}"\n}}'.encode())
     with pytest.raises(UnknownFormat, match=rf"{written.directory}/manifest\.json: expected harness-checkpoint version 1"):
         Catalog(written.store).open(written.directory)
