@@ -30,7 +30,7 @@ from tests.support.cluster import committed, launch, read_json, returned
 from tests.support.sharding import Scene, play_scenes, scenes_played
 
 KILLS = 20  # of a storm
-ROWS = (1, 3, 5, 7, 13)  # one, the world - 1, the world + 1, and what divides by nothing
+ROWS = (1, 2, 3, 4, 5, 7, 13)  # one; of 2, 3, 4 and 6 ranks one less and one more; and what divides by nothing
 
 
 class Table(nn.Module):
@@ -38,7 +38,7 @@ class Table(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(4, rows) for rows in ROWS)
+        self.layers = nn.ModuleList(nn.Linear(5, rows) for rows in ROWS)
         self.tall = nn.Parameter(torch.zeros(6, 2, 30))
         self.row = nn.Parameter(torch.zeros(1, 5))  # of which most ranks have nothing
         self.row_again = self.row  # tied; the state of an optimizer goes by the first name in the alphabet
@@ -101,6 +101,7 @@ LAYOUTS = {
     "hsdp": (4, hsdp),
     "tp2": (2, tp),
     "tp_fsdp": (4, tp_fsdp),
+    "tp_fsdp6": (6, tp_fsdp),  # three times two: uneven on both
 }
 
 
@@ -525,7 +526,7 @@ def training(kind: str, ranks: int) -> Scene:
 PAIRS = [
     *(("fsdp4", other, "each") for other in LAYOUTS if other != "fsdp4"),
     *((one, "fsdp3", "each") for one in ("one", "tp_fsdp")),
-    *((*pair, "shared") for pair in (("one", "hsdp"), ("tp_fsdp", "fsdp3"), ("fsdp4", "tp_fsdp"), ("fsdp3", "plain2"))),
+    *((*pair, "shared") for pair in (("one", "hsdp"), ("tp_fsdp6", "fsdp3"), ("fsdp4", "tp_fsdp6"), ("fsdp3", "plain2"))),
 ]
 MORE_PAIRS = [(one, other, how) for one in LAYOUTS for other in LAYOUTS for how in ("each", "shared")]
 TRAINED = [("plain", 3), ("evaluated", 2), ("heads", 4)]
