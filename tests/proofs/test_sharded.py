@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -433,6 +433,57 @@ def refusals(place: Path) -> list[str]:
     return found
 
 
+class Quantized(torch.Tensor):
+    """Numbers in another form than they show, as libraries for quantization make them."""
+
+    @staticmethod
+    def __new__(cls, codes: torch.Tensor) -> Self:
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape)
+
+    def __init__(self, codes: torch.Tensor) -> None:
+        self.codes = codes
+
+    @classmethod
+    def __torch_dispatch__(cls, _function: Any, _types: Any, args: Any = (), _kwargs: Any = None) -> "Quantized":
+        return cls(args[0].codes)  # a view: nothing else is asked of it here
+
+
+def without_a_place(place: Path) -> list[list[Any]]:
+    """What has no place in a whole, each in a run of its own: what this rank says of it, and how the program would end."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    from torch.distributed.tensor import DTensor, Partial, Shard
+    from torch.distributed.tensor.placement_types import _MaskPartial
+
+    mesh, whole = init_device_mesh("cpu", (2,)), {"shape": torch.Size([4, 3]), "stride": (3, 1)}
+    tensors = [
+        DTensor.from_local(torch.ones(4, 3), mesh, [Partial()], run_check=False),
+        DTensor.from_local(
+            torch.ones(4, 3), mesh, [_MaskPartial(offset_shape=whole["shape"], offset_dim=0)], run_check=False
+        ),
+        DTensor.from_local(Quantized(torch.ones(2, 3)), mesh, [Shard(0)], run_check=False, **whole),
+        DTensor.from_local(torch.ones(2 + dist.get_rank(), 3), mesh, [Shard(0)], run_check=False, **whole),
+    ]
+    model = nn.Linear(3, 4)
+    states = [
+        {"net": FullyShardedDataParallel(nn.Linear(3, 4), device_id=torch.device("cpu"))},
+        {"net": model, "adam": ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=0.1)},
+    ]
+    for tensor in tensors:
+        model = nn.Linear(3, 4)
+        model.weight = nn.Parameter(tensor, requires_grad=False)
+        states.append({"net": model})
+    found = []
+    for number, state in enumerate(states):
+        try:
+            Run(place / str(number), state, stop=StopRequest()).close()
+        except Unsupported as error:
+            found.append([str(error), error.exit_code])
+    return found
+
+
 # --- gradients ---------------------------------------------------------------------------------------------------------
 
 LIMIT = 0.5
@@ -554,6 +605,7 @@ SCENES += [Scene(f"buffers-{ranks}", ranks, lambda place: buffers_elsewhere(plac
 MIXTURES = ("some", "tensors", "both", "replicas")
 SCENES += [Scene(f"clipped-{kind}", 4, lambda _, kind=kind: clipped(kind)) for kind in MIXTURES]
 SCENES.append(Scene("refusals", 2, lambda place: refusals(place / "refusals")))
+SCENES.append(Scene("placeless", 2, lambda place: without_a_place(place / "placeless")))
 SOAK = [*SAVES, *(loading(*each) for each in MORE_PAIRS), *(training(*each) for each in MORE_TRAINED)]
 
 
@@ -670,6 +722,23 @@ def test_what_is_not_the_whole_is_refused_on_every_rank(scenes):
     assert one[1].startswith(
         "Unsupported: model/weight (float32[4, 3]) and 1 more: not sharded alike on rank 0 and on rank 1"
     )
+
+
+def test_what_has_no_place_in_the_whole_is_refused_by_every_rank(scenes, place):
+    """At the start, in one sentence that says what to use, and as a mistake. One rank alone may know of it."""
+    sentences = [
+        r"net: FullyShardedDataParallel flattens the parameters .*; use torch\.distributed\.fsdp\.fully_shard, or .*",
+        r"adam: ZeroRedundancyOptimizer gives each rank its own shard .*; use torch\.distributed\.fsdp\.fully_shard, and .*",
+        r"net/weight: a DTensor with the placement P\(sum\), .*; redistribute it to Shard or Replicate .* \(rank 0\)",
+        r"net/weight: a DTensor with the placement Mask.*, which has no place in the whole .*; use Shard or Replicate .*",
+        r"net/weight: a DTensor whose local part is a Quantized; convert the model after training, not before .*",
+        r"net/weight: expected a local part of shape \[2, 3\] .* found \[3, 3\]; give DTensor\.from_local .* \(rank 1\)",
+    ]
+    for found in returned(scenes["placeless"]):
+        for (said, exit_code), sentence in zip(found, sentences, strict=True):
+            assert exit_code == 2
+            assert re.fullmatch(sentence, said)
+    assert not [*place.glob("placeless/*/step-*")]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
