@@ -23,6 +23,10 @@ from harness.checkpoint import format as layout_of_files
 from harness.checkpoint import load, scatter, tree
 from harness.checkpoint.catalog import Catalog, verify_all
 from harness.checkpoint.format import TensorInfo, checksum, decode_header
+from harness.config import run_config
+from harness.distributed.world import world_of_program
+from harness.doctor.examination import examine_run
+from harness.doctor.findings import Finding
 from harness.errors import ConfigError, Unsupported
 from harness.interchange.export import export_model
 from harness.storage.store import open_store
@@ -484,6 +488,22 @@ def without_a_place(place: Path) -> list[list[Any]]:
     return found
 
 
+def examined(url: Path, layout: str, kind: str) -> list[list[str]]:
+    """What harness doctor finds where a script would make its run, check by check: that of a run which was saved in another
+    layout, or of one whose ranks mean different tensors."""
+    import torch.distributed as dist
+
+    model, optimizer = built(layout)
+    if kind == "mistaken" and dist.get_rank() == 1:
+        model.layers[0].weight = nn.Parameter(model.layers[1].weight.detach().clone())
+        optimizer = torch.optim.AdamW(model.parameters())
+    state = {"model": model, "optimizer": optimizer, "average": Average(model)}
+    found: list[Finding] = []
+    world, config = world_of_program(torch.device("cpu"), 20), run_config({"checkpoint": {"url": str(url)}})
+    examine_run(world, config, state, torch.device("cpu"), [], found.extend, fresh=False)
+    return [[each.check, each.level, each.found] for each in found]
+
+
 # --- gradients ---------------------------------------------------------------------------------------------------------
 
 LIMIT = 0.5
@@ -605,6 +625,10 @@ SCENES += [Scene(f"buffers-{ranks}", ranks, lambda place: buffers_elsewhere(plac
 MIXTURES = ("some", "tensors", "both", "replicas")
 SCENES += [Scene(f"clipped-{kind}", 4, lambda _, kind=kind: clipped(kind)) for kind in MIXTURES]
 SCENES.append(Scene("refusals", 2, lambda place: refusals(place / "refusals")))
+SCENES += [
+    Scene(f"doctor-{kind}", 3, lambda place, kind=kind, url=url: examined(place / url, "fsdp3", kind))
+    for kind, url in (("well", "tp_fsdp"), ("mistaken", "nothing"))
+]
 SCENES.append(Scene("placeless", 2, lambda place: without_a_place(place / "placeless")))
 SOAK = [*SAVES, *(loading(*each) for each in MORE_PAIRS), *(training(*each) for each in MORE_TRAINED)]
 
@@ -722,6 +746,26 @@ def test_what_is_not_the_whole_is_refused_on_every_rank(scenes):
     assert one[1].startswith(
         "Unsupported: model/weight (float32[4, 3]) and 1 more: not sharded alike on rank 0 and on rank 1"
     )
+
+
+def test_the_doctor_examines_a_sharded_model(scenes, place):
+    """It resumes on all ranks what was saved in another layout, and knows the size of the whole."""
+    found = {check: [level, words] for check, level, words in returned(scenes["doctor-well"])[0]}
+    assert not [check for check, (level, _) in found.items() if level == "error"]
+    assert found["sharding"][1].startswith("the parts make up each tensor: 3(S(0)) ")
+    assert found["resume"][1].startswith("step 1, every byte verified")
+    values = sum(value.numel() for value in expected(Table()).values())
+    size = (4 * values + 3 + len(expected(Table()))) * 4  # weights, moments and their average; the buffer and the steps
+    assert found["state"][1] == f"a checkpoint has {size / 1e6:.1f} MB"
+
+
+def test_the_doctor_finds_ranks_that_mean_different_tensors(scenes):
+    """Before a run is begun."""
+    found = {check: [level, words] for check, level, words in returned(scenes["doctor-mistaken"])[0]}
+    level, words = found["sharding"]
+    assert level == "error"
+    assert words.startswith("average/state/values/layers.0.weight (float32[1, 5])")
+    assert "not sharded alike on rank 0 and on rank 1" in words
 
 
 def test_what_has_no_place_in_the_whole_is_refused_by_every_rank(scenes, place):
