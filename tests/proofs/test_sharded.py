@@ -28,6 +28,7 @@ from harness.distributed.world import world_of_program
 from harness.doctor.examination import examine_run
 from harness.doctor.findings import Finding
 from harness.errors import ConfigError, Unsupported
+from harness.interchange import load_into, read_foreign
 from harness.interchange.export import export_model
 from harness.storage.store import open_store
 from tests.support.cluster import committed, launch, read_json, returned
@@ -369,6 +370,15 @@ def fall_back(place: Path, damage: Callable[[Path], None]) -> dict[str, Any]:
     return resume(place, "fsdp3")
 
 
+def started(url: Path, layout: str) -> list[str]:
+    """What is wrong with a model and an optimizer that get what another run has saved, the tied name but once."""
+    model, optimizer = built(layout)
+    foreign = read_foreign(str(url))
+    del foreign.model["row_again"]
+    load_into(model, optimizer, foreign)
+    return wrong(model, optimizer) + ([] if model.row_again is model.row else ["tied"])
+
+
 def buffers_elsewhere(place: Path) -> list[list[float]]:
     """Each rank of three has its own running averages; what two ranks, and one process, have of them then."""
     import torch.distributed as dist
@@ -625,6 +635,7 @@ SCENES += [Scene(f"buffers-{ranks}", ranks, lambda place: buffers_elsewhere(plac
 MIXTURES = ("some", "tensors", "both", "replicas")
 SCENES += [Scene(f"clipped-{kind}", 4, lambda _, kind=kind: clipped(kind)) for kind in MIXTURES]
 SCENES.append(Scene("refusals", 2, lambda place: refusals(place / "refusals")))
+SCENES.append(Scene("started", 3, lambda place: started(place / "tp_fsdp6", "fsdp3")))
 SCENES += [
     Scene(f"doctor-{kind}", 3, lambda place, kind=kind, url=url: examined(place / url, "fsdp3", kind))
     for kind, url in (("well", "tp_fsdp"), ("mistaken", "nothing"))
@@ -746,6 +757,11 @@ def test_what_is_not_the_whole_is_refused_on_every_rank(scenes):
     assert one[1].startswith(
         "Unsupported: model/weight (float32[4, 3]) and 1 more: not sharded alike on rank 0 and on rank 1"
     )
+
+
+def test_a_sharded_model_starts_from_what_others_have_saved(scenes):
+    """Each rank takes its part of each tensor: of the weights, and of the optimizer's state."""
+    assert returned(scenes["started"]) == [[]] * 3
 
 
 def test_the_doctor_examines_a_sharded_model(scenes, place):
