@@ -2,6 +2,7 @@
 
 import functools
 import os
+import pickle
 import random
 import re
 import runpy
@@ -27,7 +28,7 @@ from harness.config import run_config
 from harness.distributed.world import world_of_program
 from harness.doctor.examination import examine_run
 from harness.doctor.findings import Finding
-from harness.errors import ConfigError, Unsupported
+from harness.errors import ConfigError, Corrupt, Unsupported
 from harness.interchange import load_into, read_foreign
 from harness.interchange.export import export_model
 from harness.storage.store import open_store
@@ -35,7 +36,7 @@ from tests.support.cluster import committed, launch, read_json, returned
 from tests.support.sharding import Scene, play_scenes, scenes_played
 
 KILLS = 20  # of a storm
-ROWS = (1, 2, 3, 4, 5, 7, 13)  # one; of 2, 3, 4 and 6 ranks one less and one more; and what divides by nothing
+ROWS = (1, 2, 7, 3, 13, 4, 5)  # one; of 2, 3, 4 and 6 ranks one less and one more; and what divides by nothing
 
 
 class Table(nn.Module):
@@ -379,6 +380,26 @@ def started(url: Path, layout: str) -> list[str]:
     return wrong(model, optimizer) + ([] if model.row_again is model.row else ["tied"])
 
 
+def saved_by_torch(directory: Path, layout: str) -> list[str]:
+    """A directory of torch.distributed.checkpoint, which rank 0 then reads as ``harness import`` does."""
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+
+    model, optimizer = built(layout)
+    fill(model, optimizer)
+    state = model.state_dict()
+    if layout == "tp_fsdp6":  # of the 7 rows of this one, torch loses one, and says nothing
+        state = {"layers.2.weight": state["layers.2.weight"]}
+    dcp.save({"model": state}, checkpoint_id=directory)
+    if dist.get_rank():
+        return []
+    try:
+        found = read_foreign(str(directory), trust=True).model
+    except Corrupt as error:
+        return [str(error)]
+    return [name for name, value in expected(Table()).items() if not torch.equal(found[name], value)]
+
+
 def buffers_elsewhere(place: Path) -> list[list[float]]:
     """Each rank of three has its own running averages; what two ranks, and one process, have of them then."""
     import torch.distributed as dist
@@ -635,6 +656,10 @@ SCENES += [Scene(f"buffers-{ranks}", ranks, lambda place: buffers_elsewhere(plac
 MIXTURES = ("some", "tensors", "both", "replicas")
 SCENES += [Scene(f"clipped-{kind}", 4, lambda _, kind=kind: clipped(kind)) for kind in MIXTURES]
 SCENES.append(Scene("refusals", 2, lambda place: refusals(place / "refusals")))
+SCENES += [
+    Scene(f"dcp-{layout}", LAYOUTS[layout][0], lambda place, it=layout: saved_by_torch(place / f"dcp-{it}", it))
+    for layout in ("tp_fsdp", "tp_fsdp6")
+]
 SCENES.append(Scene("started", 3, lambda place: started(place / "tp_fsdp6", "fsdp3")))
 SCENES += [
     Scene(f"doctor-{kind}", 3, lambda place, kind=kind, url=url: examined(place / url, "fsdp3", kind))
@@ -762,6 +787,27 @@ def test_what_is_not_the_whole_is_refused_on_every_rank(scenes):
 def test_a_sharded_model_starts_from_what_others_have_saved(scenes):
     """Each rank takes its part of each tensor: of the weights, and of the optimizer's state."""
     assert returned(scenes["started"]) == [[]] * 3
+
+
+def test_torchs_own_checkpoints_are_read_through_boxes(scenes, place):
+    """Whoever has written which part. A tensor with a flipped bit is named, and so is one of which a part is missing: torch
+    itself notices neither. What it has misplaced is refused, too."""
+    assert returned(scenes["dcp-tp_fsdp"])[0] == []
+    (said,) = returned(scenes["dcp-tp_fsdp6"])[0]
+    assert "model.layers.2.weight" in said
+    assert "mismatch sizes" in said
+    (file,) = (place / "dcp-tp_fsdp").glob("__2_0.distcp")
+    data, value = bytearray(file.read_bytes()), expected(Table())["tall"]
+    at = data.index(value[3, 0, 7].numpy().tobytes() + value[3, 0, 8].numpy().tobytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(Corrupt, match=r"model\.tall: expected the checksum in __2_0\.distcp, found another"):
+        read_foreign(str(place / "dcp-tp_fsdp"), trust=True)
+    metadata = pickle.loads((place / "dcp-tp_fsdp/.metadata").read_bytes())
+    del metadata.state_dict_metadata["model.tall"].chunks[0]
+    (place / "dcp-tp_fsdp/.metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(Corrupt, match=r"model\.tall: the parts in it are not the whole tensor: 180 items are in none"):
+        read_foreign(str(place / "dcp-tp_fsdp"), trust=True)
 
 
 def test_the_doctor_examines_a_sharded_model(scenes, place):
