@@ -905,32 +905,70 @@ def test_gradients_are_clipped_as_those_of_one_process(scenes, kind):
         assert found == {"clips": True, "norms": True, "said": [True, True], "gradients": True, "bad": True}
 
 
+STORMS = [  # the layout and its ranks; then those between, in which the samples are the same
+    ("fsdp", 2, "fsdp", 3),
+    ("fsdp", 3, "fsdp", 2),
+    ("hsdp", 4, "fsdp", 2),
+    ("tp_fsdp", 4, "fsdp", 3),
+]
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(
-    ("layout", "ranks", "kills"), [("fsdp", 2, KILLS), ("fsdp", 3, KILLS), ("hsdp", 4, KILLS), ("tp_fsdp", 4, KILLS)]
-)
-def test_a_kill_storm_leaves_no_trace(tmp_path, layout, ranks, kills):
-    """SIGKILLs of single ranks at random moments, saves included: the end has the bits of the run that lived."""
-    program, steps = str(Path(__file__).parents[1] / "support" / "sharded_run.py"), 120 * kills
-    with launch(tmp_path / "straight", None, layout, "run", str(steps), ranks=ranks, command=(program,)) as run:
-        run.succeed(600)
-    (tmp_path / "storm").mkdir()
-    url, slow = tmp_path / "storm" / "run", tmp_path / "storm" / "run.slow"
-    slow.touch()
-    chance = random.Random(seed := random.randrange(10**6))
-    print(f"seed {seed}")
-    # torch's own way to meet after a restart, which the program uses, takes several restarts with a store that is shared.
-    how = {"max_restarts": 2 * kills, "env": {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}}
-    with launch(tmp_path / "storm", None, layout, "run", str(steps), ranks=ranks, command=(program,), **how) as run:
-        for _ in range(kills):
-            before = max(committed(url), default=0)
-            run.wait(lambda before=before: max(committed(url), default=0) > before, "a save after the last kill")
-            time.sleep(chance.random() * 0.3)
-            run.kill_rank(chance.randrange(ranks))
-        slow.unlink()
-        run.succeed(600)
-    found = [read_json("inspect", str(tmp_path / name / "run"), "--digest") for name in ("straight", "storm")]
-    assert found[0]["step"] == found[1]["step"] == steps
-    for part in ("model", "optimizer", "random"):
-        assert found[0]["digest"][part] == found[1]["digest"][part]
+@pytest.mark.parametrize(("layout", "ranks", "other", "other_ranks"), STORMS)
+def test_a_kill_storm_leaves_no_trace(tmp_path, layout, ranks, other, other_ranks):
+    """SIGKILLs of single ranks at random moments, saves included: the end has the bits of the run that lived, with bfloat16,
+    accumulated gradients and processes that fetch. Killed again, with other ranks and then with as many as before, it
+    trains the same samples."""
+    steps, chance = 120 * KILLS, random.Random(seed := random.randrange(10**6))
+    straight, storm = Storm(tmp_path / "straight", chance), Storm(tmp_path / "storm", chance)
+    straight.train(layout, ranks, steps)
+    storm.train(layout, ranks, steps, KILLS)
+    print(f"seed {seed}: {storm.killed} SIGKILLs, {len(storm.attempts())} attempts, {storm.in_saves} of them left a save")
+    assert storm.killed == KILLS
+    assert len(storm.attempts()) >= 1 + KILLS
+    one, two = straight.digests(steps), storm.digests(steps)
+    assert {part: two[part] for part in ("model", "optimizer", "random", "loader")} == {
+        part: one[part] for part in ("model", "optimizer", "random", "loader")
+    }
+    straight.train(layout, ranks, steps + 160)
+    storm.train(other, other_ranks, steps + 80, kills=1)
+    storm.train(layout, ranks, steps + 160, kills=1)
+    assert storm.killed == KILLS + 2
+    assert storm.digests(steps + 160)["loader"] == straight.digests(steps + 160)["loader"]
+
+
+class Storm:
+    """A run that is started, and killed, as often as it is wanted."""
+
+    def __init__(self, directory: Path, chance: random.Random) -> None:
+        self.directory, self.chance = directory, chance
+        self.url, self.slow = directory / "run", directory / "run.slow"
+        self.killed = 0  # ranks, each by a SIGKILL
+        self.in_saves = 0  # of these, while a save was under way
+        directory.mkdir()
+
+    def attempts(self) -> list[Path]:
+        return [*(self.url / "attempts").iterdir()]
+
+    def digests(self, step: int) -> dict[str, str]:
+        found = read_json("inspect", str(self.url), "--digest")
+        assert found["step"] == step
+        return found["digest"]
+
+    def train(self, layout: str, ranks: int, steps: int, kills: int = 0) -> None:
+        """Trains up to a step, after so many kills, each when a save has been committed since the one before."""
+        program = str(Path(__file__).parents[1] / "support" / "sharded_run.py")
+        # torch's own way to meet after a restart, which the program uses, takes several restarts with a store that is shared.
+        how = {"max_restarts": 2 * kills, "env": {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}} if kills else {}
+        self.slow.touch() if kills else self.slow.unlink(missing_ok=True)
+        with launch(self.directory, None, layout, "run", str(steps), ranks=ranks, command=(program,), **how) as run:
+            for _ in range(kills):
+                before = max(committed(self.url), default=0)
+                run.wait(lambda before=before: max(committed(self.url), default=0) > before, "a save after the last kill")
+                time.sleep(self.chance.random() * 0.3)
+                run.kill_rank(self.chance.randrange(ranks))
+                self.killed += 1
+                self.in_saves += any(not (save / "manifest.json").exists() for save in self.url.glob("step-*"))
+            self.slow.unlink(missing_ok=True)
+            run.succeed(600)
