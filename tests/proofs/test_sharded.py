@@ -6,6 +6,7 @@ import pickle
 import random
 import re
 import runpy
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -256,6 +257,11 @@ def shard_net(model: nn.Module, kind: str, ranks: int) -> None:
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+    if kind == "replicated":
+        from torch.distributed._composable.replicate_with_fsdp import replicate
+
+        replicate(model, mesh=init_device_mesh("cpu", (ranks,)))
+        return
     if kind == "heads":
         plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
         mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("data", "tensor"))
@@ -284,17 +290,31 @@ def train(url: Path | None, kind: str, until: int = 7, dies_after: int | None = 
 
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
-    model: nn.Module = Heads() if kind == "heads" else Net()
+    with torch.device("meta" if kind == "meta" else "cpu"):
+        model: nn.Module = Heads() if kind == "heads" else Net()
     if kind == "bf16":
         model.norm = nn.Identity()
+    if kind == "frozen":  # beside what is trained, in one group, as LoRA has it
+        model.first.requires_grad_(requires_grad=False)
+    other = Net() if kind == "several" else nn.Module()
     data = ranks // 2 if kind == "heads" else ranks
     shard_net(model, kind, ranks)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    if kind == "several":
+        shard_net(other, kind, ranks)
+    if kind == "meta":
+        model.to_empty(device="cpu")
+        model.last.weight = model.first.weight
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        nn.init.ones_(model.scale)
+    optimizer = torch.optim.AdamW([*model.parameters(), *other.parameters()], lr=0.05)
     inputs = torch.randn(48, 8, generator=torch.Generator().manual_seed(5))
     where = {"rank": rank // 2, "world_size": data} if kind == "heads" else {}
     loader = Loader(TensorDataset(inputs), 12, seed=3, **where)
     torch.manual_seed(rank % 2 if kind == "heads" else rank)
     state = {"optimizer": optimizer, "model": model, "loader": loader}
+    state |= {"other": other} if kind == "several" else {}
     settings = {"checkpoint": {"check_snapshots": kind == "checked"}}
     run = Run(url, state, every_steps=2, stop=StopRequest(), config=settings)
     losses = []
@@ -306,6 +326,7 @@ def train(url: Path | None, kind: str, until: int = 7, dies_after: int | None = 
                     if kind == "accumulated":
                         model.set_requires_gradient_sync(part is halves[-1])
                     loss = model(part.bfloat16() if kind == "bf16" else part).float().square().mean()
+                    loss = loss + other(part).square().mean() if kind == "several" else loss
                     loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -320,7 +341,7 @@ def train(url: Path | None, kind: str, until: int = 7, dies_after: int | None = 
                     raise InterruptedError
                 if run.global_step == until:
                     run.finish()
-                    return {"losses": losses, "digest": digest_here(model, optimizer), "from": until - len(losses)}
+                    return {"losses": losses, "digest": digest_here(optimizer, model, other), "from": until - len(losses)}
     except InterruptedError:
         return {"losses": losses}
     finally:
@@ -328,11 +349,11 @@ def train(url: Path | None, kind: str, until: int = 7, dies_after: int | None = 
     raise AssertionError
 
 
-def digest_here(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
-    """Of what this rank has of the model and its moments, bit for bit."""
+def digest_here(optimizer: torch.optim.Optimizer, *models: nn.Module) -> str:
+    """Of what this rank has of the models and their moments, bit for bit."""
     from harness.checkpoint.dtensors import local_of
 
-    values = [*model.state_dict().values()]  # first: it has the parameters put back
+    values = [value for model in models for value in model.state_dict().values()]  # first: it has the parameters put back
     states = [optimizer.state[each] for group in optimizer.param_groups for each in group["params"]]
     values += [state[key] for state in states for key in sorted(state)]
     return checksum(b"".join(bytes(each) for value in values for each in tree.raw_bytes(local_of(value))))
@@ -634,6 +655,7 @@ MORE_PAIRS = [(one, other, how) for one in LAYOUTS for other in LAYOUTS for how 
 TRAINED = [("plain", 3), ("evaluated", 2), ("heads", 4)]
 MORE_TRAINED = [
     *((kind, 2) for kind in ("plain", "one group", "bf16", "offload", "kept", "accumulated", "checked", "heads")),
+    *((kind, 2) for kind in ("meta", "frozen", "several", "replicated")),
     ("hsdp", 4),
 ]
 SAVES = [*map(saving, LAYOUTS)]
@@ -764,6 +786,50 @@ def test_the_formats_reader_puts_boxes_together(scenes, place, tmp_path):
     for name, value in expected(Table()).items():
         assert (tensors[f"model/{name}"] == value.numpy()).all()
         assert (tensors[f"optimizer/state/{name}/exp_avg"] == 2 * value.numpy()).all()
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "lost", "swapped"])
+def test_whatever_piece_is_damaged_is_noticed(scenes, place, tmp_path, how):
+    """Each file of each rank, and of each piece in it one byte: no reader takes anything."""
+    assert set(returned(scenes["save-tp_fsdp6"])) == {1}
+    shutil.copytree(place / "tp_fsdp6", tmp_path / "run")
+    store, tried = open_store(str(tmp_path / "run")), 0
+    entry = Catalog(store).newest()
+    assert entry.manifest is not None
+    files = {file.name: tmp_path / "run" / entry.directory / file.name for file in entry.manifest.files}
+    whole = {name: file.read_bytes() for name, file in files.items()}
+
+    def is_noticed(name: str) -> None:
+        with pytest.raises(Corrupt):
+            load.read(store, entry.directory, entry.manifest)
+        files[name].write_bytes(whole[name])
+
+    for name, data in whole.items():
+        if how == "flipped":
+            for at in places_in(data):
+                files[name].write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+                is_noticed(name)
+                tried += 1
+            continue
+        other = next((each for each in whole.values() if each != data and len(each) == len(data)), data[::-1])
+        files[name].write_bytes({"cut": data[:-1], "lost": b"", "swapped": other}[how])
+        if how == "lost":
+            files[name].unlink()
+        is_noticed(name)
+        tried += 1
+    print(f"{tried} times {how}, in {len(files)} files")
+    assert load.read(store, entry.directory, entry.manifest)["model"].keys() > {"tall", "row"}
+    assert tried >= len(files) > 15
+
+
+def places_in(data: bytes) -> list[int]:
+    """A byte of a shard's header, and one in the middle of each piece behind it."""
+    size = 8 + int.from_bytes(data[:8], "little")
+    found, at = [size // 2], size
+    for info in decode_header(data[8:size], len(data) - size):
+        found += [at + info.nbytes // 2] if info.nbytes else []
+        at += info.nbytes
+    return found
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -959,7 +1025,7 @@ class Storm:
     def train(self, layout: str, ranks: int, steps: int, kills: int = 0) -> None:
         """Trains up to a step, after so many kills, each when a save has been committed since the one before."""
         program = str(Path(__file__).parents[1] / "support" / "sharded_run.py")
-        # torch's own way to meet after a restart, which the program uses, takes several restarts with a store that is shared.
+        # torch's own way to meet after a restart, which the program uses, takes several with a store that is shared.
         how = {"max_restarts": 2 * kills, "env": {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}} if kills else {}
         self.slow.touch() if kills else self.slow.unlink(missing_ok=True)
         with launch(self.directory, None, layout, "run", str(steps), ranks=ranks, command=(program,), **how) as run:
