@@ -645,7 +645,8 @@ def training(kind: str, ranks: int) -> Scene:
     return Scene(f"train-{kind}-{ranks}", ranks, lambda place: resumed(place / str(ranks), kind))
 
 
-# Some layouts are loaded as they were, and exchanged with one that cuts elsewhere; the soak has every pair, read both ways.
+# Some layouts are loaded as they were, and exchanged with one that cuts elsewhere; the soak has each of the 100 pairs, read
+# both ways.
 PAIRS = [
     *(("fsdp4", other, "each") for other in LAYOUTS if other != "fsdp4"),
     *((one, "fsdp3", "each") for one in ("one", "tp_fsdp")),
@@ -713,7 +714,7 @@ def scenes(place) -> Mapping[str, list[Any]]:
 
 @pytest.fixture(scope="module")
 def soak_scenes(tmp_path_factory) -> Mapping[str, list[Any]]:
-    return scenes_played(__file__, tmp_path_factory.mktemp("soak"), "soak")
+    return scenes_played(__file__, tmp_path_factory.mktemp("soak"), "soak", seconds=3000)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -876,6 +877,42 @@ def test_torchs_own_checkpoints_are_read_through_boxes(scenes, place):
         read_foreign(str(place / "dcp-tp_fsdp"), trust=True)
 
 
+REFUSED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Partial, Shard
+import harness
+
+dist.init_process_group("gloo")
+mesh, model = dist.init_device_mesh("cpu", (2,)), torch.nn.Linear(3, 4)
+if sys.argv[1] == "fsdp1":
+    model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+elif sys.argv[1] == "partial":
+    model.weight = torch.nn.Parameter(DTensor.from_local(torch.ones(4, 3), mesh, [Partial()]))
+else:
+    local = torch.ones(2 + dist.get_rank(), 3)
+    whole = {"shape": torch.Size([4, 3]), "stride": (3, 1)}
+    model.weight = torch.nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], run_check=False, **whole))
+harness.Run("run", {"model": model})
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["fsdp1", "partial", "on one rank"])
+def test_a_program_that_is_refused_ends_as_a_mistake(tmp_path, kind):
+    """Exit code 2 on both ranks and of the launch, which starts none of them again; one sentence, no traceback."""
+    (tmp_path / "script.py").write_text(REFUSED + "raise SystemExit(9)\n")
+    command = ("-m", "harness", "launch", "--nproc-per-node=2", "--max-restarts=3", "--", "script.py", kind)
+    with launch(tmp_path, None, command=command) as run:
+        assert run.finish() == 2
+        said = run.output()
+    assert "Traceback" not in said
+    ends = re.findall(r"^(rank \d|harness launch).*: model.*; (?:use|redistribute|give) ", said, re.MULTILINE)
+    assert sorted(ends) == ["harness launch", "rank 0", "rank 1"]
+
+
 def test_the_doctor_examines_a_sharded_model(scenes, place):
     """It resumes on all ranks what was saved in another layout, and knows the size of the whole."""
     found = {check: [level, words] for check, level, words in returned(scenes["doctor-well"])[0]}
@@ -943,6 +980,7 @@ def test_digests_of_wholes_are_equal_in_every_layout(scenes, place):
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)  # of the scenes
 @pytest.mark.parametrize(("layout", "other", "how"), MORE_PAIRS)
 def test_every_layout_loads_every_other(soak_scenes, layout, other, how):
     """All pairs, both ways."""
@@ -957,6 +995,7 @@ def test_a_resume_has_the_bits_of_the_run_that_never_stopped(scenes, kind, ranks
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("kind", "ranks"), MORE_TRAINED)
 def test_so_has_one_of_each_kind(soak_scenes, kind, ranks):
     """Mixed precision, CPU offload, accumulation, one group for all, parameters that stay whole, replicas, tensors in
