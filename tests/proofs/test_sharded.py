@@ -902,7 +902,8 @@ harness.Run("run", {"model": model})
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", ["fsdp1", "partial", "on one rank"])
 def test_a_program_that_is_refused_ends_as_a_mistake(tmp_path, kind):
-    """Exit code 2 on both ranks and of the launch, which starts none of them again; one sentence, no traceback."""
+    """Exit code 2, of the launch as well, which starts nothing again; one sentence of each rank that is not ended before it
+    says it, no traceback."""
     (tmp_path / "script.py").write_text(REFUSED + "raise SystemExit(9)\n")
     command = ("-m", "harness", "launch", "--nproc-per-node=2", "--max-restarts=3", "--", "script.py", kind)
     with launch(tmp_path, None, command=command) as run:
@@ -910,7 +911,9 @@ def test_a_program_that_is_refused_ends_as_a_mistake(tmp_path, kind):
         said = run.output()
     assert "Traceback" not in said
     ends = re.findall(r"^(rank \d|harness launch).*: model.*; (?:use|redistribute|give) ", said, re.MULTILINE)
-    assert sorted(ends) == ["harness launch", "rank 0", "rank 1"]
+    assert "harness launch" in ends
+    assert {*ends} & {"rank 0", "rank 1"}
+    assert len(ends) == len({*ends})
 
 
 def test_the_doctor_examines_a_sharded_model(scenes, place):
