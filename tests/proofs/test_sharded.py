@@ -34,6 +34,7 @@ from harness.interchange import load_into, read_foreign
 from harness.interchange.export import export_model
 from harness.storage.store import open_store
 from tests.support.cluster import committed, launch, read_json, returned
+from tests.support.process_memory import forget_the_peak, memory_bytes
 from tests.support.sharding import Scene, play_scenes, scenes_played
 
 KILLS = 20  # of a storm
@@ -421,6 +422,49 @@ def saved_by_torch(directory: Path, layout: str) -> list[str]:
     return [name for name, value in expected(Table()).items() if not torch.equal(found[name], value)]
 
 
+LARGE_BYTES = 512 << 20
+
+
+def in_memory(url: Path, layout: str) -> dict[str, Any]:
+    """Saves a large model, and resumes it in the other layout: how much more memory this rank has needed for that, and how
+    much it has read."""
+    import torch.distributed as dist
+
+    ranks = dist.get_world_size()
+    model = nn.ModuleList(nn.Linear(4096, 1024, bias=False) for _ in range(LARGE_BYTES // (4096 * 1024 * 4)))
+    for layer in model:
+        LARGE[layout](layer, ranks)
+    before, read_before = forget_the_peak(), bytes_read()
+    run = Run(url, {"model": model}, stop=StopRequest())
+    used = memory_bytes("VmHWM") - before
+    found = {"step": run.global_step, "used": used, "read": bytes_read() - read_before}
+    if not run.global_step:
+        for _ in run.steps(1):
+            run.step()
+    run.close()
+    return found
+
+
+def bytes_read() -> int:
+    """From files, by this process, from the page cache or the disk."""
+    (line,) = (each for each in Path("/proc/self/io").read_text().splitlines() if each.startswith("rchar"))
+    return int(line.split()[1])
+
+
+def rows(layer: nn.Module, ranks: int) -> None:
+    shard_all(layer, ranks)
+
+
+def columns(layer: nn.Module, ranks: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+
+    parallelize_module(layer, init_device_mesh("cpu", (ranks,)), RowwiseParallel())
+
+
+LARGE = {"rows": rows, "columns": columns}
+
+
 def buffers_elsewhere(place: Path) -> list[list[float]]:
     """Each rank of three has its own running averages; what two ranks, and one process, have of them then."""
     import torch.distributed as dist
@@ -689,7 +733,11 @@ SCENES += [
     for kind, url in (("well", "tp_fsdp"), ("mistaken", "nothing"))
 ]
 SCENES.append(Scene("placeless", 2, lambda place: without_a_place(place / "placeless")))
-SOAK = [*SAVES, *(loading(*each) for each in MORE_PAIRS), *(training(*each) for each in MORE_TRAINED)]
+IN_MEMORY = [
+    Scene(f"memory-{each}-{ranks}", ranks, lambda place, each=each: in_memory(place / "large", each))
+    for each, ranks in (("rows", 2), ("rows", 4), ("columns", 4))
+]
+SOAK = [*IN_MEMORY, *SAVES, *(loading(*each) for each in MORE_PAIRS), *(training(*each) for each in MORE_TRAINED)]
 
 
 if __name__ == "__main__":
@@ -1004,6 +1052,19 @@ def test_so_has_one_of_each_kind(soak_scenes, kind, ranks):
     """Mixed precision, CPU offload, accumulation, one group for all, parameters that stay whole, replicas, tensors in
     parallel."""
     test_a_resume_has_the_bits_of_the_run_that_never_stopped(soak_scenes, kind, ranks)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_a_restore_needs_room_for_a_ranks_part_and_a_window(soak_scenes, layout):
+    """Not for the whole: its part is put in when all ranks have theirs. All ranks together read the checkpoint once."""
+    found = returned(soak_scenes[f"memory-{layout}-4"])
+    part, window = LARGE_BYTES // 4, 3 * scatter.ROUND_BYTES  # its own piece, and what it sends and gets
+    print(f"a part has {part >> 20} MiB; more in memory: {[each['used'] >> 20 for each in found]} MiB")
+    assert {each["step"] for each in found} == {1}
+    assert max(each["used"] for each in found) < part + window < LARGE_BYTES
+    assert LARGE_BYTES <= sum(each["read"] for each in found) < 1.01 * LARGE_BYTES
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
