@@ -26,7 +26,7 @@ from harness.checkpoint import load, scatter, tree
 from harness.checkpoint.catalog import Catalog, verify_all
 from harness.checkpoint.format import TensorInfo, checksum, decode_header
 from harness.config import run_config
-from harness.distributed.world import world_of_program
+from harness.distributed.world import TorchrunWorld, world_of_program
 from harness.doctor.examination import examine_run
 from harness.doctor.findings import Finding
 from harness.errors import ConfigError, Corrupt, Unsupported
@@ -381,6 +381,30 @@ def in_small_pieces(act: Callable[[Path], Any], place: Path) -> Any:
     return act(place / "small")
 
 
+def meetings(place: Path) -> list[int]:
+    """How often ranks that read a checkpoint between them meet, in the layout of the save: as they do, and in each round."""
+    import torch.distributed as dist
+
+    found, hand_out = [0], TorchrunWorld.hand_out
+
+    def counted(*given: Any) -> None:
+        found[-1] += 1
+        hand_out(*given)
+
+    TorchrunWorld.hand_out, scatter.ROUND_BYTES = counted, 12 << 10
+    for step, every in enumerate((scatter.MEETS_EVERY, scatter.MEETS_EVERY, 1)):
+        model, scatter.MEETS_EVERY = nn.Linear(64, 6000, bias=False), every
+        torch.nn.init.constant_(model.weight, step)
+        shard_all(model, dist.get_world_size())
+        run = Run(place, {"model": model}, stop=StopRequest(), config={"checkpoint": {"restore": "shared"}})
+        assert (run.global_step, whole_of(model.weight).unique().tolist()) == (min(step, 1), [0])
+        for _ in run.steps(1):
+            run.step()
+        run.close()
+        found.append(0)
+    return found[1:3]
+
+
 def fall_back(place: Path, damage: Callable[[Path], None]) -> dict[str, Any]:
     """Two steps are saved, and the newer one is damaged by one rank."""
     import torch.distributed as dist
@@ -727,6 +751,7 @@ SCENES += [
     Scene(f"dcp-{layout}", LAYOUTS[layout][0], lambda place, it=layout: saved_by_torch(place / f"dcp-{it}", it))
     for layout in ("tp_fsdp", "tp_fsdp6")
 ]
+SCENES.append(Scene("meetings", 3, lambda place: meetings(place / "meetings")))
 SCENES.append(Scene("started", 3, lambda place: started(place / "tp_fsdp6", "fsdp3")))
 SCENES += [
     Scene(f"doctor-{kind}", 3, lambda place, kind=kind, url=url: examined(place / url, "fsdp3", kind))
@@ -835,6 +860,13 @@ def test_the_formats_reader_puts_boxes_together(scenes, place, tmp_path):
     for name, value in expected(Table()).items():
         assert (tensors[f"model/{name}"] == value.numpy()).all()
         assert (tensors[f"optimizer/state/{name}/exp_avg"] == 2 * value.numpy()).all()
+
+
+def test_ranks_that_have_nothing_for_each_other_do_not_meet(scenes):
+    """Where each wants what its own file has, they read at their own pace."""
+    for own, each_round in returned(scenes["meetings"]):
+        print(f"{own} meetings in {each_round} rounds")
+        assert 4 * own < each_round
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "lost", "swapped"])

@@ -48,8 +48,8 @@ def main(layout: str, url: str, steps: int) -> None:
     data = sharded(model, layout)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     inputs = torch.randn(96, 16, generator=torch.Generator().manual_seed(1))
-    where = {"rank": data.get_local_rank(), "world_size": data.size()}
-    loader = harness.Loader(TensorDataset(inputs), 12, seed=1, workers=1, **where)
+    rank, size = data.get_local_rank(), data.size()
+    loader = harness.Loader(TensorDataset(inputs), 12, seed=1, workers=1, rank=rank, world_size=size)
     random.seed(dist.get_rank())  # all that a checkpoint has of random states: they are compared, too
     np.random.seed(dist.get_rank())  # the global generator
     torch.manual_seed(dist.get_rank())
@@ -60,7 +60,7 @@ def main(layout: str, url: str, steps: int) -> None:
         for (batch,) in loader:
             halves = batch.chunk(2)
             for half in halves:
-                model.set_requires_gradient_sync(half is halves[-1])
+                model.set_requires_gradient_sync(half is halves[-1])  # type: ignore[operator]  # torch's FSDPModule
                 loss = (model(half).float() - half).square().sum() / batch.numel()
                 loss.backward()
             optimizer.step()
