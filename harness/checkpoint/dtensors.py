@@ -108,3 +108,11 @@ class Landing:
     def part_of(self, whole: torch.Tensor) -> torch.Tensor:
         """The same of a whole tensor, of which a copy is made."""
         return self.holding(whole.detach()[self.box.within(Box.whole(self.shape))].clone())
+
+
+def as_live(saved: Any, live: Any, name: str) -> Any:
+    """A saved tensor, or of a whole one the part that belongs into a sharded one here."""
+    is_whole = isinstance(saved, torch.Tensor) and not is_sharded(saved)
+    if is_whole and is_sharded(live) and saved.shape == live.shape:
+        return Landing(live, name).part_of(saved)
+    return saved

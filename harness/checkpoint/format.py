@@ -494,11 +494,6 @@ class Boxes:
     shape: list[int]
     boxes: list[str]
 
-    @classmethod
-    def of(cls, info: TensorInfo, places: Mapping[Box, int]) -> Self:
-        """That of a tensor whose boxes, in order, are in these files of its part, by their numbers."""
-        return cls(info.dtype, list(info.shape), [f"{box_text(box)}@{file}" for box, file in places.items()])
-
     def info(self, path: str) -> TensorInfo:
         """The whole tensor's."""
         return TensorInfo(path, self.dtype, tuple(self.shape))
@@ -544,7 +539,12 @@ def box_text(box: Box) -> str:
 
 def checksum_of_boxes(found: Mapping[Box, str]) -> str:
     """The checksum of a tensor that lies in boxes, from those of the boxes' raw bytes."""
-    return checksum("".join(f"{box_text(box)} {each}\n" for box, each in sorted(found.items())).encode())
+    return checksum_of_texts({box_text(box): each for box, each in sorted(found.items())})
+
+
+def checksum_of_texts(found: Mapping[str, str]) -> str:
+    """The same of boxes as they stand in a manifest, in order."""
+    return checksum("".join(f"{text} {each}\n" for text, each in found.items()).encode())
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import itertools
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 
@@ -30,9 +30,10 @@ from harness.checkpoint.format import (
     Receipt,
     Slices,
     TensorInfo,
+    box_text,
     checksum,
     checksum_of_blocks,
-    checksum_of_boxes,
+    checksum_of_texts,
     encode_header,
     piece_name,
     plan_shards,
@@ -95,28 +96,31 @@ class TensorSlice:
         return [replace(self, start=start, stop=min(start + size_bytes, self.stop)) for start in starts]
 
 
+class BoxForm(NamedTuple):
+    """What the boxes at one place have in common, whichever tensor they are of: most tensors are cut as others are."""
+
+    box: Box
+    nbytes: int
+    text: str  # as it stands in a manifest
+    suffix: str  # of its name in a shard
+
+    @classmethod
+    def of(cls, box: Box, itemsize: int) -> Self:
+        return cls(box, box.items * itemsize, box_text(box), piece_name("", *box.offset))
+
+
 class TensorBox(NamedTuple):  # of a large job there are hundreds of thousands
     """A box of a sharded tensor, as it lies in one shard."""
 
     part: str
     tensor: TensorInfo  # the whole one
-    box: Box
-    nbytes: int
-
-    @property
-    def name(self) -> str:
-        """Under which the shard has it."""
-        return f"{self.tensor.path}{_suffix(self.box)}"
+    form: BoxForm
+    name: str  # under which the shard has it
 
     @property
     def stored(self) -> TensorInfo:
         """What the shard has."""
-        return TensorInfo(self.name, self.tensor.dtype, self.box.shape)
-
-
-@functools.lru_cache(1 << 16)  # most tensors are cut as others are
-def _suffix(box: Box) -> str:
-    return piece_name("", *box.offset)
+        return TensorInfo(self.name, self.tensor.dtype, self.form.box.shape)
 
 
 Piece = TensorSlice | TensorBox
@@ -189,9 +193,8 @@ def _boxes_of(name: str, path: str, part: Encoded, sharding: Sharding | None) ->
     return {} if sharding.is_whole(key, part.placed[path].shape) else sharding.boxes[key]
 
 
-def _boxes_with_sizes(boxes: Mapping[Box, Sequence[int]], itemsize: int) -> list[tuple[Box, int, Sequence[int]]]:
-    """Each box with its bytes and its holders."""
-    return [(box, box.items * itemsize, holders) for box, holders in boxes.items()]
+def _forms_with_holders(boxes: Mapping[Box, Sequence[int]], itemsize: int) -> list[tuple[BoxForm, Sequence[int]]]:
+    return [(BoxForm.of(box, itemsize), holders) for box, holders in boxes.items()]
 
 
 def _assigned(placed: Iterable[tuple[TensorBox, Sequence[int]]]) -> Iterator[tuple[int, TensorBox]]:
@@ -199,14 +202,15 @@ def _assigned(placed: Iterable[tuple[TensorBox, Sequence[int]]]) -> Iterator[tup
     sizes: dict[int, int] = {}
     several = []
     for box, holders in placed:
+        nbytes = box.form.nbytes
         if len(holders) > 1:
-            several.append((-box.nbytes, box.part, box.tensor.path, box.box.offset, box, holders))
+            several.append((-nbytes, box.part, box.tensor.path, box.form.box.offset, box, holders))
             continue
-        sizes[holders[0]] = sizes.get(holders[0], 0) + box.nbytes
+        sizes[holders[0]] = sizes.get(holders[0], 0) + nbytes
         yield holders[0], box
     for *_, box, holders in sorted(several, key=operator.itemgetter(0, 1, 2, 3)):
         rank = min(holders, key=lambda rank: (sizes.get(rank, 0), rank))
-        sizes[rank] = sizes.get(rank, 0) + box.nbytes
+        sizes[rank] = sizes.get(rank, 0) + box.form.nbytes
         yield rank, box
 
 
@@ -251,14 +255,15 @@ class SavePlan:
         undivided: list[TensorSlice] = []
         divided: list[TensorSlice] = []
         placed: list[tuple[TensorBox, Sequence[int]]] = []
-        sized: dict[tuple[int, int], list[tuple[Box, int, Sequence[int]]]] = {}  # tensors share what they have in common
+        known: dict[tuple[int, int], list[tuple[BoxForm, Sequence[int]]]] = {}
         for name, forms in self._forms:
             for info, (path, *_, can_be_cut, may_be_divided) in zip(self.tensors[name], forms, strict=True):
                 boxes = _boxes_of(name, path, parts[name], sharding)
                 if boxes:
                     key = id(boxes), info.itemsize
-                    each = sized[key] if key in sized else sized.setdefault(key, _boxes_with_sizes(*(boxes, info.itemsize)))
-                    placed += [(TensorBox(name, info, box, nbytes), holders) for box, nbytes, holders in each]
+                    if key not in known:
+                        known[key] = _forms_with_holders(boxes, info.itemsize)
+                    placed += [(TensorBox(name, info, form, path + form.suffix), holders) for form, holders in known[key]]
                 else:
                     (divided if may_be_divided else undivided).append(TensorSlice(name, info, 0, info.nbytes, can_be_cut))
         shares: list[list[Piece]] = [[*self._fitting(share)] for share in divide(divided, len(ranks))]
@@ -374,12 +379,14 @@ class SavePlan:
 
     @functools.cached_property
     def _boxes(self) -> dict[Key, list[TensorBox]]:
-        """The boxes of each tensor that lies in several."""
+        """The boxes of each tensor that lies in several, in order."""
         found: dict[Key, list[TensorBox]] = {}
         for pieces in self.pieces.values():
             for piece in pieces:
                 if isinstance(piece, TensorBox):
                     found.setdefault((piece.part, piece.tensor.path), []).append(piece)
+        for boxes in found.values():
+            boxes.sort(key=lambda each: each.form.box.offset)
         return found
 
     def boxes(self, part: str) -> dict[str, Boxes]:
@@ -396,8 +403,9 @@ class SavePlan:
             counts[shard.part] += 1
         found: dict[str, dict[str, Boxes]] = {}
         for (name, path), boxes in self._boxes.items():
-            numbers = ((each.box, files[name][each.name]) for each in sorted(boxes, key=lambda each: each.box.offset))
-            found.setdefault(name, {})[path] = Boxes.of(boxes[0].tensor, dict(numbers))
+            info, numbers = boxes[0].tensor, files[name]
+            texts = [f"{each.form.text}@{numbers[each.name]}" for each in boxes]
+            found.setdefault(name, {})[path] = Boxes(info.dtype, list(info.shape), texts)
         return found
 
     def blocks(self, found: Found) -> dict[str, dict[str, Blocks]]:
@@ -406,8 +414,8 @@ class SavePlan:
         for name, tensors in self.tensors.items():
             for tensor in tensors:
                 if (boxes := self._boxes.get((name, tensor.path))) is not None:
-                    each = {piece.box: checksum_of_blocks(found[name][piece.name]) for piece in boxes}
-                    whole[name][tensor.path] = (checksum_of_boxes(each),)
+                    each = {piece.form.text: checksum_of_blocks(found[name][piece.name]) for piece in boxes}
+                    whole[name][tensor.path] = (checksum_of_texts(each),)
                     continue
                 paths = [piece.stored.path for piece in self._cut.get((name, tensor.path), ())] or [tensor.path]
                 whole[name][tensor.path] = tuple(block for path in paths for block in found[name][path])
@@ -433,4 +441,5 @@ def planned(
 ) -> SavePlan:
     """The plan of the save before, unless a tensor has come, gone or changed its form since."""
     given = parts, shard_bytes, writers, is_steady, sharding, frozen
-    return before if before is not None and before.is_for(*given) else SavePlan(*given)
+    with without_collections():
+        return before if before is not None and before.is_for(*given) else SavePlan(*given)

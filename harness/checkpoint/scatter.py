@@ -4,6 +4,9 @@ Each file is read by one rank, from its beginning to its end, and verified there
 which box of each tensor each rank wants. From these all know what every piece of a file has for whom: a message between two
 ranks is nothing but items. A round has a piece of each rank; a rank holds its own piece and what the others send it of
 theirs. A byte for everybody says whether anything has gone wrong: after a round in which it has, nobody goes on.
+
+In a round in which nobody has anything for another, as where the layout is that of the save, the ranks do not meet: each
+goes on at its own pace. They still meet now and then, and at the end.
 """
 
 import itertools
@@ -23,6 +26,7 @@ from harness.storage.store import Store
 
 ROUND_BYTES = 64 << 20  # of all pieces of a round; a rank holds its own, and at most so much of what the others send it,
 _PIECE_BYTES = 16 << 20  # however few they are
+MEETS_EVERY = 16  # rounds at least: nobody waits for a slow rank for longer than these take it
 _FLAG_BYTES = 16  # so that the items behind it are aligned
 _HEADER_BYTES = 64 << 10  # of a file, that are asked for first
 
@@ -206,6 +210,9 @@ class _Scatter:
         self.wanted = [{key: Box(*box) for key, box in each.items()} for each in wanted]
         readers = _readers(files, self.wanted)
         self.files = [[file for file in files if readers[file.info.name] == rank] for rank in range(peers.size)]
+        self._patterns: dict[tuple[str, str], tuple[Box, ...]] = {}  # what each rank wants of a tensor, by rank
+        self._known_patterns: dict[tuple[Box, ...], tuple[Box, ...]] = {}  # most tensors are cut as others are
+        self._known: dict[tuple[int, Box], frozenset[int]] = {}
         self.piece_bytes = max(min(ROUND_BYTES // peers.size, _PIECE_BYTES) // 16 * 16, 16)  # of any items
         self.problem: HarnessError | None = None
 
@@ -213,9 +220,16 @@ class _Scatter:
         """Reads everything. Raises what this rank has failed of, or ``RankFailure``."""
         rank = self.peers.rank
         own = self._read(self._pieces(rank))
-        for pieces in itertools.zip_longest(*map(self._pieces, range(self.peers.size))):
+        for number, pieces in enumerate(itertools.zip_longest(*map(self._pieces, range(self.peers.size))), start=1):
             data = self._next(own) if pieces[rank] is not None else None
-            self._exchange(pieces, data)
+            wanting = [self._wanting(piece) for piece in pieces]
+            if number % MEETS_EVERY == 0 or any(each - {reader} for reader, each in enumerate(wanting)):
+                self._exchange(pieces, data, wanting)
+            elif data is not None:
+                for share in self._shares(pieces[rank], rank):
+                    _put(share, _items(data, share.stretch))
+        nobody: list[Any] = [None] * self.peers.size
+        self._exchange(nobody, None, [frozenset()] * self.peers.size)
 
     def _pieces(self, rank: int) -> Iterator[_Piece]:
         """What a rank reads, piece after piece."""
@@ -235,10 +249,26 @@ class _Scatter:
             )
         ]
 
-    def _exchange(self, pieces: Sequence[_Piece | None], data: bytes | None) -> None:
+    def _wanting(self, piece: _Piece | None) -> frozenset[int]:
+        """The ranks that may want something of a piece: all that do are among them. The same on every rank."""
+        return frozenset().union(*map(self._wanting_of, piece.stretches if piece is not None else ()))
+
+    def _wanting_of(self, stretch: _Stretch) -> frozenset[int]:
+        source, info = stretch.place.source, stretch.place.info
+        pattern = self._patterns.get((stretch.part, info.path))
+        if pattern is None:
+            pattern = tuple(_target(boxes, stretch.part, info) for boxes in self.wanted)
+            pattern = self._patterns[stretch.part, info.path] = self._known_patterns.setdefault(pattern, pattern)
+        found = self._known.get((id(pattern), source))
+        if found is None:
+            found = frozenset(rank for rank, box in enumerate(pattern) if box.common(source) is not None)
+            self._known[id(pattern), source] = found
+        return found
+
+    def _exchange(self, pieces: Sequence[_Piece | None], data: bytes | None, wanting: Sequence[frozenset[int]]) -> None:
         rank, ranks = self.peers.rank, range(self.peers.size)
-        to = [self._shares(pieces[rank], other) for other in ranks]
-        of = [self._shares(pieces[other], rank) if other != rank else [] for other in ranks]
+        to = [self._shares(pieces[rank], other) if other in wanting[rank] else [] for other in ranks]
+        of = [self._shares(pieces[other], rank) if other != rank and rank in wanting[other] else [] for other in ranks]
         own, to[rank] = to[rank], []
         sizes, sizes_found = ([_FLAG_BYTES + sum(share.nbytes for share in each) for each in both] for both in (to, of))
         sent, found = np.zeros(sum(sizes), np.uint8), np.empty(sum(sizes_found), np.uint8)

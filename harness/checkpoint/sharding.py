@@ -16,6 +16,7 @@ from harness.checkpoint.boxes import Box, why_not_tiles
 from harness.checkpoint.format import checksum
 from harness.checkpoint.tree import Encoded
 from harness.errors import HarnessError, Unsupported
+from harness.runtime.gc_pause import without_collections
 
 Key = tuple[str, str]  # a part, and the path of a tensor in it
 AllGather = Callable[[Any], list[Any]]
@@ -101,6 +102,7 @@ class _Own:
         return checksum(repr((self.names, sorted(self.aliases))).encode() + self.boxes)
 
 
+@without_collections()  # of many ranks these are a million objects
 def _combined(found: list[_Own], words: tuple[str, ...]) -> Sharding:
     first = found[0]
     further = {(part, name) for part, name, _ in first.aliases} - {each[:2] for each in first.names}

@@ -56,6 +56,11 @@ class Case:
         return self._state
 
     @property
+    def has_state(self) -> bool:
+        """Whether it could be made."""
+        return self._state is not None
+
+    @property
     def save_seconds(self) -> float | None:
         """An estimate of what a save will take: what the last one took, or else by the measured speed."""
         if self.last_save_seconds is not None:

@@ -30,6 +30,7 @@ TOGETHER: tuple[Check, ...] = (
     ranks.group,  # can the ranks add up over the backend that will train
     storage.storage,  # can every rank read what rank 0 writes
     storage.run,  # is there a run already, and can it go on
+    recipe.sharding,  # is what the ranks have of sharded tensors the whole of each
     recipe.resume,  # does what it has saved fit
 )
 # and then what each looks at by itself:

@@ -1,5 +1,6 @@
 """The recipe: the task, its state, and when that is saved."""
 
+import contextlib
 import logging
 import os
 import time
@@ -21,6 +22,7 @@ from harness.doctor.findings import Finding, describe_error, error, ok, warn
 from harness.doctor.storage import open_quickly
 from harness.errors import HarnessError
 from harness.task import find_builder
+from harness.training import parallel
 from harness.training.loop import build_task, state_of
 from harness.training.resume import resume as resume_run
 
@@ -37,6 +39,7 @@ def task(case: Case) -> list[Finding]:
     began = time.monotonic()
     try:
         built = build_task(config, find_builder(config.task, config.args))
+        parallel.check(built.model, config, case.world.size)
         loader = Loader(
             built.dataset,
             config.train.global_batch_size,
@@ -71,11 +74,11 @@ def place_of(problem: BaseException) -> str:
 
 
 def state(case: Case) -> list[Finding]:
-    """Takes the state apart as a save does, on rank 0, and measures it."""
-    if case.objects is None or not case.is_first:
+    """Takes the state apart as a save does, on every rank, and measures it on rank 0."""
+    if case.objects is None:
         return []
     tried = "took the state apart as a save does"
-    if case.task is not None:
+    if case.task is not None and case.is_first:
         _fill(case.task.optimizer_and_scheduler()[0])
     try:
         parts = {name: tree.encode(part, name) for name, part in case.state().capture().items()}
@@ -83,9 +86,30 @@ def state(case: Case) -> list[Finding]:
         return [
             error(tried, line, "make it something that can be written without pickle") for line in str(problem).splitlines()
         ]
-    case.state_bytes = sum(tensor.nbytes for part in parts.values() for tensor in part.tensors.values())
+    if not case.is_first:
+        return []
+    case.state_bytes = sum(part.info(path).nbytes for part in parts.values() for path in part.tensors)
     without = ", and what the optimizers' first step adds" if case.task is None and not case.saves else ""
     return [ok(tried, f"a checkpoint has {case.state_bytes / 1e6:.1f} MB{without}")]
+
+
+def sharding(case: Case) -> list[Finding]:
+    """Compares which part each rank has of sharded tensors, as the start of a run does."""
+    world, tried = case.world, "compared what the ranks have of sharded tensors"
+    with contextlib.suppress(HarnessError):  # whatever else is wrong with the state is found later
+        if case.objects is not None:
+            case.state()
+    if not all(world.all_gather(case.has_state)):
+        return []
+    sharded = case.state().sharded
+    if not any(world.all_gather(sharded.in_words)):
+        return []
+    try:
+        sharded.is_sharded_anywhere(world.all_gather)
+        sharded.encoded(world.all_gather)
+    except HarnessError as problem:
+        return [error(tried, str(problem))]
+    return [ok(tried, f"the parts make up each tensor: {sharded.in_words}")]
 
 
 def resume(case: Case) -> list[Finding]:

@@ -8,12 +8,14 @@ import torch
 import xxhash
 
 from harness.checkpoint import tree
+from harness.checkpoint.dtensors import local_of
 from harness.checkpoint.format import checksum_of_blocks
 
 
 def hash_of_tensor(tensor: torch.Tensor) -> str:
-    """Of dtype, shape and bytes."""
-    return f"{tree.dtype_name(tensor.dtype)}{list(tensor.shape)} {checksum_of_blocks(tree.blocks_of(tensor))}"
+    """Of dtype, shape and bytes; of a sharded tensor, those that this rank has."""
+    local = local_of(tensor)
+    return f"{tree.dtype_name(local.dtype)}{list(local.shape)} {checksum_of_blocks(tree.blocks_of(local))}"
 
 
 def hash_of(value: Any) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from harness import torch_private
+from harness.checkpoint.dtensors import local_of
 from harness.drill.hashes import hash_of, hash_of_tensor
 from harness.state.modules import unwrap
 
@@ -92,11 +93,12 @@ class Reachable:
         return None
 
     def _tensor(self, tensor: torch.Tensor) -> str | None:
-        if tensor.nbytes > _LARGEST_BYTES or tensor.layout != torch.strided or tensor.device.type == "meta":
+        local = local_of(tensor)
+        if local.nbytes > _LARGEST_BYTES or local.layout != torch.strided or local.device.type == "meta":
             return None
-        mark = torch_private.version(tensor), tensor.data_ptr()
+        mark = torch_private.version(local), local.data_ptr()
         seen = self._tensors.get(id(tensor))
-        if seen is None or seen[:2] != mark or tensor.nbytes < 4096:
+        if seen is None or seen[:2] != mark or local.nbytes < 4096:
             self._tensors[id(tensor)] = seen = (*mark, hash_of_tensor(tensor))
         return f"tensor {seen[2]}"
 

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, Self
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
+from harness.checkpoint.boxes import Box, why_not_tiles
 from harness.checkpoint.format import HEADER_LIMIT_BYTES, MANIFEST, MANIFEST_LIMIT_BYTES, decode_header
 from harness.errors import ConfigError, Corrupt, HarnessError, Mismatch, StoreError, Unsupported
 from harness.storage.store import open_store
@@ -379,8 +380,34 @@ def read_distributed(place: Place, *, trust: bool) -> Any:
     with tempfile.TemporaryDirectory(prefix="harness-") as temporary:
         path = os.path.join(temporary, "whole.pth")
         try:
+            _check_boxes(directory, place.url)
             dcp_to_torch_save(directory, path)
+        except HarnessError:
+            raise
         except (Exception, CheckpointException) as error:  # a BaseException, and no bound on the others
             reason = str(error).strip().rpartition("\n")[2] or type(error).__name__
             raise Corrupt(f"{place.url}: expected a whole distributed checkpoint: {reason}") from None
         return _unpickle(path, place.url, mmap=True)  # what it may unfold to is trusted as well
+
+
+def _check_boxes(directory: str, shown: str) -> None:
+    """Raises ``Corrupt`` for a distributed checkpoint in which the parts of a tensor are not the whole of it, or whose bytes
+    differ from the checksums beside them. torch looks at neither: it would leave holes, or take other values."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader  # noqa: PLC0415
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata  # noqa: PLC0415
+
+    metadata = FileSystemReader(directory).read_metadata()
+    for name, each in metadata.state_dict_metadata.items():
+        if isinstance(each, TensorStorageMetadata):
+            boxes = {Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in each.chunks}
+            why = why_not_tiles(tuple(each.size), tuple(sorted(box for box in boxes if box.items)))
+            if why is not None:
+                raise Corrupt(f"{shown}: {name}: the parts in it are not the whole tensor: {why}")
+    for index, info in metadata.storage_data.items():
+        with open(os.path.join(directory, info.relative_path), "rb") as file:
+            file.seek(info.offset)
+            piece = io.BytesIO(file.read(info.length))
+        if zipfile.is_zipfile(piece):
+            with zipfile.ZipFile(piece) as archive:
+                if any(member.CRC for member in archive.infolist()) and archive.testzip() is not None:
+                    raise Corrupt(f"{shown}: {index.fqn}: expected the checksum in {info.relative_path}, found another")

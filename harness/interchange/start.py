@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from harness.checkpoint import commit
+from harness.checkpoint import commit, dtensors
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.retention import Pruner
 from harness.data.nested import mapped
 from harness.errors import ConfigError, Mismatch
 from harness.interchange.foreign import Foreign, read_foreign
-from harness.state.modules import check_model, listed, model_state, restore_model
+from harness.state.modules import check_model, listed, model_state, plain_names, restore_model, unwrap
 from harness.state.optimizers import optimizer_state, restore_optimizer
 from harness.storage.store import Store
 
@@ -30,6 +30,8 @@ def load_into(model: nn.Module, optimizer: Optimizer | None, foreign: Foreign) -
     try:
         weights, versions = _named_as(model, foreign)
         check_model(model, weights)
+        live = model_state(model)
+        weights = {name: dtensors.as_live(value, live[name], name) for name, value in weights.items()}
         if optimizer is not None and foreign.optimizer is not None:
             state = _fitting_state(optimizer, model, foreign.optimizer)
             _try_restoring(optimizer, state)
@@ -73,13 +75,13 @@ def _named_as(model: nn.Module, foreign: Foreign) -> tuple[dict[str, Any], dict[
     Tried are the names as they are, with ``module.`` (which reading takes away where all have it), and without the first
     step where all share it (Lightning saves the model as a child of its module). Tied weights may be saved once or twice.
     """
-    live = model_state(model)
+    live, alike = model_state(model), _parameters(model)
     ways: list[Callable[[str], str]] = [str, lambda name: f"module.{name}"]
     if len({name.partition(".")[0] for name in foreign.model}) == 1:
         ways.append(lambda name: name.partition(".")[2])
     for rename in ways:
         weights = {rename(name): value for name, value in foreign.model.items()}
-        _tie(weights, live)
+        _tie(weights, live, alike)
         if weights.keys() == live.keys():
             break
     else:
@@ -88,11 +90,19 @@ def _named_as(model: nn.Module, foreign: Foreign) -> tuple[dict[str, Any], dict[
     return weights, None if versions is None else {rename(name): version for name, version in versions.items()}
 
 
-def _tie(weights: dict[str, Any], live: Mapping[str, Any]) -> None:
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All of them, tied ones under each of their names."""
+    plain = plain_names(model := unwrap(model))
+    return {plain[name]: each for name, each in model.named_parameters(remove_duplicate=False)}
+
+
+def _tie(weights: dict[str, Any], live: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
     """Gives each name that was not saved the value of one that was, where the model has one tensor under both."""
     places: dict[Any, list[str]] = {}
     for name, value in live.items():
-        if _has_memory(value):
+        if name in parameters and dtensors.is_sharded(value):  # its part here may be empty, and have no address
+            places.setdefault(id(parameters[name]), []).append(name)
+        elif _has_memory(value):
             place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
             places.setdefault(place, []).append(name)
     for names in places.values():
@@ -201,5 +211,7 @@ def _copied(value: Any, parameter: torch.Tensor | None = None) -> Any:
     What belongs to a parameter element by element lies in memory as that does.
     """
     if isinstance(value, torch.Tensor) and parameter is not None:
+        if dtensors.is_sharded(parameter):
+            return dtensors.as_live(value, parameter, "the optimizer's state")
         return torch.empty_like(parameter, dtype=value.dtype, device=value.device, requires_grad=False).copy_(value.detach())
     return mapped(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, value)

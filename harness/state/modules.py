@@ -126,9 +126,6 @@ def check_sharding(name: str, each: Any) -> None:
                 instead = "or DistributedDataParallel" if isinstance(each, nn.Module) else "and the optimizer within it"
                 advice = f"use torch.distributed.fsdp.fully_shard, {instead}"
                 raise Unsupported(f"{where}: {kind.__name__} {what}, which cannot be saved; {advice}")
-    for path, parameter in each.named_parameters() if isinstance(each, nn.Module) else ():
-        if dtensors.is_sharded(parameter):
-            dtensors.own_box(parameter, f"{name}.{path}")
 
 
 def sharding_of(models: Mapping[str, nn.Module]) -> str:

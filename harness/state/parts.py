@@ -229,7 +229,7 @@ class ModulePart(Part):
     def check(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         check_model(self.live, saved, self.name)
         live = self.capture() if self.is_sharded else {}
-        return {name: _as_live(value, live.get(name), name) for name, value in saved.items()}
+        return {name: dtensors.as_live(value, live.get(name), name) for name, value in saved.items()}
 
     def restore(self, saved: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
         restore_model(self.live, sent(saved, self.device), checkpoint[TRAINING]["module_versions"].get(self.name))
@@ -319,7 +319,9 @@ class OptimizerPart(Part):
         if not _has_sharded(self.live):
             return checked
         state = {
-            key: {name: _as_live(each, parameters[key], name) if _dims(each) else each for name, each in values.items()}
+            key: {
+                name: dtensors.as_live(each, parameters[key], name) if _dims(each) else each for name, each in values.items()
+            }
             if isinstance(key, int) and isinstance(values, Mapping)
             else values
             for key, values in checked["state"].items()
@@ -454,14 +456,6 @@ class DataLoaderPart(OtherPart):
 
 def _dims(value: Any) -> int:
     return value.dim() if isinstance(value, torch.Tensor) else 0
-
-
-def _as_live(saved: Any, live: Any, name: str) -> Any:
-    """A saved tensor, or of a whole one the part that belongs into a sharded one here."""
-    is_whole = isinstance(saved, torch.Tensor) and not dtensors.is_sharded(saved)
-    if is_whole and dtensors.is_sharded(live) and saved.shape == live.shape:
-        return dtensors.Landing(live, name).part_of(saved)
-    return saved
 
 
 def owner_of(name: str, optimizer: Optimizer, modules: Mapping[str, nn.Module]) -> nn.Module:

@@ -13,7 +13,7 @@ from harness.checkpoint.places import Land
 from harness.checkpoint.sharding import Sharding, agreed
 from harness.checkpoint.tree import Encoded
 from harness.data.nested import tensors_in
-from harness.errors import HarnessError
+from harness.errors import HarnessError, Unsupported
 from harness.state.modules import sharding_of
 from harness.state.parts import TRAINING, ModulePart, Part
 
@@ -37,8 +37,27 @@ class ShardedState:
     @property
     def is_sharded(self) -> bool:
         """Whether each rank has a part of something."""
-        captured = [part.capture() for part in self._parts.values() if not part.per_rank]
-        return any(map(dtensors.is_sharded, tensors_in(captured)))
+        return any(map(dtensors.is_sharded, tensors_in(self._captured())))
+
+    def _captured(self) -> dict[str, dict[str, Any]]:
+        return {part.name: part.capture() for part in self._parts.values() if not part.per_rank}
+
+    def is_sharded_anywhere(self, all_gather: AllGather) -> bool:
+        """Whether a rank has a part of something. All ranks call it.
+
+        Raises ``Unsupported``, on every rank, where one has a sharded tensor that has no place in the whole.
+        """
+        is_sharded, problem = True, ""
+        try:
+            captured = self._captured()
+            if is_sharded := any(map(dtensors.is_sharded, tensors_in(captured))):
+                commit.encode(captured)
+        except HarnessError as error:
+            problem = str(error)
+        found = all_gather((is_sharded, problem))
+        if (what := next((f"{each} (rank {rank})" for rank, (_, each) in enumerate(found) if each), None)) is not None:
+            raise Unsupported(what)
+        return any(is_sharded for is_sharded, _ in found)
 
     def encoded(self, all_gather: AllGather) -> tuple[dict[str, Encoded], Sharding]:
         """What ``capture`` gives, and which rank has which part of it. All ranks call it.

@@ -143,6 +143,7 @@ def first_of(context: RunContext, *, fresh: bool, reopen: bool) -> Attempt:
     world, config, state = context.world, context.config, context.state
     checkpoint = config.checkpoint
     if checkpoint.url is None:
+        state.sharded.is_sharded_anywhere(world.all_gather)
         events = EventLog(config, active=world.rank == 0)
         events.emit("start", "no checkpoint.url: this run is not saved", step=state.progress.step)
         _start_anew(context, events)

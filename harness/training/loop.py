@@ -115,11 +115,6 @@ class _Trainer:
         if self.config.init_from is None:
             return None
         foreign = interchange.read_foreign(self.config.init_from)
-        if parallel.is_sharded(self.model):
-            raise ConfigError(
-                "init_from: expected train.parallel ddp, or one rank, found a sharded model; train a step in one process, "
-                "and resume from its checkpoint on several"
-            )
         optimizer = self.optimizer if self.config.init_optimizer else None
         loaded = interchange.load_into(self.task.model, optimizer, foreign)
         return f"initialized from {foreign.source} ({foreign.what}): {loaded}"

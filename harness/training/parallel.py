@@ -17,6 +17,13 @@ from harness.errors import ConfigError
 from harness.runtime.environment import local_size
 
 
+def check(model: nn.Module, config: Config, ranks: int) -> None:
+    """Raises ``ConfigError`` where ``spread`` would."""
+    if config.train.parallel != "ddp" and ranks > 1:
+        _mesh_shape(config, ranks)
+        _wrapped(model, config.fsdp.wrap)
+
+
 def spread(model: nn.Module, config: Config, world: World) -> nn.Module:
     """The model as it is called in training, as ``train.parallel`` has it. One rank alone keeps it whole.
 

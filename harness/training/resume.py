@@ -74,7 +74,7 @@ def resume(
     kept in ``place`` counts as checkpoints do; a machine that has kept nothing is given it by one that has. Raises
     ``NoCheckpoint`` when there are checkpoints and none is whole.
     """
-    is_sharded = any(world.all_gather(state.sharded.is_sharded))
+    is_sharded = state.sharded.is_sharded_anywhere(world.all_gather)
     entries = _each(world, catalog, {} if place is None or is_sharded else _kept(world, catalog, place))
     skipped: dict[str, str] = {}
     if skip_newest:

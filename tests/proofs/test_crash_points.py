@@ -53,6 +53,7 @@ from tests.support.faults import (
     Mark,
     Objects,
     Pair,
+    ShardedPair,
     Tree,
     Witness,
     below,
@@ -486,19 +487,26 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(harness.checkpoint.format, "BLOCK_BYTES", Pair.SMALL_BLOCK_BYTES)
 
 
-def record_two(root: str) -> list[Call | Mark]:
+def record_two(root: str, kind: type[Pair] = Pair) -> list[Call | Mark]:
     """A run that two ranks write, of which the first one waits for the second."""
     recorder = Recorder(root=root)
     with system_calls_through(recorder):
-        pair = Pair(recorder.store(), open_store(f"{root}/run", tries=1))
+        pair = kind(recorder.store(), open_store(f"{root}/run", tries=1))
         for step in (10, 20):
             pair.save(step)
     return recorder.trace
 
 
-def test_a_crash_of_two_writers(small_blocks, tmp_path, tell):
+# Of the same tensors each writes pieces; of sharded ones its own boxes.
+WRITERS = pytest.mark.parametrize("kind", [Pair, ShardedPair], ids=["pieces", "boxes"])
+
+
+@WRITERS
+def test_a_crash_of_two_writers(small_blocks, tmp_path, tell, kind):
     """At every point of two shares, a receipt and a commit: the old or the new checkpoint; a receipt is none."""
-    trace = record_two(str(tmp_path))
+    trace = record_two(str(tmp_path), kind)
+    manifest = Catalog(open_store(f"{tmp_path}/run")).newest().manifest
+    assert any(part.boxes for part in manifest.parts.values()) == (kind is ShardedPair)
     judge = explore(trace, tmp_path, tell)
     assert sum("receipt" in call.target for call in trace if isinstance(call, Call)) == 2
     assert judge.points.total() > 150
@@ -516,13 +524,15 @@ def without_the_seconds_fsync(trace):
     return [call for call in trace if not (isinstance(call, Call) and call.name == "fsync" and call.handle in theirs)]
 
 
-def test_shares_that_are_not_durable_are_found(small_blocks, tmp_path):
+@WRITERS
+def test_shares_that_are_not_durable_are_found(small_blocks, tmp_path, kind):
     """Were another writer's files not on the disk before its receipt is, the explorer would find it."""
-    assert_found(without_the_seconds_fsync(record_two(str(tmp_path))), tmp_path)
+    assert_found(without_the_seconds_fsync(record_two(str(tmp_path), kind)), tmp_path)
 
 
+@WRITERS
 @pytest.mark.parametrize("is_deadly", [True, False], ids=["killed", "a failed try"])
-def test_every_request_of_two_writers_can_fail(small_blocks, tell, is_deadly):
+def test_every_request_of_two_writers_can_fail(small_blocks, tell, is_deadly, kind):
     """In a bucket, the requests of both: a save that fails on one of them fails, and the next one succeeds."""
     judge = Judge()
     for at in range(1 << 30):
@@ -530,7 +540,7 @@ def test_every_request_of_two_writers_can_fail(small_blocks, tell, is_deadly):
         contents.request = trouble
         stores = [open_store("bucket://run", {"contents": contents}, tries=1) for _ in range(2)]
         with contextlib.suppress(Killed, StoreError):
-            pair = Pair(witness.watch(stores[0]), stores[1], failures_allowed=9)
+            pair = kind(witness.watch(stores[0]), stores[1], failures_allowed=9)
             for step in (10, 20, 30):
                 pair.save(step, must_succeed=False)
         if not trouble.what:

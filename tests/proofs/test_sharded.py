@@ -2,14 +2,16 @@
 
 import functools
 import os
+import pickle
 import random
 import re
 import runpy
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -23,14 +25,20 @@ from harness.checkpoint import format as layout_of_files
 from harness.checkpoint import load, scatter, tree
 from harness.checkpoint.catalog import Catalog, verify_all
 from harness.checkpoint.format import TensorInfo, checksum, decode_header
-from harness.errors import ConfigError, Unsupported
+from harness.config import run_config
+from harness.distributed.world import TorchrunWorld, world_of_program
+from harness.doctor.examination import examine_run
+from harness.doctor.findings import Finding
+from harness.errors import ConfigError, Corrupt, Unsupported
+from harness.interchange import load_into, read_foreign
 from harness.interchange.export import export_model
 from harness.storage.store import open_store
-from tests.support.cluster import committed, launch, read_json, returned
+from tests.support.cluster import launch, read_json, returned
+from tests.support.process_memory import forget_the_peak, memory_bytes
 from tests.support.sharding import Scene, play_scenes, scenes_played
 
 KILLS = 20  # of a storm
-ROWS = (1, 3, 5, 7, 13)  # one, the world - 1, the world + 1, and what divides by nothing
+ROWS = (1, 2, 7, 3, 13, 4, 5)  # one; of 2, 3, 4 and 6 ranks one less and one more; and what divides by nothing
 
 
 class Table(nn.Module):
@@ -38,7 +46,7 @@ class Table(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(4, rows) for rows in ROWS)
+        self.layers = nn.ModuleList(nn.Linear(5, rows) for rows in ROWS)
         self.tall = nn.Parameter(torch.zeros(6, 2, 30))
         self.row = nn.Parameter(torch.zeros(1, 5))  # of which most ranks have nothing
         self.row_again = self.row  # tied; the state of an optimizer goes by the first name in the alphabet
@@ -101,6 +109,7 @@ LAYOUTS = {
     "hsdp": (4, hsdp),
     "tp2": (2, tp),
     "tp_fsdp": (4, tp_fsdp),
+    "tp_fsdp6": (6, tp_fsdp),  # three times two: uneven on both
 }
 
 
@@ -249,6 +258,11 @@ def shard_net(model: nn.Module, kind: str, ranks: int) -> None:
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+    if kind == "replicated":
+        from torch.distributed._composable.replicate_with_fsdp import replicate
+
+        replicate(model, mesh=init_device_mesh("cpu", (ranks,)))
+        return
     if kind == "heads":
         plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
         mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("data", "tensor"))
@@ -277,17 +291,31 @@ def train(url: Path | None, kind: str, until: int = 7, dies_after: int | None = 
 
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
-    model: nn.Module = Heads() if kind == "heads" else Net()
+    with torch.device("meta" if kind == "meta" else "cpu"):
+        model: nn.Module = Heads() if kind == "heads" else Net()
     if kind == "bf16":
         model.norm = nn.Identity()
+    if kind == "frozen":  # beside what is trained, in one group, as LoRA has it
+        model.first.requires_grad_(requires_grad=False)
+    other = Net() if kind == "several" else nn.Module()
     data = ranks // 2 if kind == "heads" else ranks
     shard_net(model, kind, ranks)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    if kind == "several":
+        shard_net(other, kind, ranks)
+    if kind == "meta":
+        model.to_empty(device="cpu")
+        model.last.weight = model.first.weight
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        nn.init.ones_(model.scale)
+    optimizer = torch.optim.AdamW([*model.parameters(), *other.parameters()], lr=0.05)
     inputs = torch.randn(48, 8, generator=torch.Generator().manual_seed(5))
     where = {"rank": rank // 2, "world_size": data} if kind == "heads" else {}
     loader = Loader(TensorDataset(inputs), 12, seed=3, **where)
     torch.manual_seed(rank % 2 if kind == "heads" else rank)
     state = {"optimizer": optimizer, "model": model, "loader": loader}
+    state |= {"other": other} if kind == "several" else {}
     settings = {"checkpoint": {"check_snapshots": kind == "checked"}}
     run = Run(url, state, every_steps=2, stop=StopRequest(), config=settings)
     losses = []
@@ -299,6 +327,7 @@ def train(url: Path | None, kind: str, until: int = 7, dies_after: int | None = 
                     if kind == "accumulated":
                         model.set_requires_gradient_sync(part is halves[-1])
                     loss = model(part.bfloat16() if kind == "bf16" else part).float().square().mean()
+                    loss = loss + other(part).square().mean() if kind == "several" else loss
                     loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -313,7 +342,7 @@ def train(url: Path | None, kind: str, until: int = 7, dies_after: int | None = 
                     raise InterruptedError
                 if run.global_step == until:
                     run.finish()
-                    return {"losses": losses, "digest": digest_here(model, optimizer), "from": until - len(losses)}
+                    return {"losses": losses, "digest": digest_here(optimizer, model, other), "from": until - len(losses)}
     except InterruptedError:
         return {"losses": losses}
     finally:
@@ -321,11 +350,11 @@ def train(url: Path | None, kind: str, until: int = 7, dies_after: int | None = 
     raise AssertionError
 
 
-def digest_here(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
-    """Of what this rank has of the model and its moments, bit for bit."""
+def digest_here(optimizer: torch.optim.Optimizer, *models: nn.Module) -> str:
+    """Of what this rank has of the models and their moments, bit for bit."""
     from harness.checkpoint.dtensors import local_of
 
-    values = [*model.state_dict().values()]  # first: it has the parameters put back
+    values = [value for model in models for value in model.state_dict().values()]  # first: it has the parameters put back
     states = [optimizer.state[each] for group in optimizer.param_groups for each in group["params"]]
     values += [state[key] for state in states for key in sorted(state)]
     return checksum(b"".join(bytes(each) for value in values for each in tree.raw_bytes(local_of(value))))
@@ -352,6 +381,30 @@ def in_small_pieces(act: Callable[[Path], Any], place: Path) -> Any:
     return act(place / "small")
 
 
+def meetings(place: Path) -> list[int]:
+    """How often ranks that read a checkpoint between them meet, in the layout of the save: as they do, and in each round."""
+    import torch.distributed as dist
+
+    found, hand_out = [0], TorchrunWorld.hand_out
+
+    def counted(*given: Any) -> None:
+        found[-1] += 1
+        hand_out(*given)
+
+    TorchrunWorld.hand_out, scatter.ROUND_BYTES = counted, 12 << 10
+    for step, every in enumerate((scatter.MEETS_EVERY, scatter.MEETS_EVERY, 1)):
+        model, scatter.MEETS_EVERY = nn.Linear(64, 6000, bias=False), every
+        torch.nn.init.constant_(model.weight, step)
+        shard_all(model, dist.get_world_size())
+        run = Run(place, {"model": model}, stop=StopRequest(), config={"checkpoint": {"restore": "shared"}})
+        assert (run.global_step, whole_of(model.weight).unique().tolist()) == (min(step, 1), [0])
+        for _ in run.steps(1):
+            run.step()
+        run.close()
+        found.append(0)
+    return found[1:3]
+
+
 def fall_back(place: Path, damage: Callable[[Path], None]) -> dict[str, Any]:
     """Two steps are saved, and the newer one is damaged by one rank."""
     import torch.distributed as dist
@@ -362,6 +415,78 @@ def fall_back(place: Path, damage: Callable[[Path], None]) -> dict[str, Any]:
         damage(newest)
     dist.barrier()
     return resume(place, "fsdp3")
+
+
+def started(url: Path, layout: str) -> list[str]:
+    """What is wrong with a model and an optimizer that get what another run has saved, the tied name but once."""
+    model, optimizer = built(layout)
+    foreign = read_foreign(str(url))
+    del foreign.model["row_again"]
+    load_into(model, optimizer, foreign)
+    return wrong(model, optimizer) + ([] if model.row_again is model.row else ["tied"])
+
+
+def saved_by_torch(directory: Path, layout: str) -> list[str]:
+    """A directory of torch.distributed.checkpoint, which rank 0 then reads as ``harness import`` does."""
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+
+    model, optimizer = built(layout)
+    fill(model, optimizer)
+    state = model.state_dict()
+    if layout == "tp_fsdp6":  # of the 7 rows of this one, torch loses one, and says nothing
+        state = {"layers.2.weight": state["layers.2.weight"]}
+    dcp.save({"model": state}, checkpoint_id=directory)
+    if dist.get_rank():
+        return []
+    try:
+        found = read_foreign(str(directory), trust=True).model
+    except Corrupt as error:
+        return [str(error)]
+    return [name for name, value in expected(Table()).items() if not torch.equal(found[name], value)]
+
+
+LARGE_BYTES = 512 << 20
+
+
+def in_memory(url: Path, layout: str) -> dict[str, Any]:
+    """Saves a large model, and resumes it in the other layout: how much more memory this rank has needed for that, and how
+    much it has read."""
+    import torch.distributed as dist
+
+    ranks = dist.get_world_size()
+    model = nn.ModuleList(nn.Linear(4096, 1024, bias=False) for _ in range(LARGE_BYTES // (4096 * 1024 * 4)))
+    for layer in model:
+        LARGE[layout](layer, ranks)
+    before, read_before = forget_the_peak(), bytes_read()
+    run = Run(url, {"model": model}, stop=StopRequest())
+    used = memory_bytes("VmHWM") - before
+    found = {"step": run.global_step, "used": used, "read": bytes_read() - read_before}
+    if not run.global_step:
+        for _ in run.steps(1):
+            run.step()
+    run.close()
+    return found
+
+
+def bytes_read() -> int:
+    """From files, by this process, from the page cache or the disk."""
+    (line,) = (each for each in Path("/proc/self/io").read_text().splitlines() if each.startswith("rchar"))
+    return int(line.split()[1])
+
+
+def rows(layer: nn.Module, ranks: int) -> None:
+    shard_all(layer, ranks)
+
+
+def columns(layer: nn.Module, ranks: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+
+    parallelize_module(layer, init_device_mesh("cpu", (ranks,)), RowwiseParallel())
+
+
+LARGE = {"rows": rows, "columns": columns}
 
 
 def buffers_elsewhere(place: Path) -> list[list[float]]:
@@ -430,6 +555,73 @@ def refusals(place: Path) -> list[str]:
         except (Unsupported, ConfigError) as error:
             found.append(f"{type(error).__name__}: {error}")
     return found
+
+
+class Quantized(torch.Tensor):
+    """Numbers in another form than they show, as libraries for quantization make them."""
+
+    @staticmethod
+    def __new__(cls, codes: torch.Tensor) -> Self:
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape)
+
+    def __init__(self, codes: torch.Tensor) -> None:
+        self.codes = codes
+
+    @classmethod
+    def __torch_dispatch__(cls, _function: Any, _types: Any, args: Any = (), _kwargs: Any = None) -> "Quantized":
+        return cls(args[0].codes)  # a view: nothing else is asked of it here
+
+
+def without_a_place(place: Path) -> list[list[Any]]:
+    """What has no place in a whole, each in a run of its own: what this rank says of it, and how the program would end."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    from torch.distributed.tensor import DTensor, Partial, Shard
+    from torch.distributed.tensor.placement_types import _MaskPartial
+
+    mesh, whole = init_device_mesh("cpu", (2,)), {"shape": torch.Size([4, 3]), "stride": (3, 1)}
+    tensors = [
+        DTensor.from_local(torch.ones(4, 3), mesh, [Partial()], run_check=False),
+        DTensor.from_local(
+            torch.ones(4, 3), mesh, [_MaskPartial(offset_shape=whole["shape"], offset_dim=0)], run_check=False
+        ),
+        DTensor.from_local(Quantized(torch.ones(2, 3)), mesh, [Shard(0)], run_check=False, **whole),
+        DTensor.from_local(torch.ones(2 + dist.get_rank(), 3), mesh, [Shard(0)], run_check=False, **whole),
+    ]
+    model = nn.Linear(3, 4)
+    states = [
+        {"net": FullyShardedDataParallel(nn.Linear(3, 4), device_id=torch.device("cpu"))},
+        {"net": model, "adam": ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=0.1)},
+    ]
+    for tensor in tensors:
+        model = nn.Linear(3, 4)
+        model.weight = nn.Parameter(tensor, requires_grad=False)
+        states.append({"net": model})
+    found = []
+    for number, state in enumerate(states):
+        try:
+            Run(place / str(number), state, stop=StopRequest()).close()
+        except Unsupported as error:
+            found.append([str(error), error.exit_code])
+    return found
+
+
+def examined(url: Path, layout: str, kind: str) -> list[list[str]]:
+    """What harness doctor finds where a script would make its run, check by check: that of a run which was saved in another
+    layout, or of one whose ranks mean different tensors."""
+    import torch.distributed as dist
+
+    model, optimizer = built(layout)
+    if kind == "mistaken" and dist.get_rank() == 1:
+        model.layers[0].weight = nn.Parameter(model.layers[1].weight.detach().clone())
+        optimizer = torch.optim.AdamW(model.parameters())
+    state = {"model": model, "optimizer": optimizer, "average": Average(model)}
+    found: list[Finding] = []
+    world, config = world_of_program(torch.device("cpu"), 20), run_config({"checkpoint": {"url": str(url)}})
+    examine_run(world, config, state, torch.device("cpu"), [], found.extend, fresh=False)
+    return [[each.check, each.level, each.found] for each in found]
 
 
 # --- gradients ---------------------------------------------------------------------------------------------------------
@@ -521,16 +713,18 @@ def training(kind: str, ranks: int) -> Scene:
     return Scene(f"train-{kind}-{ranks}", ranks, lambda place: resumed(place / str(ranks), kind))
 
 
-# Some layouts are loaded as they were, and exchanged with one that cuts elsewhere; the soak has every pair, read both ways.
+# Some layouts are loaded as they were, and exchanged with one that cuts elsewhere; the soak has each of the 100 pairs, read
+# both ways.
 PAIRS = [
-    *(("fsdp4", other, "each") for other in LAYOUTS if other != "fsdp4"),
+    *(("fsdp4", other, "each") for other in ("one", "fsdp2", "fsdp3", "hsdp", "tp2", "tp_fsdp6")),
     *((one, "fsdp3", "each") for one in ("one", "tp_fsdp")),
-    *((*pair, "shared") for pair in (("one", "hsdp"), ("tp_fsdp", "fsdp3"), ("fsdp4", "tp_fsdp"), ("fsdp3", "plain2"))),
+    *((*pair, "shared") for pair in (("one", "hsdp"), ("tp_fsdp6", "fsdp3"), ("fsdp4", "tp_fsdp6"), ("fsdp3", "plain2"))),
 ]
 MORE_PAIRS = [(one, other, how) for one in LAYOUTS for other in LAYOUTS for how in ("each", "shared")]
 TRAINED = [("plain", 3), ("evaluated", 2), ("heads", 4)]
 MORE_TRAINED = [
     *((kind, 2) for kind in ("plain", "one group", "bf16", "offload", "kept", "accumulated", "checked", "heads")),
+    *((kind, 2) for kind in ("meta", "frozen", "several", "replicated")),
     ("hsdp", 4),
 ]
 SAVES = [*map(saving, LAYOUTS)]
@@ -553,7 +747,22 @@ SCENES += [Scene(f"buffers-{ranks}", ranks, lambda place: buffers_elsewhere(plac
 MIXTURES = ("some", "tensors", "both", "replicas")
 SCENES += [Scene(f"clipped-{kind}", 4, lambda _, kind=kind: clipped(kind)) for kind in MIXTURES]
 SCENES.append(Scene("refusals", 2, lambda place: refusals(place / "refusals")))
-SOAK = [*SAVES, *(loading(*each) for each in MORE_PAIRS), *(training(*each) for each in MORE_TRAINED)]
+SCENES += [
+    Scene(f"dcp-{layout}", LAYOUTS[layout][0], lambda place, it=layout: saved_by_torch(place / f"dcp-{it}", it))
+    for layout in ("tp_fsdp", "tp_fsdp6")
+]
+SCENES.append(Scene("meetings", 3, lambda place: meetings(place / "meetings")))
+SCENES.append(Scene("started", 3, lambda place: started(place / "tp_fsdp6", "fsdp3")))
+SCENES += [
+    Scene(f"doctor-{kind}", 3, lambda place, kind=kind, url=url: examined(place / url, "fsdp3", kind))
+    for kind, url in (("well", "tp_fsdp"), ("mistaken", "nothing"))
+]
+SCENES.append(Scene("placeless", 2, lambda place: without_a_place(place / "placeless")))
+IN_MEMORY = [
+    Scene(f"memory-{each}-{ranks}", ranks, lambda place, each=each: in_memory(place / "large", each))
+    for each, ranks in (("rows", 2), ("rows", 4), ("columns", 4))
+]
+SOAK = [*IN_MEMORY, *SAVES, *(loading(*each) for each in MORE_PAIRS), *(training(*each) for each in MORE_TRAINED)]
 
 
 if __name__ == "__main__":
@@ -578,7 +787,7 @@ def scenes(place) -> Mapping[str, list[Any]]:
 
 @pytest.fixture(scope="module")
 def soak_scenes(tmp_path_factory) -> Mapping[str, list[Any]]:
-    return scenes_played(__file__, tmp_path_factory.mktemp("soak"), "soak")
+    return scenes_played(__file__, tmp_path_factory.mktemp("soak"), "soak", seconds=3000)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -653,6 +862,57 @@ def test_the_formats_reader_puts_boxes_together(scenes, place, tmp_path):
         assert (tensors[f"optimizer/state/{name}/exp_avg"] == 2 * value.numpy()).all()
 
 
+def test_ranks_that_have_nothing_for_each_other_do_not_meet(scenes):
+    """Where each wants what its own file has, they read at their own pace."""
+    for own, each_round in returned(scenes["meetings"]):
+        print(f"{own} meetings in {each_round} rounds")
+        assert 4 * own < each_round
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "lost", "swapped"])
+def test_whatever_piece_is_damaged_is_noticed(scenes, place, tmp_path, how):
+    """Each file of each rank, and of each piece in it one byte: no reader takes anything."""
+    assert set(returned(scenes["save-tp_fsdp6"])) == {1}
+    shutil.copytree(place / "tp_fsdp6", tmp_path / "run")
+    store, tried = open_store(str(tmp_path / "run")), 0
+    entry = Catalog(store).newest()
+    assert entry.manifest is not None
+    files = {file.name: tmp_path / "run" / entry.directory / file.name for file in entry.manifest.files}
+    whole = {name: file.read_bytes() for name, file in files.items()}
+
+    def is_noticed(name: str) -> None:
+        with pytest.raises(Corrupt):
+            load.read(store, entry.directory, entry.manifest)
+        files[name].write_bytes(whole[name])
+
+    for name, data in whole.items():
+        if how == "flipped":
+            for at in places_in(data):
+                files[name].write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+                is_noticed(name)
+                tried += 1
+            continue
+        other = next((each for each in whole.values() if each != data and len(each) == len(data)), data[::-1])
+        files[name].write_bytes({"cut": data[:-1], "lost": b"", "swapped": other}[how])
+        if how == "lost":
+            files[name].unlink()
+        is_noticed(name)
+        tried += 1
+    print(f"{tried} times {how}, in {len(files)} files")
+    assert load.read(store, entry.directory, entry.manifest)["model"].keys() > {"tall", "row"}
+    assert tried >= len(files) > 15
+
+
+def places_in(data: bytes) -> list[int]:
+    """A byte of a shard's header, and one in the middle of each piece behind it."""
+    size = 8 + int.from_bytes(data[:8], "little")
+    found, at = [size // 2], size
+    for info in decode_header(data[8:size], len(data) - size):
+        found += [at + info.nbytes // 2] if info.nbytes else []
+        at += info.nbytes
+    return found
+
+
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_all_ranks_fall_back_together(scenes, kind):
     """Over a checkpoint of which a rank's file is damaged: nobody takes anything of it."""
@@ -669,6 +929,108 @@ def test_what_is_not_the_whole_is_refused_on_every_rank(scenes):
     assert one[1].startswith(
         "Unsupported: model/weight (float32[4, 3]) and 1 more: not sharded alike on rank 0 and on rank 1"
     )
+
+
+def test_a_sharded_model_starts_from_what_others_have_saved(scenes):
+    """Each rank takes its part of each tensor: of the weights, and of the optimizer's state."""
+    assert returned(scenes["started"]) == [[]] * 3
+
+
+def test_torchs_own_checkpoints_are_read_through_boxes(scenes, place):
+    """Whoever has written which part. A tensor with a flipped bit is named, and so is one of which a part is missing: torch
+    itself notices neither. What it has misplaced is refused, too."""
+    assert returned(scenes["dcp-tp_fsdp"])[0] == []
+    (said,) = returned(scenes["dcp-tp_fsdp6"])[0]
+    assert "model.layers.2.weight" in said
+    assert "mismatch sizes" in said
+    (file,) = (place / "dcp-tp_fsdp").glob("__2_0.distcp")
+    data, value = bytearray(file.read_bytes()), expected(Table())["tall"]
+    at = data.index(value[3, 0, 7].numpy().tobytes() + value[3, 0, 8].numpy().tobytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(Corrupt, match=r"model\.tall: expected the checksum in __2_0\.distcp, found another"):
+        read_foreign(str(place / "dcp-tp_fsdp"), trust=True)
+    metadata = pickle.loads((place / "dcp-tp_fsdp/.metadata").read_bytes())
+    del metadata.state_dict_metadata["model.tall"].chunks[0]
+    (place / "dcp-tp_fsdp/.metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(Corrupt, match=r"model\.tall: the parts in it are not the whole tensor: 180 items are in none"):
+        read_foreign(str(place / "dcp-tp_fsdp"), trust=True)
+
+
+REFUSED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Partial, Shard
+import harness
+
+dist.init_process_group("gloo")
+mesh, model = dist.init_device_mesh("cpu", (2,)), torch.nn.Linear(3, 4)
+if sys.argv[1] == "fsdp1":
+    model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+elif sys.argv[1] == "partial":
+    model.weight = torch.nn.Parameter(DTensor.from_local(torch.ones(4, 3), mesh, [Partial()]))
+else:
+    local = torch.ones(2 + dist.get_rank(), 3)
+    whole = {"shape": torch.Size([4, 3]), "stride": (3, 1)}
+    model.weight = torch.nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], run_check=False, **whole))
+harness.Run("run", {"model": model})
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["fsdp1", "partial", "on one rank"])
+def test_a_program_that_is_refused_ends_as_a_mistake(tmp_path, kind):
+    """Exit code 2, of the launch as well, which starts nothing again; one sentence of each rank that is not ended before it
+    says it, no traceback."""
+    (tmp_path / "script.py").write_text(REFUSED + "raise SystemExit(9)\n")
+    command = ("-m", "harness", "launch", "--nproc-per-node=2", "--max-restarts=3", "--", "script.py", kind)
+    with launch(tmp_path, None, command=command) as run:
+        assert run.finish() == 2
+        said = run.output()
+    assert "Traceback" not in said
+    ends = re.findall(r"^(rank \d|harness launch).*: model.*; (?:use|redistribute|give) ", said, re.MULTILINE)
+    assert "harness launch" in ends
+    assert {*ends} & {"rank 0", "rank 1"}
+    assert len(ends) == len({*ends})
+
+
+def test_the_doctor_examines_a_sharded_model(scenes, place):
+    """It resumes on all ranks what was saved in another layout, and knows the size of the whole."""
+    found = {check: [level, words] for check, level, words in returned(scenes["doctor-well"])[0]}
+    assert not [check for check, (level, _) in found.items() if level == "error"]
+    assert found["sharding"][1].startswith("the parts make up each tensor: 3(S(0)) ")
+    assert found["resume"][1].startswith("step 1, every byte verified")
+    values = sum(value.numel() for value in expected(Table()).values())
+    size = (4 * values + 3 + len(expected(Table()))) * 4  # weights, moments and their average; the buffer and the steps
+    assert found["state"][1] == f"a checkpoint has {size / 1e6:.1f} MB"
+
+
+def test_the_doctor_finds_ranks_that_mean_different_tensors(scenes):
+    """Before a run is begun."""
+    found = {check: [level, words] for check, level, words in returned(scenes["doctor-mistaken"])[0]}
+    level, words = found["sharding"]
+    assert level == "error"
+    assert words.startswith("average/state/values/layers.0.weight (float32[1, 5])")
+    assert "not sharded alike on rank 0 and on rank 1" in words
+
+
+def test_what_has_no_place_in_the_whole_is_refused_by_every_rank(scenes, place):
+    """At the start, in one sentence that says what to use, and as a mistake. One rank alone may know of it."""
+    sentences = [
+        r"net: FullyShardedDataParallel flattens the parameters .*; use torch\.distributed\.fsdp\.fully_shard, or .*",
+        r"adam: ZeroRedundancyOptimizer gives each rank its own shard .*; use torch\.distributed\.fsdp\.fully_shard, and .*",
+        r"net/weight: a DTensor with the placement P\(sum\), .*; redistribute it to Shard or Replicate .* \(rank 0\)",
+        r"net/weight: a DTensor with the placement Mask.*, which has no place in the whole .*; use Shard or Replicate .*",
+        r"net/weight: a DTensor whose local part is a Quantized; convert the model after training, not before .*",
+        r"net/weight: expected a local part of shape \[2, 3\] .* found \[3, 3\]; give DTensor\.from_local .* \(rank 1\)",
+    ]
+    for found in returned(scenes["placeless"]):
+        for (said, exit_code), sentence in zip(found, sentences, strict=True):
+            assert exit_code == 2
+            assert re.fullmatch(sentence, said)
+    assert not [*place.glob("placeless/*/step-*")]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -701,6 +1063,7 @@ def test_digests_of_wholes_are_equal_in_every_layout(scenes, place):
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)  # of the scenes
 @pytest.mark.parametrize(("layout", "other", "how"), MORE_PAIRS)
 def test_every_layout_loads_every_other(soak_scenes, layout, other, how):
     """All pairs, both ways."""
@@ -715,11 +1078,25 @@ def test_a_resume_has_the_bits_of_the_run_that_never_stopped(scenes, kind, ranks
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("kind", "ranks"), MORE_TRAINED)
 def test_so_has_one_of_each_kind(soak_scenes, kind, ranks):
     """Mixed precision, CPU offload, accumulation, one group for all, parameters that stay whole, replicas, tensors in
     parallel."""
     test_a_resume_has_the_bits_of_the_run_that_never_stopped(soak_scenes, kind, ranks)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_a_restore_needs_room_for_a_ranks_part_and_a_window(soak_scenes, layout):
+    """Not for the whole: its part is put in when all ranks have theirs. All ranks together read the checkpoint once."""
+    found = returned(soak_scenes[f"memory-{layout}-4"])
+    part, window = LARGE_BYTES // 4, 3 * scatter.ROUND_BYTES  # its own piece, and what it sends and gets
+    print(f"a part has {part >> 20} MiB; more in memory: {[each['used'] >> 20 for each in found]} MiB")
+    assert {each["step"] for each in found} == {1}
+    assert max(each["used"] for each in found) < part + window < LARGE_BYTES
+    assert LARGE_BYTES <= sum(each["read"] for each in found) < 1.01 * LARGE_BYTES
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
@@ -729,32 +1106,76 @@ def test_gradients_are_clipped_as_those_of_one_process(scenes, kind):
         assert found == {"clips": True, "norms": True, "said": [True, True], "gradients": True, "bad": True}
 
 
+STORMS = [  # the layout and its ranks; then those between, in which the samples are the same
+    ("fsdp", 2, "fsdp", 3),
+    ("fsdp", 3, "fsdp", 2),
+    ("hsdp", 4, "fsdp", 2),
+    ("tp_fsdp", 4, "fsdp", 3),
+]
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(
-    ("layout", "ranks", "kills"), [("fsdp", 2, KILLS), ("fsdp", 3, KILLS), ("hsdp", 4, KILLS), ("tp_fsdp", 4, KILLS)]
-)
-def test_a_kill_storm_leaves_no_trace(tmp_path, layout, ranks, kills):
-    """SIGKILLs of single ranks at random moments, saves included: the end has the bits of the run that lived."""
-    program, steps = str(Path(__file__).parents[1] / "support" / "sharded_run.py"), 120 * kills
-    with launch(tmp_path / "straight", None, layout, "run", str(steps), ranks=ranks, command=(program,)) as run:
-        run.succeed(600)
-    (tmp_path / "storm").mkdir()
-    url, slow = tmp_path / "storm" / "run", tmp_path / "storm" / "run.slow"
-    slow.touch()
-    chance = random.Random(seed := random.randrange(10**6))
-    print(f"seed {seed}")
-    # torch's own way to meet after a restart, which the program uses, takes several restarts with a store that is shared.
-    how = {"max_restarts": 2 * kills, "env": {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}}
-    with launch(tmp_path / "storm", None, layout, "run", str(steps), ranks=ranks, command=(program,), **how) as run:
-        for _ in range(kills):
-            before = max(committed(url), default=0)
-            run.wait(lambda before=before: max(committed(url), default=0) > before, "a save after the last kill")
-            time.sleep(chance.random() * 0.3)
-            run.kill_rank(chance.randrange(ranks))
-        slow.unlink()
-        run.succeed(600)
-    found = [read_json("inspect", str(tmp_path / name / "run"), "--digest") for name in ("straight", "storm")]
-    assert found[0]["step"] == found[1]["step"] == steps
-    for part in ("model", "optimizer", "random"):
-        assert found[0]["digest"][part] == found[1]["digest"][part]
+@pytest.mark.parametrize(("layout", "ranks", "other", "other_ranks"), STORMS)
+def test_a_kill_storm_leaves_no_trace(tmp_path, layout, ranks, other, other_ranks):
+    """SIGKILLs of single ranks at random moments, saves included: the end has the bits of the run that lived, with bfloat16,
+    accumulated gradients and processes that fetch. Killed again, with other ranks and then with as many as before, it
+    trains the same samples."""
+    steps, chance = 120 * KILLS, random.Random(seed := random.randrange(10**6))
+    straight, storm = Storm(tmp_path / "straight", chance), Storm(tmp_path / "storm", chance)
+    straight.train(layout, ranks, steps)
+    storm.train(layout, ranks, steps, KILLS)
+    print(f"seed {seed}: {storm.killed} SIGKILLs, {len(storm.attempts())} attempts, {storm.in_saves} of them left a save")
+    assert storm.killed == KILLS
+    assert len(storm.attempts()) >= 1 + KILLS
+    one, two = straight.digests(steps), storm.digests(steps)
+    assert {part: two[part] for part in ("model", "optimizer", "random", "loader")} == {
+        part: one[part] for part in ("model", "optimizer", "random", "loader")
+    }
+    straight.train(layout, ranks, steps + 160)
+    storm.train(other, other_ranks, steps + 80, kills=1)
+    storm.train(layout, ranks, steps + 160, kills=1)
+    assert storm.killed == KILLS + 2
+    assert storm.digests(steps + 160)["loader"] == straight.digests(steps + 160)["loader"]
+
+
+class Storm:
+    """A run that is started, and killed, as often as it is wanted."""
+
+    def __init__(self, directory: Path, chance: random.Random) -> None:
+        self.directory, self.chance = directory, chance
+        self.url, self.slow = directory / "run", directory / "run.slow"
+        self.killed = 0  # ranks, each by a SIGKILL
+        self.last_killed = 0  # the number of the attempt
+        self.in_saves = 0  # of these, while a save was under way
+        directory.mkdir()
+
+    def attempts(self) -> list[Path]:
+        return [*(self.url / "attempts").iterdir()]
+
+    def newest_saved(self) -> int:
+        """The number of the newest attempt that has committed a save."""
+        return max((int(path.parent.name.split("-")[2]) for path in self.url.glob("step-*/manifest.json")), default=0)
+
+    def digests(self, step: int) -> dict[str, str]:
+        found = read_json("inspect", str(self.url), "--digest")
+        assert found["step"] == step
+        return found["digest"]
+
+    def train(self, layout: str, ranks: int, steps: int, kills: int = 0) -> None:
+        """Trains up to a step, after so many kills, each of another attempt, when that has committed a save."""
+        program = str(Path(__file__).parents[1] / "support" / "sharded_run.py")
+        # torch's own way to meet after a restart, which the program uses, takes several with a store that is shared.
+        how = {"max_restarts": 2 * kills, "env": {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}} if kills else {}
+        self.slow.touch() if kills else self.slow.unlink(missing_ok=True)
+        with launch(self.directory, None, layout, "run", str(steps), ranks=ranks, command=(program,), **how) as run:
+            for _ in range(kills):
+                before = self.last_killed
+                run.wait(lambda before=before: self.newest_saved() > before, "a save of the next attempt")
+                time.sleep(self.chance.random() * 0.3)
+                run.kill_rank(self.chance.randrange(ranks))
+                self.killed += 1
+                self.last_killed = max(int(path.name[:6]) for path in self.attempts())
+                self.in_saves += any(not (save / "manifest.json").exists() for save in self.url.glob("step-*"))
+            self.slow.unlink(missing_ok=True)
+            run.succeed(600)

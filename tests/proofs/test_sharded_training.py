@@ -62,8 +62,11 @@ def task() -> Task:
     )
 
 
-def trained(url: Path, parallel: str, ranks: int, dies_after: int | None = None, **fsdp: Any) -> dict[str, Any]:
+def trained(
+    url: Path, parallel: str, ranks: int, dies_after: int | None = None, init_from: Path | None = None, **fsdp: Any
+) -> dict[str, Any]:
     """The end of a training, as rank 0 has logged it."""
+    begin = {"init_from": str(init_from), "init_optimizer": True} if init_from else {}
     world = join_world(WorldConfig(device="cpu"))
     jsonl = url.with_suffix(f".{world.rank}.jsonl")
     step, reached = Run.step, [0]
@@ -80,6 +83,7 @@ def trained(url: Path, parallel: str, ranks: int, dies_after: int | None = None,
             task,
             world,
             url=url,
+            **begin,
             train={**TRAIN, "parallel": parallel},
             fsdp={"wrap": ["Block"], **fsdp} if parallel != "ddp" else {},
             checkpoint={"every_steps": 2},
@@ -106,6 +110,12 @@ def compared(place: Path, parallel: str, ranks: int) -> dict[str, Any]:
     return {"straight": straight, "again": again, "ddp": trained(place / f"ddp-{parallel}-{ranks}", "ddp", ranks)}
 
 
+def started(place: Path) -> list[dict[str, Any]]:
+    """Trainings that go on from the weights and moments of another one: with FSDP, and with DDP."""
+    trained(place / "first", "fsdp", 3)
+    return [trained(place / f"further-{each}", each, 3, init_from=place / "first") for each in ("fsdp", "ddp")]
+
+
 def refused(place: Path) -> list[str]:
     """What does not fit, as every rank says."""
     found = []
@@ -119,6 +129,7 @@ def refused(place: Path) -> list[str]:
 
 CASES = [("fsdp", 2), ("fsdp", 3), ("hsdp", 4)]
 SCENES = [Scene(f"{kind}-{ranks}", ranks, lambda place, case=(kind, ranks): compared(place, *case)) for kind, ranks in CASES]
+SCENES.append(Scene("started", 3, started))
 SCENES.append(Scene("refused", 3, refused))
 
 
@@ -149,6 +160,14 @@ def test_it_is_the_training_of_ddp(scenes, kind, ranks):
     found = returned(scenes[f"{kind}-{ranks}"])[0]
     for name in ("losses", "errors"):
         assert found["straight"][name] == pytest.approx(found["ddp"][name], rel=1e-4)
+
+
+def test_it_starts_from_another_run(scenes):
+    """With ``init_from``: each rank takes its part, and the losses go on from where they were."""
+    sharded, ddp = returned(scenes["started"])[0]
+    for name in ("losses", "errors"):
+        assert sharded[name] == pytest.approx(ddp[name], rel=1e-4)
+    assert sharded["losses"][0] < 0.5 * returned(scenes["fsdp-3"])[0]["straight"]["losses"][0]
 
 
 def test_what_does_not_fit(scenes):

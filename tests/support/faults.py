@@ -38,12 +38,15 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 import harness.storage.filesystem
 from harness.checkpoint import commit
+from harness.checkpoint.boxes import Box
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import MANIFEST
 from harness.checkpoint.frozen import IsFrozen, nothing_is_frozen
 from harness.checkpoint.plan import Writers
 from harness.checkpoint.retention import Retention
-from harness.checkpoint.saver import Saved, Saver, SaveRequest
+from harness.checkpoint.saver import Parts, Saved, Saver, SaveRequest
+from harness.checkpoint.sharding import Sharding
+from harness.checkpoint.tree import Placed
 from harness.distributed.world import SoloWorld
 from harness.state.sharded import ShardedState
 from harness.storage import direct_io
@@ -160,22 +163,54 @@ class Pair(Life):
 
     def save(self, step: int, *, must_succeed: bool = True) -> Saved | None:
         directory = self.saver.new_directory(step)
-        parts = parts_at(step)
-        is_frozen = frozen_of(parts)
+        parts = self.parts(step, 0)
+        second = self.parts(step, 1) if self.sharding else parts
+        is_frozen = nothing_is_frozen if self.sharding else frozen_of(parts)
         request = SaveRequest(
             step,
             {"world_size": 2},
             directory=directory,
             is_steady=lambda tensor: not is_frozen(tensor),
+            sharding=self.sharding,
             is_frozen=is_frozen,
         )
 
         def share(_seconds: float) -> None:
-            self.second.save(parts, request)
+            self.second.save(second, request)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(commit, "time", SimpleNamespace(monotonic=time.monotonic, sleep=share))
             return self.saver.save(parts, request, must_succeed=must_succeed)
+
+    sharding: Sharding | None = None
+
+    def parts(self, step: int, _rank: int) -> Parts:
+        """What a rank has."""
+        return parts_at(step)
+
+
+class ShardedPair(Pair):
+    """The same of a sharded state: each rank has some rows or columns of the tensors that have a place for both."""
+
+    BOXES: ClassVar = {
+        ("model", "weight"): (Box((0, 0), (1, 4)), Box((1, 0), (3, 4))),
+        ("model", "half"): (Box((0,), (2,)), Box((2,), (1,))),
+        ("optimizer", "state/weight/exp_avg"): (Box((0, 0), (4, 3)), Box((0, 3), (4, 1))),
+    }
+    sharding = Sharding(
+        {key: {box: (rank,) for rank, box in enumerate(boxes)} for key, boxes in BOXES.items()},
+        frozenset({("model", "tied", "weight")}),
+        ("first", "second"),
+    )
+
+    def parts(self, step: int, rank: int) -> Parts:
+        encoded = commit.encode(parts_at(step))
+        for (name, path), boxes in self.BOXES.items():
+            part, box = encoded[name], boxes[rank]
+            shape = tuple(part.tensors[path].shape)
+            part.placed[path] = Placed(shape, box)
+            part.tensors[path] = part.tensors[path][box.within(Box.whole(shape))].clone()
+        return encoded
 
 
 def committed_step(name: str) -> int | None:

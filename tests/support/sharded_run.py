@@ -1,4 +1,8 @@
-"""A program with a sharded model, which ``test_sharded`` kills: ``sharded_run.py LAYOUT URL STEPS``."""
+"""A program with a sharded model, which ``test_sharded`` kills: ``sharded_run.py LAYOUT URL STEPS``.
+
+It computes in bfloat16, adds up the gradients of two micro-batches before the ranks meet for them, and has processes that
+fetch its samples.
+"""
 
 import random
 import sys
@@ -10,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import TensorDataset
 
@@ -29,8 +33,9 @@ def sharded(model: nn.Sequential, layout: str) -> DeviceMesh:
         both = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("data", "tensor"))
         parallelize_module(model, both["tensor"], {"0": ColwiseParallel(), "3": RowwiseParallel()})
         mesh = data = both["data"]
-    fully_shard(model[0], mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(model[0], mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh, mp_policy=precision)
     return data
 
 
@@ -43,7 +48,8 @@ def main(layout: str, url: str, steps: int) -> None:
     data = sharded(model, layout)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     inputs = torch.randn(96, 16, generator=torch.Generator().manual_seed(1))
-    loader = harness.Loader(TensorDataset(inputs), 12, seed=1, rank=data.get_local_rank(), world_size=data.size())
+    rank, size = data.get_local_rank(), data.size()
+    loader = harness.Loader(TensorDataset(inputs), 12, seed=1, workers=1, rank=rank, world_size=size)
     random.seed(dist.get_rank())  # all that a checkpoint has of random states: they are compared, too
     np.random.seed(dist.get_rank())  # the global generator
     torch.manual_seed(dist.get_rank())
@@ -52,8 +58,11 @@ def main(layout: str, url: str, steps: int) -> None:
     run = harness.Run(url, {"model": model, "optimizer": optimizer, "loader": loader}, every_steps=3, config=config)
     for _ in run.epochs(steps // 8):
         for (batch,) in loader:
-            loss = (model(batch) - batch).square().mean()
-            loss.backward()
+            halves = batch.chunk(2)
+            for half in halves:
+                model.set_requires_gradient_sync(half is halves[-1])  # type: ignore[operator]  # torch's FSDPModule
+                loss = (model(half).float() - half).square().sum() / batch.numel()
+                loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             run.step(loss=loss)

@@ -80,10 +80,10 @@ def _file(directory: Path, scene: Scene, rank: int, result: Mapping[str, Any]) -
     (directory / f"{scene.name}.{rank}.json").write_text(json.dumps(result))
 
 
-def scenes_played(file: str, directory: Path, *arguments: str) -> Mapping[str, list[Any]]:
+def scenes_played(file: str, directory: Path, *arguments: str, seconds: float = 600) -> Mapping[str, list[Any]]:
     """Starts a test file as a script, lets it play its scenes, and returns the ranks' results of each."""
     with launch(directory, None, *arguments, command=(__file__, file, str(directory))) as run:
-        run.succeed(600)
+        run.succeed(seconds)
     found: dict[str, list[Any]] = {}
     for path in sorted(directory.glob("*.*.json")):
         found.setdefault(path.name.rsplit(".", 2)[0], []).append(json.loads(path.read_text()))

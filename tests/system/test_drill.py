@@ -98,6 +98,16 @@ def test_a_command_line_that_is_wrong(tmp_path, arguments):
 
 
 @pytest.mark.soak
+@pytest.mark.torchrun
+def test_a_sharded_model(tmp_path):
+    """Each rank compares what it has of each tensor."""
+    done = drill(tmp_path, "--quick", "--json", "--nproc-per-node=2", "--", EXAMPLES / "fsdp.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert (found["survives"], found["exact"], found["could_tell"]) == (True, True, True)
+
+
+@pytest.mark.soak
 def test_a_job_that_hangs(tmp_path):
     """It is killed, and said so."""
     (tmp_path / "job.py").write_text("import time; time.sleep(600)")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.checkpoint.boxes import Box, Cut, box_of, spans, why_not_tiles
-from harness.checkpoint.format import Boxes, TensorInfo
+from harness.checkpoint.format import Boxes, box_text
 from harness.errors import Corrupt
 
 SIZES = (0, 1, 2, 3, 5, 7, 8, 13)
@@ -114,7 +114,7 @@ def test_what_two_boxes_have_in_common(dims, data):
 def test_boxes_come_back_from_a_manifest():
     """Each with the number of its file."""
     places = {Box((0, 0), (2, 3)): 1, Box((2, 0), (2, 3)): 0}
-    boxes = Boxes.of(TensorInfo("w", "float32", (4, 3)), places)
+    boxes = Boxes("float32", [4, 3], [f"{box_text(box)}@{file}" for box, file in places.items()])
     assert boxes.boxes == ["0,0:2,3@1", "2,0:2,3@0"]
     boxes.check("w", 2)
     assert boxes.places == places

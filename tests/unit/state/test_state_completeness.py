@@ -58,12 +58,12 @@ def test_a_sharded_tensor_without_a_place_is_refused(one_rank):
     local = torch.ones(2, 2)
     model = nn.Sequential(nn.Linear(2, 2))
     model[0].weight = nn.Parameter(DTensor.from_local(local, mesh, [Partial()]))
-    with pytest.raises(Unsupported, match=r"^net\.0\.weight: a DTensor with the placement P\(sum\), .*redistribute"):
+    with pytest.raises(Unsupported, match=r"^net/0\.weight: a DTensor with the placement P\(sum\), .*redistribute"):
         run_of({"net": model})
     wrong = DTensor.from_local(local, mesh, [Shard(0)], shape=torch.Size([3, 2]), stride=(2, 1), run_check=False)
     model[0].weight = nn.Parameter(wrong)
     with pytest.raises(
-        Unsupported, match=r"^net\.0\.weight: expected a local part of shape \[3, 2\] .* found \[2, 2\]; give"
+        Unsupported, match=r"^net/0\.weight: expected a local part of shape \[3, 2\] .* found \[2, 2\]; give"
     ):
         run_of({"net": model})
 
