@@ -868,7 +868,7 @@ def newest_goes_first(monkeypatch):
 
 
 def manifest_goes_last(monkeypatch):
-    def delete(pruner, directory):
+    def delete(pruner, directory, _in_use=None):
         store = pruner.catalog.store
         for name in sorted(store.list(directory), key=lambda name: name.endswith(MANIFEST)):
             store.delete(name)
