@@ -114,6 +114,7 @@ class Snapshot:
         self.strayed: list[str] = []  # of a proof: what was found at the fence to have changed since the boundary
         self._torn: list[str] | None = None  # None: nobody has looked yet
         self._looking = threading.Lock()
+        # It also keeps what is copied beside the training from being given back before that is done.
         self._watched = [each for image in self.images for each in image.watch(is_steady)] if overlap or is_proof else []
         self._is_proof = is_proof
         self._copy_now(is_steady if overlap and not is_proof else _nothing)
@@ -122,6 +123,7 @@ class Snapshot:
         """Makes the rest of the copy, beside the writer, who waits for it. What goes wrong is raised there."""
         try:
             if self._beside.is_async:
+                self._beside.adopt()
                 self._copy_beside()
             for image in self.images:
                 image.fill(self._awaited, self._hurry)
@@ -181,20 +183,19 @@ class Snapshot:
     def _copy_now(self, is_steady: Callable[[torch.Tensor], bool]) -> None:
         self._beside.follow()  # the step that has just been queued comes first
         with self._beside.within():
-            sources = [image.copy(lambda tensor: not is_steady(tensor)) for image in self.images]
+            for image in self.images:
+                image.copy(lambda tensor: not is_steady(tensor))
         self._beside.lead()  # these are few, and the next forward pass may change them
-        del sources  # from here on their memory may be used again
 
     def _copy_beside(self) -> None:
-        sources: list[list[torch.Tensor]] = []
         try:
             with self._beside.within():
-                sources += (image.copy(_everything) for image in self.images)
+                for image in self.images:
+                    image.copy(_everything)
         finally:  # after an error, too: what is under way must not come into the memory of the next save
             self._copied = self._beside.mark()
             self._drained.set()  # what must wait for the copies can say so to the device
             self._copied.synchronize()
-            sources.clear()  # until now their memory must not be used for others
 
 
 class Image:
@@ -232,16 +233,13 @@ class Image:
             yield window
         self._wait_for(done)  # where there are no bytes, too
 
-    def copy(self, wanted: Callable[[torch.Tensor], bool], last_first: bool = False) -> list[torch.Tensor]:
-        """Copies those tensors that are wanted and missing, and returns them; from an accelerator, in the current stream and
-        without waiting. Two threads may do so at the same time."""
-        copied = []
+    def copy(self, wanted: Callable[[torch.Tensor], bool], last_first: bool = False) -> None:
+        """Copies those tensors that are wanted and missing; from an accelerator, in the current stream and without waiting.
+        Two threads may do so at the same time."""
         missing = list(self._missing.items())
         for path, (start, tensor) in reversed(missing) if last_first else missing:
             if wanted(tensor) and self._missing.pop(path, None) is not None:
                 _exhaust(copy_tensor(self._memory, start, tensor))
-                copied.append(tensor)
-        return copied
 
     def fill(self, awaited: threading.Event, hurry: Callable[[], None]) -> None:
         """Copies what is still missing, and hashes everything, tensor by tensor. Once it is ``awaited``, no further hash

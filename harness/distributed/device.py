@@ -11,6 +11,8 @@ What is easily forgotten is settled here:
 
 * The current device and the current streams belong to a thread. A new thread begins with device 0 and the default streams.
   So an event is recorded in a stream that is named, and work for other threads takes its streams along (``here``).
+* Whatever is done to an event puts the thread's own device back afterwards, and where that is device 0, this alone takes
+  hundreds of megabytes there for each rank. So our own threads ``adopt`` the rank's device first.
 * torch draws streams from a pool, round and round: the 33rd is the first again, and waits for whatever hangs there. So a
   purpose has one stream for good, from the pool of high priority, which few use.
 * What a stream copies must stay allocated until it is done, or until the stream that it was made in waits for the copy.
@@ -93,6 +95,9 @@ class Streams:
         """A mark behind all that was queued here."""
         return NOTHING
 
+    def adopt(self) -> None:
+        """Makes their device the current one of this thread, which is ours."""
+
     def within(self) -> contextlib.AbstractContextManager[Any]:
         """The time in which they are the current streams of this thread."""
         return contextlib.nullcontext()
@@ -157,6 +162,7 @@ class Interface:
     Event: Any = torch.Event
     current_stream: Any = staticmethod(torch.accelerator.current_stream)
     set_stream: Any = staticmethod(torch.accelerator.set_stream)
+    set_device_index: Any = staticmethod(torch.accelerator.set_device_index)
     device_index: Any = torch.accelerator.device_index
     copy_each: Any = staticmethod(torch._foreach_copy_)
 
@@ -217,6 +223,9 @@ class _Streams(Streams):
     def mark(self) -> Mark:
         return _Events(self._interface, self._streams)
 
+    def adopt(self) -> None:
+        self._interface.set_device_index(self._streams[0].device.index)
+
     @contextlib.contextmanager
     def within(self) -> Iterator[None]:
         before = [self._interface.current_stream(stream.device) for stream in self._streams]
@@ -246,6 +255,10 @@ class _Streams(Streams):
         return call
 
 
+def _never() -> bool:
+    return False
+
+
 class Accelerator(Device):
     is_async = True
 
@@ -264,7 +277,10 @@ class Accelerator(Device):
         return found
 
     def mark(self, *, timed: bool = False) -> Mark:
-        return _Events(self.interface, [self.current()], timed=timed)
+        stream = self.current()
+        if timed and getattr(stream, "is_capturing", _never)():  # by a graph: its events tell no time (since torch 2.13)
+            return NOTHING
+        return _Events(self.interface, [stream], timed=timed)
 
     def host_memory(self, size_bytes: int) -> torch.Tensor:
         return cast("torch.Tensor", self.interface.host_memory(size_bytes))

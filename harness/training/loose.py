@@ -137,9 +137,10 @@ class Loose:
 
     @contextlib.contextmanager
     def beside_the_training(self) -> Iterator[None]:
-        """The time in which the state is read: on an accelerator in a stream of its own, since the training's may hang for
-        ever."""
+        """The time in which a thread of ours reads the state: on an accelerator in a stream of its own, since the training's
+        may hang for ever."""
         beside = device.beside([self._world.device], "keep")
+        beside.adopt()
         beside.follow(self._ready)
         with beside.within():
             yield

@@ -25,8 +25,10 @@ pytestmark = pytest.mark.parametrize("late", MODES, indirect=True)
 
 
 @pytest.fixture
-def late(monkeypatch, request) -> Late:
-    return late_device.use(monkeypatch, request.param)
+def late(monkeypatch, request) -> Iterator[Late]:
+    late = late_device.use(monkeypatch, request.param)
+    yield late
+    assert late.strays == [], "threads that take memory on another device"
 
 
 class Net:

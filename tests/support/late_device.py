@@ -9,8 +9,10 @@ Its tensors lie on the CPU. What is queued in a stream is done
 way round. A wait that is missing shows in one of them: a copy is made before its source is written, or after it is written
 anew. Where a stream hangs (``hang``), nothing behind that is ever done, and the processor that waits for it is told so.
 
-Memory that is given back is used again: a copy that reads from it then finds other bytes. The tensors that are on the device
-are those that were said to be (``own``); ``reading`` has torch's copies to the processor wait for the current stream.
+A thread begins with a device on which the process has nothing. Whoever does anything to an event with that as its current
+device takes memory there, which ``strays`` notes. Memory that is given back is used again: a copy that reads from it then
+finds other bytes. The tensors that are on the device are those that were said to be (``own``). torch's copies of them to the
+processor wait for the current stream, as ``tree.raw_bytes`` does here.
 """
 
 import contextlib
@@ -31,6 +33,7 @@ CPU = torch.device("cpu")
 MODES = ("late copies", "early copies")
 Work = Callable[[], None]
 _OTHER_BYTES = 171
+_OURS, _ANOTHER = "ours", "another"  # devices
 
 
 class Hangs(Exception):
@@ -60,10 +63,12 @@ class LateStream:
 
     def wait_event(self, event: "LateEvent") -> None:
         stream, until = event.place
+        self._late.touch()
         if stream is not None:
             self.put(lambda: stream.run(until))
 
     def wait_stream(self, other: "LateStream") -> None:
+        self._late.touch()
         until = len(other.queued)
         self.put(lambda: other.run(until))
 
@@ -75,12 +80,16 @@ class LateEvent:
         self._seconds = 0.0
 
     def record(self, stream: LateStream) -> None:
+        self._late.touch()
         with self._late.lock:
             stream.put(self._pass)
             self.place = stream, len(stream.queued)
 
     def _pass(self) -> None:
         self._seconds = perf_counter()
+
+    def __del__(self) -> None:
+        self._late.touch()
 
     def query(self) -> bool:
         stream, until = self.place
@@ -107,6 +116,8 @@ class Late:
         self._defaults: dict[torch.device, LateStream] = {}
         self._here = threading.local()  # the current streams of a thread
         self._owned: set[int] = set()
+        self.strays: list[str] = []  # the threads
+        self._here.device = _OURS
         self._may_wait = threading.Event()
         self._may_wait.set()
 
@@ -133,8 +144,21 @@ class Late:
         found: dict[torch.device, LateStream] = self._here.__dict__.setdefault("streams", {})
         return found
 
-    def device_index(self, index: int | None) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    def set_device_index(self, index: int | None) -> None:
+        self._here.device = _OURS
+
+    @contextlib.contextmanager
+    def device_index(self, index: int | None) -> Iterator[None]:
+        before = getattr(self._here, "device", _ANOTHER)
+        self._here.device = _OURS
+        try:
+            yield
+        finally:
+            self._here.device = before
+
+    def touch(self) -> None:
+        if getattr(self._here, "device", _ANOTHER) != _OURS:
+            self.strays.append(threading.current_thread().name)
 
     def host_memory(self, size_bytes: int) -> torch.Tensor:
         return torch.empty(size_bytes, dtype=torch.uint8)
