@@ -57,13 +57,18 @@ class OwnWork:
     def _begin_forward(self, model: nn.Module, _inputs: object) -> None:
         if model.training:
             self.forwards += torch.is_grad_enabled()
-            self._began = self._marks.mark(timed=True)
+            # Within a compiled graph the marks would become a part of it.
+            if not (self._marks.is_async and torch.compiler.is_compiling()):
+                self._began = self._marks.mark(timed=True)
 
     def _end_forward(self, _model: nn.Module, _inputs: object, _outputs: object) -> None:
         if self._began is None:
             return
-        self._passes.append((self._began, self._marks.mark(timed=True)))
-        self._began = None
+        begin, end, self._began = self._began, self._marks.mark(timed=True), None
+        if end.is_over():
+            self._seconds += begin.seconds_until(end)
+            return
+        self._passes.append((begin, end))
         if len(self._passes) > _MANY_PASSES:  # nobody may ever ask
             self._count()
 

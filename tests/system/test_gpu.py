@@ -60,15 +60,15 @@ def occupy(seconds: float) -> None:
 # --- a training ------------------------------------------------------------------------------------------------------
 
 
-def build(place: str = "", width: int = 256) -> Task:
-    """A model with all that is hard to resume: dropout, statistics of batches, moments. In ``place``, rank 0 waits at a step
-    until it is released, once."""
+def build(place: str = "", waits: int = 0, width: int = 256) -> Task:
+    """A model with all that is hard to resume: dropout, statistics of batches, moments. In ``place``, the rank that
+    ``waits`` does so at a step until it is released, once."""
     model = nn.Sequential(nn.Linear(16, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.2), nn.Linear(width, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, gamma=0.9)
 
     def loss(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
-        if place and rank() == 0 and scheduler.last_epoch == HELD_AT:
+        if place and rank() == waits and scheduler.last_epoch == HELD_AT:
             hold(Path(place, "step"))
         return F.mse_loss(model(batch[0]), batch[1])
 
@@ -261,10 +261,10 @@ def test_a_survivor_beside_a_stream_that_hangs(there, tmp_path):
 # --- ranks -----------------------------------------------------------------------------------------------------------
 
 
-def config(*, place: str = "", every: int = EVERY, keep: str | None = None) -> dict[str, Any]:
+def config(*, place: str = "", waits: int = 0, every: int = EVERY, keep: str | None = None) -> dict[str, Any]:
     return {
         "task": f"{__file__}:build",
-        "args": {"place": place},
+        "args": {"place": place, "waits": waits},
         "train": {"steps": STEPS, "global_batch_size": 24, "clip_grad_norm": 1.0},
         "checkpoint": {"url": "run", "every_steps": every, "keep": keep},
         "world": {"device": KIND, "backend": "nccl" if KIND == "cuda" else "gloo", "timeout_seconds": 60},
@@ -315,11 +315,12 @@ def test_a_kill_and_a_resume(straight, tmp_path, killed):
 @pytest.mark.torchrun
 @pytest.mark.skipif(COUNT < 2, reason="needs two CUDA devices")
 def test_a_survivor_beside_a_collective_that_hangs(straight, tmp_path):
-    """Nothing is lost: a rank that waits for the killed one has kept the step before."""
+    """Nothing is lost: rank 0 waits for the killed one, and has kept the step before, with the statistics of batches."""
     (tmp_path / "keep").mkdir()
-    with launched(tmp_path, config(place=".", every=1000, keep=str(tmp_path / "keep")), restarts=1) as run:
-        run.wait(lambda: held(tmp_path / "step"), "the step at which rank 0 is killed", 90)
-        run.kill_rank(0)
+    settings = config(place=".", waits=COUNT - 1, every=1000, keep=str(tmp_path / "keep"))
+    with launched(tmp_path, settings, restarts=1) as run:
+        run.wait(lambda: held(tmp_path / "step"), "the step at which a rank is killed", 90)
+        run.kill_rank(COUNT - 1)
         release(tmp_path / "step")
         assert run.wait_for("resume", attempt=2, seconds=90)["step"] == HELD_AT
         run.succeed(90)
