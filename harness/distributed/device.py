@@ -2,7 +2,7 @@
 
 An accelerator (CUDA, and what else ``torch.accelerator`` knows) works through *streams*: a call puts work into the current
 stream of its thread and returns. The work of one stream is done in order; that of two streams is in no order unless one
-waits. So whoever reads what another stream writes, or writes what another stream still reads, waits for a ``Mark``.
+waits. So a reader of what another stream writes, and a writer of what another stream still reads, wait for a ``Mark``.
 
 The CPU has done its work when a call returns. Its ``Device``, ``Streams`` and ``Mark`` do nothing, so nobody above asks
 which kind a device is. ``is_async`` is for those that have something better to do meanwhile.

@@ -137,7 +137,7 @@ class Loose:
 
     @contextlib.contextmanager
     def beside_the_training(self) -> Iterator[None]:
-        """The time in which a thread of ours reads the state: on an accelerator in a stream of its own, since the training's
+        """The time in which one of our threads reads the state: on an accelerator in a stream of its own, since the training's
         may hang for ever."""
         beside = device.beside([self._world.device], "keep")
         beside.adopt()
