@@ -137,8 +137,8 @@ class Loose:
 
     @contextlib.contextmanager
     def beside_the_training(self) -> Iterator[None]:
-        """The time in which one of our threads reads the state: on an accelerator in a stream of its own, since the training's
-        may hang for ever."""
+        """The time in which one of our threads reads the state: on an accelerator in a stream of its own, since that of the
+        training may hang for ever."""
         beside = device.beside([self._world.device], "keep")
         beside.adopt()
         beside.follow(self._ready)
