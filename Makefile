@@ -13,10 +13,11 @@ BENCH := build/bench-venv
 
 INTEGRATIONS := build/integrations
 
-.PHONY: help check test test-integrations coverage soak demo docs dist bench clean
+.PHONY: help check test test-gpu test-integrations coverage soak demo docs dist bench clean
 help:
 	@echo 'make demo    train a small GPT on 2 processes, kill it in ten ways, and compare with the run that was not killed'
 	@echo 'make test    the test suite'
+	@echo 'make test-gpu  the tests that need a CUDA device: a few minutes'
 	@echo 'make test-integrations  transformers, Lightning and Accelerate, killed and compared: 10 minutes'
 	@echo 'make check   formatting, lint, types, which package imports which, prose'
 	@echo 'make coverage  the test suite, and which lines it has run'
@@ -31,6 +32,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -m 'not soak' -n 4 --dist loadfile --no-loadscope-reorder
+
+# On a machine with CUDA devices; elsewhere all of them are skipped. The variable is read when cuBLAS is first used.
+test-gpu: $(READY)
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/python -m pytest -m gpu -n 0
 
 # The libraries lie beside the environment, whose torch they use.
 test-integrations: $(INTEGRATIONS)/ready

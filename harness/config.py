@@ -288,7 +288,7 @@ class WorldConfig(_Section):
     """Which devices and backend to use. By default, what the machine has."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """``auto``: CUDA if there is a device for every local rank, else the CPU."""
+    """``auto``: an accelerator (CUDA) if there is one for every local rank, else the CPU."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """``auto``: NCCL on CUDA, gloo on the CPU."""
     timeout_seconds: float = Field(default=600, gt=0)

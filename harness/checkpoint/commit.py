@@ -49,6 +49,7 @@ from harness.checkpoint.format import (
 )
 from harness.checkpoint.plan import Found, SavePlan, Shard, TensorBox
 from harness.checkpoint.sharding import Sharding
+from harness.distributed import device
 from harness.errors import CheckpointError, Corrupt, StoreError, Unsupported
 from harness.runtime.gc_pause import without_collections
 from harness.runtime.threads import in_threads, threads_for
@@ -113,7 +114,8 @@ def checksums(encoded: Mapping[str, tree.Encoded]) -> dict[str, dict[str, Blocks
 def _checksums(part: tree.Encoded) -> dict[str, Blocks]:
     tensors = part.tensors.values()
     threads = threads_for(sum(tensor.nbytes for tensor in tensors))
-    return dict(zip(part.tensors, in_threads(threads, tree.blocks_of, tensors), strict=True))
+    blocks_of = device.here(each.device for each in tensors).calling(tree.blocks_of)
+    return dict(zip(part.tensors, in_threads(threads, blocks_of, tensors), strict=True))
 
 
 # --- one writer, or several ------------------------------------------------------------------------------------------
@@ -159,7 +161,8 @@ def write_share(
 
 
 def streamed(plan: SavePlan, encoded: Mapping[str, tree.Encoded]) -> list[Content]:
-    """This rank's shards, straight from the tensors: nothing may change them until all is written."""
+    """This rank's shards, straight from the tensors: nothing may change them until all is written. Whatever thread reads
+    them, an accelerator copies them in the stream that is the current one here."""
     own, _ = plan.own(encoded)
     return [_Streamed(shard, own[shard.part].tensors) for shard in plan.own_shards]
 
@@ -360,6 +363,7 @@ class _Streamed:
         self.checksum = ""
         self.blocks: dict[str, Blocks] = {}
         self._values = values
+        self._here = device.here(each.device for each in values.values())
 
     def __call__(self) -> Iterator[Buffer]:
         whole = hasher()
@@ -367,7 +371,7 @@ class _Streamed:
         yield self.shard.header
         for tensor in self.shard.tensors:
             own = BlockHasher()
-            for chunk in tree.raw_bytes(self._values[tensor.path]):
+            for chunk in self._here.each(tree.raw_bytes(self._values[tensor.path])):
                 whole.update(chunk)
                 own.update(chunk)
                 yield chunk

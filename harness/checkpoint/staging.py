@@ -19,8 +19,8 @@ One thread copies, and hashes each piece while that is still in the processor's 
 the optimizer waits, the hashes wait, too, and both threads copy: the one whose turn it was from the front, the one that
 waits from the back. The memory is used again for each save, so that only the first one pays for fresh pages.
 
-From a GPU a stream of its own copies into pinned memory, after what the computing stream had been given until then; the
-fence then holds up the computing stream and not the processor.
+From an accelerator a stream of its own copies into pinned memory, after what the computing stream had been given until
+then; the fence then holds up the computing stream and not the processor.
 """
 
 import threading
@@ -38,6 +38,7 @@ from harness.checkpoint.commit import Torn
 from harness.checkpoint.format import CHECKSUM, DATA_ALIGNMENT_BYTES, BlockHasher, Blocks, TensorInfo, hasher
 from harness.checkpoint.plan import Shard
 from harness.checkpoint.tree import Encoded
+from harness.distributed import device
 from harness.storage.direct_io import Buffer
 
 WINDOW_BYTES = 16 << 20  # that the writer is given at once
@@ -108,11 +109,12 @@ class Snapshot:
         self._awaited = threading.Event()  # by the fence
         self._helped = threading.Event()  # what the thread at the fence has taken is copied
         self._drained = threading.Event()  # and so is what the other one has taken
-        self._stream = torch.cuda.Stream() if memory.pinned else None  # type: ignore[no-untyped-call]
-        self._copied: torch.cuda.Event | None = None
+        self._beside = device.beside((each.device for part in parts.values() for each in part.tensors.values()), "save")
+        self._copied = device.NOTHING
         self.strayed: list[str] = []  # of a proof: what was found at the fence to have changed since the boundary
         self._torn: list[str] | None = None  # None: nobody has looked yet
         self._looking = threading.Lock()
+        # It also keeps what is copied beside the training from being given back before that is done.
         self._watched = [each for image in self.images for each in image.watch(is_steady)] if overlap or is_proof else []
         self._is_proof = is_proof
         self._copy_now(is_steady if overlap and not is_proof else _nothing)
@@ -120,8 +122,9 @@ class Snapshot:
     def drain(self) -> None:
         """Makes the rest of the copy, beside the writer, who waits for it. What goes wrong is raised there."""
         try:
-            if self._stream is not None:
-                self._copy_from_gpu(self._stream)
+            if self._beside.is_async:
+                self._beside.adopt()
+                self._copy_beside()
             for image in self.images:
                 image.fill(self._awaited, self._hurry)
             self._look()
@@ -148,12 +151,12 @@ class Snapshot:
             self.strayed = sorted(each.path for each in self._watched if each.differs())
 
     def fence(self) -> None:
-        """Waits until what was steady may change, and helps to copy it. On a GPU, it is the computing stream that waits."""
+        """Waits until what was steady may change, and helps to copy it. On an accelerator, the computing stream waits."""
         try:
             self._look()
             self._prove()
             self._awaited.set()
-            if self._stream is None and not self._drained.is_set():
+            if not self._beside.is_async and not self._drained.is_set():
                 for image in reversed(self.images):
                     image.copy(_everything, last_first=True)
         except BaseException as error:
@@ -163,8 +166,7 @@ class Snapshot:
         finally:
             self._helped.set()
         self._drained.wait()
-        if self._copied is not None:
-            torch.cuda.current_stream().wait_event(self._copied)
+        self._copied.wait()
 
     def _hurry(self) -> None:
         """When somebody waits for it, copies all that nobody has taken yet, unhashed. After that, all of it is there."""
@@ -179,23 +181,21 @@ class Snapshot:
             image.fail(error)
 
     def _copy_now(self, is_steady: Callable[[torch.Tensor], bool]) -> None:
-        if self._stream is None:
+        self._beside.follow()  # the step that has just been queued comes first
+        with self._beside.within():
             for image in self.images:
                 image.copy(lambda tensor: not is_steady(tensor))
-            return
-        self._stream.wait_stream(torch.cuda.current_stream())  # the step that has just been queued comes first
-        with torch.cuda.stream(self._stream):
-            for image in self.images:
-                image.copy(lambda tensor: not is_steady(tensor))
-        torch.cuda.current_stream().wait_stream(self._stream)  # these are few, and the next forward pass may change them
+        self._beside.lead()  # these are few, and the next forward pass may change them
 
-    def _copy_from_gpu(self, stream: torch.cuda.Stream) -> None:
-        with torch.cuda.stream(stream):
-            sources = [image.copy(_everything) for image in self.images]
-            self._copied = stream.record_event()
-        self._drained.set()  # the copies are under way, and what must wait for them can say so to the GPU
-        self._copied.synchronize()
-        del sources  # until now their memory must not be used for others
+    def _copy_beside(self) -> None:
+        try:
+            with self._beside.within():
+                for image in self.images:
+                    image.copy(_everything)
+        finally:  # after an error, too: what is under way must not come into the memory of the next save
+            self._copied = self._beside.mark()
+            self._drained.set()  # what must wait for the copies can say so to the device
+            self._copied.synchronize()
 
 
 class Image:
@@ -237,16 +237,13 @@ class Image:
         """Returns when all is copied and hashed. Raises what has kept the image from being filled."""
         self._wait_for(self.shard.data_bytes)
 
-    def copy(self, wanted: Callable[[torch.Tensor], bool], last_first: bool = False) -> list[torch.Tensor]:
-        """Copies those tensors that are wanted and missing, and returns them; from a GPU, in the current stream and without
-        waiting. Two threads may do so at the same time."""
-        copied = []
+    def copy(self, wanted: Callable[[torch.Tensor], bool], last_first: bool = False) -> None:
+        """Copies those tensors that are wanted and missing; from an accelerator, in the current stream and without waiting.
+        Two threads may do so at the same time."""
         missing = list(self._missing.items())
         for path, (start, tensor) in reversed(missing) if last_first else missing:
             if wanted(tensor) and self._missing.pop(path, None) is not None:
                 _exhaust(copy_tensor(self._memory, start, tensor))
-                copied.append(tensor)
-        return copied
 
     def fill(self, awaited: threading.Event, hurry: Callable[[], None]) -> None:
         """Copies what is still missing, and hashes everything, tensor by tensor. Once it is ``awaited``, no further hash
@@ -326,9 +323,10 @@ def _padded(count: int) -> int:
 
 
 def copy_tensor(memory: torch.Tensor, start: int, tensor: torch.Tensor) -> Iterator[memoryview]:
-    """Copies a tensor to its place, and gives each piece of it that is there. From a GPU it is copied in the current stream,
-    which is not waited for, and none is given."""
-    if tensor.device.type == "cpu":  # by NumPy, since torch would start as many threads as there are cores
+    """Copies a tensor to its place, and gives each piece of it that is there. From an accelerator it is copied in the
+    current stream, which is not waited for, and none is given."""
+    where = device.of(tensor.device)
+    if tensor.is_cpu and not where.is_async:  # by NumPy, since torch would start as many threads as there are cores
         place = memory.numpy()
         for chunk in tree.raw_bytes(tensor):
             piece = place[start : start + len(chunk)]
@@ -337,4 +335,4 @@ def copy_tensor(memory: torch.Tensor, start: int, tensor: torch.Tensor) -> Itera
             yield piece.data
     elif tensor.numel():
         plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-        memory[start : start + tensor.nbytes].copy_(plain.reshape(-1).view(torch.uint8), non_blocking=True)
+        where.copy(memory[start : start + tensor.nbytes], plain.reshape(-1).view(torch.uint8))

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 import xxhash
 
+from harness.distributed import device as devices
+
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 # This process's own, which user code draws from.
 PROCESS = {
@@ -17,6 +19,7 @@ PROCESS = {
     "numpy": np.random.get_state.__self__,  # type: ignore[attr-defined]
     "torch": torch.default_generator,
 }
+DEVICE = "cuda"  # the name, in saved states, of the device's own generator, whatever the device is
 
 
 _PACKED = [struct.Struct(f"<{count}q").pack for count in range(5)]
@@ -78,13 +81,12 @@ def set_state(generator: Any, state: Any) -> None:
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """The states of this process's generators: Python's, NumPy's, torch's, and the device's own."""
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return {**{name: state_of(each) for name, each in PROCESS.items()}, "cuda": cuda}
+    own = devices.of(device).random_state()
+    return {**{name: state_of(each) for name, each in PROCESS.items()}, DEVICE: own}
 
 
 def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     """Sets this process's generators. Done last: everything else that is restored may draw from them."""
     for name, each in PROCESS.items():
         set_state(each, state[name])
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
+    devices.of(device).set_random_state(state[DEVICE])

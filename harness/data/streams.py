@@ -13,7 +13,8 @@ import numpy as np
 import torch
 import xxhash
 
-from harness.data.seeding import PROCESS, mix, random_state, state_of
+from harness.data.seeding import DEVICE, PROCESS, mix, random_state, state_of
+from harness.distributed import device as devices
 
 Keys = Sequence[int]  # of a rank's generators, in this order: Python's, NumPy's, torch's, the device's
 
@@ -21,7 +22,8 @@ Keys = Sequence[int]  # of a rank's generators, in this order: Python's, NumPy's
 def keys_here(device: torch.device) -> list[int]:
     """The keys of this process's generators as they are now."""
     states = [random.getstate(), PROCESS["numpy"].get_state(), torch.default_generator.get_state()]
-    states += [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    own = devices.of(device).random_state()
+    states += [] if own is None else [own]
     return [xxhash.xxh3_64_intdigest(_bytes_of(state)) >> 1 for state in states]
 
 
@@ -36,8 +38,7 @@ def seed_streams(keys: Keys, step: int, device: torch.device) -> None:
     random.seed(mix(keys[0], step))
     np.random.seed(mix(keys[1], step) & 0xFFFFFFFF)  # noqa: NPY002  # the global generator is the one that users draw from
     torch.default_generator.manual_seed(mix(keys[2], step))
-    if len(keys) > 3 and device.type == "cuda":
-        torch.cuda.default_generators[_index_of(device)].manual_seed(mix(keys[3], step))
+    devices.of(device).seed(mix(keys[-1], step))  # torch's key, where the run began without an accelerator
 
 
 def stream_states(keys: Keys, step: int, device: torch.device) -> dict[str, Any]:
@@ -45,8 +46,8 @@ def stream_states(keys: Keys, step: int, device: torch.device) -> dict[str, Any]
     numpy = np.random.RandomState(mix(keys[1], step) & 0xFFFFFFFF)
     torchs = torch.Generator(device="cpu").manual_seed(mix(keys[2], step))
     found = {"python": random.Random(mix(keys[0], step)), "numpy": numpy, "torch": torchs}
-    cuda = torch.Generator(device=device).manual_seed(mix(keys[3], step)).get_state() if len(keys) > 3 else None
-    return {**{name: state_of(each) for name, each in found.items()}, "cuda": cuda}
+    own = devices.of(device).state_of_seed(mix(keys[-1], step))
+    return {**{name: state_of(each) for name, each in found.items()}, DEVICE: own}
 
 
 def have_just_begun(keys: Keys, step: int, device: torch.device) -> bool:
@@ -58,7 +59,3 @@ def _are_alike(one: Any, other: Any) -> bool:
     if isinstance(one, Mapping):
         return all(_are_alike(one[name], other[name]) for name in one)
     return bool(np.array_equal(one, other))
-
-
-def _index_of(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index

@@ -26,6 +26,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is pu
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from harness.config import WorldConfig
+from harness.distributed import device as devices
 from harness.errors import ConfigError, RankFailure
 from harness.runtime.console import here
 from harness.runtime.environment import (
@@ -152,7 +153,7 @@ class TorchrunWorld:
                 rank=place.rank,
                 world_size=place.size,
                 timeout=timeout,
-                device_id=device if device.type == "cuda" else None,
+                device_id=device if devices.of(device).is_async else None,
             )
             TorchrunWorld.has_joined = True
         elif not TorchrunWorld.has_joined and dist.get_rank() == 0 and lends_its_store() and max_restarts():
@@ -175,8 +176,8 @@ class TorchrunWorld:
             )
         if self.size == 1 or not any(parameter.requires_grad for parameter in model.parameters()):
             return model
-        devices = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+        indices = [self.device.index] if devices.of(self.device).is_async else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=indices)
 
     def broadcast(self, value: Any) -> Any:
         box = [value]
@@ -286,20 +287,16 @@ def leave_at_once(code: int) -> NoReturn:
 
 def choose_device(config: WorldConfig) -> torch.device:
     """The device of this rank, which becomes the current one. Raises ``ConfigError`` where the machine has too few."""
-    count = torch.cuda.device_count() if config.device != "cpu" else 0
+    count = devices.count() if config.device in ("auto", devices.kind()) else 0
     if config.device == "cuda" and count < local_size():
         raise ConfigError(f"world.device: expected a CUDA device for each of {local_size()} local ranks, found {count}")
-    if count < local_size():
-        return torch.device("cpu")
-    device = torch.device("cuda", local_rank())
-    torch.cuda.set_device(device)
-    return device
+    return torch.device("cpu") if count < local_size() else devices.choose(local_rank())
 
 
 def choose_backend(config: WorldConfig, device: torch.device) -> str:
     """What the gradients travel over. Raises ``ConfigError`` where the device has no such thing."""
-    backend = config.backend if config.backend != "auto" else "nccl" if device.type == "cuda" else "gloo"
-    if backend == "nccl" and device.type != "cuda":
+    backend = config.backend if config.backend != "auto" else dist.get_default_backend_for_device(device)
+    if backend == "nccl" and device.type != "cuda":  # which is what NCCL is for
         raise ConfigError("world.backend: expected CUDA devices for nccl, found none")
     return backend
 

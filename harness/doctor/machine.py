@@ -13,6 +13,7 @@ import torch
 from harness.config import Config
 from harness.data.nested import tensors_in
 from harness.data.schedule import Cursor
+from harness.distributed import device as devices
 from harness.distributed.world import choose_backend, choose_device
 from harness.doctor.bounded import run_bounded
 from harness.doctor.case import Case
@@ -36,7 +37,7 @@ def device(case: Case) -> list[Finding]:
     except ConfigError as mistake:
         case.device = None
         return [error(tried, str(mistake), "start fewer processes on each machine, or choose another device")]
-    count, here = torch.cuda.device_count(), local_size()
+    count, here = devices.count(), local_size()
     if case.config.world.device == "auto" and case.device.type == "cpu":
         if count:
             what = f"{count} CUDA devices for {here} processes: all will train on the CPU"

@@ -16,6 +16,7 @@ import harness
 from harness import torch_private
 from harness.checkpoint import commit
 from harness.config import Config, RunConfig, WorldConfig
+from harness.distributed import device as devices
 from harness.distributed.world import World, choose_backend, join_world
 from harness.doctor.bounded import run_bounded
 from harness.doctor.case import Case
@@ -84,13 +85,14 @@ def group(case: Case) -> list[Finding]:
     if world.size == 1 or not all(world.all_gather(device is not None)):
         return []
     assert device is not None, "no rank is without one"
-    backend = choose_backend(case.config.world, device)
+    backend, streams = choose_backend(case.config.world, device), devices.here([device])
 
     def add_up() -> float:
         longer = timedelta(seconds=2 * _GROUP_SECONDS)  # when its own time is over, NCCL ends the process
-        number = torch.ones(1, device=device)
-        dist.all_reduce(number, group=dist.new_group(backend=backend, timeout=longer))
-        return float(number)
+        with streams.within():  # this is another thread, whose current device is another one
+            number = torch.ones(1, device=device)
+            dist.all_reduce(number, group=dist.new_group(backend=backend, timeout=longer))
+            return float(number)
 
     total, problem = run_bounded(add_up, _GROUP_SECONDS)
     if not problem and total != world.size:

@@ -329,7 +329,9 @@ def _trouble() -> str:
         names = [each.name for each in threading.enumerate() if each is not threading.main_thread()]
         return f"has started {count} thread{'s' * (count > 1)} ({', '.join(names) or 'in a library'})"
     torch: Any = sys.modules["torch"]
-    if torch.cuda.is_initialized() or any(_opened("/dev/nvidia")):
+    kind = torch.accelerator.current_accelerator()  # of those that this torch was made for
+    is_initialized = getattr(torch.get_device_module(kind), "is_initialized", None) if kind is not None else None
+    if (is_initialized is not None and is_initialized()) or any(_opened("/dev/nvidia")):
         return "has used a GPU"
     return ""
 

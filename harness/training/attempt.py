@@ -15,6 +15,7 @@ from harness.checkpoint.format import Attempt as AttemptId
 from harness.checkpoint.kept import MEMORY, KeptPlace, remove_rubbish, where
 from harness.checkpoint.staging import HostMemory
 from harness.config import CheckpointConfig, Config, RunConfig
+from harness.distributed import device
 from harness.distributed.world import World, has_lost_a_peer, is_timeout
 from harness.errors import ConfigError, HarnessError, NoCheckpoint, Stopped, StoreError
 from harness.launcher import outcome
@@ -159,7 +160,7 @@ def first_of(context: RunContext, *, fresh: bool, reopen: bool) -> Attempt:
     if checkpoint.must_exist:
         resume.on_first(world, lambda: resume.refuse_to_begin(catalog))
     is_looping = resume.on_first(world, lambda: crashes.is_looping(catalog, config.crash_loop.same_failures))
-    memory = HostMemory(pinned=world.device.type == "cuda")
+    memory = HostMemory(pinned=device.of(world.device).is_async)
     attempt = _begin(context, catalog, memory, skip_newest=is_looping)
     if reopen:
         state.progress.finished_loops = 0

@@ -20,6 +20,7 @@ from harness.data.nested import to_device
 from harness.data.position import SkippedBatch
 from harness.data.schedule import Cursor, is_due
 from harness.data.seeding import random_state, restore_random_state, seed_everything
+from harness.distributed import device
 from harness.distributed.world import World
 from harness.errors import ConfigError, NonFinite
 from harness.runtime.signals import StopRequest
@@ -87,7 +88,7 @@ class _Trainer:
             micro_batch_size=train.micro_batch_size,
             workers=config.data.workers,
             collate=task.collate,
-            pin_memory=world.device.type == "cuda",
+            pin_memory=device.of(world.device).is_async,
             drop_last=train.drop_last,
             tells_epoch=True,
             fingerprint=config.data.fingerprint,

@@ -14,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from harness.checkpoint import commit
+from harness.distributed import device
+from harness.distributed.device import Device
 from harness.torch_private import version
 from harness.training.run_context import RunContext
 
@@ -38,18 +40,19 @@ class Loose:
         self._own_at_first: list[int] = []  # their versions
         self._are_alike = self._world.rank == 0  # they, on all ranks
         self._refusal = ""
-        self._ready: Any = None  # the event after which the copies are there, on a GPU
+        self._device = device.of(self._world.device)
+        self._ready = device.NOTHING  # the mark after which the copies are there
 
     def note(self) -> None:
         """A boundary."""
         if not self._places:
             self._look()
         if self._live:
-            torch._foreach_copy_(self._copies, self._live)
+            self._device.copy_each(self._copies, self._live)
         self._versions = [version(each) for _, each in self._watched]
         for given in self._of_first:
             given.note()
-        self._record()
+        self._mark()
 
     def compare(self) -> None:
         """Whether what DDP does not give to all ranks is alike on them, now that a step has changed what steps change. All
@@ -65,7 +68,7 @@ class Loose:
         lives = [part.live for part in self._parts if isinstance(part.live, DistributedDataParallel)]
         given = [each for each in lives if each.broadcast_buffers] if self._world.size > 1 else []
         given_places = {buffer.data_ptr() for each in given for buffer in each.module.buffers()}
-        self._of_first = [_FirstsBuffers(each, self._record) for each in given] if self._world.rank else []
+        self._of_first = [_FirstsBuffers(each, self._device, self._mark) for each in given] if self._world.rank else []
         steady: list[tuple[str, torch.Tensor]] = []
         captured = {(part.name, key): value for part in self._parts for key, value in part.capture().items()}
         for (part, key), value in sorted(captured.items(), key=lambda item: getattr(item[1], "nbytes", 0)):
@@ -127,22 +130,19 @@ class Loose:
         for given in self._of_first:
             given.close()
 
-    # --- on a GPU ----------------------------------------------------------------------------------------------------
+    # --- on an accelerator -------------------------------------------------------------------------------------------
 
-    def _record(self) -> None:
-        if self._world.device.type == "cuda":
-            self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._ready.record()
+    def _mark(self) -> None:
+        self._ready = self._device.mark()
 
     @contextlib.contextmanager
     def beside_the_training(self) -> Iterator[None]:
-        """The time in which the state is read: on a GPU in a stream of its own, since the training's may hang for ever."""
-        if self._ready is None:
-            yield
-            return
-        stream = torch.cuda.Stream(self._world.device)  # type: ignore[no-untyped-call]
-        stream.wait_event(self._ready)
-        with torch.cuda.device(self._world.device), torch.cuda.stream(stream):
+        """The time in which one of our threads reads the state: on an accelerator in a stream of its own, since that of the
+        training may hang for ever."""
+        beside = device.beside([self._world.device], "keep")
+        beside.adopt()
+        beside.follow(self._ready)
+        with beside.within():
             yield
 
 
@@ -153,9 +153,9 @@ def _place(value: Any) -> int:
 class _FirstsBuffers:
     """On other ranks than the first: a module's buffers, which DDP overwrites with the first one's before a forward pass."""
 
-    def __init__(self, module: DistributedDataParallel, on_take: Callable[[], None]) -> None:
+    def __init__(self, module: DistributedDataParallel, device: Device, on_take: Callable[[], None]) -> None:
         self._places = {each.data_ptr() for each in module.module.buffers()}
-        self._on_take = on_take
+        self._device, self._on_take = device, on_take
         self.copied: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.watched: list[tuple[str, torch.Tensor]] = []
         self._versions: list[int] = []
@@ -183,7 +183,7 @@ class _FirstsBuffers:
         """They are the first rank's now."""
         self._is_missing = self._is_about_to = False
         for copy, live in self.copied:
-            copy.copy_(live)
+            self._device.copy(copy, live)
         self._versions = [version(each) for _, each in self.watched]
         self._on_take()
 

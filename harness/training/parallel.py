@@ -12,6 +12,7 @@ from torch import nn
 
 from harness.config import Config
 from harness.data.fetching import Step
+from harness.distributed import device
 from harness.distributed.world import World
 from harness.errors import ConfigError
 from harness.runtime.environment import local_size
@@ -42,7 +43,7 @@ def spread(model: nn.Module, config: Config, world: World) -> nn.Module:
         "mesh": init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]),
         "reshard_after_forward": fsdp.reshard_after_forward,
         "mp_policy": MixedPrecisionPolicy(_DTYPES[fsdp.param_dtype], _DTYPES[fsdp.reduce_dtype]),
-        "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if fsdp.offload else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=device.of(world.device).is_async) if fsdp.offload else OffloadPolicy(),
     }
     for module in _wrapped(model, fsdp.wrap):
         fully_shard(module, **options)

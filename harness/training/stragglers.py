@@ -1,12 +1,13 @@
 """A rank that is slower than the others, found by what it does not wait for.
 
 With DDP every rank's step lasts as long as the slowest rank's, so the length of a step names nobody. What does is a rank's
-own work: fetching its batches, and its forward passes. On a GPU the forward pass is timed by events in its stream, since the
-processor only queues it. Backward passes are left out: the last of them is where the ranks wait for each other.
+own work: fetching its batches, and its forward passes. Marks time these, since a processor may only queue them. Backward
+passes are left out: the last of them is where the ranks wait for each other.
 """
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from harness.data.loader import Loader
+from harness.distributed import device as devices
+from harness.distributed.device import Mark
 
 _WORTH_NAMING = 0.05  # of the run's time: what a slow rank must cost before anybody is told
+_MANY_PASSES = 64  # whose marks are kept until somebody asks
 
 
 class OwnWork:
@@ -26,12 +30,12 @@ class OwnWork:
     and waiting for the batches of a loader."""
 
     def __init__(self, device: torch.device, modules: Iterable[nn.Module], loader: Loader | None = None) -> None:
-        self._device = device
+        self._device, self._marks = device, devices.of(device)
         self._loader = loader
         self.forwards = 0  # passes of modules in training that may be followed by a backward pass, so far
         self._seconds = 0.0
-        self._began: float | None = None
-        self._events: list[torch.cuda.Event] = []  # beginnings and ends in turn, not yet counted
+        self._began: Mark | None = None
+        self._passes: deque[tuple[Mark, Mark]] = deque()  # not yet counted
         self._hooks: list[RemovableHandle] = []
         for module in modules:
             inner = module.module if isinstance(module, DistributedDataParallel) else module
@@ -53,30 +57,30 @@ class OwnWork:
     def _begin_forward(self, model: nn.Module, _inputs: object) -> None:
         if model.training:
             self.forwards += torch.is_grad_enabled()
-            self._began = time.perf_counter()
-            if self._device.type == "cuda":
-                self._record_event()
+            # Within a compiled graph the marks would become a part of it.
+            if not (self._marks.is_async and torch.compiler.is_compiling()):
+                self._began = self._marks.mark(timed=True)
 
     def _end_forward(self, _model: nn.Module, _inputs: object, _outputs: object) -> None:
         if self._began is None:
             return
-        if self._device.type == "cuda":
-            self._record_event()
-        else:
-            self._seconds += time.perf_counter() - self._began
-        self._began = None
+        begin, end, self._began = self._began, self._marks.mark(timed=True), None
+        if end.is_over():
+            self._seconds += begin.seconds_until(end)
+            return
+        self._passes.append((begin, end))
+        if len(self._passes) > _MANY_PASSES:  # nobody may ever ask
+            self._count()
 
     def seconds(self) -> float:
-        """The whole time so far; on a GPU, without the forward passes that are still under way."""
-        while len(self._events) >= 2 and self._events[1].query():  # type: ignore[no-untyped-call]
-            begin, end, *self._events = self._events
-            self._seconds += begin.elapsed_time(end) / 1000
+        """The whole time so far, without the forward passes that an accelerator is still at."""
+        self._count()
         return self._seconds + (self._loader.waited_seconds if self._loader else 0.0)
 
-    def _record_event(self) -> None:
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        self._events.append(event)
+    def _count(self) -> None:
+        while self._passes and self._passes[0][1].is_over():
+            begin, end = self._passes.popleft()
+            self._seconds += begin.seconds_until(end)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed import TCPStore
 
 from harness.config import WorldConfig
+from harness.distributed import device
 from harness.distributed.world import (
     Maximum,
     SoloWorld,
@@ -85,9 +86,14 @@ def be_one_of_two(monkeypatch) -> None:
         monkeypatch.setenv(name, value)
 
 
+def have_one_device(monkeypatch) -> None:
+    monkeypatch.setattr(device, "kind", lambda: "cuda")
+    monkeypatch.setattr(device, "count", lambda: 1)
+
+
 def test_a_device_that_is_not_there(monkeypatch):
     """It is said before any group is made: here there is none to make it with, so an attempt would be another error."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    have_one_device(monkeypatch)
     be_one_of_two(monkeypatch)
     with pytest.raises(ConfigError, match=r"world\.device: expected a CUDA device for each of 2 local ranks, found 1"):
         join_world(WorldConfig(device="cuda"))
@@ -95,7 +101,7 @@ def test_a_device_that_is_not_there(monkeypatch):
 
 def test_too_few_gpus_mean_the_cpu(monkeypatch):
     """Where one local rank would go without, ``auto`` takes the CPU for all, and NCCL cannot be had."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    have_one_device(monkeypatch)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert join_world(WorldConfig()).device.type == "cpu"

@@ -23,6 +23,7 @@ import harness as package
 from harness import Task
 from harness.checkpoint.catalog import Catalog
 from harness.config import Config
+from harness.distributed import device
 from harness.doctor import _read, examine, examine_script
 from harness.doctor.examination import _examine
 from harness.doctor.findings import Finding, exit_code, named
@@ -774,7 +775,8 @@ def test_a_device_that_is_not_there(write):
 
 def test_too_few_gpus_mean_the_cpu(write, monkeypatch):
     """``auto`` takes the CPU for all where one local rank would go without: not what one wants from a machine with GPUs."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(device, "kind", lambda: "cuda")
+    monkeypatch.setattr(device, "count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     code, found = examined(write())
     assert (code, one(found, "device").level) == (0, "warn")
