@@ -225,6 +225,10 @@ class MetricsConfig(_Section):
     """Write curves for TensorBoard into this directory. ``true``: into ``tensorboard`` below a local checkpoint.url."""
     prometheus: _Place | None = None
     """Write the newest numbers into this file (``….prom``) for node_exporter's textfile collector."""
+    wandb: dict[str, Any] | None = Field(default=None, repr=False)
+    """Send curves to Weights & Biases: options of ``wandb.init``, such as ``{project: mine}``."""
+    mlflow: dict[str, Any] | None = Field(default=None, repr=False)
+    """Send curves to MLflow: ``tracking_uri``, ``experiment_name`` and ``run_name``, each as MLflow has it by default."""
 
 
 class NonFiniteConfig(_Section):
