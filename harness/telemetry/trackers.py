@@ -38,7 +38,8 @@ from harness.storage.store import Store, open_store
 from harness.telemetry.dashboards import numbers_of
 from harness.telemetry.journal import OPENINGS, Record, opening_of, read_records
 
-log = logging.getLogger(__name__)
+_NAME = "harness.telemetry.trackers"  # also where it is run as a program
+log = logging.getLogger(_NAME)
 
 _LEAVE_SECONDS = 10.0  # for the end of the curves, when the process is about to end
 _TAKE_OVER_SECONDS = 20.0  # for the process of an attempt that has died, which is ending
@@ -112,18 +113,22 @@ class Trackers:
             except Exception as error:  # whatever does not let it start: training continues
                 log.warning("the tracker cannot be started; training continues: %s", without_secrets(str(error)))
                 return
-        if (process := self._process) is not None:
-            assert process.stdin is not None, "it is a pipe"
-            with contextlib.suppress(OSError):  # likewise
-                process.stdin.close()
-            process.wait()
+        self._close_pipe()
+        if self._process is not None:
+            self._process.wait()
+
+    def _close_pipe(self) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(OSError):  # it has ended
+                self._process.stdin.close()
 
     def _tell(self) -> None:
         if self._process is None or self._process.poll() is not None:
             is_first = self._process is None
+            self._close_pipe()
             path = os.pathsep.join(each for each in sys.path if each)
             self._process = subprocess.Popen(  # noqa: S603  # it is this file
-                [sys.executable, "-P", "-m", __name__],
+                [sys.executable, "-P", "-m", _NAME],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": path},
@@ -158,8 +163,8 @@ def main() -> None:
         signal.signal(each, signal.SIG_IGN)
     setup = pickle.load(sys.stdin.buffer)  # noqa: S301  # from the process that has started this one
     config: RunConfig = setup["config"]
-    console.speak(config.log.format)
     console.begin("harness")
+    console.speak(config.log.format)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     _end_with(os.getppid())
     try:
