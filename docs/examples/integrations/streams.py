@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 import harness
 
-STEPS = 130
+EPOCHS = 2
 
 
 def numbers() -> Iterator[dict[str, float]]:
@@ -24,12 +24,12 @@ def numbers() -> Iterator[dict[str, float]]:
 
 def nodes() -> Any:
     """torchdata's nodes: threads that map, batches, a prefetcher. The order is a sampler's that has ``set_epoch``."""
-    from torchdata.nodes import Batcher, Loader, ParallelMapper, Prefetcher, SamplerWrapper
+    from torchdata.nodes import Batcher, Loader, Mapper, ParallelMapper, Prefetcher, SamplerWrapper
 
     samples = [*numbers()]
     order = SamplerWrapper(DistributedSampler(samples, num_replicas=1, rank=0, seed=1))
     mapped = ParallelMapper(order, samples.__getitem__, num_workers=2, method="thread")
-    return Loader(Prefetcher(Batcher(mapped, batch_size=4), prefetch_factor=2))
+    return Loader(Prefetcher(Mapper(Batcher(mapped, batch_size=4), default_collate), prefetch_factor=2))
 
 
 def datasets() -> Any:
@@ -38,7 +38,7 @@ def datasets() -> Any:
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     stream = IterableDataset.from_generator(numbers).map(lambda each: {"x": each["x"], "y": each["y"] + 1})
-    return StatefulDataLoader(stream, batch_size=4, collate_fn=list)
+    return StatefulDataLoader(stream, batch_size=4)
 
 
 def web() -> Any:
@@ -57,7 +57,7 @@ def web() -> Any:
         Path("numbers.partial").rename("numbers.tar")
     stream = webdataset.WebDataset("numbers.tar", shardshuffle=False).compose(webdataset.detshuffle(20, seed=1))
     stream = stream.map(lambda each: {name: float(each[name]) for name in ("x", "y")})
-    return Position("loader", DataLoader(stream, batch_size=4, collate_fn=list), ranks=1)
+    return Position("loader", DataLoader(stream, batch_size=4), ranks=1)
 
 
 def mosaic() -> Any:
@@ -71,17 +71,17 @@ def mosaic() -> Any:
             for sample in numbers():
                 writer.write(sample)
     stream = StreamingDataset(local="shards", shuffle=True, shuffle_seed=1, batch_size=4)
-    return StreamingDataLoader(stream, batch_size=4, collate_fn=list)
+    return StreamingDataLoader(stream, batch_size=4)
 
 
 class Trained:
-    """A sum that depends on the order of all samples."""
+    """A number that depends on the order of all samples."""
 
     value = 0
 
-    def add(self, batch: list[dict[str, float]]) -> None:
-        for each in batch:
-            self.value = (self.value * 31 + int(each["x"])) % (1 << 61)
+    def add(self, samples: torch.Tensor) -> None:
+        for each in samples.tolist():
+            self.value = (self.value * 31 + int(each)) % (1 << 61)
 
     def state_dict(self) -> dict[str, int]:
         return {"value": self.value}
@@ -91,25 +91,24 @@ class Trained:
 
 
 def main() -> None:
-    """A regression over several epochs of the stream."""
+    """A regression over some epochs of the stream."""
     loader = {"nodes": nodes, "datasets": datasets, "web": web, "mosaic": mosaic}[sys.argv[1]]()
     torch.manual_seed(0)
     model, trained = nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.1), nn.Linear(8, 1)), Trained()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     state = {"model": model, "optimizer": optimizer, "loader": loader, "trained": trained}
     run = harness.Run("runs/stream", state, every_steps=9)
-    batches = iter(loader)
-    for _ in run.steps(STEPS):
-        if (batch := next(batches, None)) is None:  # the next epoch
-            batches = iter(loader)
-            batch = next(batches)
-        trained.add(batch)
-        x, y = (torch.tensor([[float(each[name])] for each in batch]) for name in ("x", "y"))
-        loss = nn.functional.mse_loss(model(x / 300), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        run.step(loss=loss)
+    for epoch in run.epochs(EPOCHS):
+        if sys.argv[1] == "datasets":  # without it each epoch would begin where the first one was continued
+            loader.dataset.set_epoch(epoch)
+        for batch in loader:
+            trained.add(batch["x"])
+            x, y = (batch[name].float()[:, None] for name in ("x", "y"))
+            loss = nn.functional.mse_loss(model(x / 300), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.step(loss=loss)
 
 
 if __name__ == "__main__":
