@@ -14,6 +14,7 @@ from tests.support.cluster import wait_until
 from tests.support.integrations import LIBRARIES, require
 from tests.support.store_contract import Place, Raw, StoreContract
 
+pytestmark = pytest.mark.filterwarnings("default::ResourceWarning")  # gcsfs sends a block in one piece
 BUCKET = "runs"
 
 
