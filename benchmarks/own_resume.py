@@ -101,17 +101,17 @@ def lightning(name="lightning_rings"):
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     module = example(name)
+    optimizers = 2 if name == "lightning_gan" else 1  # a step of each counts
 
     class Plain(ModelCheckpoint):
         def __init__(self, *_args, **_options):
-            super().__init__("own", every_n_train_steps=SAVE_EVERY, save_top_k=-1)
+            super().__init__("own", every_n_train_steps=SAVE_EVERY * optimizers, save_top_k=-1)
 
         def on_train_batch_end(self, trainer, *rest):
             super().on_train_batch_end(trainer, *rest)
             if trainer.lightning_module.automatic_optimization and trainer.fit_loop._should_accumulate():
                 return
-            if trainer.global_step:
-                trained(trainer.global_step)
+            trained(trainer.global_step // optimizers)
 
     fit = pl.Trainer.fit
 
