@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 log = logging.getLogger(__name__)
 
@@ -24,20 +25,15 @@ _ADAPTER_PREFIX = "base_model.model."
 class Pretrained:
     """A part of a run's state: ``Run(url, {"model": model, …, "pretrained": Pretrained(model, tokenizer)})``.
 
-    ``processor`` is a tokenizer, or whatever else has a ``save_pretrained``. Both are read when the object is made.
+    ``processor`` is a tokenizer, or whatever else has a ``save_pretrained``. Both are read when the object is made, which
+    all ranks do together; what rank 0 has counts.
     """
 
     def __init__(self, model: Any, processor: Any = None) -> None:
-        self._folders: dict[str, Any] = {}
-        if not hasattr(model, "save_pretrained"):
-            return
-        peft = sys.modules.get("peft")
-        if peft is not None and isinstance(model, peft.PeftModel):
-            self._folders = _of_adapters(model)
-        else:
-            self._folders = {"": _folder("model", None, _files_of(model, state_dict={}))}
-        if self._folders and hasattr(processor, "save_pretrained"):
-            self._folders[""]["files"] |= _files_of(processor)
+        found = [_folders_of(model, processor)]
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast_object_list(found)  # PEFT writes sets, whose order differs between processes
+        self._folders = found[0]
 
     def state_dict(self) -> dict[str, Any]:
         """The files, as tensors of bytes."""
@@ -45,6 +41,19 @@ class Pretrained:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The program's own count."""
+
+
+def _folders_of(model: Any, processor: Any) -> dict[str, Any]:
+    if not hasattr(model, "save_pretrained"):
+        return {}
+    peft = sys.modules.get("peft")
+    if peft is not None and isinstance(model, peft.PeftModel):
+        folders = _of_adapters(model)
+    else:
+        folders = {"": _folder("model", None, _files_of(model, state_dict={}))}
+    if folders and hasattr(processor, "save_pretrained"):
+        folders.get("", next(iter(folders.values())))["files"] |= _files_of(processor)
+    return folders
 
 
 def _folder(weights: str, names: Mapping[str, str] | None, files: Mapping[str, torch.Tensor]) -> dict[str, Any]:
