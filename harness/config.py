@@ -226,9 +226,9 @@ class MetricsConfig(_Section):
     prometheus: _Place | None = None
     """Write the newest numbers into this file (``….prom``) for node_exporter's textfile collector."""
     wandb: dict[str, Any] | None = Field(default=None, repr=False)
-    """Send curves to Weights & Biases: options of ``wandb.init``, such as ``{project: mine}``."""
+    """Send curves to wandb, with these options of its ``init``, such as ``{project: mine}``."""
     mlflow: dict[str, Any] | None = Field(default=None, repr=False)
-    """Send curves to MLflow: ``tracking_uri``, ``experiment_name`` and ``run_name``, each as MLflow has it by default."""
+    """Send curves to MLflow. Options are ``tracking_uri``, ``experiment_name`` and ``run_name``."""
 
 
 class NonFiniteConfig(_Section):
