@@ -18,7 +18,7 @@ help:
 	@echo 'make demo    train a small GPT on 2 processes, kill it in ten ways, and compare with the run that was not killed'
 	@echo 'make test    the test suite'
 	@echo 'make test-gpu  the tests that need a CUDA device: a few minutes'
-	@echo 'make test-integrations  transformers, Lightning and Accelerate, killed and compared: 10 minutes'
+	@echo 'make test-integrations  trainers, trackers, streams, a notebook, gcsfs: killed and compared, 10 minutes'
 	@echo 'make check   formatting, lint, types, which package imports which, prose'
 	@echo 'make coverage  the test suite, and which lines it has run'
 	@echo 'make soak    the proofs that take long'

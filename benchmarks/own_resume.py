@@ -1,6 +1,6 @@
 """What the libraries' own resumes keep: each example of ``docs/examples/integrations``, without harness, killed in an epoch.
 
-    python benchmarks/own_resume.py            # a folder in /tmp, one process each, about two minutes
+    python benchmarks/own_resume.py            # a folder in /tmp, one process each, about four minutes
 
 The process is killed after a step of the first epoch, started again with the library's own resume, and compared with a
 process that was left alone: which steps were trained twice, and whether the weights at the end are the same.
@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples" / "integrations"
@@ -51,12 +52,16 @@ def transformers_masked():
     transformers(data_collator=masked)
 
 
-def transformers(**options):
+def transformers_stream():
+    transformers("lora_stream")
+
+
+def transformers(name="trainer", **options):
     import functools
 
     import transformers
 
-    module = example("trainer")
+    module = example(name)
     module.Trainer = functools.partial(module.Trainer, **options)
 
     class Kills(transformers.TrainerCallback):
@@ -87,20 +92,26 @@ def transformers(**options):
     module.main()
 
 
-def lightning():
+def lightning_two():
+    lightning("lightning_gan")
+
+
+def lightning(name="lightning_rings"):
     import lightning as pl
     from lightning.pytorch.callbacks import ModelCheckpoint
 
-    module = example("lightning_rings")
+    module = example(name)
+    optimizers = 2 if name == "lightning_gan" else 1  # a step of each counts
 
     class Plain(ModelCheckpoint):
         def __init__(self, *_args, **_options):
-            super().__init__("own", every_n_train_steps=SAVE_EVERY, save_top_k=-1)
+            super().__init__("own", every_n_train_steps=SAVE_EVERY * optimizers, save_top_k=-1)
 
         def on_train_batch_end(self, trainer, *rest):
             super().on_train_batch_end(trainer, *rest)
-            if not trainer.fit_loop._should_accumulate():
-                trained(trainer.global_step)
+            if trainer.lightning_module.automatic_optimization and trainer.fit_loop._should_accumulate():
+                return
+            trained(trainer.global_step // optimizers)
 
     fit = pl.Trainer.fit
 
@@ -111,6 +122,54 @@ def lightning():
 
     pl.Trainer.fit = resumed
     module.Resilient = Plain
+    module.L = types.SimpleNamespace(
+        Trainer=lambda **options: pl.Trainer(**{**options, "enable_checkpointing": True}), seed_everything=pl.seed_everything
+    )
+    module.main()
+
+
+def accelerate():
+    """As the library's documentation has it: ``save_state``, ``load_state`` and ``skip_first_batches``."""
+    module = example("accelerated")
+
+    class Place:
+        epoch = batch = step = 0
+
+        def state_dict(self):
+            return dict(self.__dict__)
+
+        def load_state_dict(self, state):
+            self.__dict__.update(state)
+
+    class Own:
+        def __init__(self, accelerator, loader):
+            self.accelerator, self.loader, self.place = accelerator, loader, Place()
+            accelerator.register_for_checkpointing(self.place)
+            if found := sorted(Path("own").glob("*"), key=os.path.getmtime):
+                accelerator.load_state(str(found[-1]))
+
+        def epochs(self, total):
+            while self.place.epoch < total:
+                yield self.place.epoch
+                self.place.epoch, self.place.batch = self.place.epoch + 1, 0
+            print("digest", digest(self.accelerator._models[0]))
+
+        def __iter__(self):
+            self.loader.set_epoch(self.place.epoch)
+            for batch in self.accelerator.skip_first_batches(self.loader, self.place.batch):
+                yield batch
+                self.place.batch += 1
+                if self.accelerator.sync_gradients:
+                    self.place.step += 1
+                    if self.place.step % SAVE_EVERY == 0:
+                        self.accelerator.save_state(f"own/{self.place.step}")
+                    trained(self.place.step)
+
+    def plain(accelerator, loader, *_args, **_options):
+        own = Own(accelerator, loader)
+        return own, own
+
+    module.resilient = plain
     module.main()
 
 
@@ -126,7 +185,14 @@ def started(library, folder, *further):
 
 
 def main():
-    for library in sys.argv[1:] or ("transformers", "transformers_masked", "lightning"):
+    for library in sys.argv[1:] or (
+        "transformers",
+        "transformers_masked",
+        "transformers_stream",
+        "lightning",
+        "lightning_two",
+        "accelerate",
+    ):
         with tempfile.TemporaryDirectory() as alone, tempfile.TemporaryDirectory() as killed:
             expected = started(library, alone)
             started(library, killed, "kill")

@@ -228,6 +228,10 @@ class MetricsConfig(_Section):
     """Write curves for TensorBoard into this directory. ``true``: into ``tensorboard`` below a local checkpoint.url."""
     prometheus: _Place | None = None
     """Write the newest numbers into this file (``….prom``) for node_exporter's textfile collector."""
+    wandb: dict[str, Any] | None = Field(default=None, repr=False)
+    """Send curves to wandb, with these options of its ``init``, such as ``{project: mine}``."""
+    mlflow: dict[str, Any] | None = Field(default=None, repr=False)
+    """Send curves to MLflow. Options are ``tracking_uri``, ``experiment_name`` and ``run_name``."""
 
 
 class NonFiniteConfig(_Section):

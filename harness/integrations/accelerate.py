@@ -5,7 +5,6 @@ A step boundary is where the loop asks for a batch after an optimizer has taken 
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -91,15 +90,15 @@ class Resilient:
     def _note(self, *_: Any) -> None:
         self._has_stepped = True
 
-    def _steps_in(self, epochs: int) -> int:
-        """The number of steps in these epochs, where that is known; else a number that is never reached."""
+    def _steps_in(self, epochs: int) -> int | None:
+        """The number of steps in these epochs, where that is known."""
         try:
             accumulated = int(self._accelerator.gradient_accumulation_steps)
             return epochs * -(-len(self._position) // accumulated)
         except TypeError:
-            return sys.maxsize
+            return None
 
-    def _begin(self, steps: int) -> None:
+    def _begin(self, steps: int | None) -> None:
         self._steps = self.run.steps(steps)
         self._is_over = next(self._steps, None) is None
 
@@ -116,7 +115,7 @@ class Resilient:
             return
         self._has_stepped = False
         if self._is_over:  # the loop takes more steps than Accelerate's own way to accumulate would
-            self._begin(sys.maxsize)
+            self._begin(None)
         self.run.step()
         self._is_over = next(self._steps, None) is None
 

@@ -7,7 +7,6 @@ optimizers and schedules, the states of the callbacks and of the data module, th
 
 import logging
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -146,16 +145,16 @@ def _warn_of_hook(kind: str, trainer: Any) -> None:
         )
 
 
-def _steps_in_all(trainer: Any, module: Any) -> int:
-    """The steps of the whole training, where they are known; a number that is never reached where they are not."""
+def _steps_in_all(trainer: Any, module: Any) -> int | None:
+    """The steps of the whole training, where they are known."""
     if module.automatic_optimization:
         try:
             steps = trainer.estimated_stepping_batches
         except MisconfigurationException:  # a GradientAccumulationScheduler
-            return sys.maxsize
-        return int(steps) if steps not in (-1, float("inf")) else sys.maxsize
+            return None
+        return int(steps) if steps not in (-1, float("inf")) else None
     if trainer.max_steps != -1 or trainer.max_epochs in (None, -1):  # such a step is one of any optimizer
-        return sys.maxsize
+        return None
     return int(trainer.max_epochs * trainer.num_training_batches)
 
 

@@ -17,6 +17,7 @@ from transformers.trainer_callback import ExportableState
 import harness
 from harness.errors import ConfigError
 from harness.integrations.prepared import Prepared
+from harness.integrations.pretrained import Pretrained
 
 T = TypeVar("T")
 
@@ -237,6 +238,7 @@ class _Story:
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
+        self._pretrained = Pretrained(trainer.model, trainer.processing_class)
         self.stops = False
         """Whether a callback has ended the training, before its end."""
 
@@ -247,7 +249,8 @@ class _Story:
         callbacks = [[type(each).__name__, each.state()["attributes"]] for each in self._callbacks()]
         is_early = trainer.state.global_step < trainer.state.max_steps
         stops = self.stops or (is_early and trainer.control.should_training_stop)
-        return {"state": json.dumps(state), "callbacks": json.dumps(callbacks), "stops": stops}
+        story = {"state": json.dumps(state), "callbacks": json.dumps(callbacks), "stops": stops}
+        return {**story, **self._pretrained.state_dict()}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Callbacks that the program has no more are left out; new ones begin."""

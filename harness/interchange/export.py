@@ -23,14 +23,15 @@ import torch
 from harness import torch_private
 from harness.checkpoint import load, tree
 from harness.checkpoint.format import DTYPES, INDEX_SUFFIX, Manifest, TensorInfo, encode_header, plan_shards, shard_name
-from harness.errors import ConfigError, Mismatch, StoreError, Unsupported
+from harness.errors import ConfigError, Corrupt, Mismatch, StoreError, Unsupported
+from harness.interchange.files import NAMES
 from harness.interchange.foreign import split
 from harness.storage.direct_io import Buffer
 from harness.storage.store import Store, open_store
 from harness.storage.urls import shown
 
 _INDEX = f"model{INDEX_SUFFIX}"
-_MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(_INDEX))
+_MODEL_FILE = re.compile(r"(base/)?(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors|(base/)?" + re.escape(_INDEX))
 _UNBOUNDED_BYTES = 1 << 62
 _CONFIG = "config.json"
 _NO_CONFIG = (
@@ -57,7 +58,8 @@ def export_model(
     ``part`` is the model's name in the state: a module, or in a checkpoint without a run any flat dictionary of tensors.
     ``out`` is a path or URL: ``NAME.safetensors``; ``NAME.pth`` (or ``.pt``, ``.bin``), for
     ``model.load_state_dict(torch.load(out, weights_only=True))``; or a directory (``NAME/``, or a local one that exists),
-    which gets Hugging Face's layout with shards of at most ``shard_bytes``. ``overwrite`` replaces a file in one step; in a
+    which gets Hugging Face's layout with shards of at most ``shard_bytes``, and what ``from_pretrained`` needs beside the
+    weights, where the run knows it (``harness.integrations.pretrained``). ``overwrite`` replaces a file in one step; in a
     directory, the model that is there goes first, and a missing ``config.json`` is reported: weights do not say what
     model they belong to. ``storage_options`` are those of ``out``.
     """
@@ -74,14 +76,16 @@ def export_model(
         raise ConfigError(f"{shown(out)}: expected NAME.safetensors, NAME.pth or a directory (NAME/)")
     if old and not overwrite:
         raise ConfigError(f"{target.url}/{old[0]}: is there already; expected a name that is not used, or --overwrite")
-    parts = load.read(store, directory, manifest, manifest.parts.keys() & {part, "training"})
+    known = next((name for name, each in manifest.parts.items() if is_directory and _folders(each.tree)), part)
+    parts = load.read(store, directory, manifest, manifest.parts.keys() & {part, known, "training"})
     versions = parts.get("training", {}).get("module_versions")
     if versions is not None and part not in versions:
         raise Mismatch(f"{store.url}/{directory}: expected a module, one of {', '.join(versions)}; found {part}")
     model, out = parts[part], shown(out)
     if is_directory:
-        written = _put_directory(target, _tensors(model, out), shard_bytes, old)
-        if target.stat(_CONFIG) is None:
+        folders = _folders(parts[known]) or {"": {"weights": "model"}}
+        written = _put_folders(target, _tensors(model, out), folders, shard_bytes, old)
+        if not any(name.endswith("config.json") for name in written) and target.stat(_CONFIG) is None:
             log.warning(_NO_CONFIG, target.url)
         return written
     if name.endswith(".safetensors"):
@@ -112,26 +116,63 @@ def _shards(tensors: Mapping[str, torch.Tensor], limit_bytes: int) -> list[list[
     return plan_shards(infos, limit_bytes) or [[]]
 
 
-def _put_directory(store: Store, tensors: dict[str, torch.Tensor], shard_bytes: int, old: Iterable[str]) -> dict[str, int]:
-    shards = _shards(tensors, shard_bytes)
-    names = [shard_name("model", index, len(shards)) for index in range(len(shards))]
-    for name in sorted(old, key=lambda name: name != _INDEX):  # what leads to the shards goes before they do
+def _put_folders(
+    store: Store, tensors: dict[str, torch.Tensor], folders: Mapping[str, Any], shard_bytes: int, old: Iterable[str]
+) -> dict[str, int]:
+    """Writes the model as what ``folders`` say, by their names: one folder, or those of adapters and of their base."""
+    for folder, each in folders.items():
+        for name in (each["weights"], *each.get("files", {})):
+            if {"", ".", ".."} & {*f"{folder}{name}".split("/")}:  # a checkpoint must not lead out of the directory
+                raise Corrupt(f"{store.url}/{folder}{name}: not a name of a file")
+    for name in sorted(old, key=lambda name: not name.endswith(_INDEX)):  # what leads to the shards goes before they do
         store.delete(name)
     written: dict[str, int] = {}
+    names = {name: None if each.get("names") is None else json.loads(_text(each["names"])) for name, each in folders.items()}
     try:
-        for name, shard in zip(names, shards, strict=True):
-            written[name] = _put_shard(store, name, tensors, shard)
-        if len(shards) > 1:
-            places = {info.path: name for name, shard in zip(names, shards, strict=True) for info in shard}
-            total_bytes = sum(tensor.nbytes for tensor in tensors.values())
-            index = json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": places}, indent=1).encode()
-            written[_INDEX] = _put(store, _INDEX, lambda: [index], len(index))
+        for folder, each in folders.items():
+            for name, data in each.get("files", {}).items():
+                written[f"{folder}{name}"] = _put(store, f"{folder}{name}", lambda data=data: [_text(data)], data.numel())
+            called = names[folder]
+            own = tensors if called is None else {key: tensors[name] for key, name in called.items()}
+            limit_bytes = shard_bytes if each["weights"] == "model" else _UNBOUNDED_BYTES
+            _put_shards(store, folder, each["weights"], own, limit_bytes, written)
+        if any(called is not None for called in names.values()):
+            text = json.dumps({f"{folder}{folders[folder]['weights']}": called for folder, called in names.items()}).encode()
+            written[NAMES] = _put(store, NAMES, lambda: [text], len(text))
     except BaseException:
         for name in written:
             with contextlib.suppress(StoreError):  # what matters is the exception that is under way
                 store.delete(name)
         raise
     return written
+
+
+def _put_shards(
+    store: Store, folder: str, word: str, tensors: Mapping[str, torch.Tensor], limit_bytes: int, written: dict[str, int]
+) -> None:
+    shards = _shards(tensors, limit_bytes)
+    names = [shard_name(word, index, len(shards)) for index in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        written[f"{folder}{name}"] = _put_shard(store, f"{folder}{name}", tensors, shard)
+    if len(shards) > 1:
+        places = {info.path: name for name, shard in zip(names, shards, strict=True) for info in shard}
+        total_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        index = json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": places}, indent=1).encode()
+        written[f"{folder}{_INDEX}"] = _put(store, f"{folder}{_INDEX}", lambda: [index], len(index))
+
+
+def _folders(part: Any) -> Mapping[str, Any]:
+    """What a part of a checkpoint says of the folders that ``from_pretrained`` reads; empty where it is no such part."""
+    state = part.get("state") if isinstance(part, Mapping) else None
+    folders = state.get("pretrained") if isinstance(state, Mapping) else None
+    is_one = isinstance(folders, Mapping) and all(
+        isinstance(each, Mapping) and "weights" in each for each in folders.values()
+    )
+    return folders if is_one and folders is not None else {}
+
+
+def _text(data: torch.Tensor) -> bytes:
+    return data.numpy().tobytes()
 
 
 def _put_shard(store: Store, name: str, tensors: Mapping[str, torch.Tensor], shard: list[TensorInfo]) -> int:

@@ -29,6 +29,7 @@ from harness.errors import ConfigError, Corrupt, HarnessError, Mismatch, StoreEr
 from harness.storage.store import open_store
 
 DCP_METADATA = ".metadata"
+NAMES = "harness.json"  # in the folder of an adapter: what its weights, and its base model's, were called in the run
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch.save wrote first until it wrote zip archives
 _REFUSED = re.compile(r"GLOBAL (\S+)")  # in torch's message: the class or function that the pickle names
 _SAFE_FORM = "save tensors and plain values alone: torch.save(model.state_dict(), PATH)"
@@ -343,6 +344,28 @@ def read_directory(place: Place) -> tuple[Any, str]:
     return read_file(place.path(name), place.shown(name))[0], name
 
 
+def read_adapters(place: Place) -> tuple[Any, str]:
+    """The whole model of a folder that ``harness export`` has written: the base with its adapters, as the run had it."""
+    try:
+        called = json.loads(place.store.get(NAMES, MANIFEST_LIMIT_BYTES) or b"")
+        folders = {file.rpartition("/")[0]: (file, {**names}) for file, names in called.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise Corrupt(f"{place.shown(NAMES)}: expected JSON with the names of weights: {error}") from None
+    if "base" not in folders:
+        raise Mismatch(f"{place.url}: an adapter alone; expected its base model, too, in base/")
+    values: dict[str, Any] = {}
+    for file, names in folders.values():
+        shards = f"{file}.safetensors.index.json"
+        name = f"{file}.safetensors"
+        if not {name, shards} & place.files.keys():
+            raise Corrupt(f"{place.shown(name)}: missing; {NAMES} names it")
+        found = _read_indexed(place, shards) if shards in place.files else read_file(place.path(name), place.shown(name))[0]
+        if missing := names.keys() - found.keys():
+            raise Corrupt(f"{place.shown(name)}: expected {min(missing)} in it, as {NAMES} says, found it is not there")
+        values |= {names[key]: value for key, value in found.items() if key in names}
+    return values, f"an adapter and its base, {NAMES}"
+
+
 def _read_indexed(place: Place, index: str) -> dict[str, Any]:
     try:
         places = json.loads(place.store.get(index, MANIFEST_LIMIT_BYTES) or b"")["weight_map"]
@@ -352,7 +375,8 @@ def _read_indexed(place: Place, index: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Corrupt(f"{place.shown(index)}: expected JSON with a weight_map: {error}") from None
     values: dict[str, Any] = {}
-    for shard, expected in shards.items():
+    folder = index.rpartition("/")[0]
+    for shard, expected in {f"{folder}/{shard}".lstrip("/"): names for shard, names in shards.items()}.items():
         if shard not in place.files:  # nor can an index name a file elsewhere
             raise Corrupt(f"{place.shown(shard)}: missing; {index} names it")
         found, _ = read_file(place.path(shard), place.shown(shard))

@@ -69,6 +69,8 @@ def read_foreign(src: str, *, trust: bool = False, storage_options: Mapping[str,
             return _from_checkpoint(run, directory, Catalog(run).open(directory))
         elif files.DCP_METADATA in place.files:
             value, what = files.read_distributed(place, trust=trust), "torch.distributed.checkpoint"
+        elif files.NAMES in place.files:
+            value, what = files.read_adapters(place)
         else:
             value, what = files.read_directory(place)
         return _recognize(value, place.url, what)

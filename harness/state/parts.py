@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from harness.checkpoint import dtensors, tree
 from harness.checkpoint.format import check_part_name
@@ -100,6 +100,8 @@ def part_of(
         raise ConfigError(f"state: {name} ({type(each).__name__}) has no state_dict and load_state_dict; {advice}")
     if isinstance(each, torch.amp.GradScaler):
         return ScalerPart(name, each)
+    if type(each).__module__.startswith("torchdata.nodes."):
+        return NodesPart(name, each)
     return DataLoaderPart(name, each) if isinstance(each, DataLoader) else OtherPart(name, each)
 
 
@@ -441,7 +443,14 @@ class DataLoaderPart(OtherPart):
         self.epochs = Epochs(name, live)
 
     def capture(self) -> dict[str, Any]:
-        return {**super().capture(), "generators": self.epochs.state_dict()}
+        captured = super().capture()
+        if _has_lost_its_place(self.live.dataset, captured["state"]):
+            raise ConfigError(
+                f"{self.name}: {type(self.live.dataset).__name__} is iterable and has no state_dict and load_state_dict. "
+                "torchdata reads it again after a restart, and counts wrong after a second one. Give it both, or use "
+                "harness.integrations.position.Position around a DataLoader"
+            )
+        return {**captured, "generators": self.epochs.state_dict()}
 
     def check(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         if "generators" in saved:  # which earlier checkpoints do not have
@@ -452,6 +461,36 @@ class DataLoaderPart(OtherPart):
         if "generators" in saved:
             self.epochs.load_state_dict(saved["generators"])
         super().restore(saved, checkpoint)
+
+
+def _has_lost_its_place(dataset: Any, state: Any) -> bool:
+    """Whether the state of a torchdata loader, in an epoch, has nothing of an iterable data set, nor of its iterator."""
+    if not isinstance(dataset, IterableDataset) or hasattr(dataset, "state_dict") or not isinstance(state, Mapping):
+        return False
+    snapshot = state.get("_snapshot", {})
+    yielded = snapshot.get("_snapshot_step") if snapshot else state.get("_num_yielded")
+    workers = [*snapshot.get("_worker_snapshots", {}).values()] if snapshot else [state]
+    fetchers = [worker.get("fetcher_state") or {} for worker in workers]
+    known = [each.get("dataset_iter_state") for each in fetchers] + [worker.get("dataset_state") for worker in workers]
+    return bool(yielded) and not state.get("_iterator_finished") and all(each is None for each in known)
+
+
+class NodesPart(OtherPart):
+    """A ``Loader`` of torchdata's nodes, each rank its own.
+
+    Asked for its state before the first batch, it makes an iterator, and gives that one to the program, also where another
+    state was loaded meanwhile. So the iterator is made here, with the loaded state.
+    """
+
+    def __init__(self, name: str, live: Any) -> None:
+        super().__init__(name, live)
+        self.per_rank = True
+
+    def restore(self, saved: Mapping[str, Any], _checkpoint: Mapping[str, Any]) -> None:
+        self.live._iter_for_state_dict = False
+        self.live.load_state_dict(saved["state"])
+        iter(self.live)
+        self.live._iter_for_state_dict = True
 
 
 def _dims(value: Any) -> int:

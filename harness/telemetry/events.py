@@ -15,6 +15,7 @@ from harness.runtime import console
 from harness.runtime.console import LiveLine, here, number
 from harness.secrecy import scrubbed, without_secrets
 from harness.storage.store import Store, limited
+from harness.telemetry import trackers
 from harness.telemetry.dashboards import Prometheus, TensorBoard
 from harness.telemetry.journal import Journal
 
@@ -74,6 +75,8 @@ class EventLog:
             self._sinks.append(TensorBoard(_directory(metrics.tensorboard, url)))
         if metrics.prometheus is not None:
             self._sinks.append(Prometheus(metrics.prometheus))
+        if trackers.wanted(config):
+            self._sinks.append(trackers.Trackers(config, attempt))
         if store is not None and metrics.every_seconds is not None:
             # Two short tries: a save waits for it, and the lines that it does not take are put later.
             self._journal = Journal(limited(store, tries=2, deadline_seconds=5), attempt, metrics.every_seconds)

@@ -17,7 +17,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -122,17 +122,22 @@ class Records(dict[Attempt, list[Record]]):
     unreadable = 0
 
 
-def read_records(store: Store, only: Attempt | None = None) -> Records:
-    """What each attempt told (or one of them), in that order. Raises ``StoreError``."""
+def read_records(store: Store, only: Attempt | None = None, known: set[str] | None = None) -> Records:
+    """What each attempt told (or one of them), in that order. Segments in ``known`` are left out, and what is read is added.
+
+    Raises ``StoreError``.
+    """
     found: dict[Attempt, dict[bytes, None]] = {}
     records = Records()
     try:
-        for name, lines in _segments(store, only):
+        for name, lines in _segments(store, only, known or ()):
             attempt = Attempt(_attempt_of(name))
             # A put that failed may have landed, and its lines were put again.
             found.setdefault(attempt, {}).update(
                 dict.fromkeys(line[: LINE_LIMIT_BYTES + 1] for line in lines if line.strip())
             )
+            if known is not None:
+                known.add(name)
     except FileNotFoundError as error:
         raise StoreError(f"{store.url}: {DIRECTORY}/ was deleted while it was read ({error})", transient=True) from None
     for attempt in sorted(found):
@@ -142,10 +147,11 @@ def read_records(store: Store, only: Attempt | None = None) -> Records:
     return records
 
 
-def _segments(store: Store, only: Attempt | None) -> Iterator[tuple[str, Iterator[bytes]]]:
-    """Each segment's name and lines."""
+def _segments(store: Store, only: Attempt | None, known: Collection[str]) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """The name and the lines of each segment that is not known."""
     sizes = store.list(DIRECTORY)
-    names = sorted(name for name in sizes if (attempt := _attempt_of(name)) and (only is None or attempt == only.id))
+    attempts = {name: attempt for name in sizes.keys() - known if (attempt := _attempt_of(name))}
+    names = sorted(name for name, attempt in attempts.items() if only is None or attempt == only.id)
     ranges = [
         (name, start, min(SLICE_BYTES, sizes[name] - start))
         for name in names

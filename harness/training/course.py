@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,12 +12,20 @@ from harness.state.capture import State
 log = logging.getLogger(__name__)
 
 
+ENDLESS = sys.maxsize  # steps of a loop that somebody else ends
+
+
 @dataclass(frozen=True)
 class Length:
     """How long a loop is to be, by steps or by epochs."""
 
     steps: int | None = None
     epochs: int | None = None
+
+    @property
+    def known_steps(self) -> int | None:
+        """The number of all steps, where there is one."""
+        return None if self.steps is None or self.steps >= ENDLESS else self.steps
 
     def is_last_step(self, step: int) -> bool:
         """Whether no step comes after this one."""
@@ -61,7 +70,7 @@ class Course:
 
     def shown(self, step: int) -> str:
         """A step for people: ``12``, or ``12/100`` where the number of all is known."""
-        return str(step) if self.length.steps is None else f"{step}/{self.length.steps}"
+        return str(step) if self.length.known_steps is None else f"{step}/{self.length.known_steps}"
 
     def __str__(self) -> str:
         return f"step {self.shown(self._state.progress.step)}  epoch {self.epoch}"
@@ -86,7 +95,7 @@ class Course:
         self._epoch_before = self.epoch
         length = self.length
         by_epochs = length.epochs * len(self._loader) if length.epochs and self._loader is not None else None
-        return length.steps or by_epochs
+        return length.known_steps or by_epochs
 
     def is_over(self) -> bool:
         """Whether the loop is at its own end, or an earlier attempt has ended it early, for good."""

@@ -28,7 +28,7 @@ from harness.storage.urls import shown
 from harness.telemetry.events import EventLog
 from harness.training import attempt, observer, program
 from harness.training.attempt import Attempt
-from harness.training.course import Course, Length
+from harness.training.course import ENDLESS, Course, Length
 from harness.training.hangs import NoWatchdog, watching
 from harness.training.program_loop import ProgramLoop
 from harness.training.run_context import RunContext
@@ -141,9 +141,10 @@ class Run:
         with self._training(Length(epochs=total)):
             yield from self._loop.epochs()
 
-    def steps(self, total: int) -> Iterator[int]:
-        """Yields the numbers of the steps that remain to be trained, from 0; each must call ``step``. Saves at the end."""
-        with self._training(Length(steps=total)):
+    def steps(self, total: int | None) -> Iterator[int]:
+        """Yields the numbers of the steps that remain to be trained, from 0; each must call ``step``. Saves at the end.
+        None: until you leave the loop, and call ``finish``."""
+        with self._training(Length(steps=ENDLESS if total is None else total)):
             yield from self._loop.steps()
 
     def step(self, /, **metrics: Any) -> None:

@@ -37,6 +37,18 @@ def test_killed_in_the_middle_of_an_epoch(tmp_path, ranks):
     assert len(scores) == 1
 
 
+@pytest.mark.torchrun
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_two_optimizers_killed_in_the_middle_of_an_epoch(tmp_path, ranks):
+    """Manual optimization: three ranks are killed, one after the other."""
+    run(tmp_path / "straight", EXAMPLES / "lightning_gan.py", ranks=ranks)
+    run(tmp_path / "killed", EXAMPLES / "lightning_gan.py", ranks=ranks, kills=3)
+    straight, killed = end_of(tmp_path / "straight"), end_of(tmp_path / "killed")
+    assert killed["step"] == straight["step"] == 3 * -(-400 // (5 * ranks))
+    for name in ("module", "optimizer_0", "optimizer_1"):
+        assert killed["digests"][name] == straight["digests"][name], name
+
+
 class Points(Dataset):
     """Each point has noise of its own, drawn when it is read."""
 

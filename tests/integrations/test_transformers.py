@@ -29,11 +29,12 @@ def assert_alike(killed, straight):
     assert killed["step"] == straight["step"]
 
 
-def test_an_adapter_and_a_stream(tmp_path):
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_an_adapter_and_a_stream(tmp_path, ranks):
     """LoRA over a shuffled stream of ``datasets``, whose batches rank 0 reads for all, with tokens masked at random."""
     require("peft", "datasets")
-    run(tmp_path / "straight", EXAMPLES / "lora_stream.py", ranks=2)
-    run(tmp_path / "killed", EXAMPLES / "lora_stream.py", ranks=2, kills=3)
+    run(tmp_path / "straight", EXAMPLES / "lora_stream.py", ranks=ranks)
+    run(tmp_path / "killed", EXAMPLES / "lora_stream.py", ranks=ranks, kills=3)
     assert_alike(end_of(tmp_path / "killed"), end_of(tmp_path / "straight"))
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
+    IterableDataset,
     RandomSampler,
     Sampler,
     SubsetRandomSampler,
@@ -22,7 +23,7 @@ from torch.utils.data import (
 
 from harness import Loader, Run, StopRequest
 from harness.data.loaders import with_single_samples
-from harness.errors import Mismatch
+from harness.errors import ConfigError, Mismatch
 from harness.state.capture import State
 from harness.state.parts import TRAINING
 
@@ -284,3 +285,24 @@ def test_that_is_told_at_the_first_step(tmp_path, caplog):
         next(iter(loader))
         run.step()
     assert "on which a batch norm cannot train (norm): set drop_last (train.drop_last)" in caplog.text
+
+
+class Endless(IterableDataset):
+    """A stream without a position."""
+
+    def __iter__(self):
+        return iter(torch.arange(400.0))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_without_a_position_is_refused(tmp_path, workers):
+    """torchdata counts wrong after a second restart of such a one: it would go on with other samples, and say nothing."""
+    loader = stateful.StatefulDataLoader(Endless(), batch_size=4, num_workers=workers)
+    run = Run(str(tmp_path), {"model": nn.Linear(1, 1), "loader": loader}, every_steps=2, stop=StopRequest())
+    batches = iter(loader)
+    with pytest.raises(ConfigError, match="loader: Endless is iterable and has no state_dict"):
+        for _ in run.steps(5):
+            next(batches)
+            run.step()
+    run.close()

@@ -548,3 +548,20 @@ def test_what_save_refuses(tmp_path):
         harness.save(tmp_path, {"model": {"function": print}})
     with pytest.raises(NoCheckpoint):
         harness.load(tmp_path)
+
+
+def test_an_endless_course_shows_no_total(tmp_path, caplog):
+    """``run.steps(None)`` goes on until the loop is left; lines say the step alone."""
+    caplog.set_level("INFO", "harness")
+    model = nn.Linear(1, 1)
+    config = {"log": {"every_steps": 1}}
+    run = Run(str(tmp_path), {"model": model}, every_steps=2, config=config, stop=StopRequest())
+    for step in run.steps(None):
+        run.step()
+        if step == 3:
+            break
+    run.finish()
+    run.close()
+    assert "step 3  epoch 0" in caplog.text
+    assert "step 2  saved" in caplog.text
+    assert "/9223372036854775807" not in caplog.text
