@@ -40,6 +40,8 @@ class Frozen:
 
     def among(self, parts: Mapping[str, Encoded], is_frozen: IsFrozen) -> frozenset[Key]:
         """The tensors that get shards of their own. Each rank's part of a sharded one is never among them."""
+        if is_frozen is nothing_is_frozen:
+            return frozenset()
         sizes = {
             (name, path): tensor.nbytes
             for name, part in parts.items()

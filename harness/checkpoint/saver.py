@@ -103,6 +103,12 @@ class _Order:
         return Saved(self.request.step, *committed, seconds, blocked_seconds, retries)
 
 
+_CHANGES_ELSEWHERE = (
+    "%s changed outside of optimizer.step(): from now on each save copies everything at the step boundary, which takes "
+    "longer. No checkpoint is wrong. Set checkpoint.overlap to false to avoid this message"
+)
+
+
 class _Housekeeper:
     """Deletes, around a commit, what is not to be kept and what is no checkpoint. Where that fails, the commit stands."""
 
@@ -168,10 +174,12 @@ class Saver:
     _directories: int = 0  # that were named
     _changes_elsewhere: bool = False  # what is copied beside the training
     _plan: SavePlan | None = None  # of the save before
-    _frozen: Frozen | None = None  # made where anything may be
     _under_way: "_Writing | None" = None
     _worker: Worker = field(default_factory=lambda: Worker(_THREAD))
     _housekeeper: _Housekeeper = field(default_factory=_Housekeeper)
+
+    def __post_init__(self) -> None:
+        self._frozen = Frozen(self.catalog, self.lineage)
 
     def new_directory(self, step: int) -> str:
         """A name for the directory of a save: the first writer chooses it, and all write there."""
@@ -250,10 +258,7 @@ class Saver:
         self._under_way.blocked_seconds = time.monotonic() - began
 
     def _planned(self, encoded: Mapping[str, Encoded], request: SaveRequest) -> SavePlan:
-        frozen = frozenset[Key]()
-        if self.writers.is_first and request.is_frozen is not nothing_is_frozen:
-            self._frozen = self._frozen or Frozen(self.catalog, self.lineage)
-            frozen = self._frozen.among(encoded, request.is_frozen)
+        frozen = self._frozen.among(encoded, request.is_frozen) if self.writers.is_first else frozenset[Key]()
         return planned(self._plan, encoded, self.shard_bytes, self.writers, request.is_steady, request.sharding, frozen)
 
     def fence(self) -> None:
@@ -265,11 +270,7 @@ class Saver:
     def _copy_at_once(self, torn: Torn) -> None:
         """From here on all is copied at the step boundary. Says so, once."""
         if not self._changes_elsewhere:
-            log.warning(
-                "%s changed outside of optimizer.step(): from now on each save copies everything at the step boundary, "
-                "which takes longer. No checkpoint is wrong. Set checkpoint.overlap to false to avoid this message",
-                torn,
-            )
+            log.warning(_CHANGES_ELSEWHERE, torn)
         self._changes_elsewhere = True
 
     @property
@@ -320,9 +321,8 @@ class Saver:
 
     def _order(self, request: SaveRequest) -> _Order:
         assert request.directory or self.writers.is_first, "the first writer says where"
-        latest = time.monotonic() + self.writers.patience_seconds
         request = replace(request, directory=request.directory or self.new_directory(request.step))
-        return _Order(request, latest, self.catalog.store)
+        return _Order(request, time.monotonic() + self.writers.patience_seconds, self.catalog.store)
 
     def _write(
         self,
@@ -337,8 +337,7 @@ class Saver:
         store, request, directory = self.catalog.store, order.request, order.request.directory
 
         def write_share() -> Receipt:
-            has_frozen = any(content.shard.is_frozen for content in contents)
-            shared = self._frozen.there() if self._frozen is not None and has_frozen else None
+            shared = self._frozen.there() if any(content.shard.is_frozen for content in contents) else None
             receipt = commit.write_share(store, directory, plan, contents, self.streams, shared)
             confirm()
             if order.expected is not None:
@@ -359,8 +358,7 @@ class Saver:
                 header = commit.Header(request.step, self.attempt, self.lineage, request.meta)
                 manifest = commit.publish(store, directory, plan, parts, receipts, header, order.expected)
             self.catalog.add(directory, manifest)
-            if self._frozen is not None:
-                self._frozen.committed(directory, manifest, plan, receipt)
+            self._frozen.committed(directory, manifest, plan, receipt)
             if owner is not None:
                 self._housekeeper.tidy(pruner, owner, self.retention, request.best_step)
             return directory, manifest.bytes - manifest.shared_bytes

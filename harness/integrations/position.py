@@ -113,12 +113,6 @@ class Position:
         self.end_epoch()
         self.set_epoch(epoch + 1)
 
-    def _begin_again(self) -> None:
-        """Sets the generators to the beginning of the epoch."""
-        harness.restore_random_state(self._began["process"], _CPU)
-        for name, each in self._generators().items():
-            each.set_state(self._began[name])
-
     def _is_read_in_order(self) -> bool:
         loader = self.loader
         is_plain = not isinstance(loader.dataset, IterableDataset) and loader.num_workers == 0
@@ -128,7 +122,7 @@ class Position:
         loader, skipped = self.loader, self.batches
         kept = harness.random_state(_CPU)
         if skipped:
-            self._begin_again()
+            _set(self._generators(), self._began)
         self._begin()
         try:
             order = iter(loader.batch_sampler)
@@ -154,7 +148,7 @@ class Position:
         stream, skipped = _Stream(self._began["process"]), self.batches
         with stream.drawn_from():
             if skipped:
-                self._begin_again()
+                _set(self._generators(), self._began)
             self.set_epoch(self.epoch)
             batches = iter(self.loader)
         index = 0
@@ -166,6 +160,13 @@ class Position:
             index += 1
             if index > skipped:
                 yield batch
+
+
+def _set(generators: Mapping[str, torch.Generator], states: Mapping[str, Any]) -> None:
+    """Sets them, and the process's own, to the states of an epoch's beginning."""
+    harness.restore_random_state(states["process"], _CPU)
+    for name, each in generators.items():
+        each.set_state(states[name])
 
 
 class _Rest:

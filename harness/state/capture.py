@@ -5,7 +5,7 @@ consumed, and what is live must be filled.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from harness.state.ddp_buckets import bucket_orders
 from harness.state.edits import Edits
 from harness.state.modules import listed, module_versions
 from harness.state.optimizers import plain_optimizer
-from harness.state.parts import RANDOM, TRAINING, DataLoaderPart, ModulePart, Progress, SchedulerPart, part_of
+from harness.state.parts import RANDOM, TRAINING, DataLoaderPart, ModulePart, Part, Progress, SchedulerPart, part_of
 from harness.state.saved_names import SavedNames
 from harness.state.sharded import ShardedState
 
@@ -129,24 +129,15 @@ class State:
             found = [*tensors_in([parameters, *optimizer.state.values()])]
             places |= {tensor.data_ptr() for tensor in found if not dtensors.is_sharded(tensor)}
             places |= {address for tensor in found if dtensors.is_sharded(tensor) if (address := address_of(tensor))}
-        places -= self._renormed()
+        places -= _renormed(self.modules.values())
         return lambda tensor: address_of(tensor) in places
 
     def untrained(self) -> list[torch.Tensor]:
         """The parameters that no optimizer trains now. Sharded ones are left out, and those that a forward pass changes."""
-        is_steady, renormed = self.is_steady(), self._renormed()
+        is_steady, renormed = self.is_steady(), _renormed(self.modules.values())
         parameters = (each for model in self.modules.values() for each in model.parameters())
         found = (each for each in parameters if each.numel() and not dtensors.is_sharded(each) and not is_steady(each))
         return [each for each in found if address_of(each) not in renormed]
-
-    def _renormed(self) -> set[int]:
-        """Where those weights are that a forward pass changes."""
-        return {
-            address_of(module.weight)
-            for model in self.modules.values()
-            for module in model.modules()
-            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
-        }
 
     # --- comparing ---
 
@@ -223,7 +214,10 @@ class State:
             raise problem
         training = parts[TRAINING]
         self.edits.compare(saved, training)
-        self._settle(training["gradient_order"])  # before the rest: what a hook remembers of it is overwritten
+        orders, restored = training["gradient_order"], _restored(self._parts.values())
+        for name, gradients in self.gradients.items():  # before the rest: what a hook remembers of it is overwritten
+            if why := gradients.settle(list(orders.get(name, [])), restored):
+                self._warn(f"{name}: with three ranks or more the next step may differ in its last bits: {why}")
         for part in sorted(self._parts.values(), key=lambda part: part.restored):
             part.restore(checked[part.name], saved)
         self.edits.reset()
@@ -254,15 +248,6 @@ class State:
             found[name] = saved[str(rank)] if part.per_rank else saved
         return found
 
-    def _settle(self, orders: Mapping[str, Any]) -> None:
-        lives = [part.live for part in self._parts.values()]
-        restored = {id(live) for live in lives}
-        # What a module has as an attribute is not in its state_dict(); with other objects, it is what they are there for.
-        restored |= {id(value) for live in lives if not isinstance(live, nn.Module) for value in attributes(live).values()}
-        for name, gradients in self.gradients.items():
-            if why := gradients.settle(list(orders.get(name, [])), restored):
-                self._warn(f"{name}: with three ranks or more the next step may differ in its last bits: {why}")
-
     def restore_random(self) -> None:
         """Sets the generators to what a checkpoint has, once: whatever a program draws before its loop does not count."""
         states, self.random_to_restore = self.random_to_restore, {}
@@ -286,6 +271,24 @@ class State:
 
 
 _OUR_OWN = (TRAINING, RANDOM)
+
+
+def _restored(parts: Iterable[Part]) -> set[int]:
+    """The objects that a restore changes, by id."""
+    lives = [part.live for part in parts]
+    # What a module has as an attribute is not in its state_dict(); with other objects, it is what they are there for.
+    others = (value for live in lives if not isinstance(live, nn.Module) for value in attributes(live).values())
+    return {id(each) for each in (*lives, *others)}
+
+
+def _renormed(models: Iterable[nn.Module]) -> set[int]:
+    """Where those weights are that a forward pass changes."""
+    return {
+        address_of(module.weight)
+        for model in models
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+    }
 
 
 def _say_nothing(_message: str) -> None:

@@ -102,8 +102,9 @@ class Attempt:
         self.events.flush()
 
     def stopped(self, step: int, reason: str) -> Stopped:
-        """What ends the program after a stop, at a step that has been saved if the run has a URL."""
+        """What ends the program after a stop, at a step that was saved if the run has a URL. ``reason`` is this rank's."""
         self.saves.keeper.forget()
+        reason = outcome.stop_reason() or reason or "on another rank"
         self.events.emit("stop", "", step=step, reason=reason)  # how the program ends is logged when it does
         saved = "which is saved" if self.next is not None else "and nothing is saved: there is no checkpoint.url"
         return Stopped(f"asked to stop ({reason}) at step {step}, {saved}")

@@ -3,8 +3,10 @@
 import functools
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+import torch
 
 import harness
 from harness import torch_private
@@ -162,16 +164,6 @@ class Checkpointing(Saves):
         elif self._is_writer:
             share()
 
-    def _is_frozen(self, is_steady: IsSteady) -> IsFrozen:
-        """Tells the parameters that nothing has trained or changed since this attempt began. What writes past the version
-        counters, the saver finds."""
-        places = {
-            place
-            for each, place, version in self._untrained
-            if (address_of(each), torch_private.version(each)) == (place, version) and not is_steady(each)
-        }
-        return (lambda tensor: address_of(tensor) in places) if places else nothing_is_frozen
-
     def _choose_directory(self, *, must_succeed: bool) -> str | None:
         """Where to save, as rank 0 says to all that need to know; None where this rank does not, or where the save before is
         still being written, and is not to be waited for."""
@@ -216,13 +208,25 @@ class Checkpointing(Saves):
             "harness": harness.__version__,
         }
         is_steady = self._state.is_steady()
-        request = SaveRequest(progress.step, whole, best, directory, is_steady, sharding, self._is_frozen(is_steady))
+        frozen = _is_frozen(self._untrained, is_steady)
+        request = SaveRequest(progress.step, whole, best, directory, is_steady, sharding, frozen)
         self._log.begun(progress.step)
         observer.current.saving(directory)
         if must_succeed or checkpoint.mode == "sync":
             self._log.committed(saver.save(parts, request, must_succeed=must_succeed))
         else:
             saver.begin(parts, request, overlap=checkpoint.overlap, check=checkpoint.check_snapshots)
+
+
+def _is_frozen(untrained: Iterable[tuple[torch.Tensor, int, int]], is_steady: IsSteady) -> IsFrozen:
+    """Tells those parameters that nothing has trained or changed since this attempt began: each with its address and version
+    then. What writes past the version counters, the saver finds."""
+    places = {
+        place
+        for each, place, version in untrained
+        if (address_of(each), torch_private.version(each)) == (place, version) and not is_steady(each)
+    }
+    return (lambda tensor: address_of(tensor) in places) if places else nothing_is_frozen
 
 
 def _on_writers(world: World, is_writer: bool, function: Callable[[], None]) -> None:

@@ -236,8 +236,7 @@ class Run:
         self._attempt.saves.save(self._loop.describe_save, must_succeed=due is Due.STOP)
         if due is Due.STOP:
             self._decisions.finish()
-            reason = outcome.stop_reason() or self.stop.reason or "on another rank"
-            self._host.end(self, self._attempt.stopped(self.global_step, reason))
+            self._host.end(self, self._attempt.stopped(self.global_step, self.stop.reason))
 
 
 def settings_of(
