@@ -1,7 +1,7 @@
 """Takes what a rank has kept on its machine to the run's URL, where nobody on this machine will go on. No torch.
 
-A kept state is a checkpoint already. So it is copied as it lies, its manifest last, under the rules of every save: whoever
-looks at the URL meanwhile sees an unfinished save, and afterwards a checkpoint. A restore verifies its bytes.
+A kept state is a checkpoint already. So it is copied as it lies, its manifest last, under the rules of every save: a reader
+of the URL sees an unfinished save, and afterwards a checkpoint. A restore verifies its bytes.
 """
 
 import functools

@@ -336,7 +336,7 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run of MLflow, which has the name of ours in a tag; a later attempt continues it."""
+    """A run of MLflow, which has the name of the harness run in a tag; a later attempt continues it."""
 
     def __init__(self, options: Mapping[str, Any], name: str) -> None:
         from mlflow import MlflowClient  # noqa: PLC0415  # an extra
