@@ -41,7 +41,8 @@ from harness.telemetry.journal import OPENINGS, Record, opening_of, read_records
 _NAME = "harness.telemetry.trackers"  # also where it is run as a program
 log = logging.getLogger(_NAME)
 
-_LEAVE_SECONDS = 10.0  # for the end of the curves, when the process is about to end
+_LEAVE_SECONDS = 10.0  # for the end of the curves, when the process is about to end,
+_DONE_SECONDS = 30.0  # and when the run is done: nobody starts it again
 _TAKE_OVER_SECONDS = 20.0  # for the process of an attempt that has died, which is ending
 _LOOK_SECONDS = 0.5
 _BATCH = 500  # MLflow takes up to 1,000 values at once
@@ -71,6 +72,7 @@ class Trackers:
         self._config, self._attempt = config, attempt
         self._line: Sequence[tuple[str, int | None]] = ()
         self._until, self._is_over = 0, False
+        self._leave_seconds = _LEAVE_SECONDS
         self._process: subprocess.Popen[bytes] | None = None
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -83,6 +85,8 @@ class Trackers:
             self._thread.start()
         elif record["event"] not in ("save", "done"):
             return
+        if record["event"] == "done":
+            self._leave_seconds = _DONE_SECONDS
         self._until = record["step"]
         self._wake.set()
 
@@ -92,12 +96,12 @@ class Trackers:
             return
         self._is_over = True
         self._wake.set()
-        self._thread.join(_LEAVE_SECONDS)
+        self._thread.join(self._leave_seconds)
         if (process := self._process) is not None and process.poll() is None:
             process.kill()
             log.warning(
                 "the tracker did not take the end of the curves within %g s; the next start of this run sends it",
-                _LEAVE_SECONDS,
+                self._leave_seconds,
             )
 
     def _work(self) -> None:
