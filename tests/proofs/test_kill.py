@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -28,6 +29,7 @@ from tests.support.cluster import (
     held,
     hold,
     launch,
+    newest,
     read_json,
     release,
     train_undisturbed,
@@ -73,6 +75,22 @@ def build(place: str = ".", hold_at: int | None = None, alone: bool = False) -> 
         return F.mse_loss(model(x), y)
 
     return Task(model, Noisy(), optimizer, loss, scheduler)
+
+
+class Formula(Dataset):
+    """A million million samples, each a function of its number."""
+
+    def __len__(self) -> int:
+        return 10**12
+
+    def __getitem__(self, index: int):
+        x = torch.tensor([index % (97 + 2 * each) for each in range(32)], dtype=torch.float32) / 100
+        return x, x.sum().unsqueeze(0)
+
+
+def build_without_end(**args) -> Task:
+    """The same model, for an epoch that nobody will see the end of."""
+    return replace(build(**args), dataset=Formula())
 
 
 def config(url: str, *, steps: int = STEPS, every: int = EVERY, workers: int = 0, keep: str | None = None, **args) -> dict:
@@ -250,6 +268,25 @@ def test_a_storm_that_survivors_see_through(tmp_path, ranks, kills, workers):
     assert sum(each <= 0 for each in lost) >= 0.9 * kills
     assert max(lost) <= 20, "a checkpoint was made in between"
     assert digests(str(directory / "run")) == digests(str(tmp_path / "straight" / "run"))
+
+
+@pytest.mark.soak
+@pytest.mark.torchrun
+def test_a_data_set_of_a_million_million_samples(tmp_path):
+    """Trained, killed twice and resumed in seconds, with the same samples and bits: the order is computed, not stored."""
+    command = {**config("run", place=".", steps=60, workers=2), "task": f"{__file__}:build_without_end"}
+    train_undisturbed(tmp_path / "straight", command, ranks=2)
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "slow").touch()
+    with launch(tmp_path / "killed", command, ranks=2, max_restarts=2) as run:
+        for attempt, step in ((1, 10), (2, 25)):
+            run.wait_for("save", step=step, attempt=attempt)
+            run.kill_rank(attempt % 2)
+        (tmp_path / "killed" / "slow").unlink()
+        run.succeed()
+        assert len(run.events("resume")) == 2
+    assert digests(str(tmp_path / "killed" / "run")) == digests(str(tmp_path / "straight" / "run"))
+    assert newest(tmp_path / "killed" / "run")["parts"]["loader"] == newest(tmp_path / "straight" / "run")["parts"]["loader"]
 
 
 # --- at random moments -----------------------------------------------------------------------------------------------

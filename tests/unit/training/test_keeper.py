@@ -1,6 +1,6 @@
 """What a rank keeps on its way out, and when that counts: in the test process, where an error stands for a peer's death.
 
-Real ranks are killed in ``tests/proofs/test_keep.py``.
+Real ranks are killed in ``tests/proofs/test_kill.py``.
 """
 
 import contextlib
