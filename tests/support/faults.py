@@ -640,7 +640,7 @@ class Objects(Store):
     def list(self, prefix: str = "", **how: Any) -> dict[str, int]:
         self.before("list", prefix)
         start = f"{prefix}/" if prefix else ""
-        return {name: len(data) for name, data in self.objects.items() if name.startswith(start)}
+        return {name: len(data) for name, data in list(self.objects.items()) if name.startswith(start)}
 
     def stat(self, name: str) -> int | None:
         self.before("stat", name)
