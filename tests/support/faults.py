@@ -635,7 +635,9 @@ class Objects(Store):
     def names(self, directory: str = "", *, beginning: str = "") -> list[str]:
         self.before("list", directory)
         start = f"{directory}/" if directory else ""
-        return [*{name.removeprefix(start).partition("/")[0] for name in self.objects if name.startswith(start + beginning)}]
+        return [
+            *{name.removeprefix(start).partition("/")[0] for name in [*self.objects] if name.startswith(start + beginning)}
+        ]
 
     def list(self, prefix: str = "", **how: Any) -> dict[str, int]:
         self.before("list", prefix)
@@ -695,15 +697,15 @@ class Bucket(fsspec.AbstractFileSystem):
     def info(self, path: str, **options: Any) -> dict[str, Any]:
         if path in self.objects:
             return {"name": path, "size": len(self.objects[path]), "type": "file"}
-        if any(name.startswith(f"{path}/") for name in self.objects):
+        if any(name.startswith(f"{path}/") for name in [*self.objects]):
             return {"name": path, "size": 0, "type": "directory"}
         raise FileNotFoundError(path)
 
     def ls(self, path: str, detail: bool = True, **options: Any) -> list[Any]:
         start = f"{path}/"
-        if not any(name.startswith(start) for name in self.objects):
+        if not any(name.startswith(start) for name in [*self.objects]):
             raise FileNotFoundError(path)
-        children = {start + name.removeprefix(start).partition("/")[0] for name in self.objects if name.startswith(start)}
+        children = {start + name.removeprefix(start).partition("/")[0] for name in [*self.objects] if name.startswith(start)}
         return [self.info(child) if detail else child for child in sorted(children)]
 
     def rm_file(self, path: str) -> None:
