@@ -51,7 +51,7 @@ from harness.checkpoint.relay import Peers, Relay
 from harness.checkpoint.scatter import Partners, scattered
 from harness.errors import CheckpointError, Corrupt
 from harness.runtime.gc_pause import without_collections
-from harness.runtime.threads import InTurn, in_order, threads_for
+from harness.runtime.threads import InTurn, side_by_side, threads_for
 from harness.storage.filesystem import joined
 from harness.storage.store import Store
 
@@ -316,9 +316,7 @@ class _Reader:
             self.fill(numbered[1])
             hashing.bring(*numbered)
 
-        stretches = enumerate(self.stretches(start, sources, own))
-        for _ in in_order(self.threads, read, stretches, ahead=2 * self.threads):
-            pass
+        side_by_side(self.threads, read, enumerate(self.stretches(start, sources, own)))
         if self.read_at(self.size_bytes, memoryview(bytearray(1))):
             raise Corrupt(f"expected {self.size_bytes} bytes, found more")
         if (found := f"{self.algorithm}:{self.whole.hexdigest()}") != self.expected:

@@ -123,6 +123,38 @@ def in_threads(count: int, function: Callable[[Item], T], items: Iterable[Item])
     return list(in_order(count, function, items))
 
 
+def side_by_side(count: int, function: Callable[[Item], object], items: Iterable[Item]) -> None:
+    """Calls a function on each item in several threads, of which the caller's is one. After an error it begins no further
+    item, waits for those that are under way, and raises it.
+
+    Each thread takes its next item itself, and one thread less is started than work. To hand each item over, and to wait
+    for it, would add a quarter to the time of a restore of 100 MB.
+    """
+    rest, lock = iter(items), threading.Lock()
+    failures: list[BaseException] = []
+
+    def next_item() -> Item | None:
+        with lock:
+            return None if failures else next(rest, None)
+
+    def take() -> None:
+        try:
+            while (item := next_item()) is not None:
+                function(item)
+        except BaseException as error:  # handed to the caller, whatever it is
+            failures.append(error)
+
+    others = [Background(take) for _ in range(count - 1)]
+    take()
+    for other in others:
+        other.join()
+    try:
+        if failures:
+            raise failures[0]
+    finally:
+        failures.clear()  # with this frame it would be a circle, and keep what the calls held until the next collection
+
+
 def in_order(
     count: int,
     function: Callable[[Item], T],

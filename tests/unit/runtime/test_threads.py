@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 
-from harness.runtime.threads import InTurn, Worker, in_order
+from harness.runtime.threads import InTurn, Worker, in_order, side_by_side
 
 
 def test_a_worker_makes_one_call_after_the_other():
@@ -164,6 +164,40 @@ def test_who_asks_for_no_more_leaves_no_thread_behind():
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
+def test_side_by_side_each_item_is_taken_once(count):
+    """The caller takes its part."""
+    taken: list[tuple[int, str]] = []
+
+    def take(number: int) -> None:
+        time.sleep(0.002)
+        taken.append((number, threading.current_thread().name))
+
+    side_by_side(count, take, range(60))
+    assert sorted(number for number, _ in taken) == [*range(60)]
+    assert len({name for _, name in taken}) <= count
+    assert threading.current_thread().name in {name for _, name in taken}
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_side_by_side_nothing_is_begun_after_an_error(failing):
+    """Whichever thread has it; what is under way is waited for, since it may write into memory of the caller's."""
+    begun, ended, all_begun = [], [], threading.Barrier(2, timeout=30)
+
+    def call(number: int) -> None:
+        begun.append(number)
+        all_begun.wait()
+        if number == failing:
+            raise ZeroDivisionError
+        time.sleep(0.2)
+        ended.append(number)
+
+    with pytest.raises(ZeroDivisionError):
+        side_by_side(2, call, range(20))
+    assert sorted(begun) == [0, 1]
+    assert ended == [1 - failing]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
 def test_in_turn_items_are_taken_in_order_one_at_a_time(count):
     """Whichever thread is ahead: what is early is kept, and none is lost when all are there."""
     taken, at_it = [], []
@@ -193,7 +227,10 @@ def test_who_is_early_does_not_wait_for_its_turn():
     assert taken == ["first", "second"]
 
 
-def test_what_the_calls_of_one_that_failed_held_is_free_at_once():
+@pytest.mark.parametrize(
+    "calls", [lambda call: list(in_order(2, call, range(10), ahead=4)), lambda call: side_by_side(2, call, range(10))]
+)
+def test_what_the_calls_of_one_that_failed_held_is_free_at_once(calls):
     """A corrupt checkpoint may be as large as the next one that is tried: it does not wait for the garbage collector."""
 
     class Memory:
@@ -207,7 +244,7 @@ def test_what_the_calls_of_one_that_failed_held_is_free_at_once():
                 raise ZeroDivisionError
 
         with pytest.raises(ZeroDivisionError):
-            list(in_order(2, begin, range(10), ahead=4))
+            calls(begin)
         return weakref.ref(held)
 
     gc.disable()
