@@ -54,7 +54,7 @@ check: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
-	$(BIN)/python -m pymarkdown --add-plugin docs/hooks/prose_rule.py scan -r README.md CONTRIBUTING.md SECURITY.md docs
+	$(BIN)/python -m pymarkdown --add-plugin docs/hooks/prose_rule.py scan -r CHANGELOG.md CONTRIBUTING.md README.md SECURITY.md benchmarks docs tests
 
 # A broken link, or a missing anchor, is an error. The search needs a server, if only python -m http.server.
 docs: $(VENV)/docs-ready

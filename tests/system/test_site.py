@@ -235,6 +235,21 @@ def test_the_rule_of_prose_finds_what_it_should(tmp_path):
     assert [line[:8] for line in found] == ["26 words", "26 words", "'whoever"], done.stdout + done.stderr
 
 
+def test_make_check_scans_every_page():
+    """A check that finds no pages finds no faults."""
+    if importlib.util.find_spec("pymarkdown") is None:
+        pytest.skip("pymarkdown is not installed: pip install pymarkdownlnt")
+    recipe = next(line for line in (REPOSITORY / "Makefile").read_text().splitlines() if "pymarkdown" in line)
+    command = [sys.executable, "-m", "pymarkdown", "scan", "--list-files", *recipe.partition(" scan ")[2].split()]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    scanned = {Path(line).resolve() for line in done.stdout.splitlines()}
+    places = [
+        *REPOSITORY.glob("*.md"),
+        *(page for each in ("benchmarks", "docs", "tests") for page in (REPOSITORY / each).rglob("*.md")),
+    ]
+    assert {page.resolve() for page in places} - scanned == set(), done.stderr
+
+
 def test_the_readme_is_one_screen():
     """What is longer belongs into the site."""
     text = (REPOSITORY / "README.md").read_bytes()
