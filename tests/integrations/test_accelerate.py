@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, Dataset
 import harness
 from harness.errors import ConfigError, Stopped
 from tests.support.cluster import newest
-from tests.support.integrations import EXAMPLES, LIBRARIES, end_of, require, run
+from tests.support.integrations import EXAMPLES, LIBRARIES, killed_thrice, require
 
 
 @pytest.fixture(autouse=True)
@@ -21,13 +21,10 @@ def _installed(monkeypatch):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_killed_in_the_middle_of_an_epoch(tmp_path, ranks):
     """Three ranks are killed, one after the other; gradients are accumulated, also over the last batches of an epoch."""
-    run(tmp_path / "straight", EXAMPLES / "accelerated.py", ranks=ranks)
-    run(tmp_path / "killed", EXAMPLES / "accelerated.py", ranks=ranks, kills=3)
-    straight, killed = end_of(tmp_path / "straight"), end_of(tmp_path / "killed")
+    alike = ("model", "optimizer", "scheduler")
+    straight, _ = killed_thrice(tmp_path, EXAMPLES / "accelerated.py", ranks, alike=alike)
     per_epoch = -(-600 // (4 * ranks))
-    assert killed["step"] == straight["step"] == 4 * -(-per_epoch // 4)
-    for name in ("model", "optimizer", "scheduler"):
-        assert killed["digests"][name] == straight["digests"][name], name
+    assert straight["step"] == 4 * -(-per_epoch // 4)
 
 
 class Points(Dataset):

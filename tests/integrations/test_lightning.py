@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 import harness
 from harness.errors import ConfigError, Stopped
 from tests.support.cluster import newest
-from tests.support.integrations import EXAMPLES, LIBRARIES, end_of, require, run
+from tests.support.integrations import EXAMPLES, LIBRARIES, killed_thrice, require
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -26,13 +26,8 @@ def _installed(monkeypatch, tmp_path):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_killed_in_the_middle_of_an_epoch(tmp_path, ranks):
     """Three ranks are killed, one after the other."""
-    run(tmp_path / "straight", EXAMPLES / "lightning_rings.py", ranks=ranks)
-    run(tmp_path / "killed", EXAMPLES / "lightning_rings.py", ranks=ranks, kills=3)
-    straight, killed = end_of(tmp_path / "straight"), end_of(tmp_path / "killed")
-    assert killed["step"] == straight["step"]
-    for name in ("module", "optimizer", "scheduler"):
-        assert killed["digests"][name] == straight["digests"][name], name
-    best = [end["parts"]["loops"]["state"]["callbacks"] for end in (straight, killed)]
+    ends = killed_thrice(tmp_path, EXAMPLES / "lightning_rings.py", ranks, alike=("module", "optimizer", "scheduler"))
+    best = [end["parts"]["loops"]["state"]["callbacks"] for end in ends]
     (scores,) = ({float(value["best_model_score"]) for each in best for value in each.values()},)
     assert len(scores) == 1
 
@@ -41,12 +36,9 @@ def test_killed_in_the_middle_of_an_epoch(tmp_path, ranks):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_two_optimizers_killed_in_the_middle_of_an_epoch(tmp_path, ranks):
     """Manual optimization: three ranks are killed, one after the other."""
-    run(tmp_path / "straight", EXAMPLES / "lightning_gan.py", ranks=ranks)
-    run(tmp_path / "killed", EXAMPLES / "lightning_gan.py", ranks=ranks, kills=3)
-    straight, killed = end_of(tmp_path / "straight"), end_of(tmp_path / "killed")
-    assert killed["step"] == straight["step"] == 3 * -(-400 // (5 * ranks))
-    for name in ("module", "optimizer_0", "optimizer_1"):
-        assert killed["digests"][name] == straight["digests"][name], name
+    alike = ("module", "optimizer_0", "optimizer_1")
+    straight, _ = killed_thrice(tmp_path, EXAMPLES / "lightning_gan.py", ranks, alike=alike)
+    assert straight["step"] == 3 * -(-400 // (5 * ranks))
 
 
 class Points(Dataset):

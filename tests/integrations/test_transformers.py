@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from tests.support.integrations import EXAMPLES, end_of, require, run
+from tests.support.integrations import EXAMPLES, killed_thrice, require
 
 pytestmark = pytest.mark.torchrun
+PARTS = ("model", "optimizer", "scheduler")  # weights and moments, bit for bit; the history is compared apart
 TIMES = ("_runtime", "_per_second")
 
 
@@ -21,28 +22,17 @@ def log_of(end):
     return [{key: value for key, value in line.items() if not key.endswith(TIMES)} for line in history]
 
 
-def assert_alike(killed, straight):
-    """The same weights and moments, schedule and trainer's state, bit for bit, and the same history."""
-    assert log_of(killed) == log_of(straight)
-    for name in ("model", "optimizer", "scheduler"):
-        assert killed["digests"][name] == straight["digests"][name], name
-    assert killed["step"] == straight["step"]
-
-
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_an_adapter_and_a_stream(tmp_path, ranks):
     """LoRA over a shuffled stream of ``datasets``, whose batches rank 0 reads for all, with tokens masked at random."""
     require("peft", "datasets")
-    run(tmp_path / "straight", EXAMPLES / "lora_stream.py", ranks=ranks)
-    run(tmp_path / "killed", EXAMPLES / "lora_stream.py", ranks=ranks, kills=3)
-    assert_alike(end_of(tmp_path / "killed"), end_of(tmp_path / "straight"))
+    straight, killed = killed_thrice(tmp_path, EXAMPLES / "lora_stream.py", ranks, alike=PARTS)
+    assert log_of(killed) == log_of(straight)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_killed_in_the_middle_of_an_epoch(tmp_path, ranks):
     """Three ranks are killed, one after the other; they die between two lines of the log, which is the same, too."""
-    run(tmp_path / "straight", EXAMPLES / "trainer.py", ranks=ranks)
-    run(tmp_path / "killed", EXAMPLES / "trainer.py", ranks=ranks, kills=3)
-    straight = end_of(tmp_path / "straight")
+    straight, killed = killed_thrice(tmp_path, EXAMPLES / "trainer.py", ranks, alike=PARTS)
     assert len(log_of(straight)) > 10
-    assert_alike(end_of(tmp_path / "killed"), straight)
+    assert log_of(killed) == log_of(straight)

@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ LIBRARIES = (
     str(Path(folder).absolute()) if (folder := os.environ.get("INTEGRATION_LIBRARIES")) else ""
 )  # where `make test-integrations` has installed them
 PATIENCE_SECONDS = 400.0  # importing these libraries takes long on a busy machine
+
+
+End = Mapping[str, Any]
 
 
 def require(*names: str) -> None:
@@ -48,7 +51,19 @@ def run(directory: Path, script: Path, *arguments: str, ranks: int, kills: int =
     return output
 
 
-def end_of(directory: Path) -> Mapping[str, Any]:
+def killed_thrice(directory: Path, script: Path, ranks: int, *, alike: Sequence[str]) -> tuple[End, End]:
+    """The ends of two runs of a script, the second of which lost a rank three times, in the middle of an epoch. They have
+    the same step, and the same bits of the parts that are to be ``alike``."""
+    run(directory / "straight", script, ranks=ranks)
+    run(directory / "killed", script, ranks=ranks, kills=3)
+    straight, killed = end_of(directory / "straight"), end_of(directory / "killed")
+    assert killed["step"] == straight["step"]
+    for name in alike:
+        assert killed["digests"][name] == straight["digests"][name], name
+    return straight, killed
+
+
+def end_of(directory: Path) -> End:
     """The newest checkpoint of the run in a directory: its step, its digests and its parts."""
     (url,) = (each for each in (directory / "runs").iterdir() if any(each.glob("step-*")))
     return newest(url)
