@@ -49,6 +49,10 @@ log = logging.getLogger(__name__)
 SHORTEST_PATIENCE_SECONDS = 2.0
 Parts = Mapping[str, Mapping[str, Any] | Encoded]
 _THREAD = "harness-saver"
+_CHANGES_ELSEWHERE = (
+    "%s changed outside of optimizer.step(): from now on each save copies everything at the step boundary, which takes "
+    "longer. No checkpoint is wrong. Set checkpoint.overlap to false to avoid this message"
+)
 
 
 @dataclass(frozen=True)
@@ -101,12 +105,6 @@ class _Order:
             return None
         retries = self.store.retries - self.retries_before
         return Saved(self.request.step, *committed, seconds, blocked_seconds, retries)
-
-
-_CHANGES_ELSEWHERE = (
-    "%s changed outside of optimizer.step(): from now on each save copies everything at the step boundary, which takes "
-    "longer. No checkpoint is wrong. Set checkpoint.overlap to false to avoid this message"
-)
 
 
 class _Housekeeper:

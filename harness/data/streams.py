@@ -50,9 +50,17 @@ def stream_states(keys: Keys, step: int, device: torch.device) -> dict[str, Any]
     return {**{name: state_of(each) for name, each in found.items()}, DEVICE: own}
 
 
-def have_just_begun(keys: Keys, step: int, device: torch.device) -> bool:
-    """Whether nothing has been drawn from the streams of a step yet, so that a checkpoint need not hold their states."""
-    return _are_alike(random_state(device), stream_states(keys, step, device))
+def states_beside(keys: Keys | None, step: int, device: torch.device) -> dict[str, Any]:
+    """What a checkpoint has of this rank's generators beside their keys: nothing, unless something was drawn since the
+    streams of the step began."""
+    states = random_state(device)
+    return {} if keys is not None and _are_alike(states, stream_states(keys, step, device)) else states
+
+
+def states_in(saved: Mapping[str, Any], step: int, device: torch.device) -> Mapping[str, Any]:
+    """The states of a rank's generators by what the checkpoint of a step has of them; empty where it has nothing."""
+    are_beside = "python" in saved or "keys" not in saved
+    return saved if are_beside else stream_states(saved["keys"], step, device)
 
 
 def _are_alike(one: Any, other: Any) -> bool:

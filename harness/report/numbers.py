@@ -259,8 +259,7 @@ def of(
             until_step = max([committed.get(attempt, 0), *_saved_steps(timed.events)])
         limit = None if successor is None else times[successor].began
         about = {"host": known[attempt].host, "ranks": known[attempt].ranks, "is_in_line": attempt in kept}
-        about["is_complete"] = attempt.id in seen_through
-        lives.append(_life(attempt, about, timed, ending, until_step, limit))
+        lives.append(_life(attempt, about, timed, ending, until_step, limit, is_complete=attempt.id in seen_through))
     events = {attempt: timed.events for attempt, timed in times.items()}
     silent = [str(attempt.number) for attempt in kept if not records.get(attempt)]
     if silent:
@@ -311,16 +310,18 @@ def _life(
     ending: str,
     until_step: int | None,
     limit: float | None,
+    *,
+    is_complete: bool,
 ) -> Life:
-    """An attempt of which the steps up to ``until_step`` count (None: all), and whose successor began at ``limit``."""
+    """An attempt of which the steps up to ``until_step`` count (None: all), and whose successor began at ``limit``. Where it
+    ``is_complete``, its last step is known, whether it has had a last word or not."""
     events, began, claimed = timed.events, timed.began, timed.claimed
     ended = max(
         timed.ended if limit is None else min(timed.ended, limit), began
     )  # two that overlap: the later one is the run
     opening = journal.opening_of(events)
     says_end = ending == "running" or any(record["event"] in ("error", *_SAID) for record in events)
-    about = {**about, "number": attempt.number, "id": attempt.id, "ending": ending}
-    about["is_complete"] |= says_end
+    about = {**about, "number": attempt.number, "id": attempt.id, "ending": ending, "is_complete": is_complete or says_end}
     if opening is None:
         spans = [Span("starting", began, min(claimed, ended)), Span("loading", min(claimed, ended), ended)]
         return Life(**about, from_step=None, last_step=None, kept_step=None, spans=spans)

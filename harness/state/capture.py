@@ -18,8 +18,8 @@ from harness.checkpoint.dtensors import address_of
 from harness.checkpoint.format import Manifest
 from harness.data.loader import Loader
 from harness.data.nested import tensors_in
-from harness.data.seeding import random_state, restore_random_state
-from harness.data.streams import have_just_begun
+from harness.data.seeding import restore_random_state
+from harness.data.streams import states_beside
 from harness.errors import Mismatch
 from harness.runtime.gc_pause import without_collections
 from harness.state.contents import Contents, attributes
@@ -107,9 +107,8 @@ class State:
     def capture_rank(self, rank: int) -> dict[str, Any]:
         """What is a rank's own: the states of its generators, where these do not follow from its keys and the step, and of
         the objects that differ between ranks."""
-        keys = self.progress.random_keys or []
-        is_known = bool(keys) and have_just_begun(keys[rank], self.progress.step, self.device)
-        return {RANDOM: {} if is_known else random_state(self.device), **self._captured(per_rank=True)}
+        keys = self.progress.random_keys[rank] if self.progress.random_keys else None
+        return {RANDOM: states_beside(keys, self.progress.step, self.device), **self._captured(per_rank=True)}
 
     @without_collections()
     def _captured(self, *, per_rank: bool) -> dict[str, dict[str, Any]]:

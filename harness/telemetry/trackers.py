@@ -248,9 +248,7 @@ class Curves:
         self._own = line[-1][0]
         self._known: set[str] = set()  # segments that were read
         self._waiting: dict[int, tuple[float, dict[str, float]]] = {}  # by step
-        self._ends: dict[
-            Attempt, tuple[Record | None, Record | None]
-        ] = {}  # of attempts: how they began, and how they ended
+        self._ends: dict[Attempt, tuple[Record | None, Record | None]] = {}  # how attempts began, and how they ended
         self.is_done = False
 
     def rows(self, until: int) -> Iterator[Row]:

@@ -19,7 +19,7 @@ from harness.checkpoint.catalog import Catalog, Entry, SaveName, further, saves_
 from harness.checkpoint.format import Ancestor
 from harness.checkpoint.kept import KeptPlace, Unusable, kept_of, that_count
 from harness.checkpoint.relay import Peers
-from harness.data.streams import stream_states
+from harness.data.streams import states_in
 from harness.distributed.world import World
 from harness.errors import (
     CheckpointError,
@@ -140,8 +140,7 @@ def _restore(
     # With other ranks the random streams start anew, from the seed and the rank.
     is_alike = all(meta.get(key) == here.get(key) for key in ("world_size", "sharding"))
     random = parts[RANDOM].get(str(world.rank), {}) if is_alike else {}
-    is_known = "keys" in random and "python" not in random  # nothing was drawn since the boundary
-    state.random_to_restore = stream_states(random["keys"], entry.step, state.device) if is_known else random
+    state.random_to_restore = states_in(random, entry.step, state.device)
 
 
 def _keys_in(states: Mapping[str, Any]) -> list[list[int]] | None:
