@@ -12,11 +12,13 @@ import torch
 from harness.checkpoint.boxes import Box, Cut, box_of
 from harness.errors import Unsupported
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
 
 
 def is_sharded(value: Any) -> bool:
     """Whether a value is a ``DTensor``, of which each rank has a part (or all of it, where it is replicated)."""
+    if type(value) in _PLAIN:  # as nearly all are: a save asks some thousand times
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     kind = getattr(module, "DTensor", None)
     return kind is not None and isinstance(value, kind)

@@ -9,7 +9,9 @@ import torch
 
 def leaves(value: Any) -> Iterator[Any]:
     """What is within dictionaries, lists, tuples and deques, and is none of these itself."""
-    if isinstance(value, Mapping | list | tuple | deque):
+    if isinstance(value, torch.Tensor):  # as most are: the next question takes longer
+        yield value
+    elif isinstance(value, Mapping | list | tuple | deque):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from leaves(item)
     else:

@@ -101,12 +101,13 @@ def sharding(case: Case) -> list[Finding]:
             case.state()
     if not all(world.all_gather(case.has_state)):
         return []
-    sharded = case.state().sharded
+    state = case.state()
+    sharded = state.sharded
     if not any(world.all_gather(sharded.in_words)):
         return []
     try:
         sharded.is_sharded_anywhere(world.all_gather)
-        sharded.encoded(world.all_gather)
+        sharded.encoded(state.capture, world.all_gather)
     except HarnessError as problem:
         return [error(tried, str(problem))]
     return [ok(tried, f"the parts make up each tensor: {sharded.in_words}")]

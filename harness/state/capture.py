@@ -81,7 +81,7 @@ class State:
         self._parts = {name: made[name] for name in plain}
         self.epochs = [part.epochs for part in self._parts.values() if isinstance(part, DataLoaderPart)]
         self.contents = Contents(self._parts)
-        self.sharded = ShardedState(self._parts, self.modules, self.capture)
+        self.sharded = ShardedState(self._parts, self.modules)
         self.gradients = bucket_orders(self.modules)
         self._names = SavedNames(self._parts)
         self.edits = Edits(self._parts, reset_options)
@@ -125,9 +125,7 @@ class State:
         places = set()
         for optimizer in self.optimizers.values():
             parameters = [each for group in optimizer.param_groups for each in group["params"] if each.requires_grad]
-            found = [*tensors_in([parameters, *optimizer.state.values()])]
-            places |= {tensor.data_ptr() for tensor in found if not dtensors.is_sharded(tensor)}
-            places |= {address for tensor in found if dtensors.is_sharded(tensor) if (address := address_of(tensor))}
+            places |= {address_of(tensor) for tensor in tensors_in([parameters, *optimizer.state.values()])}
         places -= _renormed(self.modules.values())
         return lambda tensor: address_of(tensor) in places
 

@@ -19,19 +19,17 @@ from harness.state.parts import TRAINING, ModulePart, Part
 
 AllGather = Callable[[Any], list[Any]]
 Gather = Callable[[Any], list[Any] | None]
+Capture = Callable[[], dict[str, dict[str, Any]]]  # all that is the same, or shared out, on every rank
 
 
 class ShardedState:
-    """The parts of a state of which each rank has a part. ``capture`` gives all that is the same, or shared out, on every
-    rank. ``in_words`` says how the modules are sharded; empty where they are not."""
+    """The parts of a state of which each rank has a part. ``in_words`` says how the modules are sharded; empty where they
+    are not."""
 
-    def __init__(
-        self, parts: Mapping[str, Part], modules: Mapping[str, nn.Module], capture: Callable[[], dict[str, dict[str, Any]]]
-    ) -> None:
+    def __init__(self, parts: Mapping[str, Part], modules: Mapping[str, nn.Module]) -> None:
         self.in_words = sharding_of(modules)
         # Modules come first: then fully_shard takes back the parameters that it has put together for an evaluation.
         self._parts = {part.name: part for part in sorted(parts.values(), key=lambda each: not isinstance(each, ModulePart))}
-        self._capture = capture
         self._sharding: Sharding | None = None  # as the ranks have agreed last
 
     @property
@@ -59,31 +57,31 @@ class ShardedState:
             raise Unsupported(what)
         return any(is_sharded for is_sharded, _ in found)
 
-    def encoded(self, all_gather: AllGather) -> tuple[dict[str, Encoded], Sharding]:
+    def encoded(self, capture: Capture, all_gather: AllGather) -> tuple[dict[str, Encoded], Sharding]:
         """What ``capture`` gives, and which rank has which part of it. All ranks call it.
 
         Raises ``Unsupported``, on every rank, where one cannot be saved, or where what the ranks have is not the whole.
         """
         parts: dict[str, Encoded] | HarnessError
         try:
-            parts = commit.encode(self._capture())
+            parts = commit.encode(capture())
         except HarnessError as error:
             parts = error
         self._sharding = agreed(all_gather, parts, self._sharding)
         assert not isinstance(parts, HarnessError), "it was raised"
         return parts, self._sharding
 
-    def parts(self, all_gather: AllGather, gather: Gather) -> tuple[dict[str, Encoded], Sharding]:
+    def parts(self, capture: Capture, all_gather: AllGather, gather: Gather) -> tuple[dict[str, Encoded], Sharding]:
         """``encoded``, with the buffers that are each rank's own, on rank 0. All ranks call it."""
-        parts, sharding = self.encoded(all_gather)
+        parts, sharding = self.encoded(capture, all_gather)
         if buffers := self._gathered_buffers(all_gather, gather):
             own, further = parts[TRAINING], tree.encode({"buffers": buffers}, TRAINING)
             parts[TRAINING] = Encoded(own.tree | further.tree, own.tensors | further.tensors, own.aliases | further.aliases)
         return parts, sharding
 
-    def check_replicas(self, all_gather: AllGather) -> list[str]:
+    def check_replicas(self, capture: Capture, all_gather: AllGather) -> list[str]:
         """The names of those sharded tensors of which two ranks have the same part, with other bytes. All ranks call it."""
-        parts, sharding = self.encoded(all_gather)
+        parts, sharding = self.encoded(capture, all_gather)
         several = sharding.held_by_several
         own = {
             name: replace(part, tensors={path: each for path, each in part.tensors.items() if (name, path) in several})

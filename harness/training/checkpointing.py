@@ -121,7 +121,7 @@ class Checkpointing(Saves):
             return bool(resume.on_first(self._world, is_saved))
         if not resume.on_first(self._world, is_this_step):
             return False
-        parts, sharding = self._state.sharded.encoded(self._world.all_gather)
+        parts, sharding = self._state.sharded.encoded(self._state.capture, self._world.all_gather)
         digests = commit.digests(self._world.all_gather, parts, sharding)
         digests = {name: each for name, each in digests.items() if name != TRAINING}
         return bool(resume.on_first(self._world, functools.partial(is_saved, digests)))
@@ -157,7 +157,11 @@ class Checkpointing(Saves):
         directory = self._choose_directory(must_succeed=must_succeed)
         if directory is None:
             return
-        parts = self._state.sharded.parts(self._world.all_gather, self._world.gather) if self._is_sharded else None
+        parts = (
+            self._state.sharded.parts(self._state.capture, self._world.all_gather, self._world.gather)
+            if self._is_sharded
+            else None
+        )
         share = functools.partial(self._save_share, directory, meta, ranks, parts, must_succeed=must_succeed)
         if must_succeed:
             _on_writers(self._world, self._is_writer, share)

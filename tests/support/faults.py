@@ -95,7 +95,7 @@ class Restored:
     """Takes what ``harness.training.resume`` puts into a training state."""
 
     device = torch.device("cpu")
-    sharded = ShardedState({}, {}, dict)  # nothing is
+    sharded = ShardedState({}, {})  # nothing is
     step: int | None = None
     parts: Mapping[str, Any] | None = None
 

@@ -5,8 +5,10 @@ Optimizers, schedulers and the gradient scaler are next door, in ``test_state_op
 
 import contextlib
 import copy
+import gc
 import random
 import uuid
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -529,6 +531,20 @@ def test_a_whole_training_state_survives():
     assert bits(twin.capture()) == bits(state.capture())
     assert twin.digests() == state.digests()
     assert bits(asdict(twin.progress)) == bits(asdict(state.progress))
+
+
+def test_a_state_keeps_nothing_once_it_is_dropped():
+    """A cycle would keep the memory of a model until the garbage collector comes by."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = nn.Linear(2, 2)
+        alive, state = weakref.ref(model), Training(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        state.capture()
+        del model, state
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
