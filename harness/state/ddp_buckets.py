@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from harness import torch_private
+from harness.checkpoint import dtensors
 
 
 class BucketOrder:
@@ -110,8 +111,9 @@ def _around(module: torch.nn.Module) -> list[DistributedDataParallel]:
     """
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 2):
         return []
-    wanted = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
-
+    wanted = {id(each) for each in module.parameters() if each.requires_grad and not dtensors.is_sharded(each)}
+    if not wanted:  # DDP takes no sharded parameters
+        return []
     kinds = {id(kind) for kind in _with_subclasses(DistributedDataParallel)}  # in a set they are found ten times as fast
 
     def look() -> list[DistributedDataParallel]:
