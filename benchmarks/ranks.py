@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 from harness import Loader, Run, StopRequest
-from harness.distributed.world import TorchrunWorld, World, join_world
+from harness.distributed.world import ROW_BYTES, TEXT_BYTES, TorchrunWorld, World, join_world
 from harness.errors import Stopped
 
 EVERY, LOGGED, STOP_AT = 10, 13, 25  # steps
@@ -41,7 +41,8 @@ class Count:
     def __init__(self, world: World) -> None:
         self.moment = ""
         self.found: dict[str, list[int]] = defaultdict(lambda: [0, 0])  # collectives, bytes
-        for name in ("broadcast", "gather", "all_gather", "all_gather_floats", "exchange", "hand_out", "begin_max"):
+        calls = "broadcast gather all_gather all_gather_floats all_gather_text exchange hand_out begin_max"
+        for name in calls.split():
             setattr(world, name, self._counting(getattr(world, name), name, world.size))
 
     def _counting(self, call: Callable[..., Any], name: str, size: int) -> Callable[..., Any]:
@@ -49,7 +50,11 @@ class Count:
         def counting(*arguments: Any, **named: Any) -> Any:
             result = call(*arguments, **named)
             match name:
-                case "broadcast" | "gather" | "all_gather":
+                case "gather":
+                    moved = sum(max(len(pickle.dumps(each)), ROW_BYTES) for each in result or ())
+                case "all_gather_text":
+                    moved = size * TEXT_BYTES
+                case "broadcast" | "all_gather":
                     moved = sum(len(pickle.dumps(each)) for each in (result if isinstance(result, list) else [result]))
                 case "all_gather_floats":
                     moved = 8 * size * len(arguments[0])

@@ -5,9 +5,9 @@ checked: all ranks have the same tensors, and the boxes of each make it up. So w
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,7 +19,16 @@ from harness.errors import HarnessError, Unsupported
 from harness.runtime.gc_pause import without_collections
 
 Key = tuple[str, str]  # a part, and the path of a tensor in it
-AllGather = Callable[[Any], list[Any]]
+
+
+class Ranks(Protocol):
+    """The ranks that have something of a state; ``harness.distributed.world.World`` is one."""
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank, on every rank."""
+
+    def all_gather_text(self, text: str) -> list[str]:
+        """Every rank's short text, by rank, on every rank."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,24 +63,27 @@ class Sharding:
                 parts[name].aliases[further] = path
 
 
-def agreed(all_gather: AllGather, parts: Mapping[str, Encoded] | HarnessError, before: Sharding | None = None) -> Sharding:
-    """The boxes of all ranks; what they were ``before``, where nobody has others now. All ranks call it, one that has no
-    parts with its error.
+def agreed(
+    ranks: Ranks, parts: Mapping[str, Encoded] | HarnessError, before: Sharding | None = None, note: str = ""
+) -> tuple[Sharding, list[str]]:
+    """The boxes of all ranks, which are those of ``before`` where nobody has others now; and what each rank notes, in a few
+    characters. All ranks call it, one that has no parts with its error.
 
     Raises ``Unsupported``, on every rank, where one has an error, where the ranks do not have the same tensors, and where
     the boxes of one are not the whole of it.
     """
     mine = None if isinstance(parts, HarnessError) else _Own.of(parts)
-    said = all_gather((mine.checksum, "") if mine is not None else ("", str(parts)))
-    if (problem := next((f"{what} (rank {rank})" for rank, (_, what) in enumerate(said) if what), None)) is not None:
-        raise Unsupported(problem)
+    said = [each.partition(" ") for each in ranks.all_gather_text(f"{mine.checksum if mine else ''} {note}")]
+    words = tuple(word for word, _, _ in said)
+    if not all(words):
+        problems = ranks.all_gather("" if mine is not None else str(parts))
+        raise Unsupported(next(f"{what} (rank {rank})" for rank, what in enumerate(problems) if what))
     assert mine is not None
     assert not isinstance(parts, HarnessError)
-    words = tuple(word for word, _ in said)
     if before is None or before.said != words:
-        before = _combined(all_gather(mine), words)
+        before = _combined(ranks.all_gather(mine), words)
     before.name_alike(parts)
-    return before
+    return before, [each for _, _, each in said]
 
 
 @dataclass(frozen=True)

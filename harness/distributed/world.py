@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import os
+import pickle
 import socket
 import time
 import uuid
@@ -45,6 +46,8 @@ from harness.runtime.environment import (
 
 log = logging.getLogger(__name__)
 
+TEXT_BYTES = 192  # of what ``all_gather_text`` takes
+ROW_BYTES, _SIZE_BYTES = 120, 8  # of what each rank sends in a ``gather``: a value, and before it its size
 NAME_SECONDS = 5.0  # for a name server that is slow, or starts with the ranks
 
 
@@ -70,6 +73,9 @@ class World(Protocol):
 
     def all_gather_floats(self, values: Sequence[float]) -> list[list[float]]:
         """Every rank's values, by rank, on every rank, in float64: as many on each. Ten times as fast as ``all_gather``."""
+
+    def all_gather_text(self, text: str) -> list[str]:
+        """Every rank's text, by rank, on every rank: ASCII, at most ``TEXT_BYTES``. Much faster than ``all_gather``."""
 
     def broadcast_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         """Copies rank 0's tensors over everyone's, on the device."""
@@ -117,6 +123,9 @@ class SoloWorld:
 
     def all_gather_floats(self, values: Sequence[float]) -> list[list[float]]:
         return [list(values)]
+
+    def all_gather_text(self, text: str) -> list[str]:
+        return [text]
 
     def broadcast_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         pass
@@ -185,9 +194,26 @@ class TorchrunWorld:
         return box[0]
 
     def gather(self, value: Any) -> list[Any] | None:
-        found = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(value, found, dst=0, group=self._control)
-        return found
+        """What does not fit into the row that each rank sends, it sends alone: most values are small, and torch's
+        ``gather_object`` meets twice, once for the sizes."""
+        data = pickle.dumps(value)
+        own = _bytes_tensor(len(data).to_bytes(_SIZE_BYTES, "little") + data[:ROW_BYTES].ljust(ROW_BYTES))
+        if self.rank != 0:
+            dist.gather(own, dst=0, group=self._control)
+            if rest := data[ROW_BYTES:]:
+                dist.send(_bytes_tensor(rest), dst=0, group=self._control)
+            return None
+        rows = [torch.empty_like(own) for _ in range(self.size)]
+        dist.gather(own, rows, dst=0, group=self._control)
+        return [value, *(self._received(other, rows[other].numpy().tobytes()) for other in range(1, self.size))]
+
+    def _received(self, other: int, row: bytes) -> Any:
+        """What a rank gathers: its row, and what did not fit into it."""
+        size_bytes, first = int.from_bytes(row[:_SIZE_BYTES], "little"), row[_SIZE_BYTES:]
+        rest = torch.empty(max(size_bytes - len(first), 0), dtype=torch.uint8, device="cpu")
+        if len(rest):
+            dist.recv(rest, src=other, group=self._control)
+        return pickle.loads(first[:size_bytes] + rest.numpy().tobytes())  # noqa: S301  # of this very program
 
     def all_gather(self, value: Any) -> list[Any]:
         found = [None] * self.size
@@ -201,6 +227,13 @@ class TorchrunWorld:
         found = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(found, own, group=self._control)
         return [each.tolist() for each in found]
+
+    def all_gather_text(self, text: str) -> list[str]:
+        assert len(text) <= TEXT_BYTES
+        own = _bytes_tensor(text.ljust(TEXT_BYTES).encode("ascii"))
+        found = torch.empty((self.size, TEXT_BYTES), dtype=torch.uint8, device="cpu")
+        dist.all_gather([*found], own, group=self._control)
+        return [bytes(each).decode("ascii").rstrip() for each in found.numpy()]
 
     def broadcast_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         for tensor in tensors:
@@ -236,6 +269,10 @@ class TorchrunWorld:
         if control is not None and dist.is_initialized():  # else the program has taken down all groups itself
             with contextlib.suppress(ValueError):  # and has joined anew since
                 dist.destroy_process_group(control)
+
+
+def _bytes_tensor(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def join_world(config: WorldConfig | None = None) -> World:

@@ -107,7 +107,7 @@ def sharding(case: Case) -> list[Finding]:
         return []
     try:
         sharded.is_sharded_anywhere(world.all_gather)
-        sharded.encoded(state.capture, world.all_gather)
+        sharded.encoded(state.capture, world)
     except HarnessError as problem:
         return [error(tried, str(problem))]
     return [ok(tried, f"the parts make up each tensor: {sharded.in_words}")]

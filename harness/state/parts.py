@@ -220,7 +220,8 @@ class ModulePart(Part):
         """What may differ between the ranks: nobody keeps the buffers of a sharded module alike, as DDP does."""
         if not self.is_sharded:
             return {}
-        captured, names = self.capture(), {name for name, _ in unwrap(self.live).named_buffers(remove_duplicate=False)}
+        names = {name for name, _ in unwrap(self.live).named_buffers(remove_duplicate=False)}
+        captured = self.capture() if names else {}
         plain = plain_names(unwrap(self.live), names)
         found = {plain[name]: captured[plain[name]] for name in names if plain[name] in captured}
         return {name: found[name] for name in sorted(found) if not dtensors.is_sharded(found[name])}

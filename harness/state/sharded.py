@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from harness.checkpoint import commit, dtensors, tree
-from harness.checkpoint.format import TensorInfo
+from harness.checkpoint.format import Blocks, TensorInfo, checksum
 from harness.checkpoint.places import Land
-from harness.checkpoint.sharding import Sharding, agreed
+from harness.checkpoint.sharding import Ranks, Sharding, agreed
 from harness.checkpoint.tree import Encoded
 from harness.data.nested import tensors_in
 from harness.errors import HarnessError, Unsupported
@@ -18,8 +18,14 @@ from harness.state.modules import sharding_of
 from harness.state.parts import TRAINING, ModulePart, Part
 
 AllGather = Callable[[Any], list[Any]]
-Gather = Callable[[Any], list[Any] | None]
 Capture = Callable[[], dict[str, dict[str, Any]]]  # all that is the same, or shared out, on every rank
+
+
+class Gathering(Ranks, Protocol):
+    """Ranks of which the first one collects."""
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Every rank's value, by rank, on rank 0; None elsewhere."""
 
 
 class ShardedState:
@@ -57,37 +63,54 @@ class ShardedState:
             raise Unsupported(what)
         return any(is_sharded for is_sharded, _ in found)
 
-    def encoded(self, capture: Capture, all_gather: AllGather) -> tuple[dict[str, Encoded], Sharding]:
+    def encoded(self, capture: Capture, ranks: Ranks) -> tuple[dict[str, Encoded], Sharding]:
         """What ``capture`` gives, and which rank has which part of it. All ranks call it.
 
         Raises ``Unsupported``, on every rank, where one cannot be saved, or where what the ranks have is not the whole.
         """
-        parts: dict[str, Encoded] | HarnessError
-        try:
-            parts = commit.encode(capture())
-        except HarnessError as error:
-            parts = error
-        self._sharding = agreed(all_gather, parts, self._sharding)
-        assert not isinstance(parts, HarnessError), "it was raised"
-        return parts, self._sharding
-
-    def parts(self, capture: Capture, all_gather: AllGather, gather: Gather) -> tuple[dict[str, Encoded], Sharding]:
-        """``encoded``, with the buffers that are each rank's own, on rank 0. All ranks call it."""
-        parts, sharding = self.encoded(capture, all_gather)
-        if buffers := self._gathered_buffers(all_gather, gather):
-            own, further = parts[TRAINING], tree.encode({"buffers": buffers}, TRAINING)
-            parts[TRAINING] = Encoded(own.tree | further.tree, own.tensors | further.tensors, own.aliases | further.aliases)
+        parts, sharding, _ = self._agreed(capture, ranks)
         return parts, sharding
 
-    def check_replicas(self, capture: Capture, all_gather: AllGather) -> list[str]:
+    def parts(self, capture: Capture, world: Gathering, note: str) -> tuple[dict[str, Encoded], Sharding, str]:
+        """``encoded``, with the buffers that are each rank's own, on rank 0; and rank 0's note. All ranks call it."""
+        own: dict[str, dict[str, Blocks]] = {}
+
+        def said() -> str:
+            own.update(commit.checksums({name: Encoded({}, each) for name, each in self.own_buffers().items()}))
+            return f"{checksum(repr(own).encode())} {note}"
+
+        parts, sharding, notes = self._agreed(capture, world, said)
+        buffers, _, note = notes[0].partition(" ")
+        if any(each.partition(" ")[0] != buffers for each in notes):
+            found = tree.encode({"buffers": self._gathered_buffers(world, own)}, TRAINING)
+            training = parts[TRAINING]
+            parts[TRAINING] = Encoded(
+                training.tree | found.tree, training.tensors | found.tensors, training.aliases | found.aliases
+            )
+        return parts, sharding, note
+
+    def _agreed(
+        self, capture: Capture, ranks: Ranks, note: Callable[[], str] = str
+    ) -> tuple[dict[str, Encoded], Sharding, list[str]]:
+        parts: dict[str, Encoded] | HarnessError
+        said = ""
+        try:
+            parts, said = commit.encode(capture()), note()
+        except HarnessError as error:
+            parts = error
+        self._sharding, notes = agreed(ranks, parts, self._sharding, said)
+        assert not isinstance(parts, HarnessError), "it was raised"
+        return parts, self._sharding, notes
+
+    def check_replicas(self, capture: Capture, ranks: Ranks) -> list[str]:
         """The names of those sharded tensors of which two ranks have the same part, with other bytes. All ranks call it."""
-        parts, sharding = self.encoded(capture, all_gather)
+        parts, sharding = self.encoded(capture, ranks)
         several = sharding.held_by_several
         own = {
             name: replace(part, tensors={path: each for path, each in part.tensors.items() if (name, path) in several})
             for name, part in parts.items()
         }
-        found = all_gather(commit.checksums(own))
+        found = ranks.all_gather(commit.checksums(own))
         return [
             f"{name}/{path}"
             for name, path in sorted(several)
@@ -103,18 +126,17 @@ class ShardedState:
         found = {part.name: part.own_buffers() for part in self._parts.values() if isinstance(part, ModulePart)}
         return {name: buffers for name, buffers in found.items() if buffers}
 
-    def _gathered_buffers(self, all_gather: AllGather, gather: Gather) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
-        """The buffers that are not the same on all ranks, by part and rank: on rank 0."""
-        buffers = self.own_buffers()
-        if not any(all_gather(bool(buffers))):
-            return {}
-        checksums = all_gather(commit.checksums({name: Encoded({}, each) for name, each in buffers.items()}))
+    def _gathered_buffers(
+        self, world: Gathering, own: Mapping[str, Mapping[str, Blocks]]
+    ) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+        """The buffers that are not the same on all ranks, by part and rank: on rank 0. ``own`` has this rank's checksums."""
+        checksums = world.all_gather(own)
         first = checksums[0]
         differing = {
-            name: {key: each[key].cpu() for key in each if any(own[name][key] != first[name][key] for own in checksums)}
-            for name, each in buffers.items()
+            name: {key: each[key].cpu() for key in each if any(found[name][key] != first[name][key] for found in checksums)}
+            for name, each in self.own_buffers().items()
         }
-        found = gather({name: each for name, each in differing.items() if each}) or []
+        found = world.gather({name: each for name, each in differing.items() if each}) or []
         return {name: {str(rank): each[name] for rank, each in enumerate(found)} for name in (found[0] if found else ())}
 
     def land(self) -> Land:

@@ -121,7 +121,7 @@ class Checkpointing(Saves):
             return bool(resume.on_first(self._world, is_saved))
         if not resume.on_first(self._world, is_this_step):
             return False
-        parts, sharding = self._state.sharded.encoded(self._state.capture, self._world.all_gather)
+        parts, sharding = self._state.sharded.encoded(self._state.capture, self._world)
         digests = commit.digests(self._world.all_gather, parts, sharding)
         digests = {name: each for name, each in digests.items() if name != TRAINING}
         return bool(resume.on_first(self._world, functools.partial(is_saved, digests)))
@@ -154,49 +154,48 @@ class Checkpointing(Saves):
         self._last_time = time.monotonic()
         if self._config.checkpoint.when_busy == "wait":  # or else rank 0 alone knows whether one begins
             self.keeper.saving(self._state.progress.step)
-        directory = self._choose_directory(must_succeed=must_succeed)
-        if directory is None:
+        directory, parts, sharding = self._agreed_directory(must_succeed=must_succeed)
+        if not directory:
             return
-        parts = (
-            self._state.sharded.parts(self._state.capture, self._world.all_gather, self._world.gather)
-            if self._is_sharded
-            else None
-        )
-        share = functools.partial(self._save_share, directory, meta, ranks, parts, must_succeed=must_succeed)
+        share = functools.partial(self._save_share, directory, meta, ranks, parts, sharding, must_succeed=must_succeed)
         if must_succeed:
             _on_writers(self._world, self._is_writer, share)
         elif self._is_writer:
             share()
 
-    def _choose_directory(self, *, must_succeed: bool) -> str | None:
-        """Where to save, as rank 0 says to all that need to know; None where this rank does not, or where the save before is
-        still being written, and is not to be waited for."""
+    def _agreed_directory(self, *, must_succeed: bool) -> tuple[str, dict[str, Encoded] | None, Sharding | None]:
+        """Where to save, as rank 0 says to all that need to know, and what, if it is sharded: the ranks meet once for both.
+        Empty where this rank does not save, or where the save before is still being written, and is not to be waited for."""
 
-        def choose() -> str | None:
+        def choose() -> str:
             step = self._state.progress.step
             if self._saver.is_busy and self._config.checkpoint.when_busy == "skip" and not must_succeed:
                 self._log.skipped(step)
-                return None
+                return ""
             return self._saver.new_directory(step)
 
-        if must_succeed or self._is_sharded or self._config.checkpoint.writers != "rank0":
-            return resume.on_first(self._world, choose)  # type: ignore[no-any-return]
-        return choose() if self._world.rank == 0 else None
+        own = choose() if self._world.rank == 0 else ""
+        if self._is_sharded:
+            parts, sharding, directory = self._state.sharded.parts(self._state.capture, self._world, own)
+            return directory, parts, sharding
+        if must_succeed or self._config.checkpoint.writers != "rank0":
+            own = self._world.all_gather_text(own)[0]
+        return own, None, None
 
     def _save_share(
         self,
         directory: str,
         meta: Mapping[str, Any],
         ranks: Sequence[Any] | None,
-        sharded: tuple[dict[str, Encoded], Sharding] | None,
+        parts: dict[str, Any] | None,
+        sharding: Sharding | None,
         *,
         must_succeed: bool,
     ) -> None:
         """Saves this rank's share. What is each rank's own, rank 0 has of all ``ranks``."""
         checkpoint, progress, saver = self._config.checkpoint, self._state.progress, self._saver
         self._log.committed(saver.wait())
-        parts: dict[str, Any] = self._state.capture() if sharded is None else {**sharded[0]}
-        sharding = None if sharded is None else sharded[1]
+        parts = {**(self._state.capture() if parts is None else parts)}
         if ranks is not None:
             parts |= {name: {str(rank): each[name] for rank, each in enumerate(ranks)} for name in ranks[0]}
             for rank, keys in enumerate(progress.random_keys or ()):

@@ -255,7 +255,7 @@ def check_lockstep(world: World, state: State, about: Mapping[str, Any], *, resu
             else ""
         )
         raise ConfigError(f"{what}{hint}")
-    if found[0]["is_sharded"] and (names := state.sharded.check_replicas(state.capture, world.all_gather)):
+    if found[0]["is_sharded"] and (names := state.sharded.check_replicas(state.capture, world)):
         what = f"the ranks are not in lockstep: of {some(names)}, ranks that hold the same part hold other values"
         raise RankFailure(what) if resumed else ConfigError(f"{what}; build every rank's model from the same seed")
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -35,30 +34,36 @@ class Enough(Exception):
     pass
 
 
-def said_by(parts: dict[str, Encoded]) -> list[Any]:
+class Said:
     """What a rank says first, and what it says when it is asked for its boxes."""
-    said: list[Any] = []
 
-    def gather(value: Any) -> list[Any]:
-        said.append(value)
-        if len(said) == 2:
-            raise Enough
-        return [value]
+    def __init__(self, parts: dict[str, Encoded]) -> None:
+        self.boxes: Any = None
+        with contextlib.suppress(Enough):
+            agreed(self, parts)
 
-    with contextlib.suppress(Enough):
-        agreed(gather, parts)
-    return said
+    def all_gather_text(self, text: str) -> list[str]:
+        self.text = text
+        return [text]
+
+    def all_gather(self, value: Any) -> list[Any]:
+        self.boxes = value
+        raise Enough
 
 
-def meeting(everyone: list[dict[str, Encoded]]) -> tuple[Callable[[Any], list[Any]], list[int]]:
-    """An ``all_gather`` of ranks that answer one question after the other; and how many bytes one rank has sent in each."""
-    answers, sent = iter(zip(*map(said_by, everyone), strict=True)), []
+class Meeting:
+    """Ranks that all have said what they have; and how many bytes one rank has sent in each answer."""
 
-    def gather(value: Any) -> list[Any]:
-        sent.append(len(repr(value)))
-        return [*next(answers)]
+    def __init__(self, everyone: list[dict[str, Encoded]]) -> None:
+        self.said, self.sent = [*map(Said, everyone)], list[int]()
 
-    return gather, sent
+    def all_gather_text(self, text: str) -> list[str]:
+        self.sent.append(len(text))
+        return [each.text for each in self.said]
+
+    def all_gather(self, value: Any) -> list[Any]:
+        self.sent.append(len(repr(value)))
+        return [each.boxes for each in self.said]
 
 
 def test_a_second_save_plans_nothing_anew(tmp_path, monkeypatch):
@@ -77,11 +82,11 @@ def test_a_second_save_plans_nothing_anew(tmp_path, monkeypatch):
     sharding, questions = None, []
     for step, more_rows in enumerate([0, 0, 0, 8, 8], start=1):
         everyone = [parts_of(rank, 3, more_rows=more_rows) for rank in writers.ranks]
-        gather, sent = meeting(everyone)
-        sharding = agreed(gather, everyone[2], sharding)
+        meeting = Meeting(everyone)
+        sharding, _ = agreed(meeting, everyone[2], sharding)
         saver.save(everyone[2], SaveRequest(step, directory=saver.new_directory(step), sharding=sharding))
-        questions.append(len(sent))
-        assert sent[0] < 100
+        questions.append(len(meeting.sent))
+        assert meeting.sent[0] < 100
     assert questions == [2, 1, 1, 2, 1]
     assert len(made) == 2
 
@@ -92,13 +97,13 @@ def test_many_ranks_are_planned_for_in_seconds():
     commits, where each box will be."""
     ranks = 200
     everyone = [parts_of(rank, ranks, 1000) for rank in range(ranks)]
-    gather, sent = meeting(everyone)
+    meeting = Meeting(everyone)
     began = time.process_time()  # of this process alone: the machine may be busy
-    sharding = agreed(gather, everyone[0])
+    sharding, _ = agreed(meeting, everyone[0])
     found = planned(None, everyone[0], 1 << 30, Writers((*range(ranks),)), nothing_is_steady, sharding)
     boxes = found.boxes("model")
     seconds = time.process_time() - began
-    print(f"{seconds:.2f} s, {sum(sent)} bytes from each rank")
-    assert len(sent) == 2
+    print(f"{seconds:.2f} s, {sum(meeting.sent)} bytes from each rank")
+    assert len(meeting.sent) == 2
     assert sum(len(each.boxes) for each in boxes.values()) == sum(len(each) for each in sharding.boxes.values()) > 150_000
     assert seconds <= 3

@@ -1,6 +1,7 @@
 """The processes of a run, and agreement between them."""
 
 import os
+import pickle
 import platform
 import re
 import socket
@@ -18,6 +19,7 @@ from torch.distributed import TCPStore
 from harness.config import WorldConfig
 from harness.distributed import device
 from harness.distributed.world import (
+    ROW_BYTES,
     Maximum,
     SoloWorld,
     TorchrunWorld,
@@ -236,7 +238,16 @@ def test_a_first_rank_that_does_not_come_is_named(unlent):
 
 def objects(world, place: Path):
     gathered = world.gather(["from", world.rank])
-    return {"broadcast": world.broadcast(f"rank {world.rank}"), "gather": gathered, "all": world.all_gather(world.rank)}
+    # Those of rank 1 and 2 do not fit into the row that each rank sends: one of them hardly, one by far.
+    sizes = [0, next(size for size in range(ROW_BYTES) if len(pickle.dumps("x" * size)) == ROW_BYTES + 1), 3_000_000]
+    long = world.gather("x" * sizes[world.rank])
+    return {
+        "broadcast": world.broadcast(f"rank {world.rank}"),
+        "gather": gathered,
+        "long": long and [len(each) for each in long] == sizes and {*"".join(long)} == {"x"},
+        "all": world.all_gather(world.rank),
+        "texts": world.all_gather_text("abc"[: world.rank]),
+    }
 
 
 def floats(world, place: Path):
@@ -326,7 +337,9 @@ def test_objects_travel_between_ranks(results):
     found = returned(results["objects"])
     assert [result["broadcast"] for result in found] == ["rank 0"] * RANKS
     assert [result["gather"] for result in found] == [[["from", 0], ["from", 1], ["from", 2]], None, None]
+    assert [result["long"] for result in found] == [True, None, None]
     assert [result["all"] for result in found] == [[0, 1, 2]] * RANKS
+    assert [result["texts"] for result in found] == [["", "a", "ab"]] * RANKS
 
 
 @pytest.mark.torchrun
