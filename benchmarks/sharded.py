@@ -51,7 +51,10 @@ FORK = multiprocessing.get_context("fork")
 STATES = ["0.2GB", "1GB"]
 RANKS = [2, 4]
 REPEATS = 3
-SAVES = 3  # of a process, of which the first is not counted: it takes memory that the next ones have
+SAVES = 4  # of a process
+# The last ones. The first two take memory that the next ones have. In them, harness copies everything at the step boundary,
+# to see whether the next ones may copy beside the training.
+COUNTED = 2
 STEPS = 6  # from one save to the next
 TIMEOUT_SECONDS = 300
 
@@ -145,7 +148,7 @@ def save_harness(state: str, url: str, ranks: int) -> dict[str, Any]:
     digests[run.global_step] = training.digest()  # the end is saved, too
     for each in found:
         each["blocked_seconds"] -= statistics.median(quiet)
-    return {"saves": found[1:], "digests": digests, "stored_bytes": stored_bytes(newest(Path(url)))}
+    return {"saves": found[-COUNTED:], "digests": digests, "stored_bytes": stored_bytes(newest(Path(url)))}
 
 
 class Committed(threading.Thread):
@@ -190,7 +193,7 @@ def save_dcp(state: str, url: str, ranks: int) -> dict[str, Any]:
         synchronous = time.perf_counter() - began
         found.append({"blocked_seconds": blocked, "durable_async_seconds": seconds, "durable_seconds": synchronous})
     shutil.rmtree(f"{url}/synchronous", ignore_errors=True)
-    return {"saves": found[1:], "digests": digests, "stored_bytes": stored_bytes(newest(Path(url)))}
+    return {"saves": found[-COUNTED:], "digests": digests, "stored_bytes": stored_bytes(newest(Path(url)))}
 
 
 def state_of(training: Training) -> dict[str, Any]:
@@ -326,7 +329,7 @@ def turn(contender: str, state: str, ranks: int, others: list[int], scratch: Pat
         found: dict[str, Any] = {
             "stored_bytes": saved[0]["stored_bytes"],
             "save": {
-                key: statistics.median(max(each["saves"][number][key] for each in saved) for number in range(SAVES - 1))
+                key: statistics.median(max(each["saves"][number][key] for each in saved) for number in range(COUNTED))
                 for key in saved[0]["saves"][0]
                 if key != "fence"
             },
