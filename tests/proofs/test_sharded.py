@@ -520,9 +520,15 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
+def lengthen(file: Path) -> None:
+    with file.open("ab") as stream:
+        stream.write(b"\0")
+
+
 DAMAGE: dict[str, Callable[[Path], None]] = {
     "flipped": lambda save: flip(save / "model-rank1-00001-of-00001.safetensors"),
     "cut": lambda save: os.truncate(save / "optimizer-rank2-00001-of-00001.safetensors", 40),
+    "longer": lambda save: lengthen(save / "model-rank2-00001-of-00001.safetensors"),
     "lost": lambda save: os.unlink(save / "model-rank2-00001-of-00001.safetensors"),
     "swapped": lambda save: swap(*(save / f"model-rank{rank}-00001-of-00001.safetensors" for rank in (0, 1))),
 }
@@ -869,7 +875,7 @@ def test_ranks_that_have_nothing_for_each_other_do_not_meet(scenes):
         assert 4 * own < each_round
 
 
-@pytest.mark.parametrize("how", ["flipped", "cut", "lost", "swapped"])
+@pytest.mark.parametrize("how", ["flipped", "cut", "longer", "lost", "swapped"])
 def test_whatever_piece_is_damaged_is_noticed(scenes, place, tmp_path, how):
     """Each file of each rank, and of each piece in it one byte: no reader takes anything."""
     assert set(returned(scenes["save-tp_fsdp6"])) == {1}
@@ -893,7 +899,7 @@ def test_whatever_piece_is_damaged_is_noticed(scenes, place, tmp_path, how):
                 tried += 1
             continue
         other = next((each for each in whole.values() if each != data and len(each) == len(data)), data[::-1])
-        files[name].write_bytes({"cut": data[:-1], "lost": b"", "swapped": other}[how])
+        files[name].write_bytes({"cut": data[:-1], "longer": data + b"\0", "lost": b"", "swapped": other}[how])
         if how == "lost":
             files[name].unlink()
         is_noticed(name)
