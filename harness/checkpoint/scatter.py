@@ -29,7 +29,7 @@ from harness.storage.store import Store
 
 ROUND_BYTES = 64 << 20  # of all pieces of a round; a rank holds its own, and at most so much of what the others send it,
 _PIECE_BYTES = 8 << 20  # however few they are
-_WINDOW_BYTES = 1 << 20  # of what is read alone
+WINDOW_BYTES = 1 << 20  # of what is read alone
 MEETS_EVERY = 16  # rounds at least: nobody waits for a slow rank for longer than these take it
 _FLAG_BYTES = 16  # so that the items behind it are aligned
 _HEADER_BYTES = 64 << 10  # of a file, that are asked for first
@@ -352,7 +352,7 @@ class _Alone:
         self._whole = read_file(self.store, info.path(self.directory), info, lambda stream: self._consumed(stream, piece))
 
     def _consumed(self, stream: BinaryIO, piece: _Piece) -> Hasher:
-        info, reader, buffer = piece.file.info, object(), memoryview(bytearray(_WINDOW_BYTES))
+        info, reader, buffer = piece.file.info, object(), memoryview(bytearray(WINDOW_BYTES))
         algorithm = info.checksum.partition(":")[0]
         self._target.begin(reader)
         whole = self._whole.copy() if piece.start else hasher(algorithm)
@@ -380,8 +380,8 @@ def _windows(piece: _Piece) -> Iterator[tuple[Place | None, int, int]]:
     for stretch in piece.stretches:
         itemsize = stretch.place.info.itemsize
         stop = stretch.stop * itemsize
-        for start in range(stretch.first * itemsize, stop, _WINDOW_BYTES):
-            yield stretch.place, start, min(_WINDOW_BYTES, stop - start)
+        for start in range(stretch.first * itemsize, stop, WINDOW_BYTES):
+            yield stretch.place, start, min(WINDOW_BYTES, stop - start)
 
 
 def _is_last(piece: _Piece) -> bool:
