@@ -2,7 +2,7 @@
 
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from harness.data.schedule import Cursor, Schedule
 from harness.data.seeding import generators_kept, mix, on_cpu, seed_process
 from harness.errors import ConfigError, Mismatch
 
-BatchSampler = Iterable[Sequence[int]] | Callable[[int], Iterable[Sequence[int]]]
+BatchSampler = Iterable[Iterable[int]] | Callable[[int], Iterable[Iterable[int]]]
 
 _EPOCHS_KEPT = 2  # the loader's workers may be an epoch ahead
 _MOST_TIMES, _MOST_SAMPLES = 1000, 10**7  # an epoch with more samples than either allows is taken to have no end
@@ -91,7 +91,7 @@ class Batches:
             )
         return Epoch(np.array(samples, dtype=np.int64), np.array(ends, dtype=np.int64))
 
-    def _asked(self, epoch: int) -> Iterable[Sequence[int]]:
+    def _asked(self, epoch: int) -> Iterable[Iterable[int]]:
         source = self._source
         if not isinstance(source, Iterable):
             return source(epoch)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from harness.data.batch_sampler import BatchSampler, BatchSchedule
@@ -60,7 +61,7 @@ class Loader:
         dataset: Dataset[Any],
         global_batch_size: int | None = None,
         *,
-        weights: Sequence[float] | torch.Tensor | None = None,
+        weights: Sequence[float] | NDArray[Any] | torch.Tensor | None = None,
         batch_sampler: BatchSampler | None = None,
         seed: int = 0,
         micro_batch_size: int | None = None,
