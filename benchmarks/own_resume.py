@@ -52,8 +52,12 @@ def transformers_masked():
     transformers(data_collator=masked)
 
 
+def transformers_lora():
+    transformers("trainer_lora")
+
+
 def transformers_stream():
-    transformers("lora_stream")
+    transformers("trainer_stream")
 
 
 def transformers(name="trainer", **options):
@@ -188,6 +192,7 @@ def main():
     for library in sys.argv[1:] or (
         "transformers",
         "transformers_masked",
+        "transformers_lora",
         "transformers_stream",
         "lightning",
         "lightning_two",

@@ -1,7 +1,8 @@
 """Fetches the batches of a plan, with workers or without.
 
 What a sample looks like must not depend on which process fetches it, nor when: before a sample is fetched, the generators
-of Python, NumPy and torch are seeded from ``(seed, epoch, index)``, and in the training process put back afterwards.
+of Python, NumPy and torch are seeded from ``(seed, epoch, index)``, and in the training process put back afterwards. Where
+an epoch may have a sample more than once, its position counts, too.
 """
 
 import contextlib
@@ -20,12 +21,14 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from harness import torch_private
 from harness.data.changes import Attributes
 from harness.data.schedule import MicroBatch
-from harness.data.seeding import generators_kept, mix, seed_process
+from harness.data.seeding import generators_kept, mix, on_cpu, seed_process
 from harness.runtime.signals import STOP_SIGNALS, deaf_children, die_with_parent
 
 log = logging.getLogger(__name__)
 
 Step = list[tuple[Any, float]]  # the micro-batches of a step on one rank, and the weight of each
+# Of a sample: its epoch and its index; and its position, where an epoch may have a sample more than once.
+Key = tuple[int, int] | tuple[int, int, int]
 _MANY_CHANGES = 20
 
 
@@ -108,21 +111,21 @@ class Seeded(Dataset[Any]):
     set_epoch: Callable[[int], Any] | None  # called before the first sample of an epoch, in the process that fetches it
     epoch: int | None = None
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        epoch, index = key
+    def __getitem__(self, key: Key) -> Any:
+        epoch, index = key[:2]
         if self.set_epoch is not None and epoch != self.epoch:
             self.set_epoch(epoch)
             self.epoch = epoch
         if self.seed is None:
             return self.dataset[index]
-        seed_process(mix(self.seed, epoch, index))
+        seed_process(mix(self.seed, *key))
         return self.dataset[index]
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Any]:
+    def __getitems__(self, keys: list[Key]) -> list[Any]:
         """Several samples, as a loader of torch's asks for them."""
         if self.seed is None and self.set_epoch is None:
             dataset = self.dataset
-            return [dataset[index] for _epoch, index in keys]
+            return [dataset[key[1]] for key in keys]
         return [self[key] for key in keys]
 
 
@@ -146,11 +149,11 @@ def batches(
     draws = type(dataset) is not TensorDataset or collate is not None
     announced: list[list[MicroBatch]] = []  # steps whose batches were asked for and have not come yet, oldest first
 
-    def keys() -> Iterator[list[tuple[int, int]]]:
+    def keys() -> Iterator[list[Key]]:
         for step in plan:
             announced.append(step)
             for micro in step:
-                yield [(micro.epoch, index) for index in micro.indices]
+                yield _keys(micro)
 
     loader = DataLoader(
         Seeded(dataset, seed if draws else None, _set_epoch(dataset) if tells_epoch else None),
@@ -162,13 +165,13 @@ def batches(
         generator=torch.Generator("cpu").manual_seed(seed),  # else every iterator takes a number from the training's
     )
     before = multiprocessing.active_children()
-    with _on_cpu(), deaf_children():
+    with on_cpu(), deaf_children():
         fetched = iter(loader)
     processes = [process for process in multiprocessing.active_children() if process not in before]
     keeps, is_elsewhere = draws and not workers, torch.get_default_device().type != "cpu"  # asked once: it takes 10 µs
     try:
         while True:
-            with generators_kept() if keeps else _NO_CARE, _on_cpu() if is_elsewhere else _NO_CARE:
+            with generators_kept() if keeps else _NO_CARE, on_cpu() if is_elsewhere else _NO_CARE:
                 first = next(fetched)
                 step = announced.pop(0)
                 micro_batches = [(first, step[0].weight)] + [(next(fetched), micro.weight) for micro in step[1:]]
@@ -178,6 +181,12 @@ def batches(
             torch_private.end_workers(fetched)
         for process in processes:  # those that are still busy ignore SIGTERM, and Python would wait for them when it exits
             process.kill()
+
+
+def _keys(micro: MicroBatch) -> list[Key]:
+    if micro.position is None:
+        return [(micro.epoch, index) for index in micro.indices]
+    return [(micro.epoch, index, position) for position, index in enumerate(micro.indices, micro.position)]
 
 
 def _shield_worker(_worker: int) -> None:
@@ -190,11 +199,6 @@ def _shield_worker(_worker: int) -> None:
 
 
 _NO_CARE = contextlib.nullcontext()
-
-
-def _on_cpu() -> contextlib.AbstractContextManager[Any]:
-    """Has tensors made on the CPU where ``torch.set_default_device`` says otherwise."""
-    return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def _set_epoch(dataset: Any) -> Callable[[int], Any] | None:

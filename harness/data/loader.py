@@ -3,17 +3,21 @@
 import logging
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from harness.data.batch_sampler import BatchSampler, BatchSchedule
 from harness.data.counting import warn_of_counts
 from harness.data.fetching import Fetcher, Step
 from harness.data.fingerprint import Fingerprint
 from harness.data.position import Position, SkippedBatch
 from harness.data.schedule import Cursor, Schedule
+from harness.data.weights import Weights
 from harness.distributed.world import rank_and_size
 from harness.errors import ConfigError
 
@@ -29,14 +33,20 @@ class Loader:
     ``workers``, and the global batches at any world size. The last batch of an epoch may be shorter; ``drop_last`` leaves it
     out. ``weight`` is the weight of this rank's mean loss in the mean over all ranks: 1 if all shares are equal.
 
+    ``weights`` (one for each sample) draws samples with replacement, as many in an epoch as the data set has.
+    ``batch_sampler`` gives the global batches, as lists of indices, in place of ``global_batch_size``. It can be iterated
+    anew for each epoch (its ``set_epoch`` is called before), or is a function of the epoch. It is asked with the generators
+    of Python, NumPy and torch seeded for the epoch, and has to give the same batches each time. ``collate`` makes a batch of
+    the list of its samples, as in torch's ``DataLoader``.
+
     Workers hold a copy of the data set. If one of its attributes changes between two batches, they are restarted, so that
     they see the change. ``tells_epoch`` calls its ``set_epoch(epoch)`` before the first sample of each epoch, in the process
     that fetches.
 
     ``state_dict()`` is the position after the last batch that the loader gave; it is the same on every rank. It holds a
     ledger, a running hash of the trained samples. If you ask for it before the first batch, it also holds a ``fingerprint``
-    of three samples. Raises ``ConfigError`` if the data set is empty or its length has changed. ``load_state_dict`` raises
-    ``Mismatch`` if seed, size, order or samples differ from those of the saved position.
+    of three samples. Raises ``ConfigError`` if the data set is empty or its length has changed, or weights or batches are
+    wrong. ``load_state_dict`` raises ``Mismatch`` if seed, size, order or samples differ from those of the saved position.
 
     ``rank`` and ``world_size`` default to those of ``init_process_group``, or else to those that torchrun gave this process.
 
@@ -49,8 +59,10 @@ class Loader:
     def __init__(
         self,
         dataset: Dataset[Any],
-        global_batch_size: int,
+        global_batch_size: int | None = None,
         *,
+        weights: Sequence[float] | NDArray[Any] | torch.Tensor | None = None,
+        batch_sampler: BatchSampler | None = None,
         seed: int = 0,
         micro_batch_size: int | None = None,
         workers: int = 0,
@@ -64,7 +76,14 @@ class Loader:
     ) -> None:
         self.dataset = dataset
         samples: int = len(dataset)  # type: ignore[arg-type]
-        self.schedule = Schedule(samples, seed, global_batch_size, micro_batch_size, drop_last)
+        if batch_sampler is not None:
+            _refuse_beside_batches(global_batch_size=global_batch_size, weights=weights, drop_last=drop_last or None)
+            self.schedule: Schedule = BatchSchedule.of(batch_sampler, samples, seed, micro_batch_size)
+        elif global_batch_size is None:
+            raise ConfigError("Loader: expected global_batch_size, the samples of a batch on all ranks, or batch_sampler")
+        else:
+            drawn = None if weights is None else Weights(weights, samples)
+            self.schedule = Schedule(samples, seed, global_batch_size, micro_batch_size, drop_last, weights=drawn)
         own_rank, size = rank_and_size()
         self.is_placed = rank is not None or world_size is not None  # by the program, which may have its own reasons
         self.rank = own_rank if rank is None else rank
@@ -109,8 +128,8 @@ class Loader:
         return self.position.skipped
 
     def __len__(self) -> int:
-        """Batches in a whole epoch."""
-        return self.schedule.steps_per_epoch()
+        """Batches in the current epoch."""
+        return self.schedule.steps_per_epoch(self.epoch)
 
     def __iter__(self) -> Iterator[Any]:
         batches = self._walk()
@@ -215,6 +234,12 @@ class Loader:
             log.warning(
                 "epoch %d ends at sample %d: the rest is smaller than a batch, and drop_last was not set before", *saved
             )
+
+
+def _refuse_beside_batches(**options: Any) -> None:
+    """Raises ``ConfigError`` where an option has a value that a batch sampler decides."""
+    if names := [name for name, value in options.items() if value is not None]:
+        raise ConfigError(f"Loader: batch_sampler decides what a batch has; leave {' and '.join(names)} out")
 
 
 def nothing() -> None:

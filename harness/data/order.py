@@ -24,6 +24,7 @@ from harness.data.seeding import mix
 
 FEISTEL, RANDPERM = "feistel", "randperm"
 ALGORITHMS = (FEISTEL, RANDPERM)
+WEIGHTS, BATCH_SAMPLER = "weights", "batch_sampler"  # orders that are made of what the user gives
 
 _ROUNDS = 12  # after 6 the 24 orders of 4 samples differ in frequency by 6 %, after 12 by 0.1 %
 _CHUNK_SAMPLES = 4096  # are computed at once: 32 KiB, and NumPy's calls cost little for each

@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from harness.data.order import ALGORITHMS, RANDPERM
+from harness.data.order import ALGORITHMS, BATCH_SAMPLER, RANDPERM, WEIGHTS
 from harness.data.schedule import Cursor, MicroBatch, Schedule
 from harness.errors import Corrupt, Mismatch
 
@@ -48,16 +48,20 @@ class Position:
             if (saved := state.get(key)) != live:
                 raise Mismatch(f"{key}: the checkpoint was written with {saved!r}, the loader has {live!r}")
         numbers = [state.get("epoch"), state.get("offset")]
-        if not all(type(number) is int and number >= 0 for number in numbers) or state["offset"] >= schedule.samples:
+        if not all(type(number) is int and number >= 0 for number in numbers):
             raise Corrupt(f"impossible position in the data: epoch {numbers[0]!r}, offset {numbers[1]!r}")
-        if (algorithm := state.get("order", RANDPERM)) not in ALGORITHMS:  # before there was another, states had no name
-            known = ", ".join(ALGORITHMS)
+        algorithm = state.get("order", RANDPERM)  # before there was another, states had no name
+        if algorithm not in (known := (*ALGORITHMS, WEIGHTS, BATCH_SAMPLER)):
+            names = ", ".join(known)
             raise Mismatch(
-                f"order: the checkpoint was written with {algorithm!r}, this version of harness knows {known}; resume with "
+                f"order: the checkpoint was written with {algorithm!r}, this version of harness knows {names}; resume with "
                 "the version of harness that wrote the checkpoint, or a later one"
             )
-        schedule = replace(schedule, algorithm=algorithm)
+        _refuse_others(schedule.given, state)
+        if not schedule.given:
+            schedule = replace(schedule, algorithm=algorithm)
         cursor = Cursor(state["epoch"], state["offset"])
+        schedule.refuse(cursor)
         position = cls(schedule, cursor)
         position._ledger = Ledger.restored(schedule, cursor, state)
         position.skipped = [SkippedBatch(*each) for each in state["gaps"]]
@@ -66,10 +70,13 @@ class Position:
     def state_dict(self) -> dict[str, Any]:
         """The position after the batch that was handed out last, as plain numbers and words."""
         self.note()
+        given = self.schedule.given
+        order = next(iter(given), self.schedule.algorithm)
         return {
             "seed": self.schedule.seed,
             "samples": self.schedule.samples,
-            **({} if self.schedule.algorithm == RANDPERM else {"order": self.schedule.algorithm}),
+            **({} if order == RANDPERM else {"order": order}),
+            **given,
             "epoch": self.cursor.epoch,
             "offset": self.cursor.offset,
             "gaps": [[each.epoch, each.offset, each.samples] for each in self.skipped],
@@ -80,8 +87,8 @@ class Position:
     def batch(self) -> int:
         """The number of the batch that was handed out last, within its epoch and from 0; -1 before the first one."""
         if self.latest is not None:
-            return self.latest.offset // self.schedule.global_batch_size
-        return self.cursor.offset // self.schedule.global_batch_size - 1
+            return self.schedule.number(self.latest)
+        return self.schedule.number(self.cursor) - 1
 
     @property
     def trained_epoch(self) -> int:
@@ -130,6 +137,21 @@ class Position:
         self.note()
         self._ledger.go_to(epoch)
         self.cursor = Cursor(epoch)
+
+
+def _refuse_others(given: Mapping[str, str], state: Mapping[str, Any]) -> None:
+    """Raises ``Mismatch`` where what the user has given for the order is not that of a saved position."""
+    for key in (WEIGHTS, BATCH_SAMPLER):
+        saved, live = state.get(key), given.get(key)
+        if saved != live:
+            found = (
+                f"the checkpoint was written without {key}, the loader has {key}"
+                if saved is None
+                else f"the checkpoint was written with {key}, the loader has none"
+                if live is None
+                else f"the checkpoint was written with other {key}"
+            )
+            raise Mismatch(f"{key}: {found}; give the Loader what the run began with, or start a new run")
 
 
 class Ledger:

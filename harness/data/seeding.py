@@ -57,6 +57,11 @@ def generators_kept() -> Iterator[None]:
         torch.default_generator.set_state(states[2])
 
 
+def on_cpu() -> contextlib.AbstractContextManager[Any]:
+    """Has tensors made on the CPU where ``torch.set_default_device`` says otherwise."""
+    return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+
+
 def state_of(generator: Any) -> Any:
     """A generator's state, as plain values and tensors."""
     if isinstance(generator, random.Random):

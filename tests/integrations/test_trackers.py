@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -33,7 +34,10 @@ optimizer = torch.optim.SGD(model.parameters(), 0.01)
 metrics = {"wandb": {"project": "p", "mode": "offline"}, "mlflow": {"tracking_uri": "sqlite:///mlflow.db"}}
 run = harness.Run("runs/tracked", {"model": model, "optimizer": optimizer}, every_steps=7,
                   config={"log": {"every_steps": 1}, "metrics": metrics})
+began = run.global_step
 for step in run.steps(400):
+    while step - began >= 80 and not os.path.exists("hurry"):
+        time.sleep(0.1)
     loss = model(torch.randn(8, 4)).square().mean()
     optimizer.zero_grad()
     loss.backward()
@@ -86,6 +90,12 @@ def last_step(directory: Path) -> int:
         return 0
 
 
+def first_save(directory: Path, attempt: int) -> float:
+    """The step of an attempt's first save; infinite before there is one."""
+    found = directory.glob(f"runs/tracked/step-*-{attempt:06}-*/manifest.json")
+    return min((int(each.parent.name.split("-")[1]) for each in found), default=math.inf)
+
+
 @pytest.mark.torchrun
 def test_each_step_once_after_three_deaths(tmp_path):
     """The curves of both, their events, and what is said of each attempt, which dies when they have some of it."""
@@ -94,12 +104,13 @@ def test_each_step_once_after_three_deaths(tmp_path):
     env = {"PYTHONPATH": os.pathsep.join([LIBRARIES, str(ROOT)])}
     command = ("-m", "harness", "launch", "--max-restarts=3", "--nproc-per-node=2", "--", str(script))
     with launch(tmp_path, None, command=command, env=env) as started:
-        for number, rank in enumerate((0, 1, 0), 1):
-            seen = last_step(tmp_path)
-            started.wait(lambda seen=seen: last_step(tmp_path) > seen, "steps in MLflow", PATIENCE_SECONDS)
-            started.kill_rank(rank)
-            resumed = lambda number=number: started.output().count("resuming from step-") == number
-            started.wait(resumed, f"attempt {number + 1}", PATIENCE_SECONDS)
+        for number, rank in enumerate((0, 1, 0, None), 1):
+            is_there = lambda number=number: last_step(tmp_path) >= first_save(tmp_path, number)
+            started.wait(is_there, f"steps of attempt {number} in MLflow", PATIENCE_SECONDS)
+            if rank is not None:
+                started.kill_rank(rank)
+                resumed = lambda number=number: started.output().count("resuming from step-") == number
+                started.wait(resumed, f"attempt {number + 1}", PATIENCE_SECONDS)
         (tmp_path / "hurry").touch()
         wait_until(lambda: started.process.poll() is not None, "the end", PATIENCE_SECONDS)
         output = started.output()

@@ -22,11 +22,17 @@ def log_of(end):
     return [{key: value for key, value in line.items() if not key.endswith(TIMES)} for line in history]
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_an_adapter_and_a_stream(tmp_path, ranks):
-    """LoRA over a shuffled stream of ``datasets``, whose batches rank 0 reads for all, with tokens masked at random."""
-    require("peft", "datasets")
-    straight, killed = killed_thrice(tmp_path, EXAMPLES / "lora_stream.py", ranks, alike=PARTS)
+def test_an_adapter(tmp_path):
+    """LoRA, with tokens masked at random."""
+    require("peft")
+    straight, killed = killed_thrice(tmp_path, EXAMPLES / "trainer_lora.py", 2, alike=PARTS)
+    assert log_of(killed) == log_of(straight)
+
+
+def test_a_stream(tmp_path):
+    """A shuffled stream of ``datasets``, whose batches rank 0 reads for all, with tokens masked at random."""
+    require("datasets")
+    straight, killed = killed_thrice(tmp_path, EXAMPLES / "trainer_stream.py", 3, alike=PARTS)
     assert log_of(killed) == log_of(straight)
 
 
