@@ -312,6 +312,8 @@ def test_saves_of_a_training_in_a_graph(there, tmp_path):
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
 
+    state, config = {"model": model, "optimizer": optimizer}, {"checkpoint": {"keep_last": 100}}
+    run = Run(str(tmp_path), state, every_steps=1, stop=StopRequest(), config=config)
     beside.wait_stream(torch.cuda.current_stream(there))
     with torch.cuda.stream(beside):
         for _ in range(3):
@@ -320,8 +322,6 @@ def test_saves_of_a_training_in_a_graph(there, tmp_path):
     graph, expected = torch.cuda.CUDAGraph(), {}
     with torch.cuda.graph(graph):
         train()
-    state, config = {"model": model, "optimizer": optimizer}, {"checkpoint": {"keep_last": 100}}
-    run = Run(str(tmp_path), state, every_steps=1, stop=StopRequest(), config=config)
     with contextlib.closing(run):
         for step in run.steps(8):
             graph.replay()
