@@ -210,10 +210,10 @@ STEP_HOOKS = Part(
     is_needed=True,
 )
 SCALER = Part(
-    "GradScaler._scale",
-    "finds gradient scalers that a loop uses and the state lacks",
-    "there is no warning if a gradient scaler is missing from the state",
-    lambda: hasattr(torch.amp.GradScaler("cpu"), "_scale"),
+    "GradScaler._scale and ._growth_tracker",
+    "finds gradient scalers that a loop uses and the state lacks, and notes at each step where their search for a scale is",
+    "there is no warning if a gradient scaler is missing from the state, and each step waits for the device",
+    lambda: all(hasattr(torch.amp.GradScaler("cpu"), name) for name in ("_scale", "_growth_tracker")),
 )
 SCHEDULES = Part(
     "_schedulers, _milestones, _last_lr, _get_lr_called_within_step and _get_closed_form_lr of schedulers",
@@ -222,6 +222,7 @@ SCHEDULES = Part(
     _has_schedules,
 )
 scale_of = _getter("_scale")  # of a gradient scaler; None until it has scaled a loss
+growth_of = _getter("_growth_tracker")  # of a gradient scaler, likewise: so many steps it has grown for
 schedulers_within = _getter("_schedulers", ())  # the schedulers that a scheduler is made of
 milestones = _getter("_milestones", ())  # the steps at which a SequentialLR hands on to the next of those within it
 set_last_rates = _setter("_last_lr")  # what a scheduler's get_last_lr returns from now on

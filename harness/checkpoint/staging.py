@@ -23,6 +23,7 @@ From an accelerator a stream of its own copies into pinned memory, after what th
 then; the fence then holds up the computing stream and not the processor.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ from harness.checkpoint.tree import Encoded
 from harness.distributed import device
 from harness.storage.direct_io import Buffer
 
+log = logging.getLogger(__name__)
+
 WINDOW_BYTES = 16 << 20  # that the writer is given at once
 
 
@@ -55,8 +58,20 @@ class HostMemory:
         """The block, uint8, of this size or more, from the beginning of a page on; its content is whatever it was."""
         if self.block.numel() < (needed_bytes := size_bytes + DATA_ALIGNMENT_BYTES):
             self.block = torch.empty(0, dtype=torch.uint8, device="cpu")  # the old one goes before the new one comes
-            self.block = torch.empty(needed_bytes, dtype=torch.uint8, device="cpu", pin_memory=self.pinned)
+            self.block = self._new(needed_bytes)
         return self.block[-self.block.data_ptr() % DATA_ALIGNMENT_BYTES :]
+
+    def _new(self, size_bytes: int) -> torch.Tensor:
+        if self.pinned:
+            try:
+                return torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+            except RuntimeError as error:  # there is less memory that may be pinned than memory
+                self.pinned = False
+                why = str(error).partition("\n")[0]
+                log.warning(
+                    "saves copy at half the speed: %d MB of memory could not be pinned: %s", size_bytes // 10**6, why
+                )
+        return torch.empty(size_bytes, dtype=torch.uint8, device="cpu")
 
 
 class _Watched(NamedTuple):  # there is one for each tensor of a model, at each save

@@ -121,6 +121,10 @@ class Device:
         """A mark behind all that the current stream was given."""
         return _Moment() if timed else NOTHING
 
+    def is_capturing(self) -> bool:
+        """Whether the current stream notes down what it is given, for a graph that does it again."""
+        return False
+
     def host_memory(self, size_bytes: int) -> torch.Tensor:
         """Memory of the host, pinned where that is worth it. Its content is whatever it was."""
         return torch.empty(size_bytes, dtype=torch.uint8, device="cpu")
@@ -255,8 +259,11 @@ class _Streams(Streams):
         return call
 
 
-def _never() -> bool:
-    return False
+def _captures(stream: Any) -> bool:
+    """Whether a graph is made of what a stream is given."""
+    if (asks := getattr(stream, "is_capturing", None)) is not None:  # since torch 2.13
+        return bool(asks())
+    return stream.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class Accelerator(Device):
@@ -278,9 +285,12 @@ class Accelerator(Device):
 
     def mark(self, *, timed: bool = False) -> Mark:
         stream = self.current()
-        if timed and getattr(stream, "is_capturing", _never)():  # by a graph: its events tell no time (since torch 2.13)
+        if timed and _captures(stream):  # its events tell no time
             return NOTHING
         return _Events(self.interface, [stream], timed=timed)
+
+    def is_capturing(self) -> bool:
+        return _captures(self.current())
 
     def host_memory(self, size_bytes: int) -> torch.Tensor:
         return cast("torch.Tensor", self.interface.host_memory(size_bytes))

@@ -55,6 +55,7 @@ _READ_AT_START = ("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "GOMP_", "KMP_",
 THREADS_VARIABLE = "OMP_NUM_THREADS"
 _READY = b"ready"
 _GO = b"go"
+_GPUS = ("/dev/nvidia", "/dev/kfd", "/dev/dri/", "/dev/dxg")  # what drivers open: NVIDIA's, AMD's, Intel's, of WSL
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _PR_SET_MM, _PR_SET_MM_MAP = 35, 14
 
@@ -331,18 +332,18 @@ def _trouble() -> str:
     torch: Any = sys.modules["torch"]
     kind = torch.accelerator.current_accelerator()  # of those that this torch was made for
     is_initialized = getattr(torch.get_device_module(kind), "is_initialized", None) if kind is not None else None
-    if (is_initialized is not None and is_initialized()) or any(_opened("/dev/nvidia")):
+    if (is_initialized is not None and is_initialized()) or _opened(_GPUS):
         return "has used a GPU"
     return ""
 
 
-def _opened(prefix: str) -> list[str]:
-    """The files of this process whose names begin so."""
+def _opened(prefixes: tuple[str, ...]) -> list[str]:
+    """The files of this process whose names begin in one of these ways."""
     found = []
     for each in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             found.append(os.readlink(f"/proc/self/fd/{each}"))
-    return [name for name in found if name.startswith(prefix)]
+    return [name for name in found if name.startswith(prefixes)]
 
 
 # --- the rank --------------------------------------------------------------------------------------------------------

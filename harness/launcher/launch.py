@@ -3,6 +3,8 @@
 It adds to torchrun's command line only what is not there, and to the environment:
 
 * ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``: otherwise (torch 2.13) a node that joins a running job hangs it;
+* ``TORCH_NCCL_ASYNC_ERROR_HANDLING=3``, torch's own default: with torchrun's, a rank of which a peer has died aborts the
+  collective, and computes on with what that has left, while its state is kept;
 * three restarts (torchrun's default is none), counted again from zero when the ranks start from a newer checkpoint (see
   ``harness.launcher.agent``), and a time to save after a signal;
 * on one machine the address ``localhost``: the machine's own name need not lead anywhere;
@@ -164,6 +166,7 @@ def launch(options: Sequence[str], arguments: Sequence[str], carry: Callable[[st
                 f"harness launch: cannot create temporary files ({error}); set TMPDIR to a folder that can be written"
             ) from None
         environment = {
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
             **os.environ,
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             outcome.DIRECTORY_VARIABLE: directory,

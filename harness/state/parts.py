@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, IterableDataset
 
+from harness import torch_private
 from harness.checkpoint import dtensors, tree
 from harness.checkpoint.format import check_part_name
 from harness.data.loaders import Epochs
@@ -409,6 +410,22 @@ class OtherPart(Part):
 
 class ScalerPart(OtherPart):
     resets = True
+
+    def noted(self) -> Callable[[], dict[str, Any]]:
+        """What ``capture`` gives, as it is now, for later: a device that has yet to compute the scale is not waited for."""
+        scaler = self.live
+        scale, growth = torch_private.scale_of(scaler), torch_private.growth_of(scaler)
+        is_torchs = type(scaler).state_dict is torch.amp.GradScaler.state_dict
+        if not (is_torchs and isinstance(scale, torch.Tensor) and isinstance(growth, torch.Tensor)):
+            captured = self.capture()
+            return lambda: captured
+        scale, growth = scale.clone(), growth.clone()
+        options = {
+            "growth_factor": scaler.get_growth_factor(),
+            "backoff_factor": scaler.get_backoff_factor(),
+            "growth_interval": scaler.get_growth_interval(),
+        }
+        return lambda: {"state": {"scale": scale.item(), **options, "_growth_tracker": growth.item()}}
 
     def described(self) -> Built:
         state = self.live.state_dict()

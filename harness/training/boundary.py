@@ -27,7 +27,7 @@ class Boundary:
     def reached(self) -> None:
         """The body of a step is over: the state is what a checkpoint of this step has."""
         self._begin_streams(self._state.progress.step)
-        self._saves.keeper.note()
+        self._saves.keeper.note(is_seen=self._saves.sees_optimizers)
 
     def take_half(self) -> Mapping[str, Any] | None:
         """The metrics of the step that comes now, where the attempt before has died between its training and its boundary:

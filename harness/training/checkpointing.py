@@ -218,7 +218,8 @@ class Checkpointing(Saves):
         if must_succeed or checkpoint.mode == "sync":
             self._log.committed(saver.save(parts, request, must_succeed=must_succeed))
         else:
-            saver.begin(parts, request, overlap=checkpoint.overlap, check=checkpoint.check_snapshots)
+            overlap = checkpoint.overlap and self.sees_optimizers  # or nobody would hold an optimizer up
+            saver.begin(parts, request, overlap=overlap, check=checkpoint.check_snapshots)
 
 
 def _is_frozen(untrained: Iterable[tuple[torch.Tensor, int, int]], is_steady: IsSteady) -> IsFrozen:

@@ -38,7 +38,7 @@ from harness.errors import HarnessError
 from harness.launcher import outcome
 from harness.runtime.environment import is_first_of_node, local_rank
 from harness.state.capture import State
-from harness.state.parts import RANDOM, TRAINING, OtherPart, Part
+from harness.state.parts import RANDOM, TRAINING, OtherPart, Part, ScalerPart
 from harness.telemetry.events import as_json
 from harness.torch_private import version
 from harness.training import resume
@@ -60,9 +60,10 @@ class NoKeeper:
     def touch(self) -> None:
         """An optimizer is about to change the state."""
 
-    def note(self, half: Mapping[str, float] | None = None) -> None:
+    def note(self, half: Mapping[str, float] | None = None, *, is_seen: bool = True) -> None:
         """The body of a step is over; or all but its evaluation, with which a resume has to begin then. In that case,
-        ``half`` has the metrics of the step, as far as all ranks know them."""
+        ``half`` has the metrics of the step, as far as all ranks know them. Unless ``is_seen``, an optimizer may change the
+        state without a call of ``touch``: then nothing is kept."""
 
     def took_first_buffers(self) -> None:
         """The buffers of the modules are rank 0's now."""
@@ -114,7 +115,7 @@ class _Boundary:
     touches: int  # of the state, so far
     shown_epoch: int
     training: Mapping[str, Any]  # of the part of this name, what changes
-    small: Mapping[str, Any]  # the small parts
+    small: Mapping[str, Any]  # the small parts, or what gives them
     options: Sequence[tuple[dict[str, Any], dict[str, Any]]]  # of the optimizers' groups
     watched: Sequence[tuple[torch.Tensor, int]]  # tensors of the small parts, and their versions
 
@@ -150,17 +151,20 @@ class Keeper(NoKeeper):
     def touch(self) -> None:
         self._touches += 1
 
-    def note(self, half: Mapping[str, float] | None = None) -> None:
+    def note(self, half: Mapping[str, float] | None = None, *, is_seen: bool = True) -> None:
         self._notes += 1
         if self._notes == 2 and self._world.size > 1:  # on all ranks, whatever has become of one
             self._loose.compare()
-        if self._is_off:
+        if self._is_off or not is_seen:
+            self._boundary = None
             return
         began = time.perf_counter()
         try:
             self._boundary = None
             self._loose.note()
-            self._boundary = _noted(self._context, self._small, self._touches, half)
+            boundary = _noted(self._context, self._small, self._touches, half)
+            self._loose.mark()  # what was noted may be copies that a device has yet to make
+            self._boundary = boundary
         except Exception as error:  # of an object of the program's, say: a save tells of it
             self._give_up(f"{type(error).__name__}: {error}".partition("\n")[0])
         self._slow = self._slow + 1 if time.perf_counter() - began > SLOW_SECONDS else 0
@@ -321,7 +325,8 @@ def _captured(state: State, loose: Loose, boundary: _Boundary) -> dict[str, Any]
             group.update(options)
     states = {str(rank): {"keys": keys} for rank, keys in enumerate(state.progress.random_keys or [])}
     training = {**parts[TRAINING], **boundary.training}
-    return {**loose.put_into(parts), **boundary.small, TRAINING: training, RANDOM: states}
+    small = {name: part() if callable(part) else part for name, part in boundary.small.items()}
+    return {**loose.put_into(parts), **small, TRAINING: training, RANDOM: states}
 
 
 def _level() -> int:
@@ -339,6 +344,8 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
 def _small(part: Part, watched: list[tuple[torch.Tensor, int]]) -> Any:
     """A part as it is now: what torch and harness make is made anew each time, of others nobody knows. Tensors that are too
     large to be copied are watched."""
+    if isinstance(part, ScalerPart):
+        return part.noted()
     captured = part.capture()
     if type(part) is not OtherPart or isinstance(part.live, Loader):
         return captured

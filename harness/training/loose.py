@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from harness.checkpoint import commit
+from harness.checkpoint import commit, tree
 from harness.distributed import device
 from harness.distributed.device import Device
 from harness.torch_private import version
@@ -33,6 +33,7 @@ class Loose:
         self._copied: list[tuple[str, str]] = []
         self._live: list[torch.Tensor] = []
         self._copies: list[torch.Tensor] = []
+        self._bytes = _Bytes()  # of both
         self._watched: list[tuple[str, torch.Tensor]] = []
         self._versions: list[int] = []
         self._of_first: list[_FirstsBuffers] = []
@@ -42,17 +43,17 @@ class Loose:
         self._refusal = ""
         self._device = device.of(self._world.device)
         self._ready = device.NOTHING  # the mark after which the copies are there
+        device.beside([self._world.device], "keep")  # made now: while a collective hangs, that may take for ever
 
     def note(self) -> None:
         """A boundary."""
         if not self._places:
             self._look()
         if self._live:
-            self._device.copy_each(self._copies, self._live)
+            self._bytes.copy(self._device)
         self._versions = [version(each) for _, each in self._watched]
         for given in self._of_first:
             given.note()
-        self._mark()
 
     def compare(self) -> None:
         """Whether what DDP does not give to all ranks is alike on them, now that a step has changed what steps change. All
@@ -68,7 +69,7 @@ class Loose:
         lives = [part.live for part in self._parts if isinstance(part.live, DistributedDataParallel)]
         given = [each for each in lives if each.broadcast_buffers] if self._world.size > 1 else []
         given_places = {buffer.data_ptr() for each in given for buffer in each.module.buffers()}
-        self._of_first = [_FirstsBuffers(each, self._device, self._mark) for each in given] if self._world.rank else []
+        self._of_first = [_FirstsBuffers(each, self._device, self.mark) for each in given] if self._world.rank else []
         steady: list[tuple[str, torch.Tensor]] = []
         captured = {(part.name, key): value for part in self._parts for key, value in part.capture().items()}
         for (part, key), value in sorted(captured.items(), key=lambda item: getattr(item[1], "nbytes", 0)):
@@ -86,8 +87,9 @@ class Loose:
                     self._copied.append((part, key))
                     self._live.append(value)
                     self._copies.append(torch.empty_like(value))
+                    self._bytes.add(self._copies[-1], value)
                     if giver is not None:
-                        giver.copied.append((self._copies[-1], value))
+                        giver.copied.add(self._copies[-1], value)
                 elif giver is not None:
                     giver.watched.append((name, value))
                 else:
@@ -132,7 +134,8 @@ class Loose:
 
     # --- on an accelerator -------------------------------------------------------------------------------------------
 
-    def _mark(self) -> None:
+    def mark(self) -> None:
+        """All that was queued by now, in this thread, comes before what is read of a boundary."""
         self._ready = self._device.mark()
 
     @contextlib.contextmanager
@@ -150,13 +153,34 @@ def _place(value: Any) -> int:
     return value.data_ptr() if isinstance(value, torch.Tensor) else 0
 
 
+class _Bytes:
+    """Pairs of tensors of which one is copied to the other, all in one go: on a device only for tensors of one dtype."""
+
+    def __init__(self) -> None:
+        self._targets: dict[bool, list[torch.Tensor]] = {True: [], False: []}  # flat ones, as bytes; and others
+        self._sources: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+
+    def add(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        is_flat = tree.is_flat(source) and tree.is_flat(target)
+        self._targets[is_flat].append(tree.flat_bytes(target) if is_flat else target)
+        self._sources[is_flat].append(tree.flat_bytes(source) if is_flat else source)
+
+    def copy(self, device: Device) -> None:
+        for is_flat, sources in self._sources.items():
+            if sources:
+                device.copy_each(self._targets[is_flat], sources)
+
+    def __bool__(self) -> bool:
+        return any(self._sources.values())
+
+
 class _FirstsBuffers:
     """On other ranks than the first: a module's buffers, which DDP overwrites with the first one's before a forward pass."""
 
     def __init__(self, module: DistributedDataParallel, device: Device, on_take: Callable[[], None]) -> None:
         self._places = {each.data_ptr() for each in module.module.buffers()}
         self._device, self._on_take = device, on_take
-        self.copied: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.copied = _Bytes()
         self.watched: list[tuple[str, torch.Tensor]] = []
         self._versions: list[int] = []
         self._is_missing = self._is_about_to = False
@@ -182,8 +206,7 @@ class _FirstsBuffers:
     def take(self) -> None:
         """They are the first rank's now."""
         self._is_missing = self._is_about_to = False
-        for copy, live in self.copied:
-            self._device.copy(copy, live)
+        self.copied.copy(self._device)
         self._versions = [version(each) for _, each in self.watched]
         self._on_take()
 

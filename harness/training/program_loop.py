@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from harness.config import Config
+from harness.distributed import device
 from harness.distributed.agreement import Decision
 from harness.errors import ConfigError
 from harness.state.optimizers import stepping
@@ -42,6 +43,8 @@ class ProgramLoop:
         """To be called when the boundary is over: the body ends with it where nobody would see its end."""
         self._hooks = [each.register_step_pre_hook(self._before_optimizer) for each in stepping(state.optimizers)]
         self._has_stepped = False  # an optimizer, since the last boundary
+        self._device = device.of(world.device)
+        self._is_graphed = False  # a step of an optimizer is in a graph, which takes it again unseen
 
     def close(self) -> None:
         """Ends the loader's workers, and takes away what looks at the program's optimizers and modules."""
@@ -117,6 +120,8 @@ class ProgramLoop:
         course, progress = self._course, self._state.progress
         epochs = course.reach_boundary()
         step = progress.step
+        if self._device.is_async:
+            self._saves.sees_optimizers = self._has_stepped and not self._is_graphed
         self._has_stepped = False
         self._log.note(metrics)
         is_best = progress.best.get("step") == step
@@ -163,6 +168,7 @@ class ProgramLoop:
     def _before_optimizer(self, *_args: object) -> None:
         """An optimizer is about to take its step."""
         self._has_stepped = True
+        self._is_graphed = self._is_graphed or self._device.is_capturing()
         self._saves.keeper.touch()
         self._saves.fence()
         if not self._bodies.ends_show:

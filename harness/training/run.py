@@ -15,6 +15,7 @@ import torch
 
 from harness.config import RunConfig, run_config
 from harness.data.loader import Loader, nothing
+from harness.distributed import device
 from harness.distributed.agreement import Agreement, NoLoop
 from harness.distributed.world import World, world_of_program
 from harness.errors import ConfigError, Stopped
@@ -290,9 +291,8 @@ def loader_of(state: Mapping[str, Any], world: World) -> Loader | None:
 
 
 def device_of(state: Mapping[str, Any]) -> torch.device:
-    """Where the program trains: on the device of its first parameter."""
-    for each in state.values():
-        if isinstance(each, torch.nn.Module):
-            for parameter in each.parameters():
-                return parameter.device
-    return torch.device("cpu")
+    """Where the program trains: on the device of its first parameter; of its first one on an accelerator, if there is any,
+    since an average of a model's weights may lie on the CPU."""
+    modules = [each for each in state.values() if isinstance(each, torch.nn.Module)]
+    found = dict.fromkeys(parameter.device for each in modules for parameter in each.parameters())
+    return next((each for each in found if device.of(each).is_async), next(iter(found), torch.device("cpu")))

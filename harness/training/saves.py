@@ -10,6 +10,7 @@ class Saves:
     """The saves of an attempt; of this very class where the run has no URL, and nothing is saved."""
 
     keeper = NoKeeper()
+    sees_optimizers = True  # before they change anything, which a graph of a device does by itself
     is_first_due = False  # the first boundary is to be saved: what the attempt has resumed from is not durable
 
     @property

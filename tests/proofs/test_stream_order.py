@@ -20,6 +20,7 @@ from harness.state import to_device
 from harness.state.capture import State
 from harness.state.to_device import sent
 from harness.storage.store import open_store
+from harness.training import checkpointing
 from harness.training.loose import Loose
 from harness.training.stragglers import OwnWork
 from tests.support import late_device
@@ -220,6 +221,82 @@ def test_a_survivor_beside_a_collective_that_hangs(late, tmp_path, own_stream):
     assert {name: {*found[name].tolist()} for name in ("weight", "running_mean")} == {"weight": {3.0}, "running_mean": {3.0}}
     with pytest.raises(Hangs):
         training.run(len(training.queued))
+
+
+class Average:
+    """Its state is computed when it is asked for, and too large to be copied at each boundary."""
+
+    def __init__(self, late: Late) -> None:
+        self.late, self.steps = late, 0
+
+    def state_dict(self):
+        found = torch.zeros(400_000)
+        self.late.own(found)
+        self.late.write(found, self.steps)
+        return {"mean": found}
+
+    def load_state_dict(self, state) -> None:
+        """Nothing is restored here."""
+
+
+def test_what_a_boundary_itself_computes(late, tmp_path):
+    """A state that an object computes at the boundary is there before a survivor reads it."""
+    model, average = nn.Linear(2, 2), Average(late)
+    late.own(*model.state_dict().values())
+    optimizer = Queued(late, model.parameters())
+    settings = {"log": {"every_steps": None}, "checkpoint": {"keep": str(tmp_path / "keep")}}
+    (tmp_path / "keep").mkdir()
+    state = {"model": model, "optimizer": optimizer, "average": average}
+    with contextlib.closing(Run(str(tmp_path / "run"), state, every_steps=1000, stop=StopRequest(), config=settings)) as run:
+        for _ in run.steps(10):
+            if run.global_step == 3:
+                late.hang()
+                run.remember_crash(Died())
+                break
+            optimizer.step()
+            average.steps += 1
+            run.step()
+    (place,) = (tmp_path / "keep").glob("harness-*/*")
+    (entry,) = Catalog(open_store(str(place))).entries()
+    found = load.read(open_store(str(place)), entry.directory, entry.manifest)["average"]
+    assert (entry.step, {*found["state"]["mean"].tolist()}) == (3, {3.0})
+
+
+@pytest.mark.parametrize("is_captured", [True, False])
+def test_an_optimizers_step_in_a_graph(late, tmp_path, monkeypatch, is_captured):
+    """A graph takes the steps of an optimizer without its hooks: each save is copied at its boundary, and a survivor, which
+    cannot know how far the device is, keeps nothing. ``is_captured``: after the run was made."""
+    monkeypatch.setattr(checkpointing, "PROOFS", 0)  # which are copied at the boundary in any case
+    model = nn.Linear(100, 1)
+    late.own(*model.state_dict().values())
+    optimizer = Queued(late, model.parameters())
+    settings = {"log": {"every_steps": None}, "checkpoint": {"keep": str(tmp_path / "keep"), "keep_last": 10}}
+    (tmp_path / "keep").mkdir()
+    state = {"model": model, "optimizer": optimizer}
+    run = Run(str(tmp_path / "run"), state, every_steps=1, stop=StopRequest(), config=settings)
+    with contextlib.ExitStack() as slow, contextlib.closing(run):
+        for _ in run.steps(6):
+            step = run.global_step + 1
+            if step == 6:
+                slow.close()
+                run.remember_crash(Died())
+                break
+            if is_captured and step == 3:
+                with monkeypatch.context() as patched:
+                    patched.setattr(LateStream, "is_capturing", lambda _: True, raising=False)
+                    optimizer.step()
+            for each in model.parameters():  # a replay, while the save before is under way
+                late.write(each, step)
+            slow.close()
+            run._attempt.saves.wait()
+            slow.enter_context(late.processor_is_slow())
+            run.step()
+    store = open_store(str(tmp_path / "run"))
+    found = {each.step: load.read(store, each.directory, each.manifest)["model"] for each in Catalog(store).entries()}
+    assert {step: {*model["weight"].flatten().tolist()} for step, model in found.items()} == {
+        step: {float(step)} for step in range(1, 6)
+    }
+    assert not [*(tmp_path / "keep").glob("harness-*/*/*/manifest*")]
 
 
 def test_buffers_that_rank_0_gives(late, monkeypatch):

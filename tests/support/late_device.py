@@ -118,11 +118,13 @@ class Late:
         self._owned: set[int] = set()
         self.strays: list[str] = []  # the threads
         self._here.device = _OURS
+        self._hangs = False
         self._may_wait = threading.Event()
         self._may_wait.set()
 
     def Stream(self, device: torch.device, priority: int = 0) -> LateStream:  # noqa: N802  # torch's name
         assert priority < 0, "the streams of the other pool are drawn by everybody"
+        assert not self._hangs, "to make a stream may take as long as a kernel that hangs"
         return LateStream(self, device, is_lazy=self._copies_are_late)
 
     def Event(self, device: torch.device, *, enable_timing: bool = False) -> LateEvent:  # noqa: N802  # torch's name
@@ -181,6 +183,7 @@ class Late:
         self.current_stream(CPU).put(copy)
 
     def copy_each(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+        assert len({each.dtype for each in sources}) == 1, "these would be copied one by one"
         for target, source in zip(targets, sources, strict=True):
             self.copy(target, source)
 
@@ -203,6 +206,7 @@ class Late:
         def never() -> None:
             raise Hangs
 
+        self._hangs = True
         self.current_stream(CPU).put(never)
 
     def read(self) -> None:

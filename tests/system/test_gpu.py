@@ -29,6 +29,7 @@ from harness.launcher.fork_server import Preload
 from harness.runtime.environment import rank
 from harness.state.to_device import sent
 from harness.storage.store import open_store
+from harness.training.run import device_of
 from tests.support.cluster import branch, committed, held, hold, launch, newest, read_json, release, train_here
 from tests.support.states import bits
 
@@ -256,6 +257,86 @@ def test_a_survivor_beside_a_stream_that_hangs(there, tmp_path):
     found = load.read(open_store(str(place)), entry.directory, entry.manifest)["model"]
     assert (entry.step, entry.state) == (3, "whole")
     assert bits({name: found[name] for name in model.state_dict()}) == before
+
+
+@contextlib.contextmanager
+def without_waiting() -> Iterator[None]:
+    """The time in which nobody waits for the device: torch raises an error."""
+    if KIND == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if KIND == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_boundary_does_not_wait_for_the_device(there, tmp_path):
+    """What a survivor may need is noted beside the training: statistics of batches, and the scale of fp16."""
+    model, scaler = build().model.to(there), torch.amp.GradScaler(KIND)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    (tmp_path / "keep").mkdir()
+    settings = {"log": {"every_steps": None}, "checkpoint": {"keep": str(tmp_path / "keep")}}
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    run = Run(str(tmp_path / "run"), state, every_steps=1000, stop=StopRequest(), config=settings)
+    x = torch.randn(8, 16, device=there)
+    with contextlib.closing(run):
+        steps = run.steps(10)
+        next(steps)
+        for number in range(6):
+            optimizer.zero_grad()
+            scaler.scale(model(x).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            with without_waiting() if number > 1 else contextlib.nullcontext():
+                run.step()
+                next(steps)
+        run.remember_crash(Died())
+        steps.close()
+    (place,) = (tmp_path / "keep").glob("harness-*/*")
+    (entry,) = Catalog(open_store(str(place))).entries()
+    found = load.read(open_store(str(place)), entry.directory, entry.manifest)["scaler"]
+    assert (entry.step, found["state"]) == (6, scaler.state_dict())
+
+
+@pytest.mark.skipif(KIND != "cuda", reason="needs a CUDA device")
+def test_saves_of_a_training_in_a_graph(there, tmp_path):
+    """A graph that holds the optimizer's step calls no hooks: what is saved is copied at the boundary."""
+    seed_everything(0)
+    model = nn.Linear(2048, 2048, device=there)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, capturable=True)
+    x, beside = torch.randn(64, 2048, device=there), torch.cuda.Stream(there)
+
+    def train() -> None:
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+    state, config = {"model": model, "optimizer": optimizer}, {"checkpoint": {"keep_last": 100}}
+    run = Run(str(tmp_path), state, every_steps=1, stop=StopRequest(), config=config)
+    beside.wait_stream(torch.cuda.current_stream(there))
+    with torch.cuda.stream(beside):
+        for _ in range(3):
+            train()
+    torch.cuda.current_stream(there).wait_stream(beside)
+    graph, expected = torch.cuda.CUDAGraph(), {}
+    with torch.cuda.graph(graph):
+        train()
+    with contextlib.closing(run):
+        for step in run.steps(8):
+            graph.replay()
+            expected[step + 1] = {name: each.detach().clone() for name, each in model.state_dict().items()}
+            run.step()
+    store = open_store(str(tmp_path))
+    found = {each.step: load.read(store, each.directory, each.manifest)["model"] for each in Catalog(store).entries()}
+    assert {step: bits(each) for step, each in found.items()} == {
+        step: bits({name: value.cpu() for name, value in each.items()}) for step, each in expected.items()
+    }
+
+
+def test_where_a_program_trains(there):
+    """On the device, though the first module in the state, an average of the other one's weights, is not there."""
+    assert device_of({"average": nn.Linear(1, 1), "model": nn.Linear(1, 1).to(there)}) == there
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------

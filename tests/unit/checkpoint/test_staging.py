@@ -20,6 +20,7 @@ from harness.checkpoint.plan import SavePlan
 from harness.checkpoint.saver import Saver, SaveRequest
 from harness.checkpoint.staging import HostMemory, Snapshot
 from harness.checkpoint.tree import encode
+from harness.distributed import device
 from harness.errors import StoreError, Unsupported
 from harness.runtime.threads import Background
 from harness.storage.store import open_store
@@ -408,3 +409,12 @@ def test_a_busy_saver_makes_the_next_save_wait_or_be_skipped(tmp_path, monkeypat
     assert STEPS in skipping, "the last one is not skipped"
     assert len(skipping) < STEPS
     assert newest(tmp_path / "skip")["digests"] == newest(tmp_path / "wait")["digests"]
+
+
+@pytest.mark.skipif(device.count() > 0, reason="needs a machine that pins no memory")
+def test_memory_that_cannot_be_pinned(caplog):
+    """Saves go on with memory that is not, and one line says so."""
+    memory = HostMemory(pinned=True)
+    assert [memory.at_least(size_bytes).numel() >= size_bytes for size_bytes in (1000, 100_000)] == [True, True]
+    (line,) = caplog.messages
+    assert line.startswith("saves copy at half the speed: 0 MB of memory could not be pinned: ")

@@ -328,6 +328,13 @@ def test_a_module_after_which_nobody_may_fork(agent, write, text, words):
     assert re.search(words if "\\" in words else re.escape(words), said)
 
 
+def test_files_that_a_driver_has_opened(tmp_path):
+    """A process that has opened one of them has used a GPU."""
+    with open(tmp_path / "kfd", "w"):
+        assert fork_server._opened(("/nowhere", f"{tmp_path}/k")) == [f"{tmp_path}/kfd"]
+    assert not fork_server._opened(("/nowhere", f"{tmp_path}/k"))
+
+
 def test_a_module_that_was_preloaded_is_there(agent, write):
     """Its import is the server's; the rank has it, and its own folder first on the path."""
     write("heavy.py", "import os\nmaker = os.getpid()")

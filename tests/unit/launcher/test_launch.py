@@ -202,6 +202,7 @@ outcome.claim()
 starts = len(Path("starts").read_text()) + 1 if Path("starts").exists() else 1
 Path("starts").write_text("x" * starts)
 print("a rank begins", file=sys.stderr, flush=True)
+assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3", "torch's default, and not torchrun's"
 outcome.resumed(10 * min(starts, 4))
 outcome.reached(10 * min(starts, 4) + 3)
 if starts == 2:

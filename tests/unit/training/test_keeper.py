@@ -22,7 +22,7 @@ from torch.utils.data import TensorDataset
 
 import harness
 from harness import Loader, Run, StopRequest
-from harness.checkpoint import commit, kept
+from harness.checkpoint import commit, kept, load
 from harness.checkpoint.carry import carry, carry_and_tell
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.kept import KeptPlace
@@ -631,3 +631,44 @@ def test_clean_says_what_lies_there_and_deletes_it(tmp_path):
     done = CliRunner().invoke(cli, ["clean", str(tmp_path / "keep"), "--json"])
     assert [each["steps"] for each in json.loads(done.output)] == [[6]]
     assert list((tmp_path / "keep").iterdir()) == []
+
+
+class Awaited(torch.Tensor):
+    """A number of a device: who asks for it waits until the device is there."""
+
+    asked = 0
+
+    def item(self):
+        Awaited.asked += 1
+        return super().item()
+
+
+def test_a_gradient_scaler_is_not_waited_for(tmp_path):
+    """A boundary notes where its scale is, and asks for it only when that is kept."""
+    model, scaler = nn.Linear(4, 1), torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    (tmp_path / "keep").mkdir()
+    config = {"log": {"every_steps": None}, "checkpoint": {"keep": str(tmp_path / "keep")}}
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    run = Run(str(tmp_path / "run"), state, every_steps=1000, stop=StopRequest(), config=config)
+    with contextlib.closing(run):
+        before = 0
+        for step in run.steps(10):
+            assert step < 2 or Awaited.asked == before
+            scaler.scale(model(torch.ones(1, 4)).sum()).backward()
+            scaler._scale = scaler._scale.as_subclass(Awaited)
+            if step == 3:
+                scaler.update(1.0)
+                run.remember_crash(Died())
+                break
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            before = Awaited.asked
+            run.step()
+    assert kept_steps(tmp_path) == [3]
+    store = open_store(str(kept_in(tmp_path)))
+    (entry,) = Catalog(store).entries()
+    found = load.read(store, entry.directory, entry.manifest)["scaler"]["state"]
+    assert found == {**scaler.state_dict(), "scale": 64.0, "_growth_tracker": 0}
+    assert Awaited.asked > before

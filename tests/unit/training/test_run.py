@@ -15,9 +15,12 @@ from torch.utils.data import DataLoader, TensorDataset
 import harness
 from harness import Loader, Run, StopRequest
 from harness.data.seeding import seed_everything
+from harness.distributed import device
 from harness.distributed.world import SoloWorld
 from harness.errors import ConfigError, Mismatch, NoCheckpoint, Stopped, StoreError, Unsupported
+from harness.training.run import device_of
 from tests.support.cluster import newest
+from tests.support.late_device import MODES, Late, LateDevice
 
 SAMPLES, BATCH = 10, 4  # three steps an epoch
 
@@ -565,3 +568,12 @@ def test_an_endless_course_shows_no_total(tmp_path, caplog):
     assert "step 3  epoch 0" in caplog.text
     assert "step 2  saved" in caplog.text
     assert "/9223372036854775807" not in caplog.text
+
+
+def test_where_a_program_trains(monkeypatch):
+    """On the device of the first parameter that lies on an accelerator: an average of the weights may be on the CPU."""
+    state = {"rate": 1, "average": nn.Linear(1, 1), "model": nn.Linear(1, 1, device="meta")}
+    assert [device_of(each).type for each in (state, {"rate": 1})] == ["cpu", "cpu"]
+    there = torch.device("meta")
+    monkeypatch.setitem(device.KNOWN, there, LateDevice(there, Late(MODES[0])))
+    assert device_of(state) == there
