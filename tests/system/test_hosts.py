@@ -23,6 +23,7 @@ from harness.data.schedule import Cursor, Schedule
 from tests.support import slow_task
 from tests.support.cluster import Impatient, newest, path_with_harness, records, train_undisturbed, wait_until
 from tests.support.hosts import Host, hosts, what_is_missing
+from tests.support.opens import opens
 from tests.support.slow_task import MOST_STEPS
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.skipif(bool(what_is_missing()), reason=what_is_missing() or "-")]
@@ -30,6 +31,7 @@ pytestmark = [pytest.mark.torchrun, pytest.mark.skipif(bool(what_is_missing()), 
 LAUNCH = Path(__file__).parents[2] / "launch"
 FINAL = {2, 65, 66, 70, 77}
 BATCH = 6
+TENSORS = "*.safetensors"
 
 
 def build(trained: str | None = None, **args) -> Task:
@@ -163,12 +165,21 @@ def test_a_launcher_is_killed(cluster):
 
 
 def test_a_host_is_lost_and_a_spare_takes_its_place(cluster):
-    """Whichever host it is, the one with rank 0 included."""
+    """Whichever host it is, the one with rank 0 included. At most one step is lost, since the others have kept the last one,
+    and give it to the spare. No tensor is read from the store."""
     attempt, began = cluster.position()[0], time.monotonic()
-    cluster.hosts["a"].lose()
-    cluster.training.pop("a")
-    cluster.join("spare")
-    print("seconds to the next step:", cluster.trains_on(attempt, began))
+    with opens(cluster.url, TENSORS) as opened:
+        cluster.hosts["a"].lose()
+        cluster.training.pop("a")
+        assert not any(cluster.hosts["spare"].memory.iterdir())
+        cluster.join("spare")
+        print("seconds to the next step:", cluster.trains_on(attempt, began))
+    finished = max(record["step"] for record in cluster.events("train") if record["attempt"] == attempt)
+    resumed, kept = cluster.events("resume")[-1], cluster.events("kept")[-1]
+    print("steps lost:", finished - resumed["step"])
+    assert (kept["attempt"], kept["host"] in ("b", "c")) == (resumed["attempt"], True)
+    assert resumed["step"] >= finished - 1
+    assert not opened
 
 
 @pytest.mark.soak
@@ -196,9 +207,11 @@ def test_the_host_of_the_rendezvous_is_lost(cluster, tmp_path):
     """Without a host of its own for that, the job ends everywhere, with a code that asks for a new start, which goes on; the
     end has the bits of a run on one machine that nobody disturbed."""
     stopped_at, attempt = newest(cluster.url)["step"], cluster.position()[0]
-    cluster.join("a", "b", "c", job="2", head="a")
-    cluster.trains_on(attempt, time.monotonic())
+    with opens(cluster.url, TENSORS) as opened:
+        cluster.join("a", "b", "c", job="2", head="a")
+        cluster.trains_on(attempt, time.monotonic())
     assert cluster.events("resume")[-1]["step"] == stopped_at
+    assert opened, "after a stop nothing is kept"
     cluster.hosts["a"].lose()
     cluster.training.pop("a")
     assert not FINAL & set(cluster.ends("b", "c"))
