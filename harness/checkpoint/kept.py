@@ -197,15 +197,22 @@ def left_in(directory: str) -> list[Left]:
 
 
 def _left(path: str) -> Left:
-    found = [os.lstat(os.path.join(folder, each)) for folder, _, files in os.walk(path) for each in files]
-    newest = max((each.st_mtime for each in [*found, os.lstat(path)]), default=0.0)
+    found = _files_in(path)
     try:
         entries = KeptPlace(os.path.dirname(path), path).entries()
     except (HarnessError, Unusable):
         entries = []
     url = str(kept_of(entries[0]).get("url", "")) if entries else ""
     sizes = sum(each.st_size for each in found)
-    return Left(path, sizes, time.time() - newest, [entry.step for entry in entries], url)
+    return Left(path, sizes, _age_seconds(path, found), [entry.step for entry in entries], url)
+
+
+def _files_in(path: str) -> list[os.stat_result]:
+    return [os.lstat(os.path.join(folder, each)) for folder, _, files in os.walk(path) for each in files]
+
+
+def _age_seconds(path: str, files: Sequence[os.stat_result]) -> float:
+    return time.time() - max(each.st_mtime for each in (os.lstat(path), *files))
 
 
 def remove(left: Left) -> None:
@@ -216,11 +223,11 @@ def remove(left: Left) -> None:
 
 
 def remove_rubbish(place: KeptPlace) -> None:
-    """Deletes what other runs of this user have left here long ago. Raises nothing."""
-    with contextlib.suppress(OSError, HarnessError):
-        for left in left_in(os.path.dirname(place.root)):
-            if left.path != place.path and left.age_seconds > RUBBISH_DAYS * 86400:
-                remove(left)
+    """Deletes what other runs of this user have left here long ago. Raises nothing. It opens nothing: they may be many."""
+    with contextlib.suppress(OSError):
+        for path in [] if _distrust(place.root) else [f"{place.root}/{name}" for name in os.listdir(place.root)]:
+            if path != place.path and _age_seconds(path, _files_in(path)) > RUBBISH_DAYS * 86400:
+                _remove(path)
 
 
 # --- which of them count ---------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ DDP gathers gradients in buckets, and orders the buckets anew after the first ba
 gradients came. With three ranks or more the place of a gradient within a bucket decides in which order its parts are added,
 so the first step after a restart would differ in its last bits from that of the run that never stopped. The order of the
 first backward pass is therefore a part of the training's state: written down here, saved, and, before anything of a resumed
-run is restored, gone through once more with gradients of zero.
+run is restored, gone through once more with gradients of zero. With fewer ranks only communication hooks need that.
 
 Nobody is to notice that. Hooks of parameters do not hear of it. A communication hook that remembers what it sees is called
 only where what it remembers is restored afterwards.
@@ -41,7 +41,8 @@ class BucketOrder:
             self._hooks.append(handle)
 
     def settle(self, order: list[int], restored: Container[int] = ()) -> str | None:
-        """Has DDP take over an order that was noted before. All ranks call it. Does nothing once DDP has an order.
+        """Has DDP take over an order that was noted before, where bits depend on it. All ranks call it. Does nothing once
+        DDP has an order.
 
         ``restored`` has the ids of those objects whose state is restored afterwards. Where a communication hook remembers
         more than that, nothing is done. Returns what keeps DDP from taking the order over.
@@ -52,7 +53,8 @@ class BucketOrder:
             return "static_graph=True makes DDP reorder its gradients" if self._model.process_group.size() > 2 else None
         if not self._hooks or self.order or len(order) != len(self._parameters):
             return None
-        for hook, state in torch_private.communication_hooks(self._model):
+        hooks = torch_private.communication_hooks(self._model)
+        for hook, state in hooks:
             memories = [each for each in (state, getattr(hook, "__self__", None)) if each is not None]
             if not (_forgets(hook) or any(id(each) in restored for each in memories)):
                 name = getattr(hook, "__qualname__", type(hook).__name__)
@@ -61,6 +63,8 @@ class BucketOrder:
                 )
         self._remove_hooks()
         self.order = order
+        if not hooks and self._model.process_group.size() <= 2:  # the sum of two has no order
+            return None
         before = [parameter.grad for parameter in self._parameters]
         for parameter in self._parameters:
             parameter.grad = None  # one that is there would be averaged over the ranks

@@ -83,7 +83,7 @@ def build(place: str | None = None, hold_at: int | None = None, settle: bool = T
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     if not settle:
-        BucketOrder.settle = lambda gradients, order: None
+        BucketOrder.settle = lambda *_: None
 
     def loss(model: nn.Module, batch) -> torch.Tensor:
         images, labels, indices = batch

@@ -1,6 +1,7 @@
 """Several hosts on one machine: network namespaces with host names of their own, on one switch. Needs root, ip and nsenter.
 
-The hosts share the disk and the clock. A cable can be pulled out and put back; everything on a host can be killed at once.
+The hosts share the disk and the clock; ``/dev/shm`` is each host's own. A cable can be pulled out and put back. A host can
+be lost: everything on it is killed at once, and its memory is empty then.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from tests.support.cluster import environment, wait_until
 
-_IN_HOST = 'hostname "$1"; mount --bind "$2" /etc/hosts; shift 2; exec "$@"'
+_IN_HOST = 'hostname "$1"; mount --bind "$2" /etc/hosts; mount --bind "$3" /dev/shm; shift 3; exec "$@"'
 _counter = itertools.count()
 
 
@@ -47,6 +48,7 @@ class Host:
     namespace: str
     switch: str
     folder: Path
+    memory: Path  # /dev/shm of this host, as it is seen from outside
     processes: list["subprocess.Popen[bytes]"] = field(default_factory=list)
 
     def start(self, *command: str, env: Mapping[str, str]) -> "subprocess.Popen[bytes]":
@@ -54,7 +56,7 @@ class Host:
         enter = ["nsenter", f"--net=/run/netns/{self.namespace}", "unshare", "--uts", "--mount", "sh", "-c", _IN_HOST, "sh"]
         with self.output_path.open("ab") as sink:
             process = subprocess.Popen(
-                [*enter, self.name, str(self.folder / "hosts"), *command],
+                [*enter, self.name, str(self.folder / "hosts"), str(self.memory), *command],
                 env={**environment(str(self.folder)), **env},
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
@@ -86,7 +88,7 @@ class Host:
         return wait_until(found, f"a rank on {self.name}")
 
     def lose(self) -> None:
-        """SIGKILL for everything on this host."""
+        """SIGKILL for everything on this host, and what was in its memory is gone."""
         for process in self.processes:  # first the parents, which would start others
             process.kill()
             process.wait()
@@ -99,6 +101,8 @@ class Host:
             return not self.pids()
 
         wait_until(none_left, f"the processes on {self.name} to die")
+        shutil.rmtree(self.memory)
+        self.memory.mkdir()
 
     def cut(self) -> None:
         """Pulls the cable out: whoever sends or waits hears nothing."""
@@ -119,9 +123,13 @@ def hosts(names: list[str]) -> Iterator[dict[str, Host]]:
     (folder / "hosts").write_text("\n".join(lines) + "\n")
     for name in names:
         (folder / f"{name}.txt").touch()
-    made = {name: Host(name, f"{prefix}{name}", switch, folder) for name in names}
+    memory = Path(tempfile.mkdtemp(prefix="hosts-", dir="/dev/shm"))
+    for name in names:
+        (memory / name).mkdir()
+    made = {name: Host(name, f"{prefix}{name}", switch, folder, memory / name) for name in names}
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        stack.callback(shutil.rmtree, memory, ignore_errors=True)
         _run("ip", "netns", "add", switch)
         stack.callback(_run, "ip", "netns", "delete", switch)
         _run("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")

@@ -11,7 +11,7 @@ from torch import distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from harness import Run, StopRequest
+from harness import Run, StopRequest, torch_private
 from harness.data.seeding import seed_everything
 from harness.state.capture import State
 from harness.state.ddp_buckets import BucketOrder
@@ -31,6 +31,13 @@ def one_rank():
 def net() -> nn.Module:
     seed_everything(0)
     return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+
+def heeding_order(**options) -> DistributedDataParallel:
+    """A model whose order matters, though there is one rank: a communication hook is told of the buckets."""
+    model = DistributedDataParallel(net(), **options)
+    model.register_comm_hook(None, default_hooks.allreduce_hook)
+    return model
 
 
 class Ears:
@@ -59,7 +66,7 @@ def test_no_hook_of_a_parameter_hears_of_it(options):
     """Neither while it goes on nor is a hook lost: all hear of the next backward pass."""
     order = order_of(DistributedDataParallel(net(), **options))
     assert sorted(order) == [0, 1, 2, 3]
-    model = DistributedDataParallel(net(), **options)
+    model = heeding_order(**options)
     ears, gradients = Ears(model), BucketOrder(model)
     random_state = torch.get_rng_state()
     assert gradients.settle(order) is None
@@ -82,7 +89,7 @@ def test_optimizers_that_step_in_the_backward_pass_go_on(tmp_path):
 
     def train(url, *ends: int) -> dict[str, str]:
         for end in ends:
-            model = DistributedDataParallel(net())
+            model = heeding_order()
             optimizers = {name: torch.optim.AdamW([each], lr=0.1) for name, each in model.module.named_parameters()}
             for name, parameter in model.module.named_parameters():
 
@@ -106,7 +113,7 @@ def test_optimizers_that_step_in_the_backward_pass_go_on(tmp_path):
 def test_a_gradient_that_is_there_stays_as_it_is():
     """The tensor itself, with what is in it: DDP would have averaged it over the ranks."""
     order = order_of(DistributedDataParallel(net()))
-    model = DistributedDataParallel(net())
+    model = heeding_order()
     before = [torch.randn_like(parameter) for parameter in model.parameters()]
     for parameter, gradient in zip(model.parameters(), before, strict=True):
         parameter.grad = gradient
@@ -123,6 +130,16 @@ def test_parameters_that_ddp_ignores_are_no_part_of_the_order():
     plain[0].bias.requires_grad_(requires_grad=True)
     model = DistributedDataParallel(plain)
     assert sorted(order_of(model)) == [0, 1, 2]
+
+
+def test_without_three_ranks_nothing_is_gone_through(monkeypatch):
+    """There is but one order to add in. The order that was saved is kept, for more ranks."""
+    monkeypatch.setattr(torch_private, "begin_backward", lambda _: pytest.fail("a backward pass"))
+    model = DistributedDataParallel(net())
+    gradients = BucketOrder(model)
+    assert gradients.settle([0, 1, 2, 3]) is None
+    model(torch.ones(2, 3)).sum().backward()
+    assert gradients.order == [0, 1, 2, 3]
 
 
 def test_each_of_several_has_its_order():
