@@ -1,17 +1,22 @@
 """What a long run costs: a year at a step a second, from 10^6 steps of a real ``Run``.
 
     python benchmarks/long_run.py [--steps 200000] [--attempts 100] [--parts 10] [--folder DIRECTORY]
+    python benchmarks/long_run.py --days 365
 
 One process trains a tiny model over a ``Loader``. A line is logged at every 10th step, and a save made at every 1800th,
 which is every half an hour at a step a second. The attempts take turns at a stop, which saves, and at a death, which trains
 again what was not saved. At equal parts of the steps are told: the memory of the process, the bytes and the files of the
 journal and of the attempts' records, and the seconds of a step. At the end ``harness report`` and ``harness ls`` run in
 processes of their own, whose peak memory is told. The last figures are those of the start of one more attempt.
+
+With ``--days`` nothing is trained. The journal of an attempt that has taken a step a second for so long is written as it
+would have been, and reported on.
 """
 
 import argparse
 import ctypes
 import gc
+import json
 import logging
 import os
 import subprocess
@@ -19,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -81,6 +87,34 @@ def files(folder: Path) -> tuple[int, int]:
     return len(sizes), sum(sizes)
 
 
+def tell_of_days(url: Path, days: float) -> None:
+    """Puts the journal of an attempt there that has taken a step a second for so long, in the segments that it makes."""
+    attempt, step = "000001-aaaaaaaa", 0
+    (url / "metrics").mkdir(parents=True)
+    (url / "attempts").mkdir()
+    (url / f"attempts/{attempt}.json").write_text(json.dumps({"attempt": attempt, "started": "2026-01-01T00:00:00+00:00"}))
+    began = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
+
+    def line(event: str, **values: float | str | list[str]) -> str:
+        record = {"event": event, "time": began + step, "attempt": attempt, "step": step, **values}
+        return json.dumps({**record, "uptime_seconds": float(step)}) + "\n"
+
+    for number in range(round(days * 86400) // SAVE_STEPS):
+        lines = [] if number else [line("start", directory="", lineage=[])]
+        while step < (number + 1) * SAVE_STEPS:
+            step += LOG_STEPS
+            lines.append(line("train", loss=1 / (1 + step), lr=0.001, **{"samples/s": 3.9999999}))
+        save = {
+            "directory": f"step-{step:012}-{attempt}",
+            "bytes": 1 << 30,
+            "seconds": 1.5,
+            "blocked_seconds": 0.01,
+            "retries": 0,
+        }
+        lines += [line("saving"), line("save", **save)]
+        (url / f"metrics/{attempt}-{number:06}.jsonl").write_text("".join(lines))
+
+
 def resident_bytes() -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -113,17 +147,30 @@ def verb(*arguments: str) -> None:
     print(f"{what:20} {seconds:7.2f} s   {peak_bytes / 1e6:7.1f} MB at most", flush=True)
 
 
+def report_on(url: Path) -> None:
+    verb("report", str(url))
+    verb("report", str(url), "--metrics")
+    verb("report", str(url), str(url / "page.html"))
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--steps", type=int, default=200_000)
     options.add_argument("--attempts", type=int, default=100)
     options.add_argument("--parts", type=int, default=10)
     options.add_argument("--folder", help="where the run is made (default: the folder for temporary files)")
+    options.add_argument("--days", type=float, help="only report on the journal of an attempt of so many days")
     chosen = options.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
         url, part = Path(folder) / "run", chosen.steps // chosen.parts
+        if chosen.days is not None:
+            tell_of_days(url, chosen.days)
+            count, size_bytes = files(url / "metrics")
+            print(f"{chosen.days:g} days: {count} files {size_bytes / 1e6:.1f} MB", flush=True)
+            report_on(url)
+            return
         began, told, trained = time.perf_counter(), 0, 0
         for number in range(1, chosen.attempts + 1):
             until = number * chosen.steps // chosen.attempts
@@ -133,9 +180,7 @@ def main() -> None:
                     told = step
                     tell(url, step, (time.perf_counter() - began) / trained)
                     began, trained = time.perf_counter(), 0
-        verb("report", str(url))
-        verb("report", str(url), "--metrics")
-        verb("report", str(url), str(url / "page.html"))
+        report_on(url)
         verb("ls", str(url))
         print(f"{'start':20} {start(url):7.2f} s   {resident_bytes() / 1e6:7.1f} MB resident", flush=True)
 

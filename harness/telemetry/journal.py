@@ -176,7 +176,8 @@ class Told(Mapping[Attempt, Iterable[Record]]):
         before, lines, reads = None, dict[bytes, None](), self._read([name for _, name in owned])
         for (attempt, _), data in zip(owned, reads, strict=True):
             # A put that failed may have landed. The next segment then begins with its lines.
-            known, lines = lines if attempt == before else {}, dict.fromkeys(line for line in data if line.strip())
+            known = lines if attempt == before else dict[bytes, None]()
+            lines = dict.fromkeys(line for line in data if line.strip())
             if attempt != before:
                 self._unreadable[attempt] = 0
             parsed = [_record(line, attempt) for line in lines if line not in known]
