@@ -46,7 +46,7 @@ from harness.checkpoint.plan import Writers
 from harness.checkpoint.retention import Retention
 from harness.checkpoint.saver import Parts, Saved, Saver, SaveRequest
 from harness.checkpoint.sharding import Key, Sharding
-from harness.checkpoint.tree import Placed
+from harness.checkpoint.tree import Encoded, Placed
 from harness.distributed.world import SoloWorld
 from harness.state.sharded import ShardedState
 from harness.storage import direct_io
@@ -150,7 +150,7 @@ def frozen_of(parts: Mapping[str, Any]) -> IsFrozen:
     return (lambda tensor: tensor.data_ptr() in places) if places else nothing_is_frozen
 
 
-def sharded_frozen_of(parts: Parts) -> IsFrozen:
+def sharded_frozen_of(parts: Mapping[str, Encoded]) -> IsFrozen:
     """The same of a rank's part of a sharded state."""
     return frozen_of({"model": parts["model"].tensors})
 
@@ -194,7 +194,7 @@ class Pair(Life):
         """Which rank has what."""
         return None
 
-    def frozen(self, *_parts: Parts) -> frozenset[Key]:
+    def frozen(self, *_parts: Any) -> frozenset[Key]:
         """The sharded tensors that are frozen on both ranks."""
         return frozenset()
 
@@ -222,7 +222,7 @@ class ShardedPair(Pair):
         found = {key: {box: (rank,) for rank, box in enumerate(boxes)} for key, boxes in self.boxes.items()}
         return Sharding(found, frozenset({("model", "tied", "weight")}), ("first", "second"))
 
-    def frozen(self, *parts: Parts) -> frozenset[Key]:
+    def frozen(self, *parts: Mapping[str, Encoded]) -> frozenset[Key]:
         savers = zip((self.saver, self.second), parts, strict=True)
         among = [saver.frozen.sharded_among(own, sharded_frozen_of(own)) for saver, own in savers]
         return sharded_worth_it(frozenset.intersection(*among), parts[0], self.sharding)

@@ -130,8 +130,8 @@ def test_boxes_that_do_not_change_are_written_once(changing):
 def test_a_rank_refers_to_nothing_of_a_save_that_failed(changing):
     """The first writer says what is committed. The others have written a share of a save that was not."""
     contents = Contents()
+    pair(contents).save(10)
     two = pair(contents, failures_allowed=9)
-    two.save(10)
 
     def fail(what: str, perform: Callable[[], Any]) -> None:
         if what.startswith("PUT") and what.endswith(MANIFEST):
@@ -139,11 +139,11 @@ def test_a_rank_refers_to_nothing_of_a_save_that_failed(changing):
         perform()
 
     contents.request = fail
-    assert two.save(20, must_succeed=False) is None
+    assert two.save(26, must_succeed=False) is None
     contents.request = lambda _what, perform: perform()
-    for step in (21, 22):
+    for step in (27, 28):
         two.save(step)
-    assert boxes_of(contents) == [{(0, 10), (1, 10)}] * 3
+    assert boxes_of(contents) == [{(0, 27), (1, 27)}] * 2 + [{(0, 10), (1, 10)}]
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------
