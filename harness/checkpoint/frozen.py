@@ -69,8 +69,11 @@ class Frozen:
 
     @property
     def base(self) -> str:
-        """The newest checkpoint that the run stands on; empty where there is none. The first writer asks."""
-        newest = self._newest or self._stands_on()
+        """The newest checkpoint that the run stands on; empty where none is found. The first writer asks."""
+        try:
+            newest = self._newest or self._stands_on()
+        except HarnessError:  # the other ranks wait for an answer
+            return ""
         return newest[0] if newest else ""
 
     def at(self, base: str) -> Shared:
