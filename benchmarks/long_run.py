@@ -19,6 +19,7 @@ import gc
 import json
 import logging
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -140,11 +141,13 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
 
 def verb(*arguments: str) -> None:
     """Runs one of harness's commands, and tells its seconds and its peak memory."""
-    began = time.perf_counter()
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", VERB, *arguments], check=True, capture_output=True, text=True)
-    seconds, peak_bytes = time.perf_counter() - began, int(done.stderr.split()[-2]) << 10
-    what = " ".join(each for each in arguments if "/" not in each or each.endswith(".html")).replace(arguments[1], "")
-    print(f"{what:20} {seconds:7.2f} s   {peak_bytes / 1e6:7.1f} MB at most", flush=True)
+    seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    own_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    peak_bytes = int(done.stderr.split()[-2]) << 10
+    what = " ".join([arguments[0], *(each.rpartition("/")[2] for each in arguments[2:])])
+    print(f"{what:18} {seconds:7.2f} s   {own_seconds:7.2f} s of a core   {peak_bytes / 1e6:7.1f} MB at most", flush=True)
 
 
 def report_on(url: Path) -> None:
@@ -182,7 +185,7 @@ def main() -> None:
                     began, trained = time.perf_counter(), 0
         report_on(url)
         verb("ls", str(url))
-        print(f"{'start':20} {start(url):7.2f} s   {resident_bytes() / 1e6:7.1f} MB resident", flush=True)
+        print(f"{'start':18} {start(url):7.2f} s   {resident_bytes() / 1e6:7.1f} MB resident", flush=True)
 
 
 if __name__ == "__main__":
