@@ -239,7 +239,7 @@ class _Thinned:
         self._begin = self._fresh = 0  # where those are that were added since some were left out, and their number
 
     def add(self, record: Record, size: int) -> None:
-        """Adds one. Before a further one of a step, two of so many stay."""
+        """Adds a record. Of each ``size`` records of steps that others follow, two stay."""
         if record["event"] in _OF_STEPS:
             if self._fresh >= size > 2:
                 self._leave_out(self._begin, len(self.records), size)
