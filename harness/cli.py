@@ -544,14 +544,15 @@ def report(url: str, out: str | None, storage_options: tuple[str, ...], as_json:
     from harness.telemetry import journal  # noqa: PLC0415  # see the module's docstring
 
     catalog = _open_catalog(url, storage_options)
-    records = journal.read_records(catalog.store)
     if metrics:
-        for record in journal.merged(records, numbers.newest_lineage(catalog)):
+        told = journal.Told(catalog.store)
+        for record in journal.merged(told, numbers.newest_lineage(catalog)):
             click.echo(json.dumps(record))
-        if records.unreadable:
-            count = f"{records.unreadable} line{'s' * (records.unreadable > 1)}"
+        if told.unreadable:
+            count = f"{told.unreadable} line{'s' * (told.unreadable > 1)}"
             click.echo(f"harness: {count} could not be read", err=True)
         return
+    records = journal.read_records(catalog.store, most=numbers.MOST_RECORDS)
     found = numbers.read_report(catalog, records, time.time())
     if out is not None:
         page.write(out, page.page(found, records))

@@ -174,6 +174,10 @@ class Catalog:
         """Tells of a checkpoint that was committed, and its manifest read back, just now."""
         self._opened[directory] = manifest
 
+    def forget(self, but: Collection[str]) -> None:
+        """Keeps in memory what is known of these saves alone: a long run makes many."""
+        self._opened = {directory: manifest for directory, manifest in self._opened.items() if directory in but}
+
     # --- what to go on from ------------------------------------------------------------------------------------------
 
     def candidates(self, seen: Seen | None = None, kept: Mapping[SaveName, Entry] | None = None) -> Iterator[Entry]:

@@ -10,6 +10,7 @@ have left their *receipts* in the directory, each after its shards are durable: 
 """
 
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -236,8 +237,9 @@ def publish(
         whole = plan.blocks(found)
         if expected is not None:
             _compare(plan, whole, expected)
-        own = zip(plan.own_shards, receipts[0].files, strict=True)
-        elsewhere = {shard.name: file.name for shard, file in own if file.base}
+        written = ((plan.shards[receipt.rank], receipt.files) for receipt in receipts)
+        placed = itertools.chain.from_iterable(zip(*each, strict=True) for each in written)
+        elsewhere = {shard.name: file.name for shard, file in placed if file.base}
         parts = {name: _part(plan, name, part, whole[name], elsewhere) for name, part in encoded.items()}
         indexes = _indexes(plan, parts, elsewhere)
         manifest = Manifest(

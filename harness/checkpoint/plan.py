@@ -235,7 +235,7 @@ class SavePlan:
     """What each writer puts into which shards.
 
     It is the same on all of them as far as it concerns what may be divided: that for which ``is_steady``. What else there
-    is, only the first of them knows; what of that is ``frozen`` gets shards of its own.
+    is, only the first of them knows. What is ``frozen`` gets shards of its own; of sharded tensors, all must say the same.
     """
 
     def __init__(
@@ -311,17 +311,16 @@ class SavePlan:
     def _shards_of(self, rank: int) -> list[Shard]:
         shards = []
         by_kind: dict[tuple[str, bool], list[TensorInfo]] = {}
-        frozen: dict[str, list[TensorInfo]] = {}
+        frozen: dict[tuple[str, bool], list[TensorInfo]] = {}
         for piece in self.pieces[rank]:
-            if self._frozen and (piece.part, piece.tensor.path) in self._frozen:
-                frozen.setdefault(piece.part, []).append(piece.stored)
-            else:
-                by_kind.setdefault((piece.part, isinstance(piece, TensorBox)), []).append(piece.stored)
+            is_frozen = bool(self._frozen) and (piece.part, piece.tensor.path) in self._frozen
+            kinds = frozen if is_frozen else by_kind
+            kinds.setdefault((piece.part, isinstance(piece, TensorBox)), []).append(piece.stored)
         for name in self.tensors:
             for are_boxes in (False, True):  # who needs no box of a file need not read it
                 found = plan_shards(by_kind.get((name, are_boxes), ()), self._shard_bytes)
                 suffix = rank if are_boxes or name in self._shared_parts else None
-                still = [] if are_boxes else plan_shards(frozen.get(name, ()), self._shard_bytes)
+                still = plan_shards(frozen.get((name, are_boxes), ()), self._shard_bytes)
                 count = len(still) + len(found)
                 for index, each in enumerate([*still, *found]):
                     is_frozen = index < len(still)
@@ -346,8 +345,11 @@ class SavePlan:
         shards = self.shards[receipt.rank]
         expected = {(shard.part, info.path) for shard in shards for info in shard.tensors}
         found = {(part, path) for part, blocks in receipt.blocks.items() for path in blocks}
-        names = [file.name for file in receipt.files]
-        return receipt.plan == self.checksum and names == [shard.name for shard in shards] and found == expected
+        files = len(receipt.files) == len(shards) and all(
+            file.name == shard.name or (shard.is_frozen and file.base)
+            for file, shard in zip(receipt.files, shards, strict=True)
+        )
+        return receipt.plan == self.checksum and files and found == expected
 
     def own(
         self, parts: Mapping[str, Encoded], is_steady: IsSteady = nothing_is_steady

@@ -142,18 +142,25 @@ class Pruner:
         saves = [] if retention.keep_last is None else saves_among(self.catalog.names())
         # Looked at after the names: who begins later than this finds what stays.
         self.catalog.attempts.refuse_superseded(attempt)
-        kept = self._kept(saves, retention, best_step, self.catalog.known, by_name=True)
+        wanted = set[str]()  # which the next call wants again
+
+        def look(save: SaveName) -> Entry:
+            wanted.add(save.directory)
+            return self.catalog.known(save)
+
+        kept = self._kept(saves, retention, best_step, look, by_name=True)
         until = time.monotonic() + _TIDYING_SECONDS
-        old = self._old(saves, kept, self.catalog.known)
+        old = self._old(saves, kept, look)
 
         def in_use(names: Iterable[str]) -> set[str]:
             going = {*old}
-            return _named_by((save for save in saves if save not in going), self.catalog.known)(names)
+            return _named_by((save for save in saves if save not in going), look)(names)
 
         for count, save in enumerate(old, 1):
             self.delete(save.directory, in_use)
             if count >= _TIDYING_SAVES and time.monotonic() > until:
                 break
+        self.catalog.forget(but=wanted)
 
     def _kept(
         self,

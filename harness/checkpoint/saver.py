@@ -74,7 +74,8 @@ class SaveRequest:
     ``meta`` is JSON for the manifest; ``best_step`` is a step whose checkpoint is kept whatever its age. ``directory`` is
     where, the same for all writers; the first one chooses it where it is empty. ``is_steady`` says which tensors change in
     the optimizer's step alone, and are the same on all writers. ``sharding`` says which rank has which part of what is
-    sharded; None where nothing is. ``is_frozen`` says which tensors nothing is expected to change.
+    sharded; None where nothing is. ``is_frozen`` says which tensors nothing is expected to change, ``frozen`` which sharded
+    ones, as all ranks have agreed; ``base`` is the checkpoint that has these, as the first writer says.
     """
 
     step: int
@@ -84,6 +85,8 @@ class SaveRequest:
     is_steady: IsSteady = nothing_is_steady
     sharding: Sharding | None = None
     is_frozen: IsFrozen = nothing_is_frozen
+    frozen: frozenset[Key] = frozenset()
+    base: str = ""
 
 
 @dataclass
@@ -177,7 +180,7 @@ class Saver:
     _housekeeper: _Housekeeper = field(default_factory=_Housekeeper)
 
     def __post_init__(self) -> None:
-        self._frozen = Frozen(self.catalog, self.lineage)
+        self.frozen = Frozen(self.catalog, self.lineage)
 
     def new_directory(self, step: int) -> str:
         """A name for the directory of a save: the first writer chooses it, and all write there."""
@@ -256,8 +259,18 @@ class Saver:
         self._under_way.blocked_seconds = time.monotonic() - began
 
     def _planned(self, encoded: Mapping[str, Encoded], request: SaveRequest) -> SavePlan:
-        frozen = self._frozen.among(encoded, request.is_frozen) if self.writers.is_first else frozenset[Key]()
-        return planned(self._plan, encoded, self.shard_bytes, self.writers, request.is_steady, request.sharding, frozen)
+        whole = self.frozen.among(encoded, request.is_frozen) if self.writers.is_first else frozenset[Key]()
+        given = self.writers, request.is_steady, request.sharding, whole | request.frozen
+        return planned(self._plan, encoded, self.shard_bytes, *given)
+
+    def base(self) -> str:
+        """The checkpoint whose frozen shards the next save may refer to. The first writer knows it once the save that is
+        under way has ended; another begins no sooner."""
+        if (writing := self._under_way) is not None:
+            began = time.monotonic()
+            writing.join()
+            writing.blocked_seconds += time.monotonic() - began
+        return self.frozen.base
 
     def fence(self) -> None:
         """To be called before anything steady is changed: waits until the snapshot does not need it any more."""
@@ -335,8 +348,11 @@ class Saver:
         store, request, directory = self.catalog.store, order.request, order.request.directory
 
         def write_share() -> Receipt:
-            shared = self._frozen.there() if any(content.shard.is_frozen for content in contents) else None
+            shared = None
+            if any(content.shard.is_frozen for content in contents):
+                shared = self.frozen.there() if self.writers.is_first else self.frozen.at(request.base)
             receipt = commit.write_share(store, directory, plan, contents, self.streams, shared)
+            self.frozen.wrote(directory, plan, receipt)
             confirm()
             if order.expected is not None:
                 commit.refuse_changed_boxes(plan, receipt, order.expected)
@@ -356,7 +372,7 @@ class Saver:
                 header = commit.Header(request.step, self.attempt, self.lineage, request.meta)
                 manifest = commit.publish(store, directory, plan, parts, receipts, header, order.expected)
             self.catalog.add(directory, manifest)
-            self._frozen.committed(directory, manifest, plan, receipt)
+            self.frozen.committed(directory, manifest)
             if owner is not None:
                 self._housekeeper.tidy(pruner, owner, self.retention, request.best_step)
             return directory, manifest.bytes - manifest.shared_bytes

@@ -224,11 +224,12 @@ def run(case: Case) -> list[Finding]:
 
 def _trains_now(catalog: Catalog) -> list[Finding]:
     """Whether somebody seems to train this run at this moment."""
-    newest = max(catalog.attempts.all(), default=None)
-    records = journal.read_records(catalog.store, newest).get(newest, []) if newest else []
-    if newest is None or not records or any(record["event"] in ("stop", "done", "error") for record in records):
+    if (newest := max(catalog.attempts.all(), default=None)) is None:
         return []
-    silent_seconds = time.time() - records[-1]["time"]
+    told = journal.Told(catalog.store)
+    if (last := next(told.backwards(newest), None)) is None or journal.last_word(told.backwards(newest)):
+        return []
+    silent_seconds = time.time() - last["time"]
     if not -_ALIVE_SECONDS < silent_seconds < _ALIVE_SECONDS:
         return []
     what = f"attempt {newest.number} was active {max(silent_seconds, 0):.0f} s ago, and has not reported its end"

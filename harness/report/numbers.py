@@ -21,6 +21,7 @@ from harness.telemetry.journal import Record, Records
 
 Kind = Literal["starting", "loading", "training", "saving", "lost", "down"]
 KINDS: tuple[Kind, ...] = ("training", "saving", "loading", "starting", "lost", "down")
+MOST_RECORDS = 100_000  # of steps, which a report holds in memory: a drawing shows 1,500 of them
 _ALIVE_SECONDS = 60.0  # an attempt that has said something since may still run,
 _ALIVE = 0.03  # and so may one for which this part of its age has passed
 _AHEAD_SECONDS = 86400.0  # by so much a machine's clock may be ahead of that of whoever asks

@@ -130,10 +130,10 @@ class State:
         return lambda tensor: address_of(tensor) in places
 
     def untrained(self) -> list[torch.Tensor]:
-        """The parameters that no optimizer trains now. Sharded ones are left out, and those that a forward pass changes."""
+        """The parameters that no optimizer trains now, but for those that a forward pass changes."""
         is_steady, renormed = self.is_steady(), _renormed(self.modules.values())
         parameters = (each for model in self.modules.values() for each in model.parameters())
-        found = (each for each in parameters if each.numel() and not dtensors.is_sharded(each) and not is_steady(each))
+        found = (each for each in parameters if each.numel() and not is_steady(each))
         return [each for each in found if address_of(each) not in renormed]
 
     # --- comparing ---

@@ -10,7 +10,7 @@ from torch import nn
 from harness.checkpoint import commit, dtensors, tree
 from harness.checkpoint.format import Blocks, TensorInfo, checksum
 from harness.checkpoint.places import Land
-from harness.checkpoint.sharding import Ranks, Sharding, agreed
+from harness.checkpoint.sharding import Key, Ranks, Sharding, agreed
 from harness.checkpoint.tree import Encoded
 from harness.data.nested import tensors_in
 from harness.errors import HarnessError, Unsupported
@@ -19,6 +19,7 @@ from harness.state.parts import TRAINING, ModulePart, Part
 
 AllGather = Callable[[Any], list[Any]]
 Capture = Callable[[], dict[str, dict[str, Any]]]  # all that is the same, or shared out, on every rank
+FrozenAmong = Callable[[Mapping[str, Encoded]], frozenset[Key]]
 
 
 class Gathering(Ranks, Protocol):
@@ -37,6 +38,7 @@ class ShardedState:
         # Modules come first: then fully_shard takes back the parameters that it has put together for an evaluation.
         self._parts = {part.name: part for part in sorted(parts.values(), key=lambda each: not isinstance(each, ModulePart))}
         self._sharding: Sharding | None = None  # as the ranks have agreed last
+        self._frozen: tuple[tuple[str, ...], frozenset[Key]] = (), frozenset()  # likewise, and what each had said, in a word
 
     @property
     def is_sharded(self) -> bool:
@@ -71,31 +73,41 @@ class ShardedState:
         parts, sharding, _ = self._agreed(capture, ranks)
         return parts, sharding
 
-    def parts(self, capture: Capture, world: Gathering, note: str) -> tuple[dict[str, Encoded], Sharding, str]:
-        """``encoded``, with the buffers that are each rank's own, on rank 0; and rank 0's note. All ranks call it."""
+    def parts(
+        self, capture: Capture, world: Gathering, note: str, frozen_among: FrozenAmong
+    ) -> tuple[dict[str, Encoded], Sharding, str, frozenset[Key]]:
+        """``encoded``, with the buffers that are each rank's own, on rank 0; rank 0's note; and the sharded tensors that are
+        frozen on every rank, as ``frozen_among`` says on each. All ranks call it."""
         own: dict[str, dict[str, Blocks]] = {}
+        frozen = frozenset[Key]()
 
-        def said() -> str:
+        def said(parts: Mapping[str, Encoded]) -> str:
+            nonlocal frozen
+            frozen = frozen_among(parts)
             own.update(commit.checksums({name: Encoded({}, each) for name, each in self.own_buffers().items()}))
-            return f"{checksum(repr(own).encode())} {note}"
+            return f"{checksum(repr(own).encode())} {_word_of(frozen)} {note}"
 
         parts, sharding, notes = self._agreed(capture, world, said)
-        buffers, _, note = notes[0].partition(" ")
-        if any(each.partition(" ")[0] != buffers for each in notes):
+        buffers, words, (note, *_) = zip(*(f"{each}  ".split(" ", 2) for each in notes), strict=True)
+        if words != self._frozen[0]:
+            is_alike = len({*words}) == 1
+            self._frozen = words, frozen if is_alike else frozenset.intersection(*world.all_gather(frozen))
+        if len({*buffers}) > 1:
             found = tree.encode({"buffers": self._gathered_buffers(world, own)}, TRAINING)
             training = parts[TRAINING]
             parts[TRAINING] = Encoded(
                 training.tree | found.tree, training.tensors | found.tensors, training.aliases | found.aliases
             )
-        return parts, sharding, note
+        return parts, sharding, note.strip(), self._frozen[1]
 
     def _agreed(
-        self, capture: Capture, ranks: Ranks, note: Callable[[], str] = str
+        self, capture: Capture, ranks: Ranks, note: Callable[[Mapping[str, Encoded]], str] = lambda _parts: ""
     ) -> tuple[dict[str, Encoded], Sharding, list[str]]:
         parts: dict[str, Encoded] | HarnessError
         said = ""
         try:
-            parts, said = commit.encode(capture()), note()
+            parts = commit.encode(capture())
+            said = note(parts)
         except HarnessError as error:
             parts = error
         self._sharding, notes = agreed(ranks, parts, self._sharding, said)
@@ -147,3 +159,8 @@ class ShardedState:
             return self._parts[name].landing(info.path, info.shape, live[name]) if live.get(name) else None
 
         return landing
+
+
+def _word_of(keys: frozenset[Key]) -> str:
+    """What differs where the keys do, in a few characters."""
+    return checksum(repr(sorted(keys)).encode())[-16:] if keys else "-"

@@ -247,6 +247,10 @@ class LocalDisk(Filesystem):
     def is_link(self, path: str) -> bool:
         return os.path.islink(path)
 
+    def remove_directory(self, path: str) -> None:
+        super().remove_directory(path)
+        self._durable.discard(path)
+
     def remove_directories(self, paths: Iterable[str], first: str) -> None:
         """Removes directories with all that is in them; in each, the file named ``first`` goes first. Of a link only the
         link goes."""
@@ -255,6 +259,7 @@ class LocalDisk(Filesystem):
                 self.remove(path)
             else:
                 _remove_directory(path, first)
+            self._durable.discard(path)
 
     def open(self, path: str) -> Any:
         return open(path, "rb")  # fsspec's file has layers; this one reads straight to where the bytes are to be

@@ -15,6 +15,7 @@ the ranges that they must have; the others are counted.
 import json
 import logging
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -122,44 +123,155 @@ class Records(dict[Attempt, list[Record]]):
     unreadable = 0
 
 
-def read_records(store: Store, only: Attempt | None = None, known: set[str] | None = None) -> Records:
-    """What each attempt told (or one of them), in that order. Segments in ``known`` are left out, and what is read is added.
+class Told(Mapping[Attempt, Iterable[Record]]):
+    """What each attempt told, as it lay there when this was made. It is read each time that it is asked for, and no more of
+    it is in memory than a segment or two: a long run tells gigabytes. Segments in ``known`` are left out.
 
-    Raises ``StoreError``.
+    Raises ``StoreError``, as all that reads.
     """
-    found: dict[Attempt, dict[bytes, None]] = {}
-    records = Records()
-    try:
-        for name, lines in _segments(store, only, known or ()):
-            attempt = Attempt(_attempt_of(name))
-            # A put that failed may have landed, and its lines were put again.
-            found.setdefault(attempt, {}).update(
-                dict.fromkeys(line[: LINE_LIMIT_BYTES + 1] for line in lines if line.strip())
-            )
-            if known is not None:
-                known.add(name)
-    except FileNotFoundError as error:
-        raise StoreError(f"{store.url}: {DIRECTORY}/ was deleted while it was read ({error})", transient=True) from None
-    for attempt in sorted(found):
-        parsed = [_record(text, attempt) for text in found[attempt]]
-        records[attempt] = [record for record in parsed if record is not None]
-        records.unreadable += len(parsed) - len(records[attempt])
+
+    def __init__(self, store: Store, known: Collection[str] = ()) -> None:
+        self._store = store
+        self._sizes = {name: size for name, size in store.list(DIRECTORY).items() if _attempt_of(name) and name not in known}
+        self._names: dict[Attempt, list[str]] = {}
+        for name in sorted(self._sizes):
+            self._names.setdefault(Attempt(_attempt_of(name)), []).append(name)
+        self._unreadable: dict[Attempt, int] = {}
+
+    def __getitem__(self, attempt: Attempt) -> Iterator[Record]:
+        if attempt not in self._names:
+            raise KeyError(attempt)
+        return (record for _, record in self.each([attempt]))
+
+    def __iter__(self) -> Iterator[Attempt]:
+        return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @property
+    def segments(self) -> Collection[str]:
+        """Their names."""
+        return self._sizes.keys()
+
+    @property
+    def unreadable(self) -> int:
+        """The lines so far that were none, or had impossible values."""
+        return sum(self._unreadable.values())
+
+    def each(self, attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, Record]]:
+        """What these attempts told, one after the other."""
+        for attempt, records in self._segments([(each, name) for each in attempts for name in self._names.get(each, ())]):
+            for record in records:
+                yield attempt, record
+
+    def backwards(self, attempt: Attempt) -> Iterator[Record]:
+        """What an attempt told, its last word first. Who has found what it looks for reads no more."""
+        for name in reversed(self._names.get(attempt, [])):
+            for _, records in self._segments([(attempt, name)]):
+                yield from reversed(records)
+
+    def _segments(self, owned: Sequence[tuple[Attempt, str]]) -> Iterator[tuple[Attempt, list[Record]]]:
+        """The records of each segment, and whose they are."""
+        before, lines, reads = None, dict[bytes, None](), self._read([name for _, name in owned])
+        for (attempt, _), data in zip(owned, reads, strict=True):
+            # A put that failed may have landed. The next segment then begins with its lines.
+            known = lines if attempt == before else dict[bytes, None]()
+            lines = dict.fromkeys(line for line in data if line.strip())
+            if attempt != before:
+                self._unreadable[attempt] = 0
+            parsed = [_record(line, attempt) for line in lines if line not in known]
+            records = [record for record in parsed if record is not None]
+            self._unreadable[attempt] += len(parsed) - len(records)
+            before = attempt
+            yield attempt, records
+
+    def _read(self, names: Sequence[str]) -> Iterator[list[bytes]]:
+        """The lines of each segment."""
+        ranges = [
+            (name, start, min(SLICE_BYTES, size - start))
+            for name in names
+            for size in [self._sizes[name]]
+            for start in range(0, max(size, 1), SLICE_BYTES)
+        ]
+        try:
+            pieces = zip(ranges, self._store.pieces(ranges), strict=True)
+            for _, group in groupby(pieces, key=lambda piece: piece[0][0]):
+                yield [line[: LINE_LIMIT_BYTES + 1] for line in _lines(data for _, data in group)]
+        except FileNotFoundError as error:
+            what = f"{DIRECTORY}/ was deleted while it was read ({error})"
+            raise StoreError(f"{self._store.url}: {what}", transient=True) from None
+
+
+def read_records(store: Store, known: set[str] | None = None, most: float = math.inf) -> Records:
+    """What each attempt told, in that order. Segments in ``known`` are left out, and what is read is added.
+
+    Of more than ``most`` records of steps about half as many are kept, evenly, and with them the highest and the lowest
+    values. The first and the last of an attempt stay, and so do all other events. Raises ``StoreError``.
+    """
+    told = Told(store, known or ())
+    attempts = {attempt: _Thinned() for attempt in told}
+    size, count = 2, 0  # of so many records of steps two are kept
+    for attempt, record in told.each(told):
+        own = attempts[attempt]
+        before = own.steps
+        own.add(record, size)
+        count += own.steps - before
+        if count > most:
+            size *= 2
+            for each in attempts.values():
+                each.thin()
+            count = sum(each.steps for each in attempts.values())
+            most = max(most, 2 * count)  # where no more can be left out
+    records = Records({attempt: each.records for attempt, each in attempts.items()})
+    records.unreadable = told.unreadable
+    if known is not None:
+        known |= {*told.segments}
     return records
 
 
-def _segments(store: Store, only: Attempt | None, known: Collection[str]) -> Iterator[tuple[str, Iterator[bytes]]]:
-    """The name and the lines of each segment that is not known."""
-    sizes = store.list(DIRECTORY)
-    attempts = {name: attempt for name in sizes.keys() - known if (attempt := _attempt_of(name))}
-    names = sorted(name for name, attempt in attempts.items() if only is None or attempt == only.id)
-    ranges = [
-        (name, start, min(SLICE_BYTES, sizes[name] - start))
-        for name in names
-        for start in range(0, sizes[name], SLICE_BYTES)
-    ]
-    pieces = zip(ranges, store.pieces(ranges), strict=True)
-    for name, group in groupby(pieces, key=lambda piece: piece[0][0]):
-        yield name, _lines(data for _, data in group)
+class _Thinned:
+    """The records of an attempt, of which those of steps may be too many."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self.steps = 0  # the records of steps among them
+        self._begin = self._fresh = 0  # where those are that were added since some were left out, and their number
+
+    def add(self, record: Record, size: int) -> None:
+        """Adds a record. Of each ``size`` records of steps that others follow, two stay."""
+        if record["event"] in _OF_STEPS:
+            if self._fresh >= size > 2:
+                self._leave_out(self._begin, len(self.records), size)
+            self._fresh += 1
+            self.steps += 1
+        self.records.append(record)
+        if self.steps == 1:
+            self._begin, self._fresh = len(self.records), 0
+
+    def thin(self) -> None:
+        """Leaves out every other one, but the first and the last."""
+        found = [index for index, record in enumerate(self.records) if record["event"] in _OF_STEPS]
+        if found:
+            self._leave_out(found[0] + 1, found[-1], 4)
+
+    def _leave_out(self, begin: int, end: int, size: int) -> None:
+        found = [index for index in range(begin, end) if self.records[index]["event"] in _OF_STEPS]
+        groups = (found[start : start + size] for start in range(0, len(found) - size + 1, size))
+        gone = {index for each in groups for index in sorted(each, key=lambda index: _height(self.records[index]))[1:-1]}
+        self.records[begin:end] = [self.records[index] for index in range(begin, end) if index not in gone]
+        self.steps -= len(gone)
+        self._begin, self._fresh = len(self.records), 0
+
+
+def _height(record: Record) -> float:
+    """How high a curve is at a record: the loss, or whatever else it has first. What is no number is the highest."""
+    value = record.get("loss", next((value for name, value in record.items() if name not in _NO_METRIC), 0.0))
+    return value if isinstance(value, int | float) else math.inf
+
+
+_OF_STEPS = ("train", "evaluate", "beat")  # of which there are ever more
+_NO_METRIC = ("event", "time", "attempt", "step", "uptime_seconds", "lr", "samples/s", "steps/s")
 
 
 def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -172,7 +284,7 @@ def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
     yield rest
 
 
-def line(records: Mapping[Attempt, Sequence[Record]], lineage: Sequence[Ancestor] = ()) -> dict[Attempt, int | None]:
+def line(records: Mapping[Attempt, Iterable[Record]], lineage: Sequence[Ancestor] = ()) -> dict[Attempt, int | None]:
     """The attempts that the run, as it is now, consists of, in order, each with the last step that counts (None: all).
 
     ``lineage`` is that of the newest checkpoint, itself included: its attempt may be a newer one that told nothing.
@@ -189,8 +301,18 @@ def line(records: Mapping[Attempt, Sequence[Record]], lineage: Sequence[Ancestor
 
 def tells_of_save(store: Store, attempt: Attempt, step: int) -> bool:
     """Whether the events of an attempt, which it writes before it commits a save, tell of one."""
-    told = read_records(store, attempt).get(attempt, [])
-    return any(each["event"] == "saving" and each.get("step") == step for each in told)
+    return any(each["event"] == "saving" and each.get("step") == step for each in Told(store).backwards(attempt))
+
+
+def last_word(records: Iterable[Record]) -> str:
+    """How an attempt ended, by its records from the last one on: ``stop``, ``done`` or ``error``; empty where it has told of
+    its training since, or nothing at all."""
+    words = (record["event"] for record in records)
+    return next((word if word in _ENDS else "" for word in words if word in (*_ENDS, *_TRAINS)), "")
+
+
+_ENDS = ("stop", "done", "error")
+_TRAINS = ("train", "saving", *OPENINGS)
 
 
 def opening_of(records: Iterable[Record]) -> Record | None:
@@ -198,14 +320,14 @@ def opening_of(records: Iterable[Record]) -> Record | None:
     return next((record for record in records if record["event"] in OPENINGS), None)
 
 
-def merged(records: Mapping[Attempt, Sequence[Record]], lineage: Sequence[Ancestor] = ()) -> list[Record]:
+def merged(records: Mapping[Attempt, Iterable[Record]], lineage: Sequence[Ancestor] = ()) -> Iterator[Record]:
     """What was logged of the steps and evaluations of the run as it is now: each once, by the attempt that it stands on."""
-    return [
-        record
-        for attempt, until_step in line(records, lineage).items()
-        for record in records.get(attempt, ())
-        if record["event"] in ("train", "evaluate") and (until_step is None or record["step"] <= until_step)
-    ]
+    until = line(records, lineage)
+    one_by_one = ((attempt, record) for attempt in until for record in records.get(attempt, ()))
+    for attempt, record in records.each(until) if isinstance(records, Told) else one_by_one:
+        until_step = until[attempt]
+        if record["event"] in ("train", "evaluate") and (until_step is None or record["step"] <= until_step):
+            yield record
 
 
 def _attempt_of(name: str) -> str:
@@ -219,7 +341,7 @@ def _record(text: bytes, owner: Attempt) -> Record | None:
     if len(text) > LINE_LIMIT_BYTES:
         return None
     try:
-        record = json.loads(text, parse_int=_whole_number, parse_float=_number, parse_constant=_word)
+        record = _DECODER.decode(text.decode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or not _is_shallow(record, _DEEPEST):
@@ -231,7 +353,7 @@ def _record(text: bytes, owner: Attempt) -> Record | None:
     given = {name: check for name, check in {"step": _is_step, **_GIVEN.get(event, {})}.items() if name in record}
     if not all(name in record and check(record[name]) for name, check in {**given, **required}.items()):
         return None
-    return {**record, "attempt": owner.id}
+    return {sys.intern(name): value for name, value in record.items()} | {"event": sys.intern(event), "attempt": owner.id}
 
 
 def _whole_number(text: str) -> float | int | str:
@@ -247,6 +369,9 @@ def _number(text: str) -> float | str:
 def _word(text: str) -> str:
     """JSON has no word for it, and Python's reader takes it all the same."""
     return repr(float(text.replace("Infinity", "inf")))
+
+
+_DECODER = json.JSONDecoder(parse_int=_whole_number, parse_float=_number, parse_constant=_word)
 
 
 def _is_shallow(value: Any, levels: int) -> bool:

@@ -4,6 +4,7 @@ import functools
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +15,12 @@ from harness.checkpoint import commit
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.dtensors import address_of
 from harness.checkpoint.format import Attempt as AttemptId
-from harness.checkpoint.frozen import IsFrozen, nothing_is_frozen
+from harness.checkpoint.frozen import IsFrozen, nothing_is_frozen, sharded_worth_it
 from harness.checkpoint.kept import KeptPlace
 from harness.checkpoint.plan import IsSteady, Writers
 from harness.checkpoint.retention import Retention
 from harness.checkpoint.saver import Saver, SaveRequest
-from harness.checkpoint.sharding import Sharding
+from harness.checkpoint.sharding import Key, Sharding
 from harness.checkpoint.staging import HostMemory
 from harness.checkpoint.tree import Encoded
 from harness.config import RunConfig
@@ -154,18 +155,18 @@ class Checkpointing(Saves):
         self._last_time = time.monotonic()
         if self._config.checkpoint.when_busy == "wait":  # or else rank 0 alone knows whether one begins
             self.keeper.saving(self._state.progress.step)
-        directory, parts, sharding = self._agreed_directory(must_succeed=must_succeed)
-        if not directory:
+        agreed = self._agreed(must_succeed=must_succeed)
+        if not agreed.directory:
             return
-        share = functools.partial(self._save_share, directory, meta, ranks, parts, sharding, must_succeed=must_succeed)
+        share = functools.partial(self._save_share, agreed, meta, ranks, must_succeed=must_succeed)
         if must_succeed:
             _on_writers(self._world, self._is_writer, share)
         elif self._is_writer:
             share()
 
-    def _agreed_directory(self, *, must_succeed: bool) -> tuple[str, dict[str, Encoded] | None, Sharding | None]:
+    def _agreed(self, *, must_succeed: bool) -> "_Agreed":
         """Where to save, as rank 0 says to all that need to know, and what, if it is sharded: the ranks meet once for both.
-        Empty where this rank does not save, or where the save before is still being written, and is not to be waited for."""
+        Nowhere where this rank does not save, or where the save before is still being written and not to be waited for."""
 
         def choose() -> str:
             step = self._state.progress.step
@@ -176,26 +177,31 @@ class Checkpointing(Saves):
 
         own = choose() if self._world.rank == 0 else ""
         if self._is_sharded:
-            parts, sharding, directory = self._state.sharded.parts(self._state.capture, self._world, own)
-            return directory, parts, sharding
+            own += f" {self._saver.base()}" if own and self._untrained else ""
+
+            def frozen_among(parts: Mapping[str, Encoded]) -> frozenset[Key]:
+                return self._saver.frozen.sharded_among(parts, _is_frozen(self._untrained, self._state.is_steady()))
+
+            sharded = self._state.sharded.parts(self._state.capture, self._world, own, frozen_among)
+            parts, sharding, note, frozen = sharded
+            directory, _, base = note.partition(" ")
+            return _Agreed(directory, parts, sharding, sharded_worth_it(frozen, parts, sharding) if frozen else frozen, base)
         if must_succeed or self._config.checkpoint.writers != "rank0":
             own = self._world.all_gather_text(own)[0]
-        return own, None, None
+        return _Agreed(own)
 
     def _save_share(
         self,
-        directory: str,
+        agreed: "_Agreed",
         meta: Mapping[str, Any],
         ranks: Sequence[Any] | None,
-        parts: dict[str, Any] | None,
-        sharding: Sharding | None,
         *,
         must_succeed: bool,
     ) -> None:
         """Saves this rank's share. What is each rank's own, rank 0 has of all ``ranks``."""
         checkpoint, progress, saver = self._config.checkpoint, self._state.progress, self._saver
         self._log.committed(saver.wait())
-        parts = {**(self._state.capture() if parts is None else parts)}
+        parts: dict[str, Any] = {**(self._state.capture() if agreed.parts is None else agreed.parts)}
         if ranks is not None:
             parts |= {name: {str(rank): each[name] for rank, each in enumerate(ranks)} for name in ranks[0]}
             for rank, keys in enumerate(progress.random_keys or ()):
@@ -211,15 +217,28 @@ class Checkpointing(Saves):
             "harness": harness.__version__,
         }
         is_steady = self._state.is_steady()
-        frozen = _is_frozen(self._untrained, is_steady)
-        request = SaveRequest(progress.step, whole, best, directory, is_steady, sharding, frozen)
+        is_frozen = _is_frozen(self._untrained, is_steady)
+        where = agreed.directory, is_steady, agreed.sharding, is_frozen, agreed.frozen, agreed.base
+        request = SaveRequest(progress.step, whole, best, *where)
         self._log.begun(progress.step)
-        observer.current.saving(directory)
+        observer.current.saving(agreed.directory)
         if must_succeed or checkpoint.mode == "sync":
             self._log.committed(saver.save(parts, request, must_succeed=must_succeed))
         else:
             overlap = checkpoint.overlap and self.sees_optimizers  # or nobody would hold an optimizer up
             saver.begin(parts, request, overlap=overlap, check=checkpoint.check_snapshots)
+
+
+@dataclass(frozen=True)
+class _Agreed:
+    """What the ranks have agreed on for a save: where it goes, and of a sharded state what this rank has, who has which
+    part, which tensors are frozen, and the checkpoint that has these."""
+
+    directory: str
+    parts: dict[str, Encoded] | None = None
+    sharding: Sharding | None = None
+    frozen: frozenset[Key] = frozenset()
+    base: str = ""
 
 
 def _is_frozen(untrained: Iterable[tuple[torch.Tensor, int, int]], is_steady: IsSteady) -> IsFrozen:
@@ -228,7 +247,7 @@ def _is_frozen(untrained: Iterable[tuple[torch.Tensor, int, int]], is_steady: Is
     places = {
         place
         for each, place, version in untrained
-        if (address_of(each), torch_private.version(each)) == (place, version) and not is_steady(each)
+        if place and (address_of(each), torch_private.version(each)) == (place, version) and not is_steady(each)
     }
     return (lambda tensor: address_of(tensor) in places) if places else nothing_is_frozen
 

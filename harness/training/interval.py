@@ -62,11 +62,10 @@ def deaths_before(catalog: Catalog, attempt: Attempt, resumed: Resumed) -> Death
     if resumed.kept or not attempts:
         return before
     try:
-        records = journal.read_records(catalog.store, attempts[-1]).get(attempts[-1], [])
+        word = journal.last_word(journal.Told(catalog.store).backwards(attempts[-1]))
     except StoreError:  # what was told is not worth a start
-        records = []
-    is_planned = any(each.get("event") in _PLANNED for each in records)
-    return before if is_planned else Deaths(before.count + 1, before.seconds)
+        word = ""
+    return before if word in _PLANNED else Deaths(before.count + 1, before.seconds)
 
 
 class Interval:
@@ -76,7 +75,7 @@ class Interval:
         self._before = deaths
         self._began = self._last = time.monotonic()
         self._quiet: deque[float] = deque(maxlen=_STEPS)  # what steps took without a save beside them
-        self._beside: list[float] = []  # what they took since the last save began, while it was under way
+        self._beside_steps, self._beside_seconds = 0, 0.0  # those since the last save began, while it was under way
         self._costs: deque[float] = deque(maxlen=_SAVES)
         self.seconds = FIRST_SECONDS
         self._logged_seconds = FIRST_SECONDS
@@ -89,14 +88,17 @@ class Interval:
     def step(self, *, is_saving: bool) -> None:
         """A step has ended."""
         now = time.monotonic()
-        (self._beside.append if is_saving else self._quiet.append)(now - self._last)
+        if is_saving:
+            self._beside_steps, self._beside_seconds = self._beside_steps + 1, self._beside_seconds + now - self._last
+        else:
+            self._quiet.append(now - self._last)
         self._last = now
 
     def saved(self, saved: Saved) -> dict[str, float] | None:
         """A save has been committed. Returns the new interval and what it follows from, if it differs from what was
         returned last."""
-        slower = sum(self._beside) - len(self._beside) * statistics.median(self._quiet) if self._quiet else 0.0
-        self._beside.clear()
+        slower = self._beside_seconds - self._beside_steps * statistics.median(self._quiet) if self._quiet else 0.0
+        self._beside_steps, self._beside_seconds = 0, 0.0
         # The steps beside a save include what it blocks, as long as the training goes on meanwhile.
         self._costs.append(max(saved.blocked_seconds, slower))
         cost_seconds = statistics.median(self._costs)

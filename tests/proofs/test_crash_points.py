@@ -512,10 +512,13 @@ def test_a_crash_of_two_writers(small_blocks, tmp_path, tell, kind):
     assert judge.points.total() > 150
 
 
-def test_a_crash_of_two_writers_that_refer_to_files_of_earlier_saves(frozen, small_blocks, tmp_path, tell):
-    """The first writer leaves frozen parameters out, which only it would write; the second one writes as ever."""
-    trace = record_two(str(tmp_path))
+@WRITERS
+def test_a_crash_of_two_writers_that_refer_to_files_of_earlier_saves(frozen, small_blocks, tmp_path, tell, kind):
+    """Of whole tensors the first writer leaves frozen ones out, which only it would write; of boxes each its own."""
+    trace = record_two(str(tmp_path), kind)
     assert bases_at_the_end(trace, tmp_path) == {"10"}
+    ranks = {call.path[-40:] for call in trace if isinstance(call, Call) and call.creates and "frozen-rank1" in call.path}
+    assert len(ranks) == (kind is ShardedPair), "it has written its frozen boxes once"
     explore(trace, tmp_path, tell, power_cuts=False)
 
 

@@ -22,7 +22,7 @@ from torch.utils.data import TensorDataset
 import harness
 from harness import Loader, Run, StopRequest
 from harness.checkpoint import format as layout_of_files
-from harness.checkpoint import load, scatter, tree
+from harness.checkpoint import frozen, load, scatter, tree
 from harness.checkpoint.catalog import Catalog, verify_all
 from harness.checkpoint.format import TensorInfo, checksum, decode_header
 from harness.config import run_config
@@ -370,6 +370,38 @@ def resumed(place: Path, kind: str) -> dict[str, Any]:
         "losses": again["losses"] == straight["losses"][again["from"] :],
         "same": again["digest"] == straight["digest"],
     }
+
+
+def fine_tune(url: Path, until: int, **checkpoint: Any) -> None:
+    """Trains a sum of low rank beside a frozen matrix, and saves after each step. Of the one frozen number a rank has
+    nothing."""
+    import torch.distributed as dist
+
+    frozen.LEAST_BYTES = 1000  # these ranks do nothing else
+    torch.manual_seed(0)
+    base = nn.Linear(61, 61).requires_grad_(requires_grad=False)
+    model = nn.Sequential(base, nn.Linear(61, 2, bias=False), nn.Linear(2, 61))
+    model.scale = nn.Parameter(torch.ones(1), requires_grad=False)
+    shard_all(model, dist.get_world_size())
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.05)
+    config = {"log": {"every_steps": None}, "checkpoint": checkpoint}
+    state = {"model": model, "optimizer": optimizer}
+    run = Run(url, state, every_steps=1, keep_last=3, stop=StopRequest(), config=config)
+    for step in run.steps(6):
+        model(torch.full((4, 61), step + 1.0)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        run.step()
+        if run.global_step == until < 6:
+            break
+    run.close()
+
+
+def fine_tuned(place: Path) -> None:
+    """A run that is left after its third save, and goes on; and one that writes everything each time."""
+    fine_tune(place / "tuned", 3)
+    fine_tune(place / "tuned", 6)
+    fine_tune(place / "tuned whole", 6, incremental=False)
 
 
 # --- the scenes ------------------------------------------------------------------------------------------------------
@@ -764,6 +796,7 @@ SCENES += [
     Scene(f"doctor-{kind}", 3, lambda place, kind=kind, url=url: examined(place / url, "fsdp3", kind))
     for kind, url in (("well", "tp_fsdp"), ("mistaken", "nothing"))
 ]
+SCENES.append(Scene("fine-tuned", 2, fine_tuned))
 SCENES.append(Scene("placeless", 2, lambda place: without_a_place(place / "placeless")))
 IN_MEMORY = [
     Scene(f"memory-{each}-{ranks}", ranks, lambda place, each=each: in_memory(place / "large", each))
@@ -819,6 +852,24 @@ def test_each_byte_is_written_once_and_not_by_one_rank(scenes, place):
         assert sum(info.nbytes for info in infos) == whole
     assert not sizes["one"]
     assert {name.partition("-rank")[2][0] for name in sizes["hsdp"]} == set("0123")
+
+
+def test_frozen_boxes_are_written_once(scenes, place):
+    """Each rank refers to the file of its first save, also after a restart; the digests are those of a run that writes
+    everything."""
+    returned(scenes["fine-tuned"])
+    tuned, whole = (Catalog(open_store(str(place / name))) for name in ("tuned", "tuned whole"))
+    assert all(entry.state in ("whole", "base") for entry in verify_all(tuned, deep=True))
+    for entry in tuned.entries(3):
+        files = {file.path("").rpartition("/")[2]: file.base[:17] for file in entry.manifest.files if "frozen" in file.name}
+        assert files == {f"model-frozen-rank{rank}-00001-of-00002.safetensors": "step-000000000001" for rank in (0, 1)}
+        assert entry.manifest.shared_bytes > 61 * 61 * 4
+    found, expected = (catalog.newest().manifest for catalog in (tuned, whole))
+    assert found.step == expected.step == 6
+    assert not expected.bases
+    assert [found.parts[name].digest for name in ("model", "optimizer")] == [
+        expected.parts[name].digest for name in ("model", "optimizer")
+    ]
 
 
 def header_of(url: Path, name: str) -> list[TensorInfo]:

@@ -41,12 +41,12 @@ from harness.checkpoint import commit
 from harness.checkpoint.boxes import Box
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import MANIFEST
-from harness.checkpoint.frozen import IsFrozen, nothing_is_frozen
+from harness.checkpoint.frozen import IsFrozen, nothing_is_frozen, sharded_worth_it
 from harness.checkpoint.plan import Writers
 from harness.checkpoint.retention import Retention
 from harness.checkpoint.saver import Parts, Saved, Saver, SaveRequest
-from harness.checkpoint.sharding import Sharding
-from harness.checkpoint.tree import Placed
+from harness.checkpoint.sharding import Key, Sharding
+from harness.checkpoint.tree import Encoded, Placed
 from harness.distributed.world import SoloWorld
 from harness.state.sharded import ShardedState
 from harness.storage import direct_io
@@ -150,6 +150,11 @@ def frozen_of(parts: Mapping[str, Any]) -> IsFrozen:
     return (lambda tensor: tensor.data_ptr() in places) if places else nothing_is_frozen
 
 
+def sharded_frozen_of(parts: Mapping[str, Encoded]) -> IsFrozen:
+    """The same of a rank's part of a sharded state."""
+    return frozen_of({"model": parts["model"].tensors})
+
+
 class Pair(Life):
     """Two ranks that write together, in one thread: the second one writes its share when the first has written its own, and
     waits. With ``SMALL_BLOCK_BYTES``, tensors lie in pieces."""
@@ -173,6 +178,8 @@ class Pair(Life):
             is_steady=lambda tensor: not is_frozen(tensor),
             sharding=self.sharding,
             is_frozen=is_frozen,
+            frozen=self.frozen(parts, second),
+            base=self.saver.base(),
         )
 
         def share(_seconds: float) -> None:
@@ -182,7 +189,14 @@ class Pair(Life):
             patch.setattr(commit, "time", SimpleNamespace(monotonic=time.monotonic, sleep=share))
             return self.saver.save(parts, request, must_succeed=must_succeed)
 
-    sharding: Sharding | None = None
+    @property
+    def sharding(self) -> Sharding | None:
+        """Which rank has what."""
+        return None
+
+    def frozen(self, *_parts: Any) -> frozenset[Key]:
+        """The sharded tensors that are frozen on both ranks."""
+        return frozenset()
 
     def parts(self, step: int, _rank: int) -> Parts:
         """What a rank has."""
@@ -197,15 +211,25 @@ class ShardedPair(Pair):
         ("model", "half"): (Box((0,), (2,)), Box((2,), (1,))),
         ("optimizer", "state/weight/exp_avg"): (Box((0, 0), (4, 3)), Box((0, 3), (4, 1))),
     }
-    sharding = Sharding(
-        {key: {box: (rank,) for rank, box in enumerate(boxes)} for key, boxes in BOXES.items()},
-        frozenset({("model", "tied", "weight")}),
-        ("first", "second"),
-    )
+    FROZEN: ClassVar = {("model", name): (Box((0,), (10,)), Box((10,), (6,))) for name in ("base", "still")}
+
+    @property
+    def boxes(self) -> Mapping[Key, tuple[Box, Box]]:
+        return {**self.BOXES, **(self.FROZEN if FROZEN_STEPS else {})}
+
+    @property
+    def sharding(self) -> Sharding:
+        found = {key: {box: (rank,) for rank, box in enumerate(boxes)} for key, boxes in self.boxes.items()}
+        return Sharding(found, frozenset({("model", "tied", "weight")}), ("first", "second"))
+
+    def frozen(self, *parts: Mapping[str, Encoded]) -> frozenset[Key]:
+        savers = zip((self.saver, self.second), parts, strict=True)
+        among = [saver.frozen.sharded_among(own, sharded_frozen_of(own)) for saver, own in savers]
+        return sharded_worth_it(frozenset.intersection(*among), parts[0], self.sharding)
 
     def parts(self, step: int, rank: int) -> Parts:
         encoded = commit.encode(parts_at(step))
-        for (name, path), boxes in self.BOXES.items():
+        for (name, path), boxes in self.boxes.items():
             part, box = encoded[name], boxes[rank]
             shape = tuple(part.tensors[path].shape)
             part.placed[path] = Placed(shape, box)

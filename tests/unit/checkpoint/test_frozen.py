@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import re
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,9 @@ from harness.distributed.world import SoloWorld
 from harness.errors import Corrupt, NoCheckpoint, StoreError
 from harness.interchange import export_model
 from harness.storage.store import open_store
+from tests.support import faults
 from tests.support.cluster import newest
-from tests.support.faults import Contents
+from tests.support.faults import Contents, ShardedPair
 from tests.support.saving import saver
 from tests.support.states import bits
 
@@ -76,6 +79,71 @@ def places(manifest: Manifest) -> dict[str, int]:
 
 def here(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
+
+
+# --- two ranks, each with its boxes ----------------------------------------------------------------------------------
+
+
+def pair(contents: Contents, **options: Any) -> ShardedPair:
+    """A start of a run of two ranks. One frozen parameter changes at step 25, 50 and so on."""
+    stores = [open_store("bucket://run", {"contents": contents}, tries=1) for _ in range(2)]
+    return ShardedPair(*stores, keep_last=None, shard_bytes=1 << 20, **options)
+
+
+def boxes_of(contents: Contents) -> list[set[tuple[int, int]]]:
+    """The ranks, and the steps whose directories have their frozen boxes, of each whole checkpoint, the last first."""
+    entries = verify_all(Catalog(open_store("bucket://run", {"contents": contents})), deep=True)
+    return [
+        {
+            (int(file.name.partition("-frozen-rank")[2][0]), int((file.base or entry.directory).split("-")[1]))
+            for file in entry.manifest.files
+            if "-frozen-rank" in file.name
+        }
+        for entry in entries
+        if entry.state == "whole"
+    ]
+
+
+@pytest.fixture
+def changing(monkeypatch):
+    monkeypatch.setattr(faults, "FROZEN_STEPS", 25)
+    monkeypatch.setattr(frozen, "LEAST_BYTES", 1)
+    monkeypatch.setattr(frozen, "LEAST_PART", 0.0)
+
+
+def test_boxes_that_do_not_change_are_written_once(changing):
+    """By each rank its own, also in the next start of the run; what has moved all the same is no longer among them."""
+    contents = Contents()
+    first = pair(contents)
+    for step in (10, 20):
+        first.save(step)
+    second = pair(contents)
+    assert second.restored.exact
+    for step in (21, 30, 40, 41):
+        second.save(step)
+    # At 30 a file is written anew, since one of the two in it has moved; from 40 on the other one has files of its own.
+    ten, thirty, forty = {(0, 10), (1, 10)}, {(0, 30), (1, 30)}, {(0, 40), (1, 40)}
+    assert boxes_of(contents) == [forty, forty, thirty, ten, ten, ten]
+    assert pair(contents).restored.exact
+
+
+def test_a_rank_refers_to_nothing_of_a_save_that_failed(changing):
+    """The first writer says what is committed. The others have written a share of a save that was not."""
+    contents = Contents()
+    pair(contents).save(10)
+    two = pair(contents, failures_allowed=9)
+
+    def fail(what: str, perform: Callable[[], Any]) -> None:
+        if what.startswith("PUT") and what.endswith(MANIFEST):
+            raise OSError(errno.ENOSPC, "full")
+        perform()
+
+    contents.request = fail
+    assert two.save(26, must_succeed=False) is None
+    contents.request = lambda _what, perform: perform()
+    for step in (27, 28):
+        two.save(step)
+    assert boxes_of(contents) == [{(0, 27), (1, 27)}] * 2 + [{(0, 10), (1, 10)}]
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Saving in a training run: a failed save is told of, counted and survived; too many of them, or the last one, are not."""
 
 import errno
+import gc
 import os
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from harness.checkpoint import load
 from harness.checkpoint.catalog import Catalog
-from harness.checkpoint.format import Ancestor
+from harness.checkpoint.format import Ancestor, Manifest
 from harness.checkpoint.retention import Retention
 from harness.checkpoint.saver import Saver, SaveRequest
 from harness.errors import StoreError, Superseded, Unsupported
@@ -38,6 +39,17 @@ def test_old_checkpoints_go_after_the_commit(tmp_path):
     for step in (10, 20, 30, 40):
         save(writer, step, best_step=10)
     assert [entry.step for entry in writer.catalog.entries()] == [40, 30, 10]
+
+
+@pytest.mark.parametrize("keep_last", [None, 2])
+def test_a_long_run_does_not_hold_what_it_knows_of_all_its_saves(tmp_path, keep_last):
+    """The manifests in memory are those that the next save wants, however many saves there were."""
+    writer = saver(str(tmp_path), retention=Retention(keep_last, keep_every_steps=keep_last and 30))
+    for step in range(10, 310, 10):
+        save(writer, step)
+    gc.collect()
+    assert sum(type(each) is Manifest and each.attempt == writer.attempt.id for each in gc.get_objects()) <= 4
+    assert len(writer.catalog.entries()) == (30 if keep_last is None else 11)
 
 
 def test_a_failed_save_is_told_of_and_training_goes_on(tmp_path, caplog):

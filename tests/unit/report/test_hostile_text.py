@@ -85,7 +85,7 @@ def written(url: str, *lines: list) -> tuple[Catalog, journal.Records]:
 def shown(catalog: Catalog, records: journal.Records) -> tuple[str, str]:
     """The report on the terminal and as a page; its numbers and its metrics are JSON that strict readers take."""
     found = numbers.read_report(catalog, records, now=2000.0)
-    for value in (found.as_json(), journal.merged(records, numbers.newest_lineage(catalog))):
+    for value in (found.as_json(), [*journal.merged(records, numbers.newest_lineage(catalog))]):
         json.dumps(value, allow_nan=False)
     text = words.short(found)
     assert all(line.isprintable() for line in text.split("\n"))

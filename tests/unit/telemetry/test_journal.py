@@ -2,6 +2,8 @@
 
 import json
 import logging
+import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 from harness import Task
 from harness.checkpoint.format import Attempt
+from harness.errors import StoreError
 from harness.storage.filesystem import LocalDisk
 from harness.storage.store import open_store
 from harness.telemetry import journal
@@ -77,7 +80,7 @@ def test_an_attempt_that_never_trained_replaces_nothing(tmp_path):
     store = open_store(str(tmp_path))
     put(store, FIRST, 0, lines(("start", 0, {}), ("train", 1, {})))
     put(store, SECOND, 0, lines(("error", 0, {})))
-    assert len(journal.merged(journal.read_records(store))) == 1
+    assert len([*journal.merged(journal.read_records(store))]) == 1
 
 
 def test_what_is_no_line_of_a_journal_is_passed_over(tmp_path):
@@ -102,7 +105,7 @@ def test_a_run_that_is_prolonged(kind, request, tmp_path):
         url = f"memory://{tmp_path}" if kind == "memory" else str(tmp_path)
     train(url, 5, checkpoint=options)
     train(url, 8, checkpoint=options)
-    found = journal.merged(journal.read_records(open_store(url, options.get("storage_options"))))
+    found = [*journal.merged(journal.read_records(open_store(url, options.get("storage_options"))))]
     assert [each["step"] for each in found] == [*range(1, 9)]
     assert len({each["attempt"] for each in found}) == 2
 
@@ -120,6 +123,71 @@ def test_a_fallback_is_told_of_and_replaces_what_it_passes_over(tmp_path):
     (fallback,) = (each for each in records[second] if each["event"] == "fallback")
     assert fallback["directory"] == newest.name
     assert "model.safetensors" in fallback["why"]
+
+
+# --- a long run ------------------------------------------------------------------------------------------------------
+
+
+def put_long(store, attempt: Attempt, begin: int, steps: int) -> None:
+    """Segments of 100 steps each, with a save at every 1000th."""
+    put(store, attempt, 0, lines(("resume" if begin else "start", begin, {"lineage": []})))
+    for number in range(steps // 100):
+        first = begin + 100 * number + 1
+        told = [("train", step, {"loss": 1.0 + step % 7 / 100, "lr": 0.1}) for step in range(first, first + 100)]
+        put(store, attempt, number + 1, lines(*told, *([("saving", first + 99, {})] if number % 10 == 9 else [])))
+
+
+def test_a_long_journal_is_read_in_bounded_memory(tmp_path):
+    """Of too many records of steps some are left out, evenly over all attempts. The first, the last, the highest and the
+    lowest stay, what is no number, and all other events."""
+    store = open_store(str(tmp_path))
+    put_long(store, FIRST, 0, 9000)
+    put_long(store, SECOND, 9000, 7000)
+    peaks = {"loss": 50.0}, {"loss": "nan"}, {"loss": 0.01}
+    put(store, SECOND, 500, lines(*(("train", 16001 + index, each) for index, each in enumerate(peaks))))
+    put_long(store, THIRD, 16003, 4000)
+    records = journal.read_records(store, most=800)
+    trained = {attempt: [each for each in found if each["event"] == "train"] for attempt, found in records.items()}
+    assert 350 <= sum(map(len, trained.values())) <= 800
+    assert [found[0]["step"] for found in trained.values()] == [1, 9001, 16004]
+    assert [found[-1]["step"] for found in trained.values()] == [9000, 16003, 20003]
+    assert {50.0, "nan", 0.01} <= {each["loss"] for each in trained[SECOND]}
+    steps = [each["step"] for found in trained.values() for each in found]
+    assert steps == sorted(steps)
+    assert max(after - before for before, after in pairwise(steps)) <= 6 * 20000 / len(steps)
+    others = [[each["event"] for each in found if each["event"] != "train"] for found in records.values()]
+    assert others == [["start", *["saving"] * 9], ["resume", *["saving"] * 7], ["resume", *["saving"] * 4]]
+    assert sum(map(len, journal.read_records(store).values())) == 20_003 + 23, "without a limit all are there"
+
+
+def test_the_steps_of_a_long_journal_are_told_without_holding_them(tmp_path):
+    """``--metrics`` gives each of them; in memory is a segment at a time."""
+    store = open_store(str(tmp_path))
+    put_long(store, FIRST, 0, 20_000)
+    told = journal.Told(store)
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in journal.merged(told)) == 20_000
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 2 << 20, "all of them take about 15 MB"
+
+
+def test_the_end_of_an_attempt_is_found_at_its_end(tmp_path):
+    """Who asks how an attempt ended does not read what it told in a year; what it trained after an end counts."""
+    store = open_store(str(tmp_path))
+    put_long(store, FIRST, 0, 300)
+    put(store, FIRST, 10, lines(("done", 300, {}), ("evaluate", 300, {}), ("beat", 300, {})))
+    told = journal.Told(store)
+    (tmp_path / f"metrics/{FIRST.id}-000001.jsonl").unlink()
+    assert journal.last_word(told.backwards(FIRST)) == "done"
+    with pytest.raises(StoreError, match="was deleted while it was read"):
+        list(told.backwards(FIRST))
+    put(store, FIRST, 11, lines(("train", 301, {})))
+    assert journal.last_word(journal.Told(store).backwards(FIRST)) == ""
+    assert [each["step"] for each in journal.Told(store).backwards(FIRST)][:4] == [301, 300, 300, 300]
+    assert journal.last_word(journal.Told(store).backwards(SECOND)) == ""
 
 
 # --- in time, and never in the way -----------------------------------------------------------------------------------
