@@ -85,7 +85,7 @@ class ShardedState:
             nonlocal frozen
             frozen = frozen_among(parts)
             own.update(commit.checksums({name: Encoded({}, each) for name, each in self.own_buffers().items()}))
-            return f"{checksum(repr(own).encode())} {_word_of(frozen)} {note}"
+            return f"{_word_of(own)} {_word_of(sorted(frozen))} {note}"
 
         parts, sharding, notes = self._agreed(capture, world, said)
         buffers, words, (note, *_) = zip(*(f"{each}  ".split(" ", 2) for each in notes), strict=True)
@@ -161,6 +161,6 @@ class ShardedState:
         return landing
 
 
-def _word_of(keys: frozenset[Key]) -> str:
-    """What differs where the keys do, in a few characters."""
-    return checksum(repr(sorted(keys)).encode())[-16:] if keys else "-"
+def _word_of(value: dict[str, Any] | list[Any]) -> str:
+    """What differs where the values do, in a few characters."""
+    return checksum(repr(value).encode())[-16:] if value else "-"
