@@ -53,6 +53,8 @@ OF_A_RANK = (
 # Read while Python, its libraries and their threads start.
 _READ_AT_START = ("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "GOMP_", "KMP_", "MALLOC_", "GLIBC_")
 THREADS_VARIABLE = "OMP_NUM_THREADS"
+PROBE_SECONDS = 10.0  # for a fork that takes milliseconds
+_HANGS = "makes what is forked afterwards hang"
 _READY = b"ready"
 _GO = b"go"
 _GPUS = ("/dev/nvidia", "/dev/kfd", "/dev/dri/", "/dev/dxg")  # what drivers open: NVIDIA's, AMD's, Intel's, of WSL
@@ -314,11 +316,29 @@ def _without(blamed: str, trouble: str) -> str:
 
 
 def _trouble_after_fork() -> str:
-    """As ``_trouble``, once a fork has ended the threads of libraries that mind forks, as OpenBLAS does."""
+    """As ``_trouble``, once a fork has ended the threads of libraries that mind forks, as OpenBLAS does.
+
+    Once in about a thousand launches all forks of a process hang in their first product of matrices: they wait for a lock of
+    MKL's memory that nobody holds (seen with torch 2.13 on CPUs). So one fork tries that.
+    """
+    if not _fork_ends(computes=False):
+        return _HANGS
+    return _trouble() or ("" if _fork_ends(computes=True) else _HANGS)
+
+
+def _fork_ends(*, computes: bool) -> bool:
     if not (child := os.fork()):
+        if computes:
+            matrix = sys.modules["torch"].ones(64, 64)
+            _ = matrix @ matrix
         os._exit(0)
-    os.waitpid(child, 0)
-    return _trouble()
+    deadline = time.monotonic() + PROBE_SECONDS
+    while not (has_ended := os.waitpid(child, os.WNOHANG)[0] != 0) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    if not has_ended:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return has_ended
 
 
 def _trouble() -> str:
