@@ -432,12 +432,11 @@ def read_file(store: Store, name: str, file: FileInfo, consume: Callable[[Binary
 
 def check_bytes(stream: BinaryIO, file: FileInfo) -> None:
     """Reads a stream to its end. Raises ``Corrupt`` unless it has the bytes of the manifest's entry."""
-    algorithm = file.checksum.partition(":")[0]
-    whole, count, buffer = hasher(algorithm), 0, memoryview(bytearray(1 << 20))
+    whole, count, buffer = hasher(file.algorithm), 0, memoryview(bytearray(1 << 20))
     while found_bytes := stream.readinto(buffer):  # type: ignore[attr-defined]
         whole.update(buffer[:found_bytes])
         count += found_bytes
-    found = f"{algorithm}:{whole.hexdigest()}"
+    found = file.checksum_of(whole)
     if (count, found) != (file.bytes, file.checksum):
         expected = f"{file.bytes} bytes with {file.checksum}"
         raise Corrupt(f"expected {expected}, found {count} bytes with {found}")

@@ -436,6 +436,15 @@ class FileInfo:
         """The directory of the earlier save that has it; empty where the checkpoint has it itself."""
         return self.name.split("/")[1] if self.name.startswith(_UP) else ""
 
+    @property
+    def algorithm(self) -> str:
+        """That of its checksum."""
+        return self.checksum.partition(":")[0]
+
+    def checksum_of(self, whole: Hasher) -> str:
+        """What its checksum should be, by a hasher of this algorithm that has had all bytes."""
+        return f"{self.algorithm}:{whole.hexdigest()}"
+
     def path(self, directory: str) -> str:
         """Its name in the store, for a checkpoint in a directory."""
         return self.name.removeprefix(_UP) if self.base else f"{directory}/{self.name}"

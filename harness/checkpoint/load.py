@@ -300,16 +300,15 @@ class _Reader:
         self.pages = pages
         self.target = target
         self.threads = threads
-        self.size_bytes, self.expected = file.bytes, file.checksum
-        self.algorithm = file.checksum.partition(":")[0]
-        self.whole = hasher(self.algorithm)
+        self.file, self.size_bytes = file, file.bytes
+        self.whole = hasher(file.algorithm)
 
     def tensors(self) -> Shard:
         self.target.begin(self)
         infos, start = self.header()
         tensors: dict[str, torch.Tensor] = {}
         sources = [self.source(info, tensors) for info in infos]
-        own = [BlockHasher(self.algorithm) for _ in infos]
+        own = [BlockHasher(self.file.algorithm) for _ in infos]
         hashing = InTurn(self.hash)
 
         def read(numbered: tuple[int, _Stretch]) -> None:
@@ -319,8 +318,8 @@ class _Reader:
         side_by_side(self.threads, read, enumerate(self.stretches(start, sources, own)))
         if self.read_at(self.size_bytes, memoryview(bytearray(1))):
             raise Corrupt(f"expected {self.size_bytes} bytes, found more")
-        if (found := f"{self.algorithm}:{self.whole.hexdigest()}") != self.expected:
-            raise Corrupt(f"expected {self.expected}, found {found}")
+        if (found := self.file.checksum_of(self.whole)) != self.file.checksum:
+            raise Corrupt(f"expected {self.file.checksum}, found {found}")
         for source in sources:  # one by one, so that there are never two copies of all
             path, strides = source.info.path, source.info.strides
             if strides is not None and source.place is None:

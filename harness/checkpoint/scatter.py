@@ -225,12 +225,13 @@ class _Scatter:
     def run(self) -> None:
         """Reads everything. Raises what this rank has failed of, or ``RankFailure``."""
         rank = self.peers.rank
-        alone = [file for file in self.files[rank] if self.store.is_local and self._is_for(file, rank)]
-        own = self._read(piece for piece in self._pieces(rank) if piece.file not in alone)
+        alone = {file.info.name for file in self.files[rank] if self.store.is_local and self._is_for(file, rank)}
+        own = self._read(piece for piece in self._pieces(rank) if piece.file.info.name not in alone)
         for number, pieces in enumerate(itertools.zip_longest(*map(self._pieces, range(self.peers.size))), start=1):
             piece, data = pieces[rank], None
             if piece is not None:
-                data = self._try(functools.partial(self._alone.read, piece) if piece.file in alone else own.__next__)
+                is_alone = piece.file.info.name in alone
+                data = self._try(functools.partial(self._alone.read, piece) if is_alone else own.__next__)
             wanting = [self._wanting(piece) for piece in pieces]
             if number % MEETS_EVERY == 0 or any(each - {reader} for reader, each in enumerate(wanting)):
                 self._exchange(pieces, data, wanting)
@@ -319,7 +320,7 @@ class _Scatter:
         for piece in pieces:
             info = piece.file.info
             if not piece.start:
-                whole = hasher(algorithm := info.checksum.partition(":")[0])
+                whole = hasher(info.algorithm)
             try:
                 data = next(found)
             except FileNotFoundError:
@@ -330,7 +331,7 @@ class _Scatter:
             whole.update(data)
             if not piece.start and not data.startswith(piece.file.header):
                 raise Corrupt(f"{self._name(piece)}: {_OTHER_HEADER}")
-            if _is_last(piece) and (checksum := f"{algorithm}:{whole.hexdigest()}") != info.checksum:
+            if _is_last(piece) and (checksum := info.checksum_of(whole)) != info.checksum:
                 raise Corrupt(f"{self._name(piece)}: expected {info.checksum}, found {checksum}")
             yield data
 
@@ -353,9 +354,8 @@ class _Alone:
 
     def _consumed(self, stream: BinaryIO, piece: _Piece) -> Hasher:
         info, reader, buffer = piece.file.info, object(), memoryview(bytearray(WINDOW_BYTES))
-        algorithm = info.checksum.partition(":")[0]
         self._target.begin(reader)
-        whole = self._whole.copy() if piece.start else hasher(algorithm)
+        whole = self._whole.copy() if piece.start else hasher(info.algorithm)
         stream.seek(piece.start)
         for place, start, size_bytes in _windows(piece):
             window = buffer[:size_bytes] if place is not None else memoryview(bytearray(size_bytes))
@@ -368,7 +368,7 @@ class _Alone:
                 raise Corrupt(_OTHER_HEADER)
         if _is_last(piece) and stream.read(1):
             raise Corrupt(f"expected {info.bytes} bytes, found more")
-        if _is_last(piece) and (found := f"{algorithm}:{whole.hexdigest()}") != info.checksum:
+        if _is_last(piece) and (found := info.checksum_of(whole)) != info.checksum:
             raise Corrupt(f"expected {info.checksum}, found {found}")
         return whole
 
