@@ -2,6 +2,7 @@
 
 import contextlib
 import getpass
+import itertools
 import os
 import random
 import secrets
@@ -226,8 +227,8 @@ def _trains_now(catalog: Catalog) -> list[Finding]:
     """Whether somebody seems to train this run at this moment."""
     if (newest := max(catalog.attempts.all(), default=None)) is None:
         return []
-    told = journal.Told(catalog.store)
-    if (last := next(told.backwards(newest), None)) is None or journal.last_word(told.backwards(newest)):
+    told = journal.Told(catalog.store).backwards(newest)
+    if (last := next(told, None)) is None or journal.last_word(itertools.chain([last], told)):
         return []
     silent_seconds = time.time() - last["time"]
     if not -_ALIVE_SECONDS < silent_seconds < _ALIVE_SECONDS:

@@ -178,17 +178,19 @@ class Checkpointing(Saves):
         own = choose() if self._world.rank == 0 else ""
         if self._is_sharded:
             own += f" {self._saver.base()}" if own and self._untrained else ""
-
-            def frozen_among(parts: Mapping[str, Encoded]) -> frozenset[Key]:
-                return self._saver.frozen.sharded_among(parts, _is_frozen(self._untrained, self._state.is_steady()))
-
-            sharded = self._state.sharded.parts(self._state.capture, self._world, own, frozen_among)
-            parts, sharding, note, frozen = sharded
+            found = self._state.sharded.parts(self._state.capture, self._world, own, self._frozen_among)
+            parts, sharding, note, frozen = found
             directory, _, base = note.partition(" ")
             return _Agreed(directory, parts, sharding, sharded_worth_it(frozen, parts, sharding) if frozen else frozen, base)
         if must_succeed or self._config.checkpoint.writers != "rank0":
             own = self._world.all_gather_text(own)[0]
         return _Agreed(own)
+
+    def _frozen_among(self, parts: Mapping[str, Encoded]) -> frozenset[Key]:
+        """The sharded tensors that are frozen for all that this rank knows."""
+        if not self._untrained:
+            return frozenset()
+        return self._saver.frozen.sharded_among(parts, _is_frozen(self._untrained, self._state.is_steady()))
 
     def _save_share(
         self,
@@ -217,9 +219,17 @@ class Checkpointing(Saves):
             "harness": harness.__version__,
         }
         is_steady = self._state.is_steady()
-        is_frozen = _is_frozen(self._untrained, is_steady)
-        where = agreed.directory, is_steady, agreed.sharding, is_frozen, agreed.frozen, agreed.base
-        request = SaveRequest(progress.step, whole, best, *where)
+        request = SaveRequest(
+            progress.step,
+            whole,
+            best,
+            agreed.directory,
+            is_steady,
+            agreed.sharding,
+            is_frozen=_is_frozen(self._untrained, is_steady),
+            frozen=agreed.frozen,
+            base=agreed.base,
+        )
         self._log.begun(progress.step)
         observer.current.saving(agreed.directory)
         if must_succeed or checkpoint.mode == "sync":
