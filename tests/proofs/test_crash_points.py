@@ -139,6 +139,29 @@ def record(root: str, *lives: list[int]) -> list[Call | Mark]:
     return recorder.trace
 
 
+def test_what_another_test_has_left_running_is_not_recorded(tmp_path):
+    """Nor what that starts, as each call of a store does."""
+    goes = threading.Event()
+
+    def put() -> None:
+        open_store(str(tmp_path / "other")).put("name", lambda: [b"data"], 4)
+
+    def left() -> None:
+        goes.wait(10)
+        another = threading.Thread(target=put)
+        another.start()
+        another.join()
+
+    stranger = threading.Thread(target=left)
+    stranger.start()
+    recorder = Recorder(root=str(tmp_path / "own"))
+    with system_calls_through(recorder):
+        goes.set()
+        stranger.join()
+    assert (tmp_path / "other" / "name").read_bytes() == b"data"
+    assert recorder.trace == []
+
+
 # --- what may be left of it ------------------------------------------------------------------------------------------
 
 

@@ -331,10 +331,11 @@ class SystemCalls:
     }  # fmt: skip
 
     def __init__(self, hook: Hook) -> None:
-        strangers = {*threading.enumerate()} - {threading.current_thread()}  # what earlier tests have left running
+        # What earlier tests have left running, and what that starts.
+        self.strangers = {*threading.enumerate()} - {threading.current_thread()}
 
         def own(call: Call, perform: Callable[[], Any]) -> Any:
-            return perform() if threading.current_thread() in strangers else hook(call, perform)
+            return perform() if threading.current_thread() in self.strangers else hook(call, perform)
 
         self.hook = own
         self.handles: dict[int, int] = {}  # by file descriptor
@@ -426,8 +427,15 @@ class _File:
 @contextlib.contextmanager
 def system_calls_through(hook: Hook) -> Iterator[None]:
     """Everything that harness and fsspec do to a local disk goes through ``hook``."""
-    calls = SystemCalls(hook)
+    calls, start = SystemCalls(hook), threading.Thread.start
+
+    def starting(thread: threading.Thread) -> None:
+        if threading.current_thread() in calls.strangers:
+            calls.strangers.add(thread)
+        start(thread)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", starting)
         for module in (harness.storage.filesystem, direct_io, fsspec.implementations.local):
             patch.setattr(module, "os", calls)
             patch.setattr(module, "open", calls.open_file, raising=False)
