@@ -54,7 +54,8 @@ OF_A_RANK = (
 _READ_AT_START = ("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "GOMP_", "KMP_", "MALLOC_", "GLIBC_")
 THREADS_VARIABLE = "OMP_NUM_THREADS"
 PROBE_SECONDS = 10.0  # for a fork that takes milliseconds
-_HANGS = "makes what is forked afterwards hang"
+_HANGS = "makes forked processes hang"
+_PRELOADED = "--preload "
 _READY = b"ready"
 _GO = b"go"
 _GPUS = ("/dev/nvidia", "/dev/kfd", "/dev/dri/", "/dev/dxg")  # what drivers open: NVIDIA's, AMD's, Intel's, of WSL
@@ -299,7 +300,7 @@ def _prepare(preload: Preload) -> str:
             sys.path[0] = preload.path
         blamed = "what a rank needs"
         for name in preload.modules:
-            blamed = f"--preload {name}"
+            blamed = f"{_PRELOADED}{name}"
             try:
                 importlib.import_module(name)
             except Exception as error:  # whatever somebody's module raises
@@ -312,7 +313,8 @@ def _prepare(preload: Preload) -> str:
 
 
 def _without(blamed: str, trouble: str) -> str:
-    return f"{blamed}: the import {trouble}; so each rank imports all by itself, at each restart. Leave this module out"
+    advice = ". Leave this module out" if blamed.startswith(_PRELOADED) else ""
+    return f"{blamed}: the import {trouble}; so each rank imports all by itself, at each restart{advice}"
 
 
 def _trouble_after_fork() -> str:

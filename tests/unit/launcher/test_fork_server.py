@@ -322,7 +322,10 @@ os.register_at_fork(after_in_child=lambda: time.sleep(60))
             "(mine)",
         ),
         ("import torch\ntorch.set_num_threads(2)\na = torch.ones(2000, 2000)\na @ a", r"has started \d+ thread"),
-        (LETS_FORKS_HANG, "makes what is forked afterwards hang"),
+        (
+            LETS_FORKS_HANG,
+            "makes forked processes hang; so each rank imports all by itself, at each restart. Leave this module out",
+        ),
         ("raise ValueError('no such thing')", "raised ValueError: no such thing; so each rank imports all by itself"),
         ("import nothing_of_that_name", "raised ModuleNotFoundError: No module named 'nothing_of_that_name'"),
     ],
