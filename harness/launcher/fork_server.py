@@ -53,8 +53,6 @@ OF_A_RANK = (
 # Read while Python, its libraries and their threads start.
 _READ_AT_START = ("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "GOMP_", "KMP_", "MALLOC_", "GLIBC_")
 THREADS_VARIABLE = "OMP_NUM_THREADS"
-PROBE_SECONDS = 10.0  # for a fork that takes milliseconds
-_HANGS = "makes forked processes hang"
 _PRELOADED = "--preload "
 _READY = b"ready"
 _GO = b"go"
@@ -318,29 +316,11 @@ def _without(blamed: str, trouble: str) -> str:
 
 
 def _trouble_after_fork() -> str:
-    """As ``_trouble``, once a fork has ended the threads of libraries that mind forks, as OpenBLAS does.
-
-    Once in about a thousand launches all forks of a process hang in their first product of matrices: they wait for a lock of
-    MKL's memory that nobody holds (seen with torch 2.13 on CPUs). So one fork tries that.
-    """
-    if not _fork_ends(computes=False):
-        return _HANGS
-    return _trouble() or ("" if _fork_ends(computes=True) else _HANGS)
-
-
-def _fork_ends(*, computes: bool) -> bool:
+    """As ``_trouble``, once a fork has ended the threads of libraries that mind forks, as OpenBLAS does."""
     if not (child := os.fork()):
-        if computes:
-            matrix = sys.modules["torch"].ones(64, 64)
-            _ = matrix @ matrix
         os._exit(0)
-    deadline = time.monotonic() + PROBE_SECONDS
-    while not (has_ended := os.waitpid(child, os.WNOHANG)[0] != 0) and time.monotonic() < deadline:
-        time.sleep(0.001)
-    if not has_ended:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    return has_ended
+    os.waitpid(child, 0)
+    return _trouble()
 
 
 def _trouble() -> str:

@@ -3,7 +3,9 @@
 import contextlib
 import gc
 import importlib
+import os
 import sys
+import time
 
 from harness.errors import ConfigError
 from harness.runtime.gc_pause import without_collections
@@ -11,6 +13,7 @@ from harness.runtime.threads import Background
 
 _OF_OPTIMIZERS = "torch._dynamo"  # which torch (2.11 to 2.15) imports when the first optimizer is made; it is not public
 _TO_TRAIN = ("torch", _OF_OPTIMIZERS)
+_END_SECONDS = 10.0  # for a thread that has nothing more to do
 
 
 def import_torch(*modules: str) -> None:
@@ -27,13 +30,26 @@ def import_torch(*modules: str) -> None:
     with without_collections():
         # Errors that it catches on the way stay somewhere in it, with the frames of all callers, and with what those are
         # going to hold, the user's task, which would then never be collected. A thread has no callers.
+        importing = Background(lambda: _import(modules or _TO_TRAIN), "harness-import")
         try:
-            Background(lambda: _import(modules or _TO_TRAIN), "harness-import").result()
+            importing.result()
         except ModuleNotFoundError as error:
             if error.name != "torch":
                 raise
             raise ConfigError(f"{error}: PyTorch is needed; install it for {sys.executable}: pip install torch") from None
+        _wait_for_the_end_of(importing)
         gc.freeze()
+
+
+def _wait_for_the_end_of(thread: Background[None]) -> None:
+    """Waits until the kernel has ended a thread, which is a moment after Python's ``join`` returns.
+
+    In that moment MKL holds all locks of its memory, to free that of the thread: whatever is forked then hangs in its first
+    product of matrices (torch 2.13, ``mm_cleanup_thread_cbk``).
+    """
+    deadline = time.monotonic() + _END_SECONDS
+    while os.path.exists(f"/proc/self/task/{thread.native_id}") and time.monotonic() < deadline:
+        time.sleep(0.0001)
 
 
 def _import(names: tuple[str, ...]) -> None:

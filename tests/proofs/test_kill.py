@@ -229,9 +229,12 @@ def test_a_survivor_keeps_the_step(tmp_path, straight):
         resumed = run.wait_for("resume", attempt=3)
         (tmp_path / "slow").unlink()
         trained = max(each["step"] for each in run.events("train") if each["attempt"] < resumed["attempt"])
-        assert trained <= resumed["step"] <= trained + 1, run.output()
+        kept = [(each["rank"], each["step"]) for each in run.events("kept")]
+        # What is kept may have a step whose metrics only the next attempt writes.
+        assert kept[0] == (0, 10)
+        assert kept[1] in [(1, resumed["step"]), (1, resumed["step"] + 1)], run.output()
+        assert trained <= resumed["step"] <= kept[1][1] <= trained + 1, run.output()
         run.succeed()
-        assert [(each["rank"], each["step"]) for each in run.events("kept")] == [(0, 10), (1, resumed["step"])]
     assert digests(str(tmp_path / "run")) == straight
     assert list((tmp_path / "keep-0").iterdir()) == [], "the end is durable"
 

@@ -306,14 +306,6 @@ def test_a_server_that_was_killed_is_not_waited_for(agent, write):
     assert agent(write("plain.py", ""), kills="server", preload=[]) == {"code": None, "said": []}
 
 
-LETS_FORKS_HANG = """
-import os, time
-from harness.launcher import fork_server
-fork_server.PROBE_SECONDS = 0.3
-os.register_at_fork(after_in_child=lambda: time.sleep(60))
-"""
-
-
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -322,17 +314,12 @@ os.register_at_fork(after_in_child=lambda: time.sleep(60))
             "(mine)",
         ),
         ("import torch\ntorch.set_num_threads(2)\na = torch.ones(2000, 2000)\na @ a", r"has started \d+ thread"),
-        (
-            LETS_FORKS_HANG,
-            "makes forked processes hang; so each rank imports all by itself, at each restart. Leave this module out",
-        ),
         ("raise ValueError('no such thing')", "raised ValueError: no such thing; so each rank imports all by itself"),
         ("import nothing_of_that_name", "raised ModuleNotFoundError: No module named 'nothing_of_that_name'"),
     ],
 )
 def test_a_module_after_which_nobody_may_fork(agent, write, text, words):
-    """It has started a thread, as an operation on tensors does, or lets forks hang, or cannot be imported: it is named, and
-    nobody is forked."""
+    """It has started a thread, as an operation on tensors does, or cannot be imported: it is named, and nobody is forked."""
     write("heavy.py", text)
     found = agent(write("plain.py", ""), preload=["json", "heavy"])
     assert found["code"] is None

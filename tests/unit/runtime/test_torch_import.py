@@ -31,6 +31,26 @@ print(frozen > 200_000, gc.isenabled(), len(new) < 10, gc.get_freeze_count() == 
     assert run(program) == "True True True True"
 
 
+def test_a_fork_afterwards_finds_no_lock_taken(tmp_path):
+    """A thread's last work, which a library does for it once Python is done with it, is over: what a library locks meanwhile
+    would stay locked in a fork."""
+    (tmp_path / "lasting.py").write_text("""
+import ctypes
+libc, key = ctypes.CDLL(None), ctypes.c_uint()
+libc.pthread_key_create(ctypes.byref(key), ctypes.cast(libc.usleep, ctypes.c_void_p))
+libc.pthread_setspecific(key, ctypes.c_void_p(300_000))
+""")
+    program = f"""
+import os, sys
+sys.path.insert(0, {str(tmp_path)!r})
+from harness.runtime.torch_import import import_torch
+before = os.listdir("/proc/self/task")
+import_torch("lasting")
+print(os.listdir("/proc/self/task") == before)
+"""
+    assert run(program) == "True"
+
+
 def test_torchrun_itself_starts_so():
     """``harness launch`` runs it as ``harness.launcher.agent``, with torchrun's own command line and its own exit code."""
     program = """
