@@ -38,6 +38,8 @@ POLL_SECONDS = 0.005
 SHARE_OF_LOOKING = 0.1  # of the time that is waited: what looks at a long log, or asks a program, is not asked all the time
 LONGEST_POLL_SECONDS = 0.3
 PATIENCE_SECONDS = 240.0  # for what takes a few seconds on a fast machine that does nothing else
+# A rank that hangs says where, before a test is impatient with it.
+WATCHDOG = {"timeout_seconds": PATIENCE_SECONDS / 2, "first_step_seconds": PATIENCE_SECONDS / 2}
 
 
 class Impatient(AssertionError):
@@ -170,8 +172,9 @@ def launch(
     env: Mapping[str, str] | None = None,
 ) -> Iterator[Run]:
     """Starts ``harness train`` with a configuration and further arguments, in ``directory``: on ``ranks`` processes under
-    torchrun, or as one plain process. The configuration gets a ``log`` section where it has none, each snapshot of
-    its state is checked, and nothing is kept in memory. With another ``command`` and no configuration, starts that."""
+    torchrun, or as one plain process. The configuration gets a ``log`` section and a watchdog where it has none, each
+    snapshot of its state is checked, and nothing is kept in memory. With another ``command`` and no configuration, starts
+    that."""
     directory.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex
     log = directory / "log.jsonl"
@@ -179,7 +182,8 @@ def launch(
         path = directory / f"config-{token[:8]}.yaml"
         careful = {"check_snapshots": True, "keep": None}  # most tests are about what is durable
         checked = {"checkpoint": {**careful, **config["checkpoint"]}} if "checkpoint" in config else {}
-        path.write_text(json.dumps({"log": {"every_steps": 1, "jsonl": str(log)}, **config, **checked}, indent=1))
+        told = {"log": {"every_steps": 1, "jsonl": str(log)}, "watchdog": WATCHDOG}
+        path.write_text(json.dumps({**told, **config, **checked}, indent=1))
         arguments = (str(path), *arguments)
     launcher = [*torchrun(ranks, agent), f"--max-restarts={max_restarts}"] if ranks else []
     temporary = tempfile.mkdtemp(prefix="h-")  # not in pytest's: sockets lie here, and their names must be short
