@@ -380,8 +380,9 @@ def inspect(url: str, storage_options: tuple[str, ...], as_json: bool, step: int
     digests = {name: part.digest for name, part in entry.manifest.parts.items()}
     if whole and any(part.boxes for part in entry.manifest.parts.values()):
         from harness.checkpoint.load import digests as digests_of_wholes  # noqa: PLC0415  # it imports torch
+        from harness.interchange.disk_memory import on_disk  # noqa: PLC0415  # likewise
 
-        digests = digests_of_wholes(catalog.store, entry.directory, entry.manifest)
+        digests = digests_of_wholes(catalog.store, entry.directory, entry.manifest, on_disk)
     details = {
         **_summary(entry),
         "digest": digests,

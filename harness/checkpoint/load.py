@@ -45,7 +45,7 @@ from harness.checkpoint.format import (
     hasher,
     piece_name,
 )
-from harness.checkpoint.places import Land, Landing, Place, Target, Wholes, bytes_of, empty, whole
+from harness.checkpoint.places import Land, Landing, Memory, Place, Target, Wholes, bytes_of, empty, whole
 from harness.checkpoint.prefault import Pages, cut
 from harness.checkpoint.relay import Peers, Relay
 from harness.checkpoint.scatter import Partners, scattered
@@ -74,37 +74,45 @@ def read(
     *,
     peers: Peers | None = None,
     land: Land = whole,
+    memory: Memory = empty,
 ) -> dict[str, Any]:
     """The parts of a checkpoint (all of them, or those named) as they were given to ``commit.write``, on the CPU.
 
-    Tensors are fresh; tied ones are the same object. ``land`` says which of them are wanted in part; peers are ``Partners``
-    then. Raises ``Corrupt`` with the file's name, what was expected and what was found, or ``StoreError``. With ``peers``
-    all call this alike, and when one fails the others raise ``RankFailure``, unless it has failed after the last byte.
+    Tensors are fresh, made by ``memory``; tied ones are the same object. ``land`` says which of them are wanted in part;
+    peers are ``Partners`` then. Raises ``Corrupt`` with the file's name, what was expected and what was found, or
+    ``StoreError``. With ``peers`` all call this alike, and when one fails the others raise ``RankFailure``, unless it has
+    failed after the last byte.
     """
     names = manifest.parts if parts is None else parts
     with without_collections():
-        return {name: part.value() for name, part in _read(store, directory, manifest, names, peers, land).items()}
+        return {name: part.value() for name, part in _read(store, directory, manifest, names, peers, land, memory).items()}
 
 
-def digests(store: Store, directory: str, manifest: Manifest) -> dict[str, str]:
+def digests(store: Store, directory: str, manifest: Manifest, memory: Memory = empty) -> dict[str, str]:
     """The digests of the parts when all boxes are put together: the same however a state was sharded. Of a part that has
     no boxes it is the manifest's. One part at a time is read, and verified; raises what ``read`` raises."""
     found = {}
     for name, part in manifest.parts.items():
         found[name] = part.digest
         if part.boxes:
-            found[name] = _read(store, directory, manifest, [name], None, whole)[name].digest()
+            found[name] = _read(store, directory, manifest, [name], None, whole, memory)[name].digest()
     return found
 
 
 def _read(
-    store: Store, directory: str, manifest: Manifest, parts: Iterable[str], peers: Peers | None, land: Land
+    store: Store,
+    directory: str,
+    manifest: Manifest,
+    parts: Iterable[str],
+    peers: Peers | None,
+    land: Land,
+    memory: Memory,
 ) -> dict[str, "_Verified"]:
     wanted = {name: manifest.parts[name] for name in parts}
     files = {file.name: file for file in manifest.files}
     in_pieces = peers is not None or store.has_ranges
     with without_collections():
-        wholes = {name: Wholes(directory, name, part, files, land) for name, part in wanted.items()}
+        wholes = {name: Wholes(directory, name, part, files, land, memory) for name, part in wanted.items()}
         left_out = set() if peers is not None else {file for each in wholes.values() for file in each.not_needed}
         # An index is not needed here, but what is corrupt is not called whole.
         names = [file for name, part in wanted.items() for file in (f"{name}{INDEX_SUFFIX}", *part.files) if file in files]
@@ -352,7 +360,8 @@ class _Reader:
         if wholes is not None and (landed := wholes.landed(info)) is not None:
             place, tensors[info.path] = landed
             return _Source(info, place.memory if place.is_direct else None, place)
-        tensors[info.path] = tensor = empty(info.path, info.shape, info.dtype)
+        memory_of = empty if wholes is None else wholes.memory
+        tensors[info.path] = tensor = memory_of(info.path, info.shape, info.dtype)
         return _Source(info, bytes_of(tensor))
 
     def stretches(self, start: int, sources: Sequence[_Source], own: Sequence[BlockHasher]) -> Iterator[_Stretch]:

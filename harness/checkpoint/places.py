@@ -25,10 +25,20 @@ class Landing(Protocol):
 
 
 Land = Callable[[str, TensorInfo], Landing | None]  # by part and tensor; None for all of it
+Memory = Callable[[str, Sequence[int], str], torch.Tensor]  # for a tensor, by its path, shape and dtype
 
 
 def whole(_part: str, _tensor: TensorInfo) -> None:
     """All of every tensor."""
+
+
+def empty(path: str, shape: Sequence[int], dtype: str) -> torch.Tensor:
+    """Memory for a tensor. Raises ``Corrupt`` where this machine has not so much: a hole in a file costs no disk."""
+    try:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
+    except RuntimeError:
+        size_bytes = TensorInfo(path, dtype, tuple(shape)).nbytes
+        raise Corrupt(f"{path}: expected a tensor that fits into this machine's memory, found {size_bytes} bytes") from None
 
 
 class Place:
@@ -91,11 +101,14 @@ class Wholes:
     Raises ``Corrupt`` before it takes memory for more bytes than the part's files have.
     """
 
-    def __init__(self, directory: str, name: str, part: Part, files: Mapping[str, FileInfo], land: Land) -> None:
+    def __init__(
+        self, directory: str, name: str, part: Part, files: Mapping[str, FileInfo], land: Land, memory: Memory
+    ) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         self.infos: dict[str, TensorInfo] = {}
         self.landings: dict[str, Landing] = {}
         self.places: dict[str, tuple[Place, TensorInfo, int]] = {}  # by the piece's name, with where it begins in the source
+        self.memory = memory
         self._where, self._name, self._land = f"{directory}: {name}", name, land
         self._lock = threading.Lock()
         infos = {path: TensorInfo(path, each.dtype, tuple(each.shape)) for path, each in (part.slices | part.boxes).items()}
@@ -123,7 +136,7 @@ class Wholes:
         """The part of a tensor that is wanted, and memory for it."""
         landing = self._land(self._name, info)
         box = Box.whole(info.shape) if landing is None else landing.box
-        tensor = empty(f"{self._where}: {info.path}", box.shape, info.dtype)
+        tensor = self.memory(f"{self._where}: {info.path}", box.shape, info.dtype)
         with self._lock:
             self.tensors[info.path], self.infos[info.path] = tensor, info
             if landing is not None:
@@ -137,7 +150,7 @@ class Wholes:
             return *known, None
         if (landed := self.landed(info)) is not None:
             return landed[0], 0, landed[1]
-        tensor = empty(info.path, info.shape, info.dtype)
+        tensor = self.memory(info.path, info.shape, info.dtype)
         return Place(info, Box.whole(info.shape), Box.whole(info.shape), tensor), 0, tensor
 
     def known(self, info: TensorInfo) -> tuple[Place, int] | None:
@@ -179,15 +192,6 @@ class Target:
             if self._reader is not reader:
                 raise TimeoutError("cancelled: nothing waits for the result")
             place.put(start, data)
-
-
-def empty(path: str, shape: Sequence[int], dtype: str) -> torch.Tensor:
-    """Memory for a tensor. Raises ``Corrupt`` where this machine has not so much: a hole in a file costs no disk."""
-    try:
-        return torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
-    except RuntimeError:
-        size_bytes = TensorInfo(path, dtype, tuple(shape)).nbytes
-        raise Corrupt(f"{path}: expected a tensor that fits into this machine's memory, found {size_bytes} bytes") from None
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

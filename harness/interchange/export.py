@@ -24,6 +24,7 @@ from harness import torch_private
 from harness.checkpoint import load, tree
 from harness.checkpoint.format import DTYPES, INDEX_SUFFIX, Manifest, TensorInfo, encode_header, plan_shards, shard_name
 from harness.errors import ConfigError, Corrupt, Mismatch, StoreError, Unsupported
+from harness.interchange.disk_memory import on_disk
 from harness.interchange.files import NAMES
 from harness.interchange.foreign import split
 from harness.storage.direct_io import Buffer
@@ -77,7 +78,7 @@ def export_model(
     if old and not overwrite:
         raise ConfigError(f"{target.url}/{old[0]}: is there already; expected a name that is not used, or --overwrite")
     known = next((name for name, each in manifest.parts.items() if is_directory and _folders(each.tree)), part)
-    parts = load.read(store, directory, manifest, manifest.parts.keys() & {part, known, "training"})
+    parts = load.read(store, directory, manifest, manifest.parts.keys() & {part, known, "training"}, memory=on_disk)
     versions = parts.get("training", {}).get("module_versions")
     if versions is not None and part not in versions:
         raise Mismatch(f"{store.url}/{directory}: expected a module, one of {', '.join(versions)}; found {part}")

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO, Self
 
 import torch
@@ -25,7 +25,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from harness.checkpoint.boxes import Box, why_not_tiles
 from harness.checkpoint.format import HEADER_LIMIT_BYTES, MANIFEST, MANIFEST_LIMIT_BYTES, decode_header
+from harness.checkpoint.tree import dtype_name
 from harness.errors import ConfigError, Corrupt, HarnessError, Mismatch, StoreError, Unsupported
+from harness.interchange.disk_memory import on_disk
 from harness.storage.store import open_store
 
 DCP_METADATA = ".metadata"
@@ -398,20 +400,50 @@ def read_distributed(place: Place, *, trust: bool) -> Any:
             "reading it can run any code: pass --trust if you trust its author"
         )
     from torch.distributed.checkpoint.api import CheckpointException  # noqa: PLC0415  # takes a second
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa: PLC0415
 
     directory = place.directory()
-    with tempfile.TemporaryDirectory(prefix="harness-") as temporary:
-        path = os.path.join(temporary, "whole.pth")
-        try:
-            _check_boxes(directory, place.url)
-            dcp_to_torch_save(directory, path)
-        except HarnessError:
-            raise
-        except (Exception, CheckpointException) as error:  # a BaseException, and no bound on the others
-            reason = str(error).strip().rpartition("\n")[2] or type(error).__name__
-            raise Corrupt(f"{place.url}: expected a whole distributed checkpoint: {reason}") from None
-        return _unpickle(path, place.url, mmap=True)  # what it may unfold to is trusted as well
+    try:
+        _check_boxes(directory, place.url)
+        return _load_distributed(directory)
+    except HarnessError:
+        raise
+    except (Exception, CheckpointException) as error:  # a BaseException, and no bound on the others
+        reason = str(error).strip().rpartition("\n")[2] or type(error).__name__
+        raise Corrupt(f"{place.url}: expected a whole distributed checkpoint: {reason}") from None
+
+
+def _load_distributed(directory: str) -> dict[str, Any]:
+    """Its value. The tensors are put together part by part on a disk: memory need not have room for them."""
+    from torch.distributed.checkpoint import FileSystemReader, load  # type: ignore[attr-defined]  # noqa: PLC0415
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata  # noqa: PLC0415
+
+    metadata = FileSystemReader(directory).read_metadata()
+    forms = metadata.state_dict_metadata
+    flat: dict[str, Any] = {**forms}
+    for name, each in forms.items():
+        if isinstance(each, TensorStorageMetadata):
+            flat[name] = on_disk(name, each.size, dtype_name(each.properties.dtype))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are no other ranks
+        load(flat, storage_reader=FileSystemReader(directory), no_dist=True)
+    value: dict[str, Any] = {}
+    for name, each in flat.items():
+        _set(value, (metadata.planner_data or {}).get(name, (name,)), each)
+    return value
+
+
+def _set(root: Any, path: Sequence[str | int], value: Any) -> None:
+    """Puts a value where a path leads to: names lead into dictionaries, numbers into lists."""
+    for key, following in zip(path, [*path[1:], None], strict=True):
+        if isinstance(key, int) and len(root) <= key:
+            root += [None] * (key + 1 - len(root))
+        if following is None:
+            root[key] = value
+        elif isinstance(key, int):
+            root[key] = root[key] or ([] if isinstance(following, int) else {})
+        else:
+            root.setdefault(key, [] if isinstance(following, int) else {})
+        root = root[key]
 
 
 def _check_boxes(directory: str, shown: str) -> None:

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from harness.checkpoint import commit, load
 from harness.checkpoint.format import Attempt
@@ -47,6 +48,40 @@ def measure(url: str, size_bytes: int) -> dict[str, float]:
     assert float(parts["model"]["strided"][5, 7]) == expected, "it is the state"
     seconds = {"save_seconds": saved - began, "load_seconds": loaded - began_loading}
     return {"bytes": manifest.bytes, "saving": saving, "loading": loading, **seconds}
+
+
+WEIGHTS = """
+import resource, sys
+import torch, torch.distributed.checkpoint as dcp
+from harness import interchange
+from harness.checkpoint.catalog import Catalog
+from harness.storage.store import open_store
+from tests.support.process_memory import memory_bytes
+
+place = sys.argv[1]
+model = {f"{number}.weight": torch.full((1 << 21,), float(number)) for number in range(64)}
+dcp.save({"model": model}, checkpoint_id=f"{place}/dcp")
+del model
+limit_bytes = memory_bytes("VmData") + (192 << 20)
+resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
+try:
+    torch.zeros(1 << 26)
+    raise SystemExit("512 MB are there: the limit does not hold")
+except RuntimeError:
+    store = open_store(f"{place}/run")
+directory, _ = interchange.import_run(f"{place}/dcp", store, trust=True)
+interchange.export_model(store, directory, Catalog(store).open(directory), f"{place}/out/")
+"""
+
+
+def test_weights_larger_than_memory(tmp_path):
+    """Half a gigabyte of weights is imported and exported by a process that may have 192 MB."""
+    command = [sys.executable, "-W", "ignore", "-c", WEIGHTS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    assert load_file(file)["63.weight"].unique().tolist() == [63.0]
+    shutil.rmtree(tmp_path)
 
 
 def test_memory_beside_the_state(tmp_path, capsys):
