@@ -417,7 +417,8 @@ def _load_distributed(directory: str) -> dict[str, Any]:
     from torch.distributed.checkpoint import FileSystemReader, load  # type: ignore[attr-defined]  # noqa: PLC0415
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata  # noqa: PLC0415
 
-    metadata = FileSystemReader(directory).read_metadata()
+    reader = FileSystemReader(directory)
+    metadata = reader.read_metadata()
     forms = metadata.state_dict_metadata
     flat: dict[str, Any] = {**forms}
     for name, each in forms.items():
@@ -425,7 +426,7 @@ def _load_distributed(directory: str) -> dict[str, Any]:
             flat[name] = on_disk(name, each.size, dtype_name(each.properties.dtype))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there are no other ranks
-        load(flat, storage_reader=FileSystemReader(directory), no_dist=True)
+        load(flat, storage_reader=reader, no_dist=True)
     value: dict[str, Any] = {}
     for name, each in flat.items():
         _set(value, (metadata.planner_data or {}).get(name, (name,)), each)
