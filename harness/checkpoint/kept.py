@@ -193,7 +193,11 @@ def left_in(directory: str) -> list[Left]:
         return []
     if why := _distrust(root):
         raise ConfigError(why)
-    return [_left(f"{root}/{name}") for name in sorted(os.listdir(root))]
+    found = []
+    for name in sorted(os.listdir(root)):
+        with contextlib.suppress(FileNotFoundError):  # its run deletes it at this moment
+            found.append(_left(f"{root}/{name}"))
+    return found
 
 
 def _left(path: str) -> Left:

@@ -236,15 +236,21 @@ def _number_in(path: Path) -> int | None:
 
 def record_of(directory: str, rank: int) -> Outcome | None:
     """The record that a rank has left."""
-    try:
-        return Outcome(**json.loads(Path(directory, f"rank-{rank}.json").read_text()))
-    except OSError:
-        return None
+    return _read_record(Path(directory, f"rank-{rank}.json"))
 
 
 def read_outcomes(directory: str) -> list[Outcome]:
     """The records of this machine's ranks."""
-    return [Outcome(**json.loads(path.read_text())) for path in sorted(Path(directory).glob("rank-*.json"))]
+    found = map(_read_record, sorted(Path(directory).glob("rank-*.json")))
+    return [record for record in found if record is not None]
+
+
+def _read_record(path: Path) -> Outcome | None:
+    """None where there is no record, or no more: a rank that starts again takes its own away."""
+    try:
+        return Outcome(**json.loads(path.read_text()))
+    except OSError:
+        return None
 
 
 def of(error: BaseException) -> Outcome:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -28,6 +29,18 @@ def test_a_record_is_written_where_the_launcher_wants_it(tmp_path, monkeypatch):
     assert outcome.read_outcomes(str(tmp_path)) == [Outcome(75, "rank 0"), Outcome(75, "rank 1")]
     outcome.forget()
     assert outcome.read_outcomes(str(tmp_path)) == [Outcome(75, "rank 0")]
+
+
+def test_a_record_may_go_while_it_is_read(tmp_path, monkeypatch):
+    """The launcher looks at any time, and a rank that starts again takes its record away."""
+    monkeypatch.setenv(outcome.DIRECTORY_VARIABLE, str(tmp_path))
+    outcome.claim()
+    with ThreadPoolExecutor() as pool:
+        looks = pool.submit(lambda: [outcome.read_outcomes(str(tmp_path)) for _ in range(5_000)])
+        while not looks.done():
+            outcome.record_outcome(Outcome(75))
+            outcome.forget()
+    assert {tuple(each) for each in looks.result()} == {(), (Outcome(75),)}
 
 
 def test_nothing_is_written_without_a_launcher(monkeypatch):

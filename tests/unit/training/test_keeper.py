@@ -10,6 +10,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -631,6 +632,19 @@ def test_clean_says_what_lies_there_and_deletes_it(tmp_path):
     done = CliRunner().invoke(cli, ["clean", str(tmp_path / "keep"), "--json"])
     assert [each["steps"] for each in json.loads(done.output)] == [[6]]
     assert list((tmp_path / "keep").iterdir()) == []
+
+
+def test_clean_looks_beside_runs_that_delete_their_own(tmp_path):
+    """What goes at this moment is nothing to tell of, and no error."""
+    root = Path(kept.root_in(str(tmp_path)))
+    root.mkdir(mode=0o700)
+    with ThreadPoolExecutor() as pool:
+        looks = pool.submit(lambda: [kept.left_in(str(tmp_path)) for _ in range(5_000)])
+        while not looks.done():
+            (root / "run").mkdir(mode=0o700)
+            (root / "run" / "claim-000001-0000000a-6").touch()
+            shutil.rmtree(root / "run")
+    assert {len(each) for each in looks.result()} <= {0, 1}
 
 
 class Awaited(torch.Tensor):
