@@ -1,6 +1,7 @@
 """What many tests need: storage servers, started when a test first asks for one and shared by all; an ordinary user."""
 
 import contextlib
+import gc
 import os
 import shutil
 import subprocess
@@ -26,6 +27,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     waiting = ("test_slurm.py", "test_hosts.py")
     starting = {item.path for item in items if item.get_closest_marker("torchrun")}
     items.sort(key=lambda item: (item.path.name not in waiting, item.path not in starting, item.path.name))
+
+
+def pytest_collection_finish() -> None:
+    """The collector passes over what all test files have imported, too: a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
