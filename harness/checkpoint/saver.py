@@ -187,13 +187,7 @@ class Saver:
         self._directories += 1
         return new_directory(step, self.attempt, self._directories)
 
-    def save(
-        self,
-        parts: Parts,
-        request: SaveRequest,
-        *,
-        must_succeed: bool = False,
-    ) -> Saved | None:
+    def save(self, parts: Parts, request: SaveRequest, *, must_succeed: bool = False) -> Saved | None:
         """Commits a checkpoint, then deletes what is not to be kept.
 
         None when it failed and training may go on, and on other writers than the first. Raises ``Superseded`` when a newer
@@ -215,14 +209,7 @@ class Saver:
         self.must_repeat = False
         return order.saved(committed, seconds, seconds)
 
-    def begin(
-        self,
-        parts: Parts,
-        request: SaveRequest,
-        *,
-        overlap: bool = True,
-        check: bool = False,
-    ) -> None:
+    def begin(self, parts: Parts, request: SaveRequest, *, overlap: bool = True, check: bool = False) -> None:
         """Begins to save what ``parts`` are now.
 
         Whoever changes a tensor that the request calls steady calls ``fence`` first; without ``overlap`` all is copied
@@ -266,10 +253,8 @@ class Saver:
     def base(self) -> str:
         """The checkpoint whose frozen shards the next save may refer to. The first writer knows it once the save that is
         under way has ended; another begins no sooner."""
-        if (writing := self._under_way) is not None:
-            began = time.monotonic()
-            writing.join()
-            writing.blocked_seconds += time.monotonic() - began
+        if self._under_way is not None:
+            self._under_way.block()
         return self.frozen.base
 
     def fence(self) -> None:
@@ -298,9 +283,7 @@ class Saver:
         if self._under_way is None:
             return None
         writing = self._under_way
-        began = time.monotonic()
-        writing.join()
-        writing.blocked_seconds += time.monotonic() - began
+        writing.block()
         self._under_way = None
         committed = self._committed(writing.order.request.step, writing.result)
         seconds = max(writing.seconds, writing.blocked_seconds)  # who waits hears of the end a little later
@@ -468,6 +451,12 @@ class _Writing:
     def is_over(self) -> bool:
         """Whether there is a result."""
         return self._future.done()
+
+    def block(self) -> None:
+        """Waits for the result, and has the training wait."""
+        began = time.monotonic()
+        self.join()
+        self.blocked_seconds += time.monotonic() - began
 
     def join(self, seconds: float | None = None) -> None:
         """Waits for the result, so long at most."""

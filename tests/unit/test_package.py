@@ -16,6 +16,8 @@ from harness.cli import cli
 
 PACKAGE = Path(harness.__file__).parent
 LONGEST_FUNCTION_LINES = 70
+LONGEST_CLASS_LINES = 250
+MOST_METHODS = 15  # beside properties, and what Python calls
 
 
 @functools.cache
@@ -123,6 +125,22 @@ def test_functions_fit_a_screen(name):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or 0) - node.lineno + 1
             assert lines <= LONGEST_FUNCTION_LINES, f"{name}.{node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_classes_have_one_concern(name):
+    """Else they are several."""
+    for node in ast.walk(modules()[name]):
+        if isinstance(node, ast.ClassDef):
+            functions = [each for each in node.body if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)]
+            methods = [each for each in functions if not each.name.startswith("__") and not _is_property(each)]
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            assert len(methods) <= MOST_METHODS, f"{node.name} has {len(methods)} methods"
+            assert lines <= LONGEST_CLASS_LINES, f"{node.name} has {lines} lines"
+
+
+def _is_property(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any("property" in ast.unparse(each) or ".setter" in ast.unparse(each) for each in function.decorator_list)
 
 
 def test_exit_codes_are_the_drawn_ones():
