@@ -79,10 +79,10 @@ def saves(report: RunReport) -> list[str]:
 
 def _notes(report: RunReport) -> Iterable[str]:
     for event, records in report.notes.items():
-        lines = [f"{event:<11}{note(record)}" for record in records]
+        lines = [f"{event:<10} {note(record)}" for record in records]
         yield from lines[:MOST_LINES]
         if len(lines) > MOST_LINES:
-            yield f"{event:<11}and {len(lines) - MOST_LINES} more"
+            yield f"{event:<10} and {len(lines) - MOST_LINES} more"
 
 
 def note(record: Record) -> str:
@@ -96,8 +96,10 @@ def note(record: Record) -> str:
             return f"{record['directory']}: {record['why']}"
         case "nonfinite":
             return f"step {record['step']}: {record['policy']}, samples {str(record['samples'])[:60]}"
-    times = f"{record['seconds']:.3g} s of work in a step, others {record['median_seconds']:.3g} s"
-    return f"step {record['step']}: rank {record['rank']} on {record['host']}: {times}"
+        case "straggler":
+            times = f"{record['seconds']:.3g} s of work in a step, others {record['median_seconds']:.3g} s"
+            return f"step {record['step']}: rank {record['rank']} on {record['host']}: {times}"
+    raise KeyError(f"numbers.NOTES lists {record['event']}, for which there are no words here")
 
 
 def _deaths(deaths: Sequence[Death]) -> Iterable[str]:

@@ -48,7 +48,7 @@ class Filesystem:
     has_ranges: ClassVar[bool] = False  # that can be read several at a time, each by a request of its own
     has_directories: ClassVar[bool] = False  # of its own, which somebody has to make and may remove
     deletes_many: ClassVar[bool] = False  # objects in one request
-    keeps_names = True  # whether the name of a file is on the disk when its directory was flushed
+    keeps_names = True  # whether the name of a file is on the disk when its directory was flushed; found out at a put
 
     def __init__(self, fs: AbstractFileSystem, root: str, url: str) -> None:
         self.fs = fs
@@ -56,7 +56,7 @@ class Filesystem:
         self.url = url  # without credentials: it is shown to people
 
     def at(self, root: str, url: str) -> Self:
-        """The same, at another place."""
+        """The same, at another place. It knows nothing but its arguments: what else is set here, this has to pass on."""
         return type(self)(self.fs, root, url)
 
     def another(self) -> AbstractFileSystem:

@@ -349,7 +349,7 @@ def _record(text: bytes, owner: Attempt) -> Record | None:
     event, attempt = record.get("event"), record.get("attempt")
     if not isinstance(event, str) or (isinstance(attempt, str) and Attempt.parse(attempt) and attempt != owner.id):
         return None
-    required = {"time": _is_seconds, **_REQUIRED.get(event, {})}
+    required = {"time": _is_seconds, **REQUIRED.get(event, {})}
     given = {name: check for name, check in {"step": _is_step, **_GIVEN.get(event, {})}.items() if name in record}
     if not all(name in record and check(record[name]) for name, check in {**given, **required}.items()):
         return None
@@ -408,7 +408,7 @@ def _is_lineage(value: Any) -> bool:
 # What whoever reads counts on: the fields that a record of an event must have, and those that it may have.
 _Checks = Mapping[str, Callable[[Any], bool]]
 _STEP: _Checks = {"step": _is_step}
-_REQUIRED: Mapping[str, _Checks] = {
+REQUIRED: Mapping[str, _Checks] = {
     **dict.fromkeys(("train", "evaluate", "beat", "saving", "skip"), _STEP),
     "save": {**_STEP, "bytes": _is_count, "seconds": _is_seconds, "blocked_seconds": _is_seconds},
     "save_failed": {**_STEP, "error": _is_text},

@@ -57,6 +57,8 @@ def told(text: str) -> list[dict]:
     return [
         record("start", 1000, 0, lineage=[], directory=text),
         record("train", 1001, 1, **{f"x{text}": 1.0}, lr=0.1),
+        record("beat", 1001, 1),
+        record("evaluate", 1001, 1, **{f"x{text}": 1.0}),
         record("saving", 1002, 2),
         record("save", 1003, 2, **saved),
         record("save_failed", 1003, 2, error=text),
@@ -110,6 +112,15 @@ def test_text_is_text_on_the_page_and_on_the_terminal(text, elements):
     html.encode()
     terminal.encode()
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", html)
+
+
+def test_every_event_that_is_read_is_among_them():
+    """A report has words for each, and a name that no word runs into."""
+    lines = [*told("what"), *told_after("there")]
+    assert {each["event"] for each in lines} >= numbers.NOTES.keys() | journal.REQUIRED.keys()
+    terminal, _ = shown(*written("memory://hostile/words", lines))
+    for event in numbers.NOTES:
+        assert re.search(rf"^{event} +(step 3|what|step 2): ", terminal, re.MULTILINE), event
 
 
 def test_a_metrics_name_is_shown_as_it_is(elements):

@@ -94,7 +94,7 @@ def test_the_time_is_divided(report):
 
 
 def test_the_numbers_are_those_of_the_docs(report):
-    """Each as docs/guides/report.md defines it."""
+    """All of them; docs/guides/report.md defines those that are measured."""
     assert report.as_json() == {
         "url": "there",
         "step": 40,
