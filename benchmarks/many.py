@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from harness.checkpoint import commit
-from harness.checkpoint.catalog import Catalog
+from harness.checkpoint.catalog import Catalog, further
 from harness.checkpoint.format import MANIFEST, Ancestor, Attempt, new_directory
 from harness.cli import cli
 from harness.storage.store import Store, open_store
@@ -75,7 +75,7 @@ def start(store: Store) -> None:
     crashes.is_looping(catalog, SAME_FAILURES)
     catalog.attempts.claim({}, resumes=True)
     newest = next(catalog.candidates())
-    catalog.further(newest)
+    further(catalog, newest)
 
 
 def seconds_of(function: Callable[[], Any]) -> float:

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,35 @@ def test_our_contender(tmp_path, monkeypatch):
     assert torch.equal(
         *(optimizer.state[model.weight]["exp_avg"] for model, optimizer in zip(models, optimizers, strict=True))
     )
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("name", "arguments", "tells"),
+    [
+        ("many", "--checkpoints 30 --attempts 3", "disk  prune"),
+        ("frozen", "--gigabytes 0.2 --saves 2 --rounds 1", "floor"),
+        ("order", "--sizes 1000 --rounds 1", "feistel"),
+        ("long_run", "--steps 2000 --attempts 2 --parts 2", "resident"),
+        ("restart", "--rounds 1 --kills 1 --layers 1", "ratio"),
+        ("ranks", "--ranks 2 4 --up-to 8", "a save"),
+        ("sharded", "--states 1MB --ranks 2 --repeats 1", "DCP"),
+    ],
+)
+def test_the_others_run(tmp_path, name, arguments, tells):
+    """On what is small: the code that they call moves on."""
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert tells in done.stdout
+
+
+@pytest.mark.soak
+def test_a_step_is_measured():
+    """Under torchrun, as its docstring says."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(BENCHMARKS / "step.py")]
+    command = [sys.executable, *command, "--rounds", "1", "--steps", "40"]
+    assert "harness train" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.soak
