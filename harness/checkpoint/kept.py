@@ -104,7 +104,7 @@ class KeptPlace:
         """Deletes what attempts before one have kept here, or all."""
         if _distrust(self.path):
             return
-        for name in os.listdir(self.path):
+        for name in _names_in(self.path):
             attempt = next(iter(saves_among([name])), None)
             owner = attempt.attempt if attempt else Attempt.parse(name.removeprefix("claim-").rpartition("-")[0])
             if before is None or owner is None or owner < before:
@@ -126,9 +126,11 @@ def kept_of(entry: Entry) -> Mapping[str, Any]:
 
 
 def _distrust(path: str) -> str:
-    """Why a directory is not to be used; empty where it may be."""
+    """Why a directory is not to be used; empty where it may be, or is not there: others may delete it at any moment."""
     try:
         found = os.lstat(path)
+    except FileNotFoundError:
+        return ""
     except OSError as error:
         return f"{path}: {error.strerror}"
     if not stat.S_ISDIR(found.st_mode):
@@ -136,6 +138,14 @@ def _distrust(path: str) -> str:
     if found.st_uid != os.getuid():
         return f"{path} belongs to user {found.st_uid}; have it removed, or set checkpoint.keep to a directory of your own"
     return f"others can write to {path}, or read it; chmod 700 it" if found.st_mode & 0o077 else ""
+
+
+def _names_in(path: str) -> list[str]:
+    """What lies in a directory; nothing where that is not there, or no more."""
+    try:
+        return sorted(os.listdir(path))
+    except FileNotFoundError:
+        return []
 
 
 def _remove(path: str) -> None:
@@ -189,12 +199,10 @@ class Left:
 def left_in(directory: str) -> list[Left]:
     """What this user's runs have kept on this machine. Raises ``ConfigError`` for a directory that is not the user's."""
     root = root_in(directory)
-    if not os.path.lexists(root):
-        return []
     if why := _distrust(root):
         raise ConfigError(why)
     found = []
-    for name in sorted(os.listdir(root)):
+    for name in _names_in(root):
         with contextlib.suppress(FileNotFoundError):  # its run deletes it at this moment
             found.append(_left(f"{root}/{name}"))
     return found
@@ -229,7 +237,7 @@ def remove(left: Left) -> None:
 def remove_rubbish(place: KeptPlace) -> None:
     """Deletes what other runs of this user have left here long ago. Raises nothing. It opens nothing: they may be many."""
     with contextlib.suppress(OSError):
-        for path in [] if _distrust(place.root) else [f"{place.root}/{name}" for name in os.listdir(place.root)]:
+        for path in [] if _distrust(place.root) else [f"{place.root}/{name}" for name in _names_in(place.root)]:
             if path != place.path and _age_seconds(path, _files_in(path)) > RUBBISH_DAYS * 86400:
                 _remove(path)
 

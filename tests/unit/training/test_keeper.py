@@ -637,13 +637,14 @@ def test_clean_says_what_lies_there_and_deletes_it(tmp_path):
 def test_clean_looks_beside_runs_that_delete_their_own(tmp_path):
     """What goes at this moment is nothing to tell of, and no error."""
     root = Path(kept.root_in(str(tmp_path)))
-    root.mkdir(mode=0o700)
     with ThreadPoolExecutor() as pool:
         looks = pool.submit(lambda: [kept.left_in(str(tmp_path)) for _ in range(5_000)])
         while not looks.done():
+            root.mkdir(mode=0o700)
             (root / "run").mkdir(mode=0o700)
             (root / "run" / "claim-000001-0000000a-6").touch()
             shutil.rmtree(root / "run")
+            root.rmdir()  # as the last run does that has kept something
     assert {len(each) for each in looks.result()} <= {0, 1}
 
 
