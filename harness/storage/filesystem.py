@@ -56,7 +56,7 @@ class Filesystem:
         self.url = url  # without credentials: it is shown to people
 
     def at(self, root: str, url: str) -> Self:
-        """The same, at another place. It knows nothing but its arguments: what else is set here, this has to pass on."""
+        """The same, at another place. Only these arguments reach it: a new setting has to be passed on here."""
         return type(self)(self.fs, root, url)
 
     def another(self) -> AbstractFileSystem:

@@ -524,9 +524,7 @@ def record_two(root: str, kind: type[Pair] = Pair) -> list[Call | Mark]:
 WRITERS = pytest.mark.parametrize("kind", [Pair, ShardedPair], ids=["pieces", "boxes"])
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(Pair, id="pieces", marks=pytest.mark.soak), pytest.param(ShardedPair, id="boxes")]
-)
+@WRITERS
 def test_a_crash_of_two_writers(small_blocks, tmp_path, tell, kind):
     """At every point of two shares, a receipt and a commit: the old or the new checkpoint; a receipt is none."""
     trace = record_two(str(tmp_path), kind)

@@ -757,7 +757,7 @@ def training(kind: str, ranks: int) -> Scene:
 PAIRS = [
     *(("fsdp4", other, "each") for other in ("one", "fsdp2", "fsdp3", "hsdp", "tp2", "tp_fsdp6")),
     *((one, "fsdp3", "each") for one in ("one", "tp_fsdp")),
-    *((*pair, "shared") for pair in (("one", "hsdp"), ("tp_fsdp6", "fsdp3"), ("fsdp3", "plain2"))),
+    *((*pair, "shared") for pair in (("one", "hsdp"), ("tp_fsdp6", "fsdp3"), ("fsdp4", "tp_fsdp6"), ("fsdp3", "plain2"))),
 ]
 MORE_PAIRS = [(one, other, how) for one in LAYOUTS for other in LAYOUTS for how in ("each", "shared")]
 TRAINED = [("plain", 3), ("evaluated", 2), ("heads", 4)]
